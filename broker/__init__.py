@@ -1,0 +1,1 @@
+"""The session broker: between a web page and a language model."""

@@ -1,0 +1,294 @@
+"""Every failure the broker can tell of, with its code, its HTTP status and the side that is at fault.
+
+    BrokerError
+    ├── RequestError        the caller's doing                          4xx
+    ├── LimitError          fine in itself, too much for now            429
+    ├── ServiceError        ours: a bug, or something we need is away   5xx
+    └── SessionError        how a generation ends other than in `done`  an `error` event
+        └── UpstreamError   the model's side
+
+Pages and monitors switch on the codes and statuses. A message is a plain sentence for a person and never carries
+a key, a prompt or an answer: details go to the log, by whoever catches the cause.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class BrokerError(Exception):
+    """A failure with a name.
+
+    Attributes:
+        code: the word that programs switch on.
+        status: the HTTP status for a caller who can read one.
+        retryable: a new /prepare may succeed.
+        message: one sentence for a person.
+        details: what exactly is wrong, JSON-ready; for 422 a list of ``{"field", "message"}``.
+        retry_after: seconds to wait, where that is known.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+    default_message: ClassVar[str] = "Something went wrong on our side."
+
+    def __init__(self, message: str = "", *, details: Any = None, retry_after: float | None = None) -> None:
+        self.message = message or self.default_message
+        self.details = details
+        self.retry_after = retry_after
+        super().__init__(self.message)
+
+
+class RequestError(BrokerError):
+    """The caller must change something."""
+
+    status = 400
+
+
+class InvalidJson(RequestError):
+    code = "invalid_json"
+    default_message = "The body is not valid JSON."
+
+
+class InvalidCursor(RequestError):
+    code = "invalid_cursor"
+    default_message = "The cursor is malformed."
+
+
+class Unauthorized(RequestError):
+    code, status = "unauthorized", 401
+    default_message = "This needs an API key or a token."
+
+
+class OriginNotAllowed(RequestError):
+    code, status = "origin_not_allowed", 403
+    default_message = "Pages of this origin may not use this broker."
+
+
+class HostNotAllowed(RequestError):
+    code, status = "host_not_allowed", 403
+    default_message = "This broker does not answer to that Host."
+
+
+class ModelNotAllowed(RequestError):
+    code, status = "model_not_allowed", 403
+    default_message = "This model may not be used here."
+
+
+class SessionNotFound(RequestError):
+    code, status, retryable = "session_not_found", 404, True
+    default_message = "There is no such session, or it was not started in time."
+
+
+class SessionExpired(RequestError):
+    code, status, retryable = "session_expired", 404, True
+    default_message = "This session is over and no longer kept."
+
+
+class NotFound(RequestError):
+    code, status = "not_found", 404
+    default_message = "There is nothing at this address."
+
+
+class MethodNotAllowed(RequestError):
+    code, status = "method_not_allowed", 405
+    default_message = "This address does not take that method."
+
+
+class AlreadyClaimed(RequestError):
+    code, status = "already_claimed", 409
+    default_message = "This session was streamed already."
+
+
+class IdempotencyConflict(RequestError):
+    code, status = "idempotency_conflict", 409
+    default_message = "This Idempotency-Key was used with another body."
+
+
+class ReplayGap(RequestError):
+    """Ends one viewer's line: what it asks to continue from is not there. Never a silent hole."""
+
+    code, status, retryable = "replay_gap", 409, True
+    default_message = "A part of this answer is no longer kept, so it cannot be continued."
+
+
+class BodyTooLarge(RequestError):
+    code, status = "body_too_large", 413
+    default_message = "The body is too large."
+
+
+class UnsupportedMediaType(RequestError):
+    code, status = "unsupported_media_type", 415
+    default_message = "The body must be application/json."
+
+
+class InvalidRequest(RequestError):
+    code, status = "invalid_request", 422
+    default_message = "The request is not valid."
+
+
+class PromptTooLong(RequestError):
+    code, status = "prompt_too_long", 422
+    default_message = "The conversation is too long for this model, even after trimming."
+
+
+class LimitError(BrokerError):
+    """Nothing is wrong with the request but its time."""
+
+    status, retryable = 429, True
+
+
+class RateLimited(LimitError):
+    code = "rate_limited"
+    default_message = "Too many requests; wait a little."
+
+
+class BudgetExceeded(LimitError):
+    code = "budget_exceeded"
+    default_message = "The budget for today does not cover this."
+
+
+class TooManyStreams(LimitError):
+    code = "too_many_streams"
+    default_message = "Too many answers are being written for you at once; wait for one to end."
+
+
+class ServiceError(BrokerError):
+    """Ours. The caller did nothing wrong and may come again."""
+
+    status, retryable = 503, True
+
+
+class InternalError(ServiceError):
+    code, status = "internal_error", 500
+
+
+class ModelsUnavailable(ServiceError):
+    code, status = "upstream_unavailable", 502
+    default_message = "The list of models cannot be had right now."
+
+
+class StoreUnavailable(ServiceError):
+    code = "store_unavailable"
+    default_message = "The session store cannot be reached right now."
+
+
+class Draining(ServiceError):
+    code = "draining"
+    default_message = "This worker is shutting down; another will answer."
+
+
+class Overloaded(ServiceError):
+    code = "overloaded"
+    default_message = "This worker has no room for another stream."
+
+
+class SessionError(BrokerError):
+    """Ends a session, for all its viewers, in an ``error`` event.
+
+    Attributes:
+        upstream_status: the HTTP status of the upstream, or the code inside its stream, where there was one.
+    """
+
+    status, retryable = 502, True
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        details: Any = None,
+        retry_after: float | None = None,
+        upstream_status: int | None = None,
+    ) -> None:
+        super().__init__(message, details=details, retry_after=retry_after)
+        self.upstream_status = upstream_status
+
+
+class ResponseTooLarge(SessionError):
+    code, retryable = "response_too_large", False
+    default_message = "The answer grew larger than this broker relays."
+
+
+class DeadlineExceeded(SessionError):
+    code = "deadline_exceeded"
+    default_message = "The answer took longer than this broker allows."
+
+
+class Abandoned(SessionError):
+    code = "abandoned"
+    default_message = "Nobody was watching any more, so the answer was stopped."
+
+
+class WorkerLost(SessionError):
+    code = "worker_lost"
+    default_message = "The server that was writing this answer was lost."
+
+
+class ServerShutdown(SessionError):
+    code = "server_shutdown"
+    default_message = "The server was shut down before the answer was complete."
+
+
+class GenerationFailed(SessionError):
+    """A bug of ours inside a generation; the log has the whole of it."""
+
+    code = "internal_error"
+
+
+class UpstreamError(SessionError):
+    """The model's side refused, broke or talked nonsense."""
+
+
+class UpstreamUnauthorized(UpstreamError):
+    code, retryable = "upstream_unauthorized", False
+    default_message = "The model service refused this broker's credentials."
+
+
+class UpstreamPaymentRequired(UpstreamError):
+    code, retryable = "upstream_payment_required", False
+    default_message = "The model service's account has no credit left."
+
+
+class UpstreamRateLimited(UpstreamError):
+    code = "upstream_rate_limited"
+    default_message = "The model service is asked too often right now."
+
+
+class UpstreamModerated(UpstreamError):
+    code, retryable = "upstream_moderated", False
+    default_message = "The model service's moderation refused this conversation."
+
+
+class UpstreamRejected(UpstreamError):
+    code, retryable = "upstream_rejected", False
+    default_message = "The model service refused this request."
+
+
+class UpstreamUnavailable(UpstreamError):
+    code = "upstream_unavailable"
+    default_message = "The model service cannot be reached right now."
+
+
+class UpstreamUnreachable(UpstreamUnavailable):
+    """No connection was established, so nothing was sent."""
+
+
+class UpstreamTimeout(UpstreamError):
+    code = "upstream_timeout"
+    default_message = "The model service took too long to answer."
+
+
+class UpstreamInterrupted(UpstreamError):
+    code = "upstream_interrupted"
+    default_message = "The model service broke off before the answer was complete."
+
+
+class UpstreamFailed(UpstreamError):
+    code = "upstream_error"
+    default_message = "The model service reported an error."
+
+
+class UpstreamInvalid(UpstreamError):
+    code = "upstream_invalid"
+    default_message = "The model service answered with something that is not a stream of chunks."

@@ -1,0 +1,1 @@
+"""The scripted upstream: a whole OpenRouter-compatible service with its faults, chosen by model name."""

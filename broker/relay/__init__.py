@@ -1,0 +1,1 @@
+"""One generation: the upstream in, viewers and journal out."""
