@@ -1,0 +1,108 @@
+"""What a page is told: the data of `done` and `error` events, and the bytes of the events. No I/O."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from broker.core.session import Cursor, State, Terminal
+from broker.core.sse import encode_event
+
+if TYPE_CHECKING:
+    from broker.core.answer import Answer
+    from broker.core.errors import BrokerError
+
+
+def chunk_event(n: int, data: bytes) -> bytes:
+    """One upstream chunk, as it came, under its number."""
+    if b"\n" in data:
+        return encode_event("chunk", data, f"1-{n}")
+    return b"id: 1-%d\nevent: chunk\ndata: %b\n\n" % (n, data)
+
+
+def terminal_event(end: Terminal) -> bytes:
+    """The event that ends a session."""
+    return encode_event(end.event, end.data, str(end.id))
+
+
+def refusal_event(error: BrokerError, cursor: Cursor | None, *, final: bool = True) -> bytes:
+    """An `error` that ends one viewer's line and is no part of the session.
+
+    A final one carries the viewer's own cursor with `.end`, so that a page which comes back all the same is told 204.
+    """
+    at = cursor or Cursor(1, 1)
+    event_id = str(Cursor(at.epoch, at.n, end=True)) if final else None
+    return encode_event("error", error_data(error, final=final), event_id)
+
+
+def error_data(error: BrokerError, *, final: bool = True) -> bytes:
+    """The data of an `error` event."""
+    data: dict[str, Any] = {
+        "code": error.code,
+        "message": error.message,
+        "final": final,
+        "retryable": error.retryable,
+    }
+    if error.retry_after is not None:
+        data["retryAfter"] = error.retry_after if error.retry_after % 1 else int(error.retry_after)
+    if (status := getattr(error, "upstream_status", None)) is not None:
+        data["upstreamStatus"] = status
+    return orjson.dumps(data)
+
+
+def done_data(
+    answer: Answer,
+    *,
+    finish_reason: str | None,
+    model: str,
+    cost: float | None,
+    estimated: bool,
+    ttft_ms: int | None,
+    total_ms: int | None,
+) -> bytes:
+    """The data of a `done` event; what is not known is null.
+
+    Args:
+        answer: what its chunks told.
+        finish_reason: the upstream's word, or ours where it gave none.
+        model: what was asked for, where the upstream named none.
+        cost: USD.
+        estimated: the cost rests on our count and not on the upstream's usage.
+        ttft_ms: from the claim to the first chunk.
+        total_ms: from the claim to the end.
+    """
+    return orjson.dumps(
+        {
+            "finishReason": finish_reason,
+            "nativeFinishReason": answer.native_finish_reason,
+            "model": answer.model or model,
+            "provider": answer.provider,
+            "generationId": answer.generation_id,
+            "usage": answer.usage,
+            "cost": cost,
+            "estimated": estimated,
+            "ttftMs": ttft_ms,
+            "totalMs": total_ms,
+        },
+        default=str,
+    )
+
+
+def cancelled_before_start(model: str | None = None) -> Terminal:
+    """The end of a session that was cancelled while it was prepared: nothing was sent and nothing is billed."""
+    data = orjson.dumps(
+        {
+            "finishReason": "cancelled",
+            "nativeFinishReason": None,
+            "model": model,
+            "provider": None,
+            "generationId": None,
+            "usage": None,
+            "cost": 0,
+            "estimated": False,
+            "ttftMs": None,
+            "totalMs": 0,
+        }
+    )
+    return Terminal(State.CANCELLED, "done", Cursor(1, 1, end=True), data)

@@ -1,0 +1,75 @@
+"""Which pages may use the broker, and under which names it answers. No I/O.
+
+Origins, because a browser lets any page of the internet send requests; host names, because a page can give its own
+name the loopback's address (DNS rebinding) and then counts as same-origin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from urllib.parse import urlsplit
+
+LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+class Verdict(Enum):
+    """What an origin may do."""
+
+    REFUSED = "refused"
+    ALLOWED = "allowed"
+    CREDENTIALS = "credentials"
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """The rules.
+
+    Args:
+        listed: origins such as ``https://a.example``, or ``*`` for all. Nothing listed admits this machine's pages.
+        loopback_only: the service listens on the loopback, so other host names are refused.
+    """
+
+    listed: frozenset[str]
+    loopback_only: bool
+
+    def judge(self, origin: str, host: str | None) -> Verdict:
+        """Whether a page of ``origin`` may use the service that it reached as ``host``."""
+        if origin.lower() in self.listed:
+            return Verdict.CREDENTIALS
+        if "*" in self.listed or self._is_own(origin, host):
+            return Verdict.ALLOWED
+        if not self.listed and _name_and_port(origin)[0] in LOCAL_NAMES:
+            return Verdict.ALLOWED
+        return Verdict.REFUSED
+
+    def answers_to(self, host: str | None) -> bool:
+        """Whether a ``Host`` header may name this service."""
+        if not self.loopback_only or host is None:
+            return True
+        name = _split_host(host)[0]
+        return name in LOCAL_NAMES or any(name == _name_and_port(origin)[0] for origin in self.listed)
+
+    @staticmethod
+    def _is_own(origin: str, host: str | None) -> bool:
+        if host is None:
+            return False
+        name, port = _name_and_port(origin)
+        own_name, own_port = _split_host(host)
+        scheme = urlsplit(origin).scheme.lower()
+        # A browser leaves the default port out of both; a proxy may put it into Host.
+        default = _DEFAULT_PORTS.get(scheme)
+        return name is not None and name == own_name and (port or default) == (own_port or default)
+
+
+def _name_and_port(origin: str) -> tuple[str | None, int | None]:
+    try:
+        parts = urlsplit(origin)
+        return parts.hostname, parts.port
+    except ValueError:
+        return None, None
+
+
+def _split_host(host: str) -> tuple[str | None, int | None]:
+    return _name_and_port(f"//{host}")

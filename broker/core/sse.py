@@ -1,0 +1,157 @@
+"""The event stream format, both ways: bytes in, frames out; frames to bytes. No I/O.
+
+The rules are those of the HTML standard, https://html.spec.whatwg.org/multipage/server-sent-events.html,
+under "Interpreting an event stream". What a frame's data means is not known here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_BOM = b"\xef\xbb\xbf"
+_LINE_ENDS = (b"\n", b"\r")
+
+
+class Frame(NamedTuple):
+    """One event as it was dispatched: its type, its data (lines joined by LF), the last id seen up to it."""
+
+    event: str
+    data: bytes
+    id: str
+
+
+class EventTooLarge(ValueError):  # noqa: N818 - says what happened, as the tree of errors does
+    """An event grew over its bound before it was complete."""
+
+
+class Decoder:
+    """Turns the bytes of an event stream, cut anywhere, into frames.
+
+    An event that no blank line closed when the stream ends is dropped, as the standard says: the decoder
+    has no ``flush``.
+
+    Args:
+        max_event_bytes: bound of one event's lines together; more raises `EventTooLarge`.
+
+    Attributes:
+        last_event_id: the id that a reconnecting client would send.
+        retry: the reconnection time in milliseconds that the stream asked for, if it did.
+    """
+
+    def __init__(self, max_event_bytes: int) -> None:
+        self.last_event_id = ""
+        self.retry: int | None = None
+        self._max_event_bytes = max_event_bytes
+        self._at_start = True
+        self._after_cr = False
+        self._partial: list[bytes] = []
+        self._partial_bytes = 0
+        self._event = ""
+        self._id = ""
+        self._data: list[bytes] = []
+        self._data_bytes = 0
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """Take the next bytes and return the events that they complete.
+
+        Raises:
+            EventTooLarge: and the decoder is of no more use.
+        """
+        if self._at_start:
+            data = self._without_bom(data)
+        if self._after_cr and data:
+            # The CR ended its line when it came; a LF right behind it belongs to the same line end.
+            self._after_cr = False
+            data = data.removeprefix(b"\n")
+        if not data:
+            return []
+        if b"\n" not in data and b"\r" not in data:
+            self._hold(data)
+            return []
+        if self._partial:
+            self._partial.append(data)
+            data = b"".join(self._partial)
+            self._partial.clear()
+            self._partial_bytes = 0
+        self._after_cr = data.endswith(b"\r")
+        lines = data.splitlines()
+        if not data.endswith(_LINE_ENDS):
+            self._hold(lines.pop())
+        return self._read(lines)
+
+    def _without_bom(self, data: bytes) -> bytes:
+        data = b"".join((*self._partial, data))
+        self._partial.clear()
+        self._partial_bytes = 0
+        if len(data) < len(_BOM) and _BOM.startswith(data):
+            self._hold(data)
+            return b""
+        self._at_start = False
+        return data.removeprefix(_BOM)
+
+    def _hold(self, data: bytes) -> None:
+        self._partial.append(data)
+        self._partial_bytes += len(data)
+        self._check(self._partial_bytes)
+
+    def _check(self, more: int) -> None:
+        if self._data_bytes + more > self._max_event_bytes:
+            raise EventTooLarge(f"an event of over {self._max_event_bytes} bytes")
+
+    def _read(self, lines: list[bytes]) -> list[Frame]:
+        frames = []
+        for line in lines:
+            if not line:
+                if (frame := self._dispatch()) is not None:
+                    frames.append(frame)
+            elif line.startswith(b"data: "):  # nearly every line of a chat stream
+                self._add_data(line[6:])
+            else:
+                self._field(line)
+        return frames
+
+    def _dispatch(self) -> Frame | None:
+        self.last_event_id = self._id
+        data, event = self._data, self._event
+        self._event = ""
+        if not data:
+            return None
+        self._data = []
+        self._data_bytes = 0
+        return Frame(event or "message", data[0] if len(data) == 1 else b"\n".join(data), self._id)
+
+    def _add_data(self, value: bytes) -> None:
+        self._data.append(value)
+        self._data_bytes += len(value) + 1
+        if self._data_bytes > self._max_event_bytes:
+            self._check(0)
+
+    def _field(self, line: bytes) -> None:
+        name, _, value = line.partition(b":")  # a comment has an empty name
+        value = value.removeprefix(b" ")
+        if name == b"data":
+            self._add_data(value)
+        elif name == b"event":
+            self._event = value.decode("utf-8", "replace")
+        elif name == b"id" and b"\0" not in value:
+            self._id = value.decode("utf-8", "replace")
+        elif name == b"retry" and value.isdigit():
+            self.retry = int(value[:18])
+
+
+def encode_event(event: str, data: bytes, event_id: str | None = None) -> bytes:
+    """Bytes of one event. ``data`` may hold line ends of any kind; each line becomes a ``data:`` line."""
+    head = f"id: {event_id}\nevent: {event}\n" if event_id is not None else f"event: {event}\n"
+    if b"\n" in data or b"\r" in data:
+        data = b"\ndata: ".join(data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"))
+    return b"%bdata: %b\n\n" % (head.encode(), data)
+
+
+def encode_comment(text: str) -> bytes:
+    """Bytes that keep a line alive and that no client shows. ``text`` is one line."""
+    return f": {text}\n\n".encode()
+
+
+def encode_retry(milliseconds: int) -> bytes:
+    """Bytes that set a client's reconnection time, without an event."""
+    return b"retry: %d\n\n" % milliseconds

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.core.sse import Decoder, EventTooLarge, Frame, encode_comment, encode_event, encode_retry
+
+STREAM = (
+    b"\xef\xbb\xbf: comment\n\nid: 1\nevent: chunk\ndata: one\ndata: two\r\n\r\ndata:tight\rdata\r\r"
+    b"retry: 2500\nid\ndata: \xe2\x82\xac \xf0\x9f\x98\x80\n\nunknown: x\nevent: lost\n\ndata\n\ndata:  two spaces\n\n"
+)
+FRAMES = [
+    Frame("chunk", b"one\ntwo", "1"),
+    Frame("message", b"tight\n", "1"),
+    Frame("message", "€ 😀".encode(), ""),
+    Frame("message", b"", ""),
+    Frame("message", b" two spaces", ""),
+]
+
+PIECES = [b"data: a", b"data:", b"\n", b"\r", b"\r\n", b":", b"id: 7", b"x", b"\n\n", b"\xef\xbb\xbf"]
+
+
+def decode(*pieces: bytes, limit: int = 10_000) -> list[Frame]:
+    decoder = Decoder(limit)
+    return [frame for piece in pieces for frame in decoder.feed(piece)]
+
+
+def feed_all(decoder: Decoder, pieces: list[bytes]) -> None:
+    for piece in pieces:
+        decoder.feed(piece)
+
+
+def cut(data: bytes, places: list[int]) -> list[bytes]:
+    edges = [0, *sorted(p % (len(data) + 1) for p in places), len(data)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def test_all_line_ends_fields_and_a_bom_are_read() -> None:
+    assert decode(STREAM) == FRAMES
+
+
+def test_byte_by_byte_gives_the_same_frames() -> None:
+    assert decode(*(STREAM[i : i + 1] for i in range(len(STREAM)))) == FRAMES
+
+
+@given(st.lists(st.integers(0, 500)))
+def test_any_cut_gives_the_same_frames(places: list[int]) -> None:
+    assert decode(*cut(STREAM, places)) == FRAMES
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            PIECES
+        )
+    ),
+    st.lists(st.integers(0, 500)),
+)
+def test_any_cut_of_any_stream_gives_the_same_frames(parts: list[bytes], places: list[int]) -> None:
+    stream = b"".join(parts)
+    assert decode(*cut(stream, places)) == decode(stream)
+
+
+@given(st.text().filter(lambda t: "\x00" not in t), st.lists(st.integers(0, 500)))
+def test_what_is_encoded_is_decoded(text: str, places: list[int]) -> None:
+    lines = text.encode("utf-8", "replace").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    event = encode_event("chunk", text.encode("utf-8", "replace"), "1-7")
+    assert decode(*cut(event, places)) == [Frame("chunk", lines, "1-7")]
+
+
+def test_an_event_without_a_blank_line_is_dropped() -> None:
+    assert decode(b"data: half\n") == []
+
+
+def test_comments_and_retries_are_no_events() -> None:
+    decoder = Decoder(1000)
+    assert decoder.feed(encode_comment("hello") + encode_retry(2500)) == []
+    assert decoder.retry == 2500
+
+
+def test_an_id_with_a_nul_is_ignored_and_an_empty_one_resets() -> None:
+    decoder = Decoder(1000)
+    decoder.feed(b"id: 4\n\nid: 5\0\n\n")
+    assert decoder.last_event_id == "4"
+    decoder.feed(b"id\n\n")
+    assert decoder.last_event_id == ""
+
+
+def test_an_id_counts_only_once_its_event_is_complete() -> None:
+    decoder = Decoder(1000)
+    decoder.feed(b"id: 4\ndata: x\n\nid: 5\ndata: y\n")
+    assert decoder.last_event_id == "4"
+
+
+@pytest.mark.parametrize("piece", [b"data: " + b"x" * 50, b"data: xxxx\n"])
+def test_an_event_over_its_bound_is_refused(piece: bytes) -> None:
+    decoder = Decoder(100)
+    with pytest.raises(EventTooLarge):
+        feed_all(decoder, [piece] * 100)
+
+
+def test_many_events_together_may_be_larger_than_the_bound_of_one() -> None:
+    assert len(decode(b"data: 0123456789\n\n" * 100, limit=20)) == 100
