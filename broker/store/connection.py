@@ -1,0 +1,113 @@
+"""The connection to Redis or Valkey: its bounds, its errors, its scripts. What is stored is not known here.
+
+Redis may be slow, frozen or gone at any moment. So every call is bounded, none is repeated by the client library (a
+repeat of a command that had taken effect is a bug of its own), and every failure leaves as `StoreUnavailable`. Scripts
+are written so that running one again with the same arguments does no harm; who needs a repeat asks for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisError
+
+from broker.core.errors import StoreUnavailable
+
+if TYPE_CHECKING:
+    from redis.commands.core import AsyncScript
+
+SCHEMA = 1
+"""Version of the keys and their contents. Neighbouring releases with another one share a Redis without meeting."""
+
+CALL_TIMEOUT = 1.0
+"""Seconds that one call may take in all, the wait for a connection included."""
+
+MAX_CONNECTIONS = 64
+"""Connections a worker opens. Commands take microseconds; more would only move the queue into Redis."""
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """Turn whatever redis-py raises, a timeout and a broken socket into `StoreUnavailable`."""
+    try:
+        yield
+    except (RedisError, OSError, TimeoutError) as error:
+        raise StoreUnavailable from error
+
+
+class Store:
+    """One worker's way to Redis. Bytes go in and come out.
+
+    Attributes:
+        redis: the client, for commands; use it within `store_errors`.
+        prefix: what every key begins with: the configured prefix and the schema's version.
+    """
+
+    def __init__(self, url: str, key_prefix: str) -> None:
+        self.prefix = f"{key_prefix}:{SCHEMA}"
+        self._pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=MAX_CONNECTIONS,
+            timeout=CALL_TIMEOUT,
+            socket_timeout=CALL_TIMEOUT,
+            socket_connect_timeout=CALL_TIMEOUT,
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+            lib_name=None,
+            lib_version=None,
+        )
+        self.redis: Redis = Redis(connection_pool=self._pool)
+
+    def session_key(self, kind: str, session_id: str) -> str:
+        """A key of a session. The braces put all keys of one session into one slot of a Redis Cluster."""
+        return f"{self.prefix}:{kind}:{{{session_id}}}"
+
+    def script(self, name: str) -> Script:
+        """The Lua script ``lua/<name>.lua``, ready to be run."""
+        text = resources.files("broker.store").joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+        return Script(self.redis.register_script(text))
+
+    async def ping(self) -> None:
+        """Ask whether Redis answers.
+
+        Raises:
+            StoreUnavailable: it does not.
+        """
+        with store_errors():
+            async with asyncio.timeout(CALL_TIMEOUT):
+                await self.redis.ping()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.redis.aclose()
+        await self._pool.aclose()
+
+
+class Script:
+    """A Lua script as an awaitable function with a bound."""
+
+    def __init__(self, script: AsyncScript) -> None:
+        self._script = script
+
+    async def __call__(
+        self, keys: Sequence[str], args: Sequence[str | bytes | int | float], *, timeout: float = CALL_TIMEOUT
+    ) -> Any:
+        """Run it and return its reply.
+
+        Raises:
+            StoreUnavailable: Redis is away, full, or took longer than ``timeout`` seconds. The script may have run
+                or may yet run.
+        """
+        with store_errors():
+            async with asyncio.timeout(timeout):
+                try:
+                    return await self._script(keys=keys, args=args)
+                except NoScriptError:  # flushed between the library's own load and its second try
+                    return await self._script(keys=keys, args=args)

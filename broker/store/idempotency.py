@@ -1,0 +1,82 @@
+"""Idempotency keys in Redis: which session a client's key has made, and of which body."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import orjson
+
+from broker.core.errors import IdempotencyConflict
+from broker.store.connection import store_errors
+
+if TYPE_CHECKING:
+    from broker.store.connection import Store
+
+
+class Binding(NamedTuple):
+    """What a key stands for: its session's answer, and the bytes under which Redis holds it."""
+
+    answer: dict[str, Any]
+    raw: bytes
+
+    @property
+    def session_id(self) -> str:
+        """The session that the key has made."""
+        return str(self.answer["sessionId"])
+
+
+class IdempotencyStore:
+    """Bindings of keys to sessions.
+
+    Args:
+        store: the connection.
+        ttl: seconds that a binding is kept: as long as a session can live.
+    """
+
+    def __init__(self, store: Store, *, ttl: int) -> None:
+        self._store = store
+        self._ttl = ttl
+        self._bind = store.script("idempotent")
+
+    async def find(self, client: str, key: str, digest: str) -> Binding | None:
+        """The binding of a key, if it has one.
+
+        Raises:
+            IdempotencyConflict: it was made by another body.
+            StoreUnavailable: Redis cannot be reached.
+        """
+        with store_errors():
+            raw: Any = await self._store.redis.get(self._key(client, key))
+        return _read(raw, digest) if raw is not None else None
+
+    async def bind(
+        self, client: str, key: str, digest: str, answer: dict[str, Any], *, instead_of: Binding | None
+    ) -> Binding:
+        """Bind a key, unless somebody else has just done so; returns the binding that holds.
+
+        Args:
+            client: whose key.
+            key: the key.
+            digest: hash of the body.
+            answer: what /prepare answers.
+            instead_of: a binding whose session is gone.
+
+        Raises:
+            IdempotencyConflict: it was bound with another body in the meantime.
+            StoreUnavailable: Redis cannot be reached.
+        """
+        mine = orjson.dumps({"body": digest, "answer": answer})
+        replaced = instead_of.raw if instead_of is not None else b""
+        return _read(await self._bind([self._key(client, key)], [self._ttl, mine, replaced]), digest)
+
+    def _key(self, client: str, key: str) -> str:
+        name = hashlib.sha256(f"{client}\0{key}".encode()).hexdigest()[:32]
+        return f"{self._store.prefix}:idempotency:{name}"
+
+
+def _read(raw: bytes, digest: str) -> Binding:
+    held = orjson.loads(raw)
+    if held["body"] != digest:
+        raise IdempotencyConflict
+    return Binding(held["answer"], raw)
