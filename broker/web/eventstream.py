@@ -1,0 +1,90 @@
+"""A response that an EventSource reads: aiohttp-sse's, with our headers and a way to write without waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING
+
+from aiohttp import hdrs, web
+from aiohttp_sse import EventSourceResponse
+
+from broker.core.sse import encode_comment, encode_retry
+
+if TYPE_CHECKING:
+    from aiohttp.abc import AbstractStreamWriter
+
+NEVER = 10 * 365 * 86_400.0
+"""Seconds. The library's own ping comes at fixed times; ours come after silence, from one timer for all streams."""
+
+JITTER = 0.2
+"""Pages that lost their line together do not come back together: part by which reconnection times vary."""
+
+
+class EventStream(EventSourceResponse):
+    """The stream of one viewer; a `relay.viewer.Line`.
+
+    Args:
+        send_timeout: seconds after which a reader that takes nothing is cut off.
+    """
+
+    def __init__(self, *, send_timeout: float) -> None:
+        super().__init__(sep="\n", send_timeout=send_timeout, ping_interval=NEVER)
+        self.headers[hdrs.CONTENT_TYPE] = "text/event-stream; charset=utf-8"
+        self.headers[hdrs.CACHE_CONTROL] = "no-cache, no-transform"
+        self._stall_timeout = send_timeout
+        self._transport: asyncio.Transport | None = None
+        self._writer: AbstractStreamWriter | None = None
+        self._chunked = False
+
+    async def open(self, request: web.Request, retry_ms: int) -> None:
+        """Send the headers, the reconnection time and a comment, at once and in one write.
+
+        Raises:
+            ConnectionError: the client has left already.
+        """
+        if request.transport is None:  # the library asserts it
+            raise ConnectionResetError("the client left before its stream began")
+        self._writer = await self.prepare(request)
+        self._transport = request.transport
+        self._chunks = request.version >= (1, 1)
+        await super().write(opening(retry_ms))
+
+    def write_now(self, block: bytes) -> None:
+        """Hand bytes to the socket without waiting.
+
+        The way around `send` and `write`: these cost two coroutines, a timeout's bookkeeping and a frame built field
+        by field for each event, about 12 µs; this costs under 2, at every chunk of every stream.
+        """
+        transport = self._transport
+        if transport is not None and not transport.is_closing():
+            transport.write(b"%x\r\n%b\r\n" % (len(block), block) if self._chunks else block)
+
+    def backlog(self) -> int:
+        """Bytes that the socket has not taken yet."""
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    async def drain(self) -> None:
+        """Wait until the backlog is small; cut a reader off that takes nothing for `send_timeout` seconds.
+
+        Raises:
+            ConnectionError: it was cut off, or left.
+        """
+        before = self.backlog()
+        while before and self._writer is not None:
+            try:
+                async with asyncio.timeout(self._stall_timeout):
+                    await self._writer.drain()
+                return
+            except TimeoutError:
+                left = self.backlog()
+                if left >= before:
+                    self._abort_transport()
+                    raise ConnectionAbortedError("the reader took nothing for too long") from None
+                before = left
+
+
+def opening(retry_ms: int) -> bytes:
+    """What a stream begins with: when to come back, and a comment that gets it through buffering proxies."""
+    spread = random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - jitter is no secret
+    return encode_retry(round(retry_ms * spread)) + encode_comment("stream")

@@ -1,0 +1,36 @@
+"""Health, for orchestrators and proxies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from broker.core.errors import StoreUnavailable
+from broker.web.errors import json_response
+from broker.web.keys import REGISTRY, STORE, STORE_SEEN
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+
+async def live(request: web.Request) -> web.Response:  # noqa: ARG001 - a handler takes a request
+    """The process runs and its loop turns."""
+    return json_response({"status": "ok"})
+
+
+async def ready(request: web.Request) -> web.Response:
+    """Whether to send requests here.
+
+    503 until Redis has answered once, and while draining. When Redis goes away later every worker loses it at once,
+    and a proxy that took all of them out would cut every stream; so that is told and is still a 200.
+    """
+    if request.app[REGISTRY].draining:
+        return json_response({"status": "draining", "reason": "shutting down"}, status=503)
+    seen = request.app[STORE_SEEN]
+    try:
+        await request.app[STORE].ping()
+    except StoreUnavailable:
+        if seen.is_set():
+            return json_response({"status": "degraded", "reason": "redis cannot be reached"})
+        return json_response({"status": "starting", "reason": "redis has not answered yet"}, status=503)
+    seen.set()
+    return json_response({"status": "ok"})

@@ -1,0 +1,27 @@
+"""What the handlers are given: typed keys of the application, filled by the composition root."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from broker.admission import Admission
+from broker.catalog import Catalog
+from broker.core.origins import Origins
+from broker.relay.registry import Registry
+from broker.settings import Settings
+from broker.store.connection import Store
+from broker.web.identity import Identifier
+
+SETTINGS = web.AppKey("settings", Settings)
+ORIGINS = web.AppKey("origins", Origins)
+STORE = web.AppKey("store", Store)
+CATALOG = web.AppKey("catalog", Catalog)
+ADMISSION = web.AppKey("admission", Admission)
+IDENTIFIER = web.AppKey("identifier", Identifier)
+STORE_SEEN = web.AppKey("store_seen", asyncio.Event)
+"""Redis has answered at least once."""
+REGISTRY = web.AppKey("registry", Registry)
+
+REQUEST_ID = web.RequestKey("request_id", str)

@@ -1,0 +1,126 @@
+"""What holds for every request: its id, the host and origin it may come from, errors as JSON, one line in the log."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+from aiohttp import hdrs, web
+
+from broker.core.errors import BrokerError, HostNotAllowed, InternalError, OriginNotAllowed
+from broker.core.origins import Verdict
+from broker.core.session import short
+from broker.web.errors import error_response, from_http
+from broker.web.keys import ORIGINS, REQUEST_ID
+
+if TYPE_CHECKING:
+    from aiohttp.typedefs import Handler
+
+log = structlog.get_logger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+_PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, POST, DELETE",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, If-None-Match",
+    "Access-Control-Max-Age": "600",
+}
+_EXPOSED = "Location, Retry-After, ETag, RateLimit, RateLimit-Policy, X-Request-Id"
+
+
+@web.middleware
+async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """The outermost layer. Nothing but a cancellation and a broken line passes it as an exception."""
+    started = time.monotonic()
+    request[REQUEST_ID] = _request_id(request)
+    response = await _answer(request, handler)
+    if log.is_enabled_for(20):  # info; the line is not even built where nobody reads it
+        log.info(
+            "request",
+            method=request.method,
+            path=_shown_path(request.path),
+            status=response.status,
+            ms=round((time.monotonic() - started) * 1000, 1),
+            request_id=request[REQUEST_ID],
+        )
+    return response
+
+
+async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        _check_host_and_origin(request)
+        if _is_preflight(request):
+            return web.Response(status=204, headers=_PREFLIGHT)
+        return await handler(request)
+    except BrokerError as error:
+        if error.__cause__ is not None:
+            log.warning(
+                "refused", code=error.code, request_id=request[REQUEST_ID], cause=repr(error.__cause__)
+            )
+        return error_response(error)
+    except web.HTTPException as error:
+        refusal = from_http(error)
+        if refusal is None:
+            raise
+        response = error_response(refusal)
+        if hdrs.ALLOW in error.headers:
+            response.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
+        return response
+    except ConnectionError:
+        raise
+    except Exception:
+        log.exception("internal error", request_id=request[REQUEST_ID])
+        return error_response(
+            InternalError(f"Something went wrong on our side (request {request[REQUEST_ID]}).")
+        )
+
+
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """A signal for every response, streams included: the request's id, and what CORS wants of it."""
+    headers = response.headers
+    headers["X-Request-Id"] = request.get(REQUEST_ID, "")
+    origin = request.headers.get(hdrs.ORIGIN)
+    headers.add(hdrs.VARY, "Origin")
+    if origin is None:
+        return
+    verdict = request.app[ORIGINS].judge(origin, request.headers.get(hdrs.HOST))
+    if verdict is Verdict.REFUSED:
+        return
+    headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
+    headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = _EXPOSED
+    if verdict is Verdict.CREDENTIALS:
+        headers[hdrs.ACCESS_CONTROL_ALLOW_CREDENTIALS] = "true"
+
+
+def _check_host_and_origin(request: web.Request) -> None:
+    origins = request.app[ORIGINS]
+    host = request.headers.get(hdrs.HOST)
+    if not origins.answers_to(host):
+        raise HostNotAllowed
+    origin = request.headers.get(hdrs.ORIGIN)
+    if origin is not None and origins.judge(origin, host) is Verdict.REFUSED:
+        raise OriginNotAllowed
+
+
+def _is_preflight(request: web.Request) -> bool:
+    return (
+        request.method == hdrs.METH_OPTIONS
+        and hdrs.ORIGIN in request.headers
+        and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
+    )
+
+
+def _request_id(request: web.Request) -> str:
+    given = request.headers.get("X-Request-Id", "")
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def _shown_path(path: str) -> str:
+    """The path as a log may carry it: of a session id, the first 8 characters."""
+    head, _, rest = path.removeprefix("/stream/").partition("/")
+    if not path.startswith("/stream/"):
+        return path[:100]
+    return f"/stream/{short(head)}" + (f"/{rest[:20]}" if rest else "")

@@ -1,0 +1,54 @@
+"""POST /prepare."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+from aiohttp import hdrs, web
+
+from broker.core.errors import BodyTooLarge, InvalidJson, InvalidRequest, UnsupportedMediaType
+from broker.web.errors import json_response
+from broker.web.keys import ADMISSION, IDENTIFIER, SETTINGS
+
+BODY_TIMEOUT = 30.0
+"""Seconds that a body may take to arrive."""
+
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+async def prepare(request: web.Request) -> web.Response:
+    """Validate a chat request, trim it to fit, and store it for the stream that will claim it."""
+    key = _idempotency_key(request)
+    body = await _body(request, request.app[SETTINGS].max_body)
+    admitted = await request.app[ADMISSION].admit(
+        body,
+        client=request.app[IDENTIFIER].client_of(request),
+        referer=request.headers.get(hdrs.ORIGIN, ""),
+        idempotency_key=key,
+    )
+    return json_response(
+        admitted.answer,
+        status=201 if admitted.created else 200,
+        headers={hdrs.LOCATION: f"/stream/{admitted.answer['sessionId']}"},
+    )
+
+
+async def _body(request: web.Request, limit: int) -> bytes:
+    if request.content_type != "application/json":
+        raise UnsupportedMediaType
+    if (request.content_length or 0) > limit:
+        raise BodyTooLarge(f"The body may have at most {limit} bytes.")
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            return await request.read()
+    except TimeoutError:
+        raise InvalidJson("The body did not arrive in time.") from None
+
+
+def _idempotency_key(request: web.Request) -> str | None:
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
+        message = "must be 1 to 255 visible ASCII characters"
+        raise InvalidRequest(details=[{"field": "Idempotency-Key", "message": message}])
+    return key

@@ -1,0 +1,102 @@
+"""GET /stream/<id>, and the two ways to cancel it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from aiohttp import hdrs, web
+
+from broker.core.errors import BrokerError, SessionNotFound
+from broker.core.events import refusal_event, terminal_event
+from broker.core.session import Cursor, Terminal, is_session_id, parse_cursor
+from broker.relay.viewer import Viewer
+from broker.web.errors import json_response, may_come_again
+from broker.web.eventstream import EventStream
+from broker.web.keys import REGISTRY, SETTINGS
+
+if TYPE_CHECKING:
+    from broker.relay.generation import Generation
+
+COME_AGAIN_MS = 3000
+"""Milliseconds after which a page comes back to a session that cannot be served now."""
+
+
+async def stream(request: web.Request) -> web.StreamResponse:
+    """Claim a session, or follow one, as an event stream.
+
+    A browser's EventSource can read neither the status nor the body of anything but a 200 and gives up on it for
+    good. So a caller who accepts event streams is told of errors by an event, and anybody else by status and JSON.
+    """
+    if _is_prefetch(request):
+        return _nothing(hdrs.CACHE_CONTROL)
+    cursor: Cursor | None = None
+    try:
+        cursor = _cursor(request)
+        if cursor is not None and cursor.end:
+            return _nothing()
+        session_id = request.match_info["session_id"]
+        if not is_session_id(session_id):
+            raise SessionNotFound
+        found = await request.app[REGISTRY].find(session_id, cursor)
+    except BrokerError as error:
+        if not _wants_events(request):
+            raise
+        return await _refuse(request, error, cursor)
+    if isinstance(found, Terminal):
+        return await _say(request, terminal_event(found), request.app[SETTINGS].retry_ms)
+    return await _show(request, found, cursor)
+
+
+async def cancel(request: web.Request) -> web.Response:
+    """Stop a session. The id is all it takes, so that a page can do it by `sendBeacon` while it unloads."""
+    session_id = request.match_info["session_id"]
+    if not is_session_id(session_id):
+        raise SessionNotFound
+    before = await request.app[REGISTRY].cancel(session_id)
+    return json_response({"state": before.state}, status=202 if before.accepted else 200)
+
+
+async def _show(request: web.Request, generation: Generation, cursor: Cursor | None) -> web.StreamResponse:
+    """Let a viewer follow a generation to its end."""
+    settings, registry = request.app[SETTINGS], request.app[REGISTRY]
+    response = EventStream(send_timeout=settings.send_timeout)
+    viewer = Viewer(generation.feed, response, cursor, asyncio.get_running_loop().time())
+    with generation.watched(), registry.viewing(viewer):
+        await response.open(request, settings.retry_ms)
+        async with response:
+            await viewer.follow()
+    return response
+
+
+async def _refuse(request: web.Request, error: BrokerError, cursor: Cursor | None) -> web.StreamResponse:
+    if may_come_again(error):
+        return await _say(request, b"", COME_AGAIN_MS)
+    return await _say(request, refusal_event(error, cursor), request.app[SETTINGS].retry_ms)
+
+
+async def _say(request: web.Request, event: bytes, retry_ms: int) -> web.StreamResponse:
+    """A stream of one event, or of none."""
+    response = EventStream(send_timeout=request.app[SETTINGS].send_timeout)
+    await response.open(request, retry_ms)
+    async with response:
+        if event:
+            response.write_now(event)
+    return response
+
+
+def _cursor(request: web.Request) -> Cursor | None:
+    """The header wins: the query is of the page that was loaded, the header of the line that was lost since."""
+    return parse_cursor(request.headers.get("Last-Event-ID") or request.query.get("lastEventId", ""))
+
+
+def _wants_events(request: web.Request) -> bool:
+    return "text/event-stream" in request.headers.get(hdrs.ACCEPT, "").lower()
+
+
+def _is_prefetch(request: web.Request) -> bool:
+    return request.method == hdrs.METH_HEAD or "prefetch" in request.headers.get("Sec-Purpose", "").lower()
+
+
+def _nothing(*no_store: str) -> web.Response:
+    return web.Response(status=204, headers=dict.fromkeys(no_store, "no-store"))
