@@ -1,0 +1,335 @@
+"""The parameters of a chat request: their types and ranges, and which of them only an operator can open.
+
+`Parameters` is what every page may send. What would let a page raise its own cost or reach is either missing from
+it (plugins, transforms, image_config, …) or narrower than the upstream takes it (`CLOSABLE`).
+
+Names and ranges: https://openrouter.ai/docs/api-reference/parameters and the schema of its chat completions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal, Required
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, with_config
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
+
+from broker.core.messages import (
+    INNER,
+    PLAIN,
+    UNKNOWN,
+    CacheControl,
+    Message,
+    Name,
+    TextContent,
+    by_key,
+    by_kind,
+    tagged,
+)
+
+MAX_MODELS = 16
+MAX_TOOLS = 128
+MAX_CHOICES = 128
+
+_PRICE = re.compile(r"[0-9]{1,12}(\.[0-9]{1,18})?")
+_LARGEST_EXACT = 2**53  # beyond it a browser cannot write every whole number
+
+
+def _only_true(value: bool) -> bool:
+    if not value:
+        raise PydanticCustomError("stream", "Every answer is streamed here: leave this out or set it to true")
+    return value
+
+
+def _price(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and math.isfinite(value) and value >= 0:
+        return value
+    if isinstance(value, str) and _PRICE.fullmatch(value):
+        return value
+    raise PydanticCustomError("price", "Input should be a price: a number or a decimal string, not negative")
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Positive = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=_LARGEST_EXACT)]
+Price = Annotated[Any, BeforeValidator(_price)]
+Names = Annotated[list[Name], Field(max_length=64, fail_fast=True)]
+FunctionName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[!-~]+$")]
+Effort = Literal["max", "xhigh", "high", "medium", "low", "minimal", "none"]
+SortBy = Literal["price", "throughput", "latency", "exacto"]
+
+
+class StreamOptions(TypedDict, total=False):
+    """Taken for the sake of those clients that always send it; ours goes upstream."""
+
+    include_usage: bool | None
+    include_obfuscation: bool | None
+
+
+class Usage(TypedDict, total=False):
+    """Deprecated: the usage always comes."""
+
+    include: bool | None
+
+
+class Reasoning(TypedDict, total=False):
+    """How much the model may think."""
+
+    effort: Effort | None
+    max_tokens: Count | None
+    exclude: bool | None
+    enabled: bool | None
+    summary: Literal["auto", "concise", "detailed"] | None
+
+
+class Sorting(TypedDict, total=False):
+    """By what providers are sorted, and whether within a model or across them."""
+
+    by: SortBy | None
+    partition: Literal["model", "none"] | None
+
+
+class Percentiles(TypedDict, total=False):
+    """A threshold for each percentile."""
+
+    p50: Positive | None
+    p75: Positive | None
+    p90: Positive | None
+    p99: Positive | None
+
+
+class MaxPrice(TypedDict, total=False):
+    """USD per million tokens, per picture and per request."""
+
+    prompt: Price
+    completion: Price
+    image: Price
+    audio: Price
+    request: Price
+
+
+Threshold = Annotated[Annotated[Positive, PLAIN] | Annotated[Percentiles, INNER], by_kind(dict)]
+
+
+class Provider(TypedDict, total=False):
+    """Which providers may serve the request, and in what order."""
+
+    allow_fallbacks: bool | None
+    require_parameters: bool | None
+    data_collection: Literal["allow", "deny"] | None
+    zdr: bool | None
+    enforce_distillable_text: bool | None
+    order: Names | None
+    only: Names | None
+    ignore: Names | None
+    quantizations: Names | None
+    sort: Annotated[Annotated[SortBy, PLAIN] | Annotated[Sorting, INNER], by_kind(dict)] | None
+    max_price: MaxPrice | None
+    preferred_min_throughput: Threshold | None
+    preferred_max_latency: Threshold | None
+
+
+class Function(TypedDict, total=False):
+    """What a model may call; the parameters are a JSON schema."""
+
+    name: Required[FunctionName]
+    description: str | None
+    parameters: dict[str, Any] | None
+    strict: bool | None
+
+
+class FunctionTool(TypedDict, total=False):
+    """A tool that runs at the caller's, unlike those that the upstream runs and bills."""
+
+    type: Required[Literal["function"]]
+    function: Required[Function]
+    cache_control: CacheControl | None
+
+
+class ChosenFunction(TypedDict):
+    """Names a function."""
+
+    name: FunctionName
+
+
+class ToolChoice(TypedDict):
+    """Makes the model call this function."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class PlainFormat(TypedDict):
+    """A format without settings."""
+
+    type: Literal["text", "json_object", "python"]
+
+
+class JsonSchema(TypedDict, total=False):
+    """A JSON schema for the answer."""
+
+    name: Required[FunctionName]
+    description: str | None
+    schema: dict[str, Any] | None
+    strict: bool | None
+
+
+class JsonSchemaFormat(TypedDict):
+    """JSON to a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class GrammarFormat(TypedDict):
+    """Text to a grammar."""
+
+    type: Literal["grammar"]
+    grammar: str
+
+
+FormatType = Literal["text", "json_object", "json_schema", "grammar", "python"]
+
+
+class UnknownFormat(TypedDict):
+    """Refuses a format that is none of the above, at its type."""
+
+    type: FormatType
+
+
+ResponseFormat = Annotated[
+    Annotated[PlainFormat, tagged("text")]
+    | Annotated[PlainFormat, tagged("json_object")]
+    | Annotated[PlainFormat, tagged("python")]
+    | Annotated[JsonSchemaFormat, tagged("json_schema")]
+    | Annotated[GrammarFormat, tagged("grammar")]
+    | Annotated[UnknownFormat, UNKNOWN],
+    by_key("type", FormatType),
+]
+
+
+class Prediction(TypedDict):
+    """Text that much of the answer is expected to repeat."""
+
+    type: Literal["content"]
+    content: TextContent
+
+
+class CacheOptions(TypedDict, total=False):
+    """Whether only marked prefixes are cached, and how long."""
+
+    mode: Required[Literal["explicit"]]
+    ttl: Annotated[str, Field(max_length=16)] | None
+
+
+@with_config(ConfigDict(extra="allow"))
+class Trace(TypedDict, total=False):
+    """Names for the operator's tracing; keys of one's own are part of the format."""
+
+    trace_id: str
+    trace_name: str
+    span_name: str
+    generation_name: str
+    parent_span_id: str
+
+
+StopText = Annotated[str, Field(max_length=1024)]
+StopTexts = Annotated[list[StopText], Field(max_length=4)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Pairs = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]]
+
+
+@with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))  # holds for all the types within
+class Parameters(TypedDict, total=False):
+    """What every page may send. A null at this level is as good as nothing, and taken out before."""
+
+    messages: Required[Annotated[list[Message], Field(min_length=1)]]
+    model: Name
+    models: Annotated[list[Name], Field(max_length=MAX_MODELS, fail_fast=True)]
+    route: Literal["fallback", "sort"]
+    provider: Provider
+
+    stream: Annotated[bool, AfterValidator(_only_true)]
+    stream_options: StreamOptions
+    usage: Usage
+
+    max_tokens: Count
+    max_completion_tokens: Count
+    n: Annotated[int, Field(ge=1, le=1)]
+    stop: Annotated[Annotated[StopText, PLAIN] | Annotated[StopTexts, INNER], by_kind(list)]
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+    temperature: Annotated[float, Field(ge=0, le=2)]
+    top_p: Share
+    top_k: Annotated[int, Field(ge=0, le=_LARGEST_EXACT)]
+    top_a: Share
+    min_p: Share
+    frequency_penalty: Penalty
+    presence_penalty: Penalty
+    repetition_penalty: Annotated[float, Field(ge=0, le=2)]
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024, fail_fast=True)]
+    logprobs: bool
+    top_logprobs: Annotated[int, Field(ge=0, le=20)]
+
+    reasoning: Reasoning
+    reasoning_effort: Effort
+    include_reasoning: bool
+    verbosity: Literal["low", "medium", "high", "xhigh", "max"]
+
+    response_format: ResponseFormat
+    structured_outputs: bool
+    prediction: Prediction
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)]
+
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+    tool_choice: Annotated[
+        Annotated[Literal["none", "auto", "required"], PLAIN] | Annotated[ToolChoice, INNER], by_kind(dict)
+    ]
+    parallel_tool_calls: bool
+
+    cache_control: CacheControl
+    prompt_cache_key: Annotated[str, Field(max_length=256)]
+    prompt_cache_options: CacheOptions
+    service_tier: Literal["auto", "default", "flex"]
+
+    user: Annotated[str, Field(min_length=1, max_length=256)]
+    session_id: Annotated[str, Field(min_length=1, max_length=256)]
+    metadata: Annotated[Pairs, Field(max_length=16)]
+    trace: Trace
+
+
+@with_config(ConfigDict(strict=True, extra="allow"))
+class OpenedParameters(TypedDict, total=False):
+    """Of what an operator opened, the little that the broker itself must be able to read."""
+
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)]
+    plugins: Annotated[list[dict[str, Any]], Field(max_length=64, fail_fast=True)]
+
+
+PARAMETERS: TypeAdapter[Parameters] = TypeAdapter(Parameters)
+OPENED_PARAMETERS: TypeAdapter[OpenedParameters] = TypeAdapter(OpenedParameters)
+
+# Known to everybody in the narrow form above; opened by name they are passed through as they are.
+CLOSABLE = frozenset({"n", "modalities", "service_tier", "tools", "tool_choice"})
+_ALWAYS_CHECKED = frozenset(Parameters.__annotations__) - CLOSABLE
+
+# Stands for models with this suffix, which search the web at a price of its own.
+ONLINE = ":online"
+
+
+def is_open(name: str, extra_parameters: Iterable[str]) -> bool:
+    """Whether an operator's globs (case-sensitive) open this name."""
+    return any(fnmatchcase(name, glob) for glob in extra_parameters)
+
+
+def opened_parameters(given: Mapping[str, Any], extra_parameters: tuple[str, ...]) -> frozenset[str]:
+    """Those of the given parameters that are not checked, for an operator has opened them."""
+    if not extra_parameters:
+        return frozenset()
+    return frozenset(name for name in given.keys() - _ALWAYS_CHECKED if is_open(name, extra_parameters))

@@ -1,0 +1,104 @@
+"""How many tokens something is likely to be, without any model's tokenizer, and rather too many than too few.
+
+Text is measured in UTF-8 bytes, which a model's bytes per token then turn into tokens. Bytes treat scripts fairly:
+three bytes of English are most of a word and less than a token, three bytes of Chinese are one character and about
+a token. What is not text counts at a flat rate, whatever its length in base64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import orjson
+
+# English prose runs at 4 to 5 bytes a token, code and most other languages at about 3.
+DEFAULT_BYTES_PER_TOKEN = 3.0
+
+# The marks around a message that tell its role, and those around the whole; chat templates use 3 to 5.
+MESSAGE_TOKENS = 6
+PROMPT_TOKENS = 8
+
+# Providers put instructions of their own before a list of tools; the longest published ones are near this.
+TOOLS_TOKENS = 350
+
+IMAGE_TOKENS = 2_000  # a full-size picture on most models
+AUDIO_TOKENS = 4_000  # about two minutes
+FILE_TOKENS = 8_000  # some pages of PDF
+VIDEO_TOKENS = 16_000  # about a minute
+
+PART_TOKENS: Mapping[str, int] = {
+    "image_url": IMAGE_TOKENS,
+    "input_audio": AUDIO_TOKENS,
+    "file": FILE_TOKENS,
+    "video_url": VIDEO_TOKENS,
+    "input_video": VIDEO_TOKENS,
+}
+
+
+class Size(NamedTuple):
+    """What a piece of a prompt measures.
+
+    Attributes:
+        text_bytes: of UTF-8 that a tokenizer will see.
+        flat_tokens: for pictures, sounds and files, and for what surrounds the text.
+    """
+
+    text_bytes: int
+    flat_tokens: int
+
+    def tokens(self, bytes_per_token: float) -> int:
+        """The estimate for a model of this density."""
+        return self.flat_tokens + estimate_text(self.text_bytes, bytes_per_token)
+
+
+def estimate_text(byte_count: int, bytes_per_token: float) -> int:
+    """Tokens of this much UTF-8, rounded up."""
+    return math.ceil(byte_count / bytes_per_token)
+
+
+def estimate_prompt(
+    messages: Iterable[Mapping[str, Any]],
+    parameters: Mapping[str, Any],
+    bytes_per_token: float = DEFAULT_BYTES_PER_TOKEN,
+) -> int:
+    """Tokens of a whole prompt: the sum of its parts, each rounded up for itself."""
+    return measure_frame(parameters).tokens(bytes_per_token) + sum(
+        measure_message(message).tokens(bytes_per_token) for message in messages
+    )
+
+
+def measure_frame(parameters: Mapping[str, Any]) -> Size:
+    """What a prompt holds besides its messages: tools, the schema of the answer, a prediction of it."""
+    text_bytes, flat_tokens = 0, PROMPT_TOKENS
+    for name in ("tools", "response_format", "prediction"):
+        if parameters.get(name):
+            text_bytes += len(orjson.dumps(parameters[name]))
+            flat_tokens += TOOLS_TOKENS if name == "tools" else 0
+    return Size(text_bytes, flat_tokens)
+
+
+def measure_message(message: Mapping[str, Any]) -> Size:
+    """What one message measures, everything in it that a model may see."""
+    text_bytes, flat_tokens = 0, MESSAGE_TOKENS
+    for key, value in message.items():
+        if key == "role" or value is None:
+            continue
+        if isinstance(value, str):
+            text_bytes += _utf8_length(value)
+        elif key == "content":
+            for part in value:
+                text_bytes += _utf8_length(part.get("text", ""))
+                flat_tokens += PART_TOKENS.get(part["type"], 0)
+        elif key == "images":
+            flat_tokens += IMAGE_TOKENS * len(value)
+        elif key == "audio":
+            flat_tokens += AUDIO_TOKENS
+        else:
+            text_bytes += len(orjson.dumps(value))
+    return Size(text_bytes, flat_tokens)
+
+
+def _utf8_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
