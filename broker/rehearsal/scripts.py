@@ -1,0 +1,276 @@
+"""Scripts of answers that end well, each in a shape of its own; those that fail are in `faults`.
+
+A script is a generator of steps that takes the answer it writes. It never waits, never touches a connection and never
+looks at a clock, so that `list(script(answer))` is a test of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+import orjson
+
+from broker.rehearsal.steps import DONE, Pause, Reply, Script, Send, comment
+from broker.rehearsal.text import (
+    PASSAGES,
+    THOUGHTS,
+    WRITINGS_OF_THE_WORLD,
+    opening_of,
+    passage_for,
+    tokens_of,
+)
+from broker.rehearsal.tools import calls_for, report_on
+
+if TYPE_CHECKING:
+    from broker.rehearsal.answer import Answer
+
+SPEED = 32.0
+"""Tokens a second of an ordinary model."""
+
+FIRST_TOKEN = 0.3
+RHYTHM = (0.5, 1.4, 0.8, 1.1, 0.7, 1.6, 0.9, 1.0)
+"""How long each token takes against the average: uneven as a real model's, and the same in every run."""
+
+SHORT_ANSWER = 60
+
+
+def opening(wait: float = FIRST_TOKEN) -> Script:
+    """The headers and a comment at once, then the wait for the first token."""
+    yield comment()
+    yield Pause(wait)
+
+
+def say(answer: Answer, text: str, speed: float = SPEED) -> Script:
+    """The text, a chunk for each token, at so many tokens a second; as much of it as there is room for."""
+    tokens = answer.fit(tokens_of(answer.ask.until_stop(text)))
+    for token, beat in zip(tokens, cycle(RHYTHM), strict=False):
+        yield answer.content(token)
+        yield Pause(beat / speed)
+
+
+def ending(answer: Answer, reason: str = "stop") -> Script:
+    """The finish reason, the usage, and the mark of the end."""
+    yield answer.finish(reason)
+    yield answer.bill()
+    yield Send(DONE)
+
+
+def tell(answer: Answer, text: str, speed: float = SPEED, wait: float = FIRST_TOKEN) -> Script:
+    """A whole answer of nothing but text."""
+    yield from opening(wait)
+    yield from say(answer, text, speed)
+    yield from ending(answer)
+
+
+def plain(answer: Answer) -> Script:
+    """A passage at the speed of an ordinary model."""
+    return tell(answer, passage_for(answer.ask.question))
+
+
+def slow(answer: Answer) -> Script:
+    """Five seconds of comments, then few words a second."""
+    for _ in range(5):
+        yield from opening(wait=1.0)
+    yield from say(answer, opening_of(passage_for(answer.ask.question)), speed=6)
+    yield from ending(answer)
+
+
+def fast(answer: Answer) -> Script:
+    """All passages, as fast as the socket takes them."""
+    return tell(answer, "\n\n".join(PASSAGES), speed=math.inf, wait=0)
+
+
+def long(answer: Answer) -> Script:
+    """Thousands of chunks."""
+    return tell(answer, "\n\n".join(PASSAGES * 3), speed=180)
+
+
+def echo(answer: Answer) -> Script:
+    """The question back."""
+    return tell(answer, answer.ask.question, speed=200, wait=0.05)
+
+
+def small(answer: Answer) -> Script:
+    """What arrived of the conversation, to make trimming visible."""
+    count, tokens = len(answer.ask.messages), answer.ask.prompt_tokens
+    arrived = f"What reached me of this conversation: messages: {count}, tokens: about {tokens}.\n\n"
+    return tell(answer, arrived + opening_of(passage_for(answer.ask.question)))
+
+
+def empty(answer: Answer) -> Script:
+    """A finish without a word."""
+    yield from opening()
+    yield from ending(answer)
+
+
+def length(answer: Answer) -> Script:
+    """Cut in the middle of a sentence."""
+    answer.room = min(answer.room, SHORT_ANSWER)
+    return plain(answer)
+
+
+def reasoning(answer: Answer) -> Script:
+    """Thoughts first, then the text."""
+    yield from opening()
+    thoughts = answer.fit(tokens_of(THOUGHTS))
+    for token, beat in zip(thoughts, cycle(RHYTHM), strict=False):
+        answer.reasoning_tokens += 1
+        detail = {"type": "reasoning.text", "text": token, "signature": None, "format": "unknown", "index": 0}
+        delta = {"role": "assistant", "content": "", "reasoning": token, "reasoning_details": [detail]}
+        yield answer.chunk(delta)
+        yield Pause(beat / SPEED / 2)
+    yield from say(answer, passage_for(answer.ask.question))
+    yield from ending(answer)
+
+
+def tools(answer: Answer) -> Script:
+    """Calls of functions, their arguments in pieces; or a text, once the results are there."""
+    if answer.ask.tool_results:
+        yield from tell(answer, report_on(answer.ask))
+        return
+    if answer.ask.tool_choice == "none":
+        yield from plain(answer)
+        return
+    yield from opening()
+    for index, (name, arguments) in enumerate(calls_for(answer.ask)):
+        yield from call(answer, index, name, arguments)
+    yield from ending(answer, "tool_calls")
+
+
+def call(answer: Answer, index: int, name: str, arguments: str) -> Script:
+    """One call: who is called in the first chunk, with what in the ones that follow."""
+    function = {"name": name, "arguments": ""}
+    first = {"index": index, "id": f"call_{answer.id[-8:]}_{index}", "type": "function", "function": function}
+    yield answer.chunk({"role": "assistant", "content": None, "tool_calls": [first]})
+    for piece in answer.fit(tokens_of(arguments)):
+        yield Pause(1 / SPEED)
+        yield answer.chunk({"tool_calls": [{"index": index, "function": {"arguments": piece}}]})
+
+
+def cited(answer: Answer) -> Script:
+    """A text, then the pages that it leans on."""
+    text = opening_of(passage_for(answer.ask.question))
+    yield from opening()
+    yield from say(answer, text)
+    yield answer.chunk(
+        {
+            "role": "assistant",
+            "content": "",
+            "annotations": [
+                citation("https://example.com/streams", "Streams for the patient", 0, len(text) // 2),
+                citation(
+                    "https://example.org/errors?lang=en",
+                    "Errors & how to say them",
+                    len(text) // 2,
+                    len(text),
+                ),
+            ],
+        }
+    )
+    yield from ending(answer)
+
+
+def citation(url: str, title: str, start: int, end: int) -> dict[str, object]:
+    """One annotation; the indices are those of the characters of the answer that it supports."""
+    cited = {"url": url, "title": title, "content": title, "start_index": start, "end_index": end}
+    return {"type": "url_citation", "url_citation": cited}
+
+
+def unicode(answer: Answer) -> Script:
+    """Many scripts of the world, with every event torn in the middle of a character."""
+    yield from opening()
+    yield from torn(say(answer, WRITINGS_OF_THE_WORLD))
+    yield from ending(answer)
+
+
+def torn(script: Iterable[object]) -> Script:
+    """The same steps, each write in two halves with a pause between."""
+    for step in script:
+        if isinstance(step, Send):
+            middle = inside_a_character(step.data)
+            yield Send(step.data[:middle])
+            yield Pause(0.01)
+            yield Send(step.data[middle:])
+        elif isinstance(step, Pause):
+            yield step
+
+
+def inside_a_character(data: bytes) -> int:
+    """An index within the first character of several bytes; the middle where there is none."""
+    starts = (at + 1 for at, byte in enumerate(data) if byte >= 0b1100_0000)
+    return next(starts, len(data) // 2)
+
+
+def no_usage(answer: Answer) -> Script:
+    """As plain, without a word on its cost."""
+    yield from opening()
+    yield from say(answer, passage_for(answer.ask.question))
+    yield answer.finish()
+    yield Send(DONE)
+
+
+def usage_with_choices(answer: Answer) -> Script:
+    """The usage on the chunk that finishes, as older services send it."""
+    yield from opening()
+    yield from say(answer, passage_for(answer.ask.question))
+    yield answer.finish(usage=answer.usage())
+    yield Send(DONE)
+
+
+def usage_first(answer: Answer) -> Script:
+    """A usage before the first word as well: the one that comes last is the right one."""
+    yield from opening()
+    yield answer.bill()
+    yield from say(answer, passage_for(answer.ask.question))
+    yield from ending(answer)
+
+
+def no_done(answer: Answer) -> Script:
+    """A finish and a clean close, without the mark of the end."""
+    yield from opening()
+    yield from say(answer, passage_for(answer.ask.question))
+    yield answer.finish()
+    yield answer.bill()
+
+
+def framing(answer: Answer) -> Script:
+    """Everything that the format allows and nearly nobody uses."""
+    yield Send(b"\xef\xbb\xbf")
+    for step in plain(answer):
+        yield Send(reframed(step.data)) if isinstance(step, Send) else step
+
+
+def reframed(data: bytes) -> bytes:
+    """The same event with its data over several lines, without spaces after the colons, and with CRLF."""
+    if not data.startswith(b"data: {"):
+        return data.replace(b"data: ", b"data:").replace(b"\n", b"\r\n")
+    indented = orjson.dumps(orjson.loads(data.removeprefix(b"data: ")), option=orjson.OPT_INDENT_2)
+    lines = (b"data:" + line for line in indented.split(b"\n"))
+    return b"event:message\r\n" + b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def whole(answer: Answer) -> Reply:
+    """The plain passage as one JSON completion."""
+    text = "".join(answer.fit(tokens_of(answer.ask.until_stop(passage_for(answer.ask.question)))))
+    answer.finish_reason = "length" if answer.cut else "stop"
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text, "refusal": None},
+        "finish_reason": answer.finish_reason,
+        "native_finish_reason": answer.finish_reason,
+        "logprobs": None,
+    }
+    body = {**answer.head("chat.completion"), "choices": [choice], "usage": answer.usage()}
+    return Reply(200, orjson.dumps(body), headers={"X-Generation-Id": answer.id})
+
+
+def unstreamed(script: Script, answer: Answer) -> Script:
+    """What a script becomes for a caller who wants no stream: its refusal, or one JSON completion."""
+    for step in script:
+        if isinstance(step, Send):
+            yield whole(answer)
+            return
+        yield step
