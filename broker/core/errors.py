@@ -184,6 +184,12 @@ class Overloaded(ServiceError):
     default_message = "This worker has no room for another stream."
 
 
+class NotYetClaimed(Overloaded):
+    """A page asks to continue a session that has not begun: its claim may still be on the way."""
+
+    default_message = "This session has not begun yet."
+
+
 class SessionError(BrokerError):
     """Ends a session, for all its viewers, in an ``error`` event.
 

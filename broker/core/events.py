@@ -21,6 +21,13 @@ def chunk_event(n: int, data: bytes) -> bytes:
     return b"id: 1-%d\nevent: chunk\ndata: %b\n\n" % (n, data)
 
 
+def chunk_events(chunks: list[bytes], first: int) -> bytes:
+    """Several chunks, numbered from ``first`` on, in one piece."""
+    if len(chunks) == 1:
+        return chunk_event(first, chunks[0])
+    return b"".join([chunk_event(n, data) for n, data in enumerate(chunks, first)])
+
+
 def terminal_event(end: Terminal) -> bytes:
     """The event that ends a session."""
     return encode_event(end.event, end.data, str(end.id))
@@ -89,20 +96,13 @@ def done_data(
     )
 
 
-def cancelled_before_start(model: str | None = None) -> Terminal:
+def cancelled_unseen(cost: float | None) -> bytes:
+    """The data of a `done` event of a cancelled session of which nothing else is known."""
+    known = {"finishReason": "cancelled", "cost": cost, "estimated": False}
+    unknown = ("nativeFinishReason", "model", "provider", "generationId", "usage", "ttftMs", "totalMs")
+    return orjson.dumps(known | dict.fromkeys(unknown))
+
+
+def cancelled_before_start() -> Terminal:
     """The end of a session that was cancelled while it was prepared: nothing was sent and nothing is billed."""
-    data = orjson.dumps(
-        {
-            "finishReason": "cancelled",
-            "nativeFinishReason": None,
-            "model": model,
-            "provider": None,
-            "generationId": None,
-            "usage": None,
-            "cost": 0,
-            "estimated": False,
-            "ttftMs": None,
-            "totalMs": 0,
-        }
-    )
-    return Terminal(State.CANCELLED, "done", Cursor(1, 1, end=True), data)
+    return Terminal(State.CANCELLED, "done", Cursor(1, 1, end=True), cancelled_unseen(0))

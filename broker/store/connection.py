@@ -13,15 +13,18 @@ from contextlib import contextmanager
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+import structlog
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from broker.core.errors import StoreUnavailable
 
 if TYPE_CHECKING:
     from redis.commands.core import AsyncScript
+
+log = structlog.get_logger(__name__)
 
 SCHEMA = 1
 """Version of the keys and their contents. Neighbouring releases with another one share a Redis without meeting."""
@@ -38,6 +41,10 @@ def store_errors() -> Iterator[None]:
     """Turn whatever redis-py raises, a timeout and a broken socket into `StoreUnavailable`."""
     try:
         yield
+    except ResponseError as error:
+        # Redis answers and refuses: it is full, loading, read-only, or we asked for nonsense.
+        log.warning("redis refused", error=str(error)[:300])
+        raise StoreUnavailable from error
     except (RedisError, OSError, TimeoutError) as error:
         raise StoreUnavailable from error
 
@@ -48,10 +55,12 @@ class Store:
     Attributes:
         redis: the client, for commands; use it within `store_errors`.
         prefix: what every key begins with: the configured prefix and the schema's version.
+        bells: what the name of a worker's channel begins with.
     """
 
     def __init__(self, url: str, key_prefix: str) -> None:
         self.prefix = f"{key_prefix}:{SCHEMA}"
+        self.bells = f"{self.prefix}:bell:"
         self._pool = BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,
@@ -72,7 +81,7 @@ class Store:
     def script(self, name: str) -> Script:
         """The Lua script ``lua/<name>.lua``, ready to be run."""
         text = resources.files("broker.store").joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
-        return Script(self.redis.register_script(text))
+        return Script(self.redis, text)
 
     async def ping(self) -> None:
         """Ask whether Redis answers.
@@ -93,11 +102,12 @@ class Store:
 class Script:
     """A Lua script as an awaitable function with a bound."""
 
-    def __init__(self, script: AsyncScript) -> None:
-        self._script = script
+    def __init__(self, redis: Redis, text: str) -> None:
+        self._redis = redis
+        self._script: AsyncScript = redis.register_script(text)
 
     async def __call__(
-        self, keys: Sequence[str], args: Sequence[str | bytes | int | float], *, timeout: float = CALL_TIMEOUT
+        self, keys: Sequence[str], args: Sequence[Any], *, timeout: float = CALL_TIMEOUT
     ) -> Any:
         """Run it and return its reply.
 
@@ -107,7 +117,24 @@ class Script:
         """
         with store_errors():
             async with asyncio.timeout(timeout):
+                return await self._script(keys=keys, args=args)
+
+    async def many(self, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
+        """Run it once for each of ``calls``, pairs of keys and arguments, in one round trip.
+
+        Raises:
+            StoreUnavailable: as above; some may have run.
+        """
+        with store_errors():
+            async with asyncio.timeout(CALL_TIMEOUT):
                 try:
-                    return await self._script(keys=keys, args=args)
-                except NoScriptError:  # flushed between the library's own load and its second try
-                    return await self._script(keys=keys, args=args)
+                    return await self._pipeline(calls)
+                except NoScriptError:  # Redis was restarted or flushed, and none of the calls has run
+                    await self._redis.script_load(self._script.script)
+                    return await self._pipeline(calls)
+
+    async def _pipeline(self, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
+        pipe = self._redis.pipeline(transaction=False)
+        for keys, args in calls:
+            pipe.evalsha(self._script.sha, len(keys), *keys, *args)
+        return list(await pipe.execute())

@@ -5,14 +5,16 @@ The steps are Lua scripts, each named after the row of `core.session.TRANSITIONS
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
-from broker.core.session import Cursor, State, Terminal, parse_cursor
-from broker.store.connection import Store, store_errors
+from broker.core.session import State, Terminal, parse_cursor
+from broker.store.connection import CALL_TIMEOUT, Store, store_errors
 
-AFTER_DEADLINE = 60
-"""Seconds that a running session's keys outlive its deadline and its journal."""
+if TYPE_CHECKING:
+    from broker.core.replay import Batch
 
 MIN_KEPT = 60
 """Seconds that an end is kept at least, so that a late GET learns that the session was streamed."""
@@ -46,33 +48,53 @@ class Standing:
     end: Terminal | None = None
 
 
+REFUSALS = frozenset({"cancel", "watched", "behind"})
+
+
+class Refusal(NamedTuple):
+    """Why an end was not written.
+
+    Attributes:
+        kind: ``cancel``, a cancel was accepted before; ``watched``, somebody watches elsewhere; ``behind``, events
+            are missing between the journal and the batch.
+        last: number of the last event in the journal, for ``behind``.
+    """
+
+    kind: str
+    last: int
+
+
 class SessionStore:
     """The steps of a session in Redis. Every method raises `StoreUnavailable` where Redis cannot be reached.
 
     Args:
         store: the connection.
         session_ttl: seconds that a prepared session waits.
+        running_ttl: seconds that the keys of a running one are kept.
         resume_ttl: seconds that an ended one is kept.
-        deadline: seconds that one may run.
     """
 
-    def __init__(self, store: Store, *, session_ttl: int, resume_ttl: int, deadline: float) -> None:
+    def __init__(self, store: Store, *, session_ttl: int, running_ttl: int, resume_ttl: int) -> None:
         self._store = store
         self._session_ttl = session_ttl
-        self._running_ttl = int(deadline) + resume_ttl + AFTER_DEADLINE
+        self._running_ttl = running_ttl
         self._kept = max(resume_ttl, MIN_KEPT)
         self._prepare = store.script("prepare")
         self._claim = store.script("claim")
-        self._started = store.script("started")
         self._cancel = store.script("cancel")
         self._end = store.script("end")
+        self._lose = store.script("lose")
+        self._restore = store.script("restore")
+
+    def _keys(self, session_id: str) -> list[str]:
+        return [self._store.session_key(kind, session_id) for kind in ("session", "events", "viewers")]
 
     def _key(self, session_id: str) -> str:
         return self._store.session_key("session", session_id)
 
     async def prepare(self, session_id: str, prepared: Prepared) -> None:
         """Store a session; it can be claimed for `session_ttl` seconds from now."""
-        fields: list[str | bytes | int] = [
+        fields = [
             *("request", prepared.request, "model", prepared.model, "prompt_tokens", prepared.prompt_tokens),
             *("output_cap", prepared.output_cap, "referer", prepared.referer),
         ]
@@ -85,62 +107,97 @@ class SessionStore:
         """
         reply = await self._claim([self._key(session_id)], [token, worker, self._running_ttl])
         if reply[0] != b"won":
-            return _standing(reply)
+            return read_standing(reply)
         request, model, prompt_tokens, output_cap, referer = reply[1:]
         return Prepared(request, model.decode(), int(prompt_tokens), int(output_cap), referer.decode())
 
-    async def started(self, session_id: str, token: str) -> None:
-        """Take the prompt out of Redis: the generation has it."""
-        await self._started([self._key(session_id)], [token])
-
-    async def look(self, session_id: str) -> Standing:
-        """Where a session stands; changes nothing."""
-        with store_errors():
-            fields = await self._store.redis.hmget(
-                self._key(session_id), ["state", "worker", "end_event", "end_id", "end_data"]
-            )
-        return _standing(fields) if fields[0] is not None else Standing(State.GONE)
-
     async def cancel(self, session_id: str, end: Terminal) -> Standing:
-        """Cancel a prepared session. Returns where it stood before; a running one is left to its owner."""
-        args: list[str | bytes | int] = [self._kept, end.event, str(end.id), end.data]
-        return _standing(await self._cancel([self._key(session_id)], args))
+        """Cancel a session and return where it stood before.
 
-    async def end(self, session_id: str, token: str, end: Terminal, *, timeout: float) -> Standing:
-        """Write the end of a running session, unless one stands already; returns the one that stands.
+        A prepared one ends in ``end``. A running one is marked, so that it can end in nothing but a cancel, and its
+        owner's bell is rung.
+        """
+        args = [self._kept, end.event, str(end.id), end.data, self._store.bells]
+        return read_standing(await self._cancel([self._key(session_id)], args))
+
+    async def end(
+        self,
+        session_id: str,
+        token: str,
+        end: Terminal,
+        rest: Batch,
+        *,
+        timeout: float = CALL_TIMEOUT,
+        only_if_unwatched: bool = False,
+    ) -> Standing | Refusal:
+        """Write the end of a running session with the rest of its events, unless an end stands already.
 
         Args:
             session_id: whose end.
             token: the claim's own; another's changes nothing.
             end: what the owner proposes.
+            rest: the events not yet journaled, or none.
             timeout: seconds to wait for Redis.
+            only_if_unwatched: refuse while a worker elsewhere watches.
+
+        Returns:
+            Where the session now stands, with the end that counts; or why nothing was written.
         """
-        args: list[str | bytes | int] = [token, end.state, end.event, str(end.id), end.data, self._kept]
-        reply = await self._end([self._key(session_id)], args, timeout=timeout)
-        return _standing([reply[0], b"", *reply[1:]])
+        args = [
+            *(token, end.state, end.event, str(end.id), end.data, self._kept),
+            *(rest.first, rest.last, rest.events, int(only_if_unwatched), self._store.bells),
+        ]
+        reply = await self._end(self._keys(session_id), args, timeout=timeout)
+        kind = reply[0].decode()
+        if kind in REFUSALS:
+            return Refusal(kind, int(reply[1]) if len(reply) > 1 else 0)
+        return read_standing(reply)
+
+    async def lose(self, session_id: str, worker: str, *, error: bytes, cancelled: bytes) -> Standing:
+        """End a session for a dead worker: in `worker_lost`, or cancelled where that had been accepted.
+
+        Args:
+            session_id: whose end.
+            worker: the dead one; a session that is another's stays as it is.
+            error: data of the error.
+            cancelled: data of the `done`, should it be that.
+        """
+        args = [worker, self._kept, error, cancelled, self._store.bells]
+        return read_standing(await self._lose(self._keys(session_id), args))
+
+    async def restore(
+        self, session_id: str, token: str, worker: str, *, state: State, held: Batch, end: Terminal | None
+    ) -> None:
+        """Write a session of this worker anew, with what is held of its events, after Redis came back empty."""
+        ttl = self._running_ttl if end is None else self._kept
+        ending = [end.event, str(end.id), end.data] if end is not None else ["", "", ""]
+        args = [token, worker, state, ttl, held.first, held.last, held.events, *ending]
+        await self._restore(self._keys(session_id)[:2], args)
 
     async def remaining(self, session_id: str) -> int | None:
-        """Whole seconds until which a session can be claimed (0 when that is over), None where there is no session."""
+        """Whole seconds for which a session can still be claimed, 0 once it was; None where there is no session."""
         with store_errors():
-            until = await self._store.redis.hget(self._key(session_id), "until")
-            state = await self._store.redis.hget(self._key(session_id), "state")
-            now = await self._store.redis.time()
+            async with asyncio.timeout(CALL_TIMEOUT):
+                pipe = self._store.redis.pipeline(transaction=False)
+                pipe.hmget(self._key(session_id), ["state", "until"])
+                pipe.time()
+                (state, until), (now, _) = await pipe.execute()
         if state is None:
             return None
-        return max(0, round(int(until or 0) / 1000 - now[0])) if state == b"prepared" else 0
+        return max(0, round(int(until or 0) / 1000 - now)) if state == b"prepared" else 0
 
     async def forget(self, session_id: str) -> None:
         """Delete a session that nobody was told of."""
         with store_errors():
-            await self._store.redis.unlink(self._key(session_id))
+            async with asyncio.timeout(CALL_TIMEOUT):
+                await self._store.redis.unlink(self._key(session_id))
 
 
-def _standing(reply: list[Any]) -> Standing:
-    """Read {state, worker, end event, end id, end data}, shortened where there is no end."""
-    state = State(reply[0].decode())
-    worker, event, end_id, data = (*reply[1:5], None, None, None, None)[:4]
+def read_standing(reply: Sequence[bytes | None]) -> Standing:
+    """Read {state, worker, end event, end id, end data}, or its beginning."""
+    state, worker, event, end_id, data = (*reply[:5], None, None, None, None)[:5]
+    standing = State((state or b"gone").decode())
     end = None
-    if event and end_id:
-        cursor = parse_cursor(end_id.decode()) or Cursor(1, 0)
-        end = Terminal(state, event.decode(), cursor, data or b"{}")
-    return Standing(state, (worker or b"").decode(), end)
+    if event and end_id and (cursor := parse_cursor(end_id.decode())) is not None:
+        end = Terminal(standing, event.decode(), cursor, data or b"{}")
+    return Standing(standing, (worker or b"").decode(), end)

@@ -1,0 +1,149 @@
+"""The journal of a session in Redis: its events in a stream, who watches it from where, and the steps around it.
+
+An entry holds a batch of events, framed as viewers get them, under the id ``1-<number of the last>``. What the numbers
+mean is `core.replay`'s; here they are only stored. A session's `last` in its hash says how far its journal goes, so
+that a batch which would leave a hole is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from broker.core.errors import StoreUnavailable
+from broker.core.replay import Batch
+from broker.core.session import State
+from broker.store.connection import CALL_TIMEOUT, Store, store_errors
+from broker.store.sessions import Standing, read_standing
+
+WATCH_MS = 5000
+"""Milliseconds for which a worker counts as watching a session after it last said so."""
+
+READ_ENTRIES = 64
+"""Journal entries that one read returns at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Events to be journaled, or none, which only asks what others want of the session."""
+
+    session_id: str
+    token: str
+    batch: Batch
+
+
+class Appended(NamedTuple):
+    """What came of it.
+
+    Attributes:
+        state: `RUNNING`, or what the session is instead: then it is no longer the caller's.
+        last: number of the last event in the journal.
+        cancel: somebody has cancelled the session.
+        watched: workers elsewhere that watch it.
+    """
+
+    state: State
+    last: int
+    cancel: bool = False
+    watched: int = 0
+
+
+class Followed(NamedTuple):
+    """What a follower reads: where the session stands, how far its journal goes, and a part of it."""
+
+    standing: Standing
+    last: int
+    batches: list[Batch]
+
+
+class JournalStore:
+    """Reads and writes journals. Every method raises `StoreUnavailable` where Redis cannot be reached.
+
+    Args:
+        store: the connection.
+        worker: this worker's id.
+        running_ttl: seconds that the keys of a running session are kept.
+    """
+
+    def __init__(self, store: Store, *, worker: str, running_ttl: int) -> None:
+        self._store = store
+        self._worker = worker
+        self._running_ttl = running_ttl
+        self._append = store.script("append")
+        self._follow = store.script("follow")
+
+    def keys(self, session_id: str) -> list[str]:
+        """A session's keys, as the scripts expect them."""
+        return [self._store.session_key(kind, session_id) for kind in ("session", "events", "viewers")]
+
+    async def append(self, appends: Sequence[Append]) -> list[Appended]:
+        """Journal events of several sessions in one round trip; the answers are in the order of the questions."""
+        calls = [
+            (
+                self.keys(append.session_id),
+                [
+                    *(append.token, append.batch.first, append.batch.last, append.batch.events),
+                    *(self._running_ttl, self._store.bells),
+                ],
+            )
+            for append in appends
+        ]
+        return [_appended(reply) for reply in await self._append.many(calls)]
+
+    async def follow(
+        self, session_id: str, after: int, *, entries: int = READ_ENTRIES, register: bool = True
+    ) -> Followed:
+        """Read a journal after event number ``after``, and say that this worker watches the session."""
+        return _followed(await self._follow(*self._follow_call(session_id, after, entries, register)))
+
+    async def follow_many(self, wanted: Sequence[tuple[str, int]]) -> list[Followed]:
+        """`follow` for several sessions, each with the number after which to read, in one round trip."""
+        calls = [self._follow_call(session_id, after, READ_ENTRIES, True) for session_id, after in wanted]
+        return [_followed(reply) for reply in await self._follow.many(calls)]
+
+    async def look(self, session_id: str) -> Standing:
+        """Where a session stands; changes nothing."""
+        return (await self.follow(session_id, 0, entries=0, register=False)).standing
+
+    async def read(self, session_id: str, after: int) -> list[Batch]:
+        """A part of a journal, for a viewer that has fallen behind what is in memory.
+
+        Raises:
+            StoreUnavailable: Redis cannot be reached, or has lost the session, which its owner may yet write anew.
+        """
+        followed = await self.follow(session_id, after, register=False)
+        if followed.standing.state is State.GONE:
+            raise StoreUnavailable
+        return followed.batches
+
+    async def leave(self, session_id: str) -> None:
+        """Say that this worker no longer watches."""
+        with store_errors():
+            async with asyncio.timeout(CALL_TIMEOUT):
+                await self._store.redis.zrem(self.keys(session_id)[2], self._worker)
+
+    def _follow_call(
+        self, session_id: str, after: int, entries: int, register: bool
+    ) -> tuple[list[str], list[Any]]:
+        watcher = self._worker if register else ""
+        return self.keys(session_id), [watcher, WATCH_MS, after, entries, self._store.bells]
+
+
+def _appended(reply: list[Any]) -> Appended:
+    if reply[0] == b"ok":
+        return Appended(State.RUNNING, int(reply[1]), bool(reply[2]), int(reply[3]))
+    return Appended(State(reply[0].decode()), int(reply[1]))
+
+
+def _followed(reply: list[Any]) -> Followed:
+    standing = read_standing(reply[:5])
+    if standing.state is State.GONE:
+        return Followed(standing, 0, [])
+    return Followed(standing, int(reply[5]), [_batch(entry_id, fields) for entry_id, fields in reply[6]])
+
+
+def _batch(entry_id: bytes, fields: list[bytes]) -> Batch:
+    """An entry: its id is ``1-<last>``, its fields are ``first`` and ``events``, in this order."""
+    return Batch(int(fields[1]), int(entry_id.partition(b"-")[2]), fields[3])

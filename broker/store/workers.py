@@ -1,0 +1,124 @@
+"""Workers in Redis: their leases, the marker by which they know that Redis came back empty, and their bells.
+
+A lease says that a worker lives. The marker is one random word for all workers; where it is gone or another, so is
+everything that had been written. A bell is a pub/sub channel of one worker: it only makes things faster, for a
+subscription can die without a word, so whatever is rung for can also be found by looking.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from broker.core.replay import Batch
+from broker.store.connection import CALL_TIMEOUT, Store, store_errors
+
+if TYPE_CHECKING:
+    from redis.asyncio.client import PubSub
+
+LEASE_MS = 4000
+"""Milliseconds that a lease holds."""
+
+MARKER_TTL = 86_400
+"""Seconds that the marker is kept after any worker last looked at it."""
+
+LISTEN_TIMEOUT = 5.0
+"""Seconds of silence after which a subscription is asked whether it lives."""
+
+
+class Ring(NamedTuple):
+    """What a bell says.
+
+    Attributes:
+        kind: ``news`` (events, with the batch), ``ended``, ``cancel``, ``watched``.
+        session_id: of which session.
+        batch: the events of ``news``.
+    """
+
+    kind: str
+    session_id: str
+    batch: Batch | None
+
+
+class WorkerStore:
+    """Leases, the marker and bells. Methods raise `StoreUnavailable` where Redis cannot be reached.
+
+    Args:
+        store: the connection.
+        worker: this worker's id.
+    """
+
+    def __init__(self, store: Store, *, worker: str) -> None:
+        self.worker = worker
+        self._store = store
+
+    async def renew(self) -> str:
+        """Renew this worker's lease and return the marker, made where there was none."""
+        with store_errors():
+            async with asyncio.timeout(CALL_TIMEOUT):
+                pipe = self._store.redis.pipeline(transaction=False)
+                pipe.set(self._lease(self.worker), "1", px=LEASE_MS)
+                pipe.set(self._marker, secrets.token_hex(8), nx=True, ex=MARKER_TTL)
+                pipe.getex(self._marker, ex=MARKER_TTL)
+                marker: bytes = (await pipe.execute())[2]
+                return marker.decode()
+
+    async def resign(self) -> None:
+        """Give the lease back: this worker owns nothing any more."""
+        with store_errors():
+            async with asyncio.timeout(CALL_TIMEOUT):
+                await self._store.redis.unlink(self._lease(self.worker))
+
+    async def absent(self, workers: Iterable[str]) -> set[str]:
+        """Those of these workers that have no lease."""
+        names = list(workers)
+        with store_errors():
+            async with asyncio.timeout(CALL_TIMEOUT):
+                pipe = self._store.redis.pipeline(transaction=False)
+                for name in names:
+                    pipe.exists(self._lease(name))
+                found = await pipe.execute()
+        return {name for name, exists in zip(names, found, strict=True) if not exists}
+
+    async def listen(self) -> AsyncGenerator[Ring, None]:
+        """This worker's bell, until the subscription breaks.
+
+        Raises:
+            StoreUnavailable: it broke. Nothing says what was rung in between.
+        """
+        with store_errors():
+            async with self._store.redis.pubsub() as pubsub:
+                await pubsub.subscribe(f"{self._store.bells}{self.worker}")
+                async for data in _messages(pubsub):
+                    yield _ring(data)
+
+    def _lease(self, worker: str) -> str:
+        return f"{self._store.prefix}:worker:{worker}"
+
+    @property
+    def _marker(self) -> str:
+        return f"{self._store.prefix}:marker"
+
+
+async def _messages(pubsub: PubSub) -> AsyncIterator[bytes]:
+    asked = False
+    while True:
+        message: dict[str, Any] | None = await pubsub.get_message(timeout=LISTEN_TIMEOUT)
+        if message is None:
+            if asked:
+                raise TimeoutError("the subscription does not answer")
+            await pubsub.ping()
+            asked = True
+        else:
+            asked = False
+            if message["type"] == "message":
+                yield message["data"]
+
+
+def _ring(data: bytes) -> Ring:
+    head, _, events = data.partition(b"\n")
+    kind, session_id, *numbers = head.decode().split(" ")
+    batch = Batch(int(numbers[0]), int(numbers[1]), events) if len(numbers) == 2 else None
+    return Ring(kind, session_id, batch)
