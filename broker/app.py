@@ -20,13 +20,15 @@ from aiohttp import web
 from broker.admission import Admission
 from broker.catalog import Catalog
 from broker.core.origins import Origins
-from broker.relay.generation import Bounds
-from broker.relay.registry import Registry
+from broker.relay.reading import Bounds
+from broker.relay.registry import Limits, Registry
 from broker.relay.ticker import tick
 from broker.store.catalog import CatalogStore
 from broker.store.connection import Store
 from broker.store.idempotency import IdempotencyStore
-from broker.store.sessions import AFTER_DEADLINE, SessionStore
+from broker.store.journal import JournalStore
+from broker.store.sessions import SessionStore
+from broker.store.workers import WorkerStore
 from broker.upstream.client import UpstreamClient
 from broker.upstream.models import fetch_models
 from broker.web import keys
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from broker.settings import Settings
 
 log = structlog.get_logger(__name__)
+
+AFTER_DEADLINE = 60
+"""Seconds that a running session's keys outlive its deadline and its journal."""
 
 SPARE_CONNECTIONS = 20
 """Connections to the upstream beside those of the streams: the list of models, streams that are just ending."""
@@ -94,14 +99,16 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         stack.push_async_callback(upstream.close)
         catalog = _catalog(settings, store, upstream, upstream_url)
         stack.push_async_callback(catalog.close)
+        running_ttl = int(settings.deadline) + settings.resume_ttl + AFTER_DEADLINE
         sessions = SessionStore(
             store,
             session_ttl=settings.session_ttl,
+            running_ttl=running_ttl,
             resume_ttl=settings.resume_ttl,
-            deadline=settings.deadline,
         )
-        registry = _registry(settings, sessions, upstream, catalog)
+        registry = _registry(settings, store, sessions, upstream, catalog, running_ttl)
         stack.push_async_callback(registry.close)
+        registry.start()
         app = build_web(settings)
         app[keys.SETTINGS] = settings
         app[keys.STORE] = store
@@ -113,7 +120,7 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         )
         key = settings.openrouter_api_key
         app[keys.IDENTIFIER] = Identifier(key.get_secret_value() if key is not None else "")
-        idempotency = IdempotencyStore(store, ttl=settings.session_ttl + _longest_run(settings))
+        idempotency = IdempotencyStore(store, ttl=settings.session_ttl + running_ttl)
         app[keys.ADMISSION] = Admission(
             settings=settings, catalog=catalog, sessions=sessions, idempotency=idempotency
         )
@@ -142,15 +149,23 @@ def _catalog(settings: Settings, store: Store, upstream: UpstreamClient, url: st
 
 
 def _registry(
-    settings: Settings, sessions: SessionStore, upstream: UpstreamClient, catalog: Catalog
+    settings: Settings,
+    store: Store,
+    sessions: SessionStore,
+    upstream: UpstreamClient,
+    catalog: Catalog,
+    running_ttl: int,
 ) -> Registry:
+    worker = secrets.token_hex(8)
+
     async def prices_of(model: str) -> Prices | None:
         found = (await catalog.known([model], timeout=0)).get(model)
         return found.prices if found is not None else None
 
     return Registry(
-        worker=secrets.token_hex(8),
         sessions=sessions,
+        journal=JournalStore(store, worker=worker, running_ttl=running_ttl),
+        workers=WorkerStore(store, worker=worker),
         upstream=upstream,
         bounds=Bounds(
             first_data_timeout=settings.first_data_timeout,
@@ -161,14 +176,13 @@ def _registry(
             max_retries=settings.max_retries,
         ),
         prices_of=prices_of,
-        max_streams=settings.max_streams,
-        session_ttl=settings.session_ttl,
-        resume_ttl=settings.resume_ttl,
+        limits=Limits(
+            max_streams=settings.max_streams,
+            session_ttl=settings.session_ttl,
+            resume_ttl=settings.resume_ttl,
+            journal_interval=settings.journal_interval_ms / 1000,
+        ),
     )
-
-
-def _longest_run(settings: Settings) -> int:
-    return int(settings.deadline) + settings.resume_ttl + AFTER_DEADLINE
 
 
 @asynccontextmanager

@@ -1,90 +1,143 @@
-"""The events of one session on this worker: kept in memory, and handed to the viewers as they come.
+"""The events of one session on this worker: the newest of them in memory, handed to the viewers as they come.
 
-A feed is where the upstream's side and the viewers' side meet. Whoever produces events appends them and, once, finishes
-it; a viewer either is live, and then is given each block of events the moment it is there, without a task being woken,
-or reads from the feed at its own pace. A feed knows neither where events come from nor how a viewer is connected.
+A feed is where the producing side and the viewers' side meet. A generation adds what it reads from the upstream, a
+mirror what it reads of another worker's journal. A viewer either is live, and then is given each batch the moment it
+is there, without a task being woken, or reads from the feed at its own pace. Events that have left memory are in the
+journal. A feed knows neither where events come from nor how a viewer is connected.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
-from broker.core.events import chunk_event
+from broker.core.replay import Batch, read_on
 
 if TYPE_CHECKING:
     from broker.core.session import Terminal
+
+WINDOW = 256 * 1024
+"""Bytes of events that stay in memory although they are in the journal: most viewers that lag, lag less."""
+
+_last_of = attrgetter("last")
 
 
 class LiveViewer(Protocol):
     """What a feed needs to know of a viewer that has caught up."""
 
-    def push(self, block: bytes, first: int, last: int, now: float) -> None:
-        """Take the events ``first`` to ``last``, framed, at once and without waiting."""
+    def push(self, batch: Batch, now: float) -> None:
+        """Take events at once and without waiting."""
 
     def wake(self) -> None:
-        """Read on by yourself: the feed has ended."""
+        """Read on by yourself."""
 
 
 class Feed:
-    """Events 1 to `last` of a session, and its end once there is one.
+    """The events `first` to `last` of a session, and its end once there is one.
 
     Attributes:
-        last: number of the last event, 0 before the first.
-        size: bytes of all events.
+        first: number of the oldest event in memory; ``last + 1`` where there is none.
+        last: number of the newest event.
+        shown: number of the newest event that viewers may have; `last` but for a pause.
+        size: bytes in memory.
         end: the terminal, which is not counted in `last`.
     """
 
-    __slots__ = ("_events", "_live", "end", "last", "size")
+    __slots__ = ("_batches", "_live", "_paused", "end", "first", "last", "shown", "size")
 
-    def __init__(self) -> None:
-        self.last = 0
+    def __init__(self, start: int = 0) -> None:
+        self.first = start + 1
+        self.last = self.shown = start
         self.size = 0
         self.end: Terminal | None = None
-        self._events: list[bytes] = []
+        self._batches: list[Batch] = []
         self._live: set[LiveViewer] = set()
+        self._paused = False
 
-    def append(self, chunks: list[bytes], now: float) -> None:
-        """Add the chunks of one read, and give them to every live viewer in one piece.
+    def add(self, batch: Batch, now: float) -> None:
+        """Add the events that follow on `last`, and give them to every live viewer in one piece.
 
         Args:
-            chunks: JSON of upstream chunks, not empty.
+            batch: the events.
             now: the monotonic clock, in seconds.
         """
-        first = self.last + 1
-        events = [chunk_event(n, data) for n, data in enumerate(chunks, first)]
-        self._events += events
-        self.last += len(events)
-        block = events[0] if len(events) == 1 else b"".join(events)
-        self.size += len(block)
+        self._batches.append(batch)
+        self.last = batch.last
+        self.size += len(batch.events)
+        if self._paused:
+            return
+        self.shown = batch.last
         for viewer in tuple(self._live):
-            viewer.push(block, first, self.last, now)
+            viewer.push(batch, now)
 
     def finish(self, end: Terminal) -> None:
-        """Set the end. Nothing can follow."""
+        """Set the end. Nothing can follow; what was held back in a pause is dropped."""
+        while self._batches and self._batches[-1].first > self.shown:
+            self.size -= len(self._batches.pop().events)
+        self.last = self.shown
         self.end = end
-        for viewer in tuple(self._live):
-            viewer.wake()
+        self._wake_all()
 
-    def after(self, n: int, limit: int) -> tuple[bytes, int]:
-        """Events from number ``n + 1`` on, framed, and the number of the last of them.
+    def pause(self) -> None:
+        """Show nothing new until `resume`."""
+        self._paused = True
 
-        Args:
-            n: what the reader has.
-            limit: bytes to stop at; one event is given even if it is larger.
-        """
-        taken: list[bytes] = []
-        size = 0
-        for event in self._events[n : n + 1000]:
-            if taken and size + len(event) > limit:
+    def resume(self) -> None:
+        """Show what has come since `pause`."""
+        if self._paused:
+            self._paused = False
+            self.shown = self.last
+            self._wake_all()
+
+    def skip_to(self, n: int) -> None:
+        """Forget everything and go on after event ``n``: what lies before is in the journal or nowhere."""
+        self._batches.clear()
+        self.size = 0
+        self.first = n + 1
+        self.last = self.shown = n
+        self._wake_all()
+
+    def after(self, n: int, limit: int) -> Batch:
+        """What viewers may have of the events from number ``n + 1`` on, at most ``limit`` bytes or one batch."""
+        return self._gather(n, limit, self.shown)
+
+    def unsaved(self, n: int, limit: int) -> Batch:
+        """What there is of the events from number ``n + 1`` on, shown or not; from `first` on where that is later."""
+        return self._gather(max(n, self.first - 1), limit, self.last)
+
+    def trim(self, saved: int) -> None:
+        """Let go of old events up to number ``saved``, but for a window."""
+        dropped = 0
+        for batch in self._batches:
+            if self.size <= WINDOW or batch.last > saved:
                 break
-            taken.append(event)
-            size += len(event)
-        return b"".join(taken), n + len(taken)
+            self.size -= len(batch.events)
+            dropped += 1
+        if dropped:
+            del self._batches[:dropped]
+            self.first = self._batches[0].first if self._batches else self.last + 1
 
     def go_live(self, viewer: LiveViewer) -> None:
-        """From now on push to this viewer, which has everything so far."""
+        """From now on push to this viewer, which has everything that is shown."""
         self._live.add(viewer)
 
     def leave(self, viewer: LiveViewer) -> None:
         """Push no more to this viewer; does nothing where it was not live."""
         self._live.discard(viewer)
+
+    def _gather(self, n: int, limit: int, newest: int) -> Batch:
+        batches = self._batches
+        at = bisect_right(batches, n, key=_last_of)
+        taken: list[Batch] = []
+        size = 0
+        while at < len(batches) and batches[at].last <= newest and (not taken or size < limit):
+            taken.append(batches[at])
+            size += len(batches[at].events)
+            at += 1
+        events, last = read_on(taken, n)
+        return Batch(n + 1, last, events)
+
+    def _wake_all(self) -> None:
+        for viewer in tuple(self._live):
+            viewer.wake()

@@ -1,51 +1,45 @@
 """One generation: the single upstream call of a session, from its claim to its end.
 
-It is a task of its own and not the request of a page: viewers come and go. What it reads goes to the feed at once;
-when it is over, for whatever reason, the end is decided in Redis and only then told.
+It is a task of its own and not the request of a page: viewers come and go. What it reads goes to the feed at once and
+to the journal behind it; when it is over, for whatever reason, the end is decided in Redis and only then told.
 
 There is one way to stop a generation from outside, `stop`, and everything uses it: a cancel, the timers, the end of
-grace, the shutdown. The first reason given is the one that counts.
+grace, the shutdown, the fence. The first reason given is the one that counts.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
 import structlog
 
-from broker.core.answer import Answer
 from broker.core.errors import (
     Abandoned,
     DeadlineExceeded,
     GenerationFailed,
-    ResponseTooLarge,
     SessionError,
     StoreUnavailable,
-    UpstreamError,
     UpstreamInterrupted,
     UpstreamTimeout,
+    WorkerLost,
 )
-from broker.core.events import done_data, error_data
-from broker.core.faults import retry_delay
+from broker.core.events import chunk_events, done_data, error_data
+from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Step, Terminal, advance, short
-from broker.core.sse import Decoder, EventTooLarge
 from broker.relay.feed import Feed
+from broker.relay.reading import Bounds, Reading
 from broker.relay.settling import PricesOf, settle
+from broker.store.sessions import Refusal
 
 if TYPE_CHECKING:
     from broker.store.sessions import Prepared, SessionStore
-    from broker.upstream.client import UpstreamClient, UpstreamStream
+    from broker.upstream.client import UpstreamClient
 
 log = structlog.get_logger(__name__)
-
-QUIET_END = 5.0
-"""Seconds that an upstream may stay silent once it has given a finish reason; then the answer is complete."""
 
 DECIDE_TIMEOUT = 0.3
 """Seconds that Redis has for deciding the end; without its word, the owner's stands."""
@@ -53,8 +47,8 @@ DECIDE_TIMEOUT = 0.3
 FIRST_VIEWER = 1.0
 """Seconds that a new generation waits for its first viewer at least, however short the grace."""
 
-LINGER = 1.0
-"""Seconds to wait for an upstream's end of stream after its last event, so that the connection can be used again."""
+ALL = 1 << 62
+"""More bytes than there are."""
 
 
 class Halt(Enum):
@@ -62,18 +56,7 @@ class Halt(Enum):
 
     CANCELLED = "cancelled"
     QUIET = "quiet"
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """What one generation may take: seconds, bytes, and tries."""
-
-    first_data_timeout: float
-    idle_timeout: float
-    deadline: float
-    grace: float
-    max_response: int
-    max_retries: int
+    DECIDED = "decided"
 
 
 class Generation:
@@ -88,10 +71,14 @@ class Generation:
         bounds: how long and how much.
         prices_of: what models cost.
         write_later: takes over an end that Redis could not be told of in time.
+        took: is told of every read that brought events.
 
     Attributes:
         feed: its events.
         state: `RUNNING`, then how it ended.
+        saved: number of the last event in the journal.
+        watched_elsewhere: a viewer on another worker was registered when Redis was last asked.
+        fenced: the session is no longer this worker's.
     """
 
     def __init__(
@@ -105,32 +92,33 @@ class Generation:
         bounds: Bounds,
         prices_of: PricesOf,
         write_later: Callable[[Generation, Terminal], None],
+        took: Callable[[Generation, float], None],
     ) -> None:
         self.session_id = session_id
         self.token = token
         self.feed = Feed()
         self.state = State.RUNNING
+        self.saved = 0
+        self.watched_elsewhere = False
+        self.fenced = False
         self._prepared = prepared
-        self._upstream = upstream
         self._sessions = sessions
         self._bounds = bounds
         self._prices_of = prices_of
         self._write_later = write_later
+        self._took = took
         self._loop = asyncio.get_running_loop()
-        self._answer = Answer()
-        self._decoder = Decoder(bounds.max_response)
+        self._reading = Reading(prepared, upstream=upstream, bounds=bounds, take=self._take)
         self._started_at = self._loop.time()
-        self._first_chunk_at: float | None = None
-        self._data_due = self._started_at + bounds.first_data_timeout
         self._viewers = 0
         self._unwatched_since: float | None = self._started_at + max(0.0, FIRST_VIEWER - bounds.grace)
-        self._reading = True
+        self._open = True
         self._stop: SessionError | Halt | None = None
+        self._decided: Terminal | None = None
         self._task: asyncio.Task[None] | None = None
-        self._stream: UpstreamStream | None = None
-        self._blocks: AsyncIterator[bytes] | None = None
+        self._abandoning: asyncio.Task[None] | None = None
 
-    # For the registry, the ticker and the viewers
+    # For the registry, the journal, the ticker and the viewers
 
     def start(self) -> asyncio.Task[None]:
         """Begin. The task belongs to the caller; it ends by itself and does not raise."""
@@ -139,13 +127,33 @@ class Generation:
 
     def stop(self, reason: SessionError | Halt) -> bool:
         """Stop reading from the upstream and end for this reason; whether that is now certain."""
-        if not self._reading:
+        if not self._open:
             return False
         if self._stop is None:
             self._stop = reason
             if self._task is not None:
                 self._task.cancel()
         return self._stop is reason
+
+    async def cancel(self) -> bool:
+        """Stop because somebody asked for it; False where it has ended, or is about to, in something else."""
+        if self._abandoning is not None:
+            await asyncio.shield(self._abandoning)
+        return self.stop(Halt.CANCELLED)
+
+    async def ended(self) -> State:
+        """Wait for the end and tell what it was."""
+        if self._task is not None and not self._task.done():
+            await asyncio.wait([self._task])
+        return self.state
+
+    def fence(self, end: Terminal | None) -> None:
+        """The session is another's now, or gone: stop, write nothing more, and give the viewers the end that stands."""
+        self.fenced = True
+        self._decided = end or Terminal(
+            State.LOST, "error", Cursor(2, self.feed.shown + 1, end=True), error_data(WorkerLost())
+        )
+        self.stop(Halt.DECIDED)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -156,158 +164,175 @@ class Generation:
             yield
         finally:
             self._viewers -= 1
-            if self._viewers == 0:
-                self._unwatched_since = self._loop.time()
-                if self._bounds.grace == 0:
-                    self.stop(Abandoned())
+            self._note_watchers()
+
+    def note_elsewhere(self, *, watched: bool) -> None:
+        """Learn whether a viewer on another worker is registered."""
+        self.watched_elsewhere = watched
+        self._note_watchers()
 
     def check(self, now: float) -> None:
         """Look at the timers. Called by the ticker a few times a second, so that no timer is set per chunk."""
-        if not self._reading:
+        if not self._open:
             return
         if now >= self._started_at + self._bounds.deadline:
             self.stop(DeadlineExceeded())
-        elif now >= self._data_due:
-            self.stop(Halt.QUIET if self._answer.finished else UpstreamTimeout())
+        elif now >= self._reading.data_due:
+            self.stop(Halt.QUIET if self._reading.answer.finished else UpstreamTimeout())
         elif self._unwatched_since is not None and now >= self._unwatched_since + self._bounds.grace:
-            self.stop(Abandoned())
+            self._abandon()
+
+    def unsaved(self, limit: int) -> Batch:
+        """Events that the journal does not have yet."""
+        return self.feed.unsaved(self.saved, limit)
+
+    # Nobody watches
+
+    def _note_watchers(self) -> None:
+        if self._viewers or self.watched_elsewhere:
+            self._unwatched_since = None
+        elif self._unwatched_since is None:
+            self._unwatched_since = self._loop.time()
+            if self._bounds.grace == 0:
+                self._abandon()
+
+    def _abandon(self) -> None:
+        """Begin the end of grace: Redis is asked first, for somebody may watch on another worker by now."""
+        if self._open and self._abandoning is None:
+            self.feed.pause()
+            self._abandoning = asyncio.create_task(self._try_to_abandon())
+
+    async def _try_to_abandon(self) -> None:
+        failure = Abandoned()
+        end = Terminal(
+            State.ABANDONED, "error", Cursor(1, self.feed.shown + 1, end=True), error_data(failure)
+        )
+        rest = self.feed.after(
+            max(self.saved, self.feed.first - 1), ALL
+        )  # what comes during the pause is not part of it
+        try:
+            answer = await self._sessions.end(
+                self.session_id, self.token, end, rest, timeout=DECIDE_TIMEOUT, only_if_unwatched=True
+            )
+        except StoreUnavailable:
+            self.stop(failure)
+            return
+        finally:
+            self._abandoning = None
+        if not isinstance(answer, Refusal):
+            self._decided = answer.end or end
+            self.stop(Halt.DECIDED)
+            return
+        self.feed.resume()
+        if answer.kind == "cancel":
+            self.stop(Halt.CANCELLED)
+        elif answer.kind == "watched":
+            self.note_elsewhere(watched=True)
+        else:
+            self.stop(failure)
 
     # The task
 
     async def _run(self) -> None:
-        proposed = await self._outcome()
-        end = await self._decide(proposed)
+        step, failure = await self._read_all()
+        if self._abandoning is not None:
+            await asyncio.wait([self._abandoning])
+        end = self._decided
+        if end is None:
+            self.feed.resume()
+            end = await self._decide(step, failure)
         self.state = end.state
         self.feed.finish(end)
         log.info("session ended", session=short(self.session_id), state=end.state, events=self.feed.last)
-        await self._let_go()
+        await self._reading.let_go()
 
-    async def _outcome(self) -> Terminal:
+    async def _read_all(self) -> tuple[Step, SessionError | None]:
         """Relay the whole answer and tell how it ended."""
-        failure: SessionError | None = None
+        failure = await self._read()
+        self._open = False
+        answer = self._reading.answer
+        if isinstance(self._stop, SessionError):
+            failure = self._stop
+        if isinstance(failure, UpstreamInterrupted) and answer.finished:
+            failure = None  # once the answer is finished, what becomes of the line is of no interest
+        if not answer.complete:
+            await self._reading.let_go()
+        if failure is not None:
+            return (Step.ABANDON if isinstance(failure, Abandoned) else Step.FAIL), failure
+        return (Step.CANCEL if self._stop is Halt.CANCELLED else Step.FINISH), None
+
+    async def _read(self) -> SessionError | None:
+        """Read until the upstream or `stop` ends it, and tell what failed."""
         try:
-            await self._relay()
+            if self._stop is None:  # else stopped before the first step of this task
+                await self._reading.run()
         except asyncio.CancelledError:
             if self._stop is None:
                 raise
             if (task := asyncio.current_task()) is not None:
                 task.uncancel()
-            failure = self._stop if isinstance(self._stop, SessionError) else None
         except SessionError as error:
-            failure = error
+            return error
         except Exception:
             log.exception("generation failed", session=short(self.session_id))
-            failure = GenerationFailed()
-        self._reading = False
-        if isinstance(failure, UpstreamInterrupted) and self._answer.finished:
-            failure = None  # once the answer is finished, what becomes of the line is of no interest
-        if not self._answer.complete:
-            await self._let_go()
-        return await self._terminal(self._step(failure), failure)
+            return GenerationFailed()
+        return None
 
-    def _step(self, failure: SessionError | None) -> Step:
-        if failure is not None:
-            return Step.ABANDON if isinstance(failure, Abandoned) else Step.FAIL
-        return Step.CANCEL if self._stop is Halt.CANCELLED else Step.FINISH
+    def _take(self, chunks: list[bytes], now: float) -> None:
+        first = self.feed.last + 1
+        self._took(self, now)
+        self.feed.add(Batch(first, first + len(chunks) - 1, chunk_events(chunks, first)), now)
 
-    async def _relay(self) -> None:
-        if self._stop is not None:  # stopped before the first step of this task
-            raise asyncio.CancelledError
-        self._stream = await self._open()
-        self._answer.generation_id = self._stream.generation_id
-        self._blocks = self._stream.blocks()
-        async for block in self._blocks:
-            self._take(block)
-            if self._answer.complete:
-                return
-        if not self._answer.finished:
-            raise UpstreamInterrupted
-
-    async def _open(self) -> UpstreamStream:
-        attempt = 0
-        while True:
-            self._data_due = self._loop.time() + self._bounds.first_data_timeout
-            try:
-                return await self._upstream.open_chat(self._prepared.request, referer=self._prepared.referer)
-            except UpstreamError as error:
-                delay = retry_delay(error, attempt, random.random())  # noqa: S311 - jitter is no secret
-                if delay is None or attempt >= self._bounds.max_retries:
-                    raise
-                log.info("upstream retry", session=short(self.session_id), code=error.code, delay=delay)
-            attempt += 1
-            self._data_due = self._started_at + self._bounds.deadline
-            await asyncio.sleep(delay)
-
-    def _take(self, block: bytes) -> None:
-        """Relay the chunks of one read."""
-        chunks: list[bytes] = []
-        now = self._loop.time()
-        read = self._answer.read
+    async def _decide(self, step: Step, failure: SessionError | None) -> Terminal:
+        """The end that stands: ours, unless another was written first."""
+        proposed = await self._terminal(step, failure)
         try:
-            frames = self._decoder.feed(block)
-            for frame in frames:
-                chunk = read(frame.data)
-                if chunk is not None:
-                    chunks.append(chunk)
-        except EventTooLarge:
-            raise ResponseTooLarge from None
-        finally:
-            if chunks:
-                self._append(chunks, now)
-        if frames:
-            self._data_due = now + (QUIET_END if self._answer.finished else self._bounds.idle_timeout)
+            async with asyncio.timeout(DECIDE_TIMEOUT):
+                return await self.write_end(proposed) or proposed
+        except (StoreUnavailable, TimeoutError):
+            self._write_later(self, proposed)
+            return proposed
 
-    def _append(self, chunks: list[bytes], now: float) -> None:
-        if self._first_chunk_at is None:
-            self._first_chunk_at = now
-        room = self._bounds.max_response - self.feed.size
-        if sum(map(len, chunks)) > room:
-            raise ResponseTooLarge
-        self.feed.append(chunks, now)
+    async def write_end(self, proposed: Terminal) -> Terminal | None:
+        """Write an end to Redis, with what is left to be journaled.
+
+        Returns:
+            The end that counts, or None where Redis has no such session.
+
+        Raises:
+            StoreUnavailable: it could not be written now.
+        """
+        rest = self.feed.unsaved(self.saved, ALL)
+        answer = await self._sessions.end(self.session_id, self.token, proposed, rest)
+        if isinstance(answer, Refusal) and answer.kind == "cancel":
+            proposed = await self._terminal(Step.CANCEL, None)
+            answer = await self._sessions.end(self.session_id, self.token, proposed, rest)
+        if isinstance(
+            answer, Refusal
+        ):  # behind: send from where the journal is, or end it with a hole that readers see
+            rest = self.feed.unsaved(answer.last, ALL)
+            if rest.first > answer.last + 1:
+                rest = Batch(1, 0, b"")
+            answer = await self._sessions.end(self.session_id, self.token, proposed, rest)
+        return None if isinstance(answer, Refusal) else answer.end
 
     async def _terminal(self, step: Step, failure: SessionError | None) -> Terminal:
         state = advance(State.RUNNING, step)
         at = Cursor(1, self.feed.last + 1, end=True)
         if failure is not None:
             return Terminal(state, "error", at, error_data(failure))
-        cost, estimated = await settle(self._answer, self._prepared, self._prices_of)
+        answer = self._reading.answer
+        cost, estimated = await settle(answer, self._prepared, self._prices_of)
         data = done_data(
-            self._answer,
-            finish_reason="cancelled" if step is Step.CANCEL else self._answer.finish_reason or "stop",
+            answer,
+            finish_reason="cancelled" if step is Step.CANCEL else answer.finish_reason or "stop",
             model=self._prepared.model,
             cost=cost,
             estimated=estimated,
-            ttft_ms=self._milliseconds(self._first_chunk_at),
+            ttft_ms=self._milliseconds(self._reading.first_chunk_at),
             total_ms=self._milliseconds(self._loop.time()),
         )
         return Terminal(state, "done", at, data)
 
     def _milliseconds(self, at: float | None) -> int | None:
         return None if at is None else round((at - self._started_at) * 1000)
-
-    async def _decide(self, proposed: Terminal) -> Terminal:
-        """The end that stands: ours, unless another was written first."""
-        try:
-            standing = await self._sessions.end(self.session_id, self.token, proposed, timeout=DECIDE_TIMEOUT)
-        except StoreUnavailable:
-            self._write_later(self, proposed)
-            return proposed
-        return standing.end or proposed
-
-    async def _let_go(self) -> None:
-        """Close the upstream's stream; one that has said its last word gets a moment to end by itself."""
-        stream, self._stream = self._stream, None
-        if stream is None:
-            return
-        try:
-            if self._answer.complete and self._blocks is not None:
-                async with asyncio.timeout(LINGER):
-                    async for _ in self._blocks:
-                        pass
-        except (TimeoutError, UpstreamError):
-            pass
-        finally:
-            try:
-                await stream.aclose()
-            except UpstreamError:
-                log.debug("upstream close failed", session=short(self.session_id))

@@ -1,14 +1,11 @@
-"""The sessions of this worker: who claims, who watches, what runs, what is kept for replay.
+"""The sessions of this worker: what runs here, what is followed here, what is kept; and the one owner of their tasks.
 
-The one owner of the generations' tasks. The web asks it for a session by id and gets a generation to watch, or an
-error that says why not.
+The web asks it for a session by id, and gets something to watch or an error that says why not.
 """
 
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections import OrderedDict
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +15,7 @@ import structlog
 from broker.core.errors import (
     AlreadyClaimed,
     Draining,
+    NotYetClaimed,
     Overloaded,
     ServerShutdown,
     SessionExpired,
@@ -26,19 +24,31 @@ from broker.core.errors import (
 )
 from broker.core.events import cancelled_before_start
 from broker.core.session import Cursor, State, Terminal, short
-from broker.relay.generation import Bounds, Generation, Halt
-from broker.store.connection import CALL_TIMEOUT
-from broker.store.sessions import Prepared, SessionStore, Standing
+from broker.relay.claims import Claims
+from broker.relay.follower import Follower, Mirror
+from broker.relay.generation import ALL, Generation
+from broker.relay.journal import Journal
+from broker.relay.kept import Kept
+from broker.relay.membership import Membership
 
 if TYPE_CHECKING:
+    from broker.core.replay import Batch
+    from broker.relay.feed import Feed
+    from broker.relay.reading import Bounds
     from broker.relay.settling import PricesOf
     from broker.relay.viewer import Viewer
+    from broker.store.journal import JournalStore
+    from broker.store.sessions import Prepared, SessionStore
+    from broker.store.workers import Ring, WorkerStore
     from broker.upstream.client import UpstreamClient
 
 log = structlog.get_logger(__name__)
 
-CLAIM_RETRY = 0.3
-"""Seconds between two tries to learn the outcome of a claim."""
+FREEZE = 1.5
+"""Seconds without a tick after which this process must have been frozen: others may have buried it meanwhile."""
+
+CONFIRM_TIMEOUT = 0.3
+"""Seconds that viewers of a worker that was frozen wait for Redis to confirm it."""
 
 END_RETRY = 1.0
 """Seconds between two tries to write an end that Redis could not be told of."""
@@ -46,8 +56,21 @@ END_RETRY = 1.0
 SHUTDOWN_TIMEOUT = 3.0
 """Seconds that stopped generations have for their ends."""
 
-MAX_KEPT_BYTES = 64 * 1024 * 1024
-"""Events of finished sessions that a worker keeps for replay; the oldest go first."""
+
+class Limits(NamedTuple):
+    """Numbers that the registry keeps to.
+
+    Attributes:
+        max_streams: generations at once, and as many viewers.
+        session_ttl: seconds that a prepared session waits.
+        resume_ttl: seconds that a finished one is kept; 0 streams each session once.
+        journal_interval: seconds that a journal may lag.
+    """
+
+    max_streams: int
+    session_ttl: int
+    resume_ttl: int
+    journal_interval: float
 
 
 class Cancelled(NamedTuple):
@@ -61,139 +84,146 @@ class Registry:
     """This worker's sessions.
 
     Args:
-        worker: this worker's id.
         sessions: their steps in Redis.
+        journal: their events in Redis.
+        workers: the workers in Redis, and which of them this one is.
         upstream: the model side.
         bounds: of each generation.
         prices_of: what models cost.
-        max_streams: generations at once, and as many viewers.
-        session_ttl: seconds for which a claim whose reply was lost is asked for again.
-        resume_ttl: seconds that a finished session is kept here; 0 streams each session once.
+        limits: of this worker.
+
+    Attributes:
+        draining: nothing new is begun.
+        viewers: all of this worker.
     """
 
     def __init__(
         self,
         *,
-        worker: str,
         sessions: SessionStore,
+        journal: JournalStore,
+        workers: WorkerStore,
         upstream: UpstreamClient,
         bounds: Bounds,
         prices_of: PricesOf,
-        max_streams: int,
-        session_ttl: int,
-        resume_ttl: int,
+        limits: Limits,
     ) -> None:
         self.draining = False
         self.viewers: set[Viewer] = set()
-        self._worker = worker
         self._sessions = sessions
+        self._journal_store = journal
+        self._workers = workers
         self._upstream = upstream
         self._bounds = bounds
         self._prices_of = prices_of
-        self._max_streams = max_streams
-        self._session_ttl = session_ttl
-        self._resume_ttl = resume_ttl
+        self._limits = limits
         self._running: dict[str, Generation] = {}
-        self._kept: OrderedDict[str, tuple[Generation, float]] = OrderedDict()
-        self._kept_bytes = 0
-        self._claims: dict[str, asyncio.Future[Generation | Standing]] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._kept = Kept(limits.resume_ttl)
+        self._work: set[asyncio.Task[Any]] = set()
+        self._loops: list[asyncio.Task[Any]] = []
+        self._loop = asyncio.get_running_loop()
+        self._ticked_at = self._loop.time()
+        self._claims = Claims(
+            sessions,
+            worker=workers.worker,
+            give_up_after=limits.session_ttl,
+            begin=self._begin,
+            spawn=self._spawn,
+        )
+        self._membership = Membership(workers, self._write_anew)
+        self._journal = Journal(journal, interval=limits.journal_interval, keep=limits.resume_ttl > 0)
+        self._follower = Follower(journal, sessions, workers, self._membership.is_gone, self._let_go)
+
+    def start(self) -> None:
+        """Begin to live among the other workers."""
+        self._loops = [
+            asyncio.create_task(self._membership.run()),
+            asyncio.create_task(self._membership.listen(self._hear)),
+            asyncio.create_task(self._journal.run(self)),
+            asyncio.create_task(self._follower.run()),
+        ]
 
     # Watching
 
-    async def find(self, session_id: str, cursor: Cursor | None) -> Generation | Terminal:
-        """The generation to watch; or, of a session that ended without an event, its end.
+    async def find(self, session_id: str, cursor: Cursor | None) -> Generation | Mirror:
+        """What to watch of a session.
 
         A request without a cursor claims a prepared session. One with a cursor never does.
 
         Raises:
             SessionNotFound, SessionExpired: there is none (any more).
             AlreadyClaimed: it has been streamed, and resuming is off.
-            StoreUnavailable, Draining, Overloaded: not now; the page should come again.
+            StoreUnavailable, Draining, Overloaded, NotYetClaimed: not now; the page should come again.
         """
-        here = self.local(session_id)
-        if here is not None:
-            if self._resume_ttl == 0:
-                raise AlreadyClaimed
-            return here
-        if len(self.viewers) >= self._max_streams:
+        if len(self.viewers) >= self._limits.max_streams:
             raise Overloaded
-        if cursor is None:
-            found = await self._claim(session_id)
-        else:
-            found = await self._sessions.look(session_id)
-        if isinstance(found, Generation):
-            return found
-        return self._elsewhere(found, cursor)
+        here = self._running.get(session_id) or self._kept.get(session_id)
+        if here is not None:
+            self._check_resuming()
+            return here
+        if cursor is None and (won := await self._claim(session_id)) is not None:
+            return won
+        return await self._mirror(session_id, cursor)
 
     @contextmanager
-    def viewing(self, viewer: Viewer) -> Iterator[None]:
+    def watching(self, source: Generation | Mirror, viewer: Viewer) -> Iterator[None]:
         """Count a viewer, and keep its line alive, for as long as the block runs."""
-        self.viewers.add(viewer)
-        try:
-            yield
-        finally:
-            self.viewers.discard(viewer)
+        watched = source.watched() if isinstance(source, Generation) else self._follower.watched(source)
+        with watched:
+            self.viewers.add(viewer)
+            try:
+                yield
+            finally:
+                self.viewers.discard(viewer)
 
-    def local(self, session_id: str) -> Generation | None:
-        """A generation of this worker, running or kept."""
-        kept = self._kept.get(session_id)
-        return self._running.get(session_id) or (kept[0] if kept else None)
+    async def read_journal(self, session_id: str, after: int) -> list[Batch]:
+        """A part of a session's journal, for a viewer that is behind what is in memory."""
+        return await self._journal_store.read(session_id, after)
 
-    def _elsewhere(self, standing: Standing, cursor: Cursor | None) -> Terminal:
-        """What to make of a session that this worker does not have."""
-        if standing.state is State.GONE:
-            raise SessionNotFound if cursor is None else SessionExpired
-        if standing.state is State.PREPARED:
-            raise Overloaded("This session has not begun.", retry_after=3)
-        if self._resume_ttl == 0:
-            raise AlreadyClaimed
-        if standing.end is not None and standing.end.id.n == 1:
-            return standing.end
-        raise Overloaded("Another worker has this session.", retry_after=3)
-
-    # Claiming
-
-    async def _claim(self, session_id: str) -> Generation | Standing:
-        """Claim for one viewer or several: those who ask while a claim is under way share its outcome."""
-        answer = self._claims.get(session_id)
-        if answer is None:
+    async def _claim(self, session_id: str) -> Generation | None:
+        """Claim a session; None where it is not to be had, and why is for `_mirror` to find out."""
+        if self._claims.get(session_id) is None:
             if self.draining:
-                raise Draining(retry_after=3)
-            if len(self._running) + len(self._claims) >= self._max_streams:
-                raise Overloaded(retry_after=3)
-            answer = self._claims[session_id] = asyncio.get_running_loop().create_future()
-            answer.add_done_callback(
-                lambda f: f.cancelled() or f.exception()
-            )  # there may be nobody left to ask
-            self._spawn(self._pursue(session_id, answer))
-        # A viewer that leaves takes its own wait along and not the claim.
-        return await asyncio.shield(answer)
+                raise Draining
+            if len(self._running) + len(self._claims) >= self._limits.max_streams:
+                raise Overloaded
+        outcome = await self._claims.claim(session_id)
+        if isinstance(outcome, Generation):
+            return outcome
+        if outcome.state is State.GONE:
+            await self._tell_gone(None)
+        return None
 
-    async def _pursue(self, session_id: str, answer: asyncio.Future[Generation | Standing]) -> None:
-        """Claim, and go on asking until the outcome is known: a claim whose reply was lost may have taken effect.
+    async def _mirror(self, session_id: str, cursor: Cursor | None) -> Mirror:
+        mirror = self._follower.get(session_id)
+        if mirror is not None:
+            return mirror
+        if self.draining:
+            raise Draining
+        opened = await self._follower.open(session_id)
+        if opened is State.GONE:
+            await self._tell_gone(cursor)
+        if isinstance(opened, State):
+            raise NotYetClaimed
+        self._check_resuming()
+        return opened
 
-        ``answer`` is told of the first try. A generation that a later one wins starts without a viewer.
-        """
-        token = str(uuid.uuid4())
-        loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + self._session_ttl
-        try:
-            while loop.time() < give_up_at:
-                try:
-                    outcome = await self._sessions.claim(session_id, token, self._worker)
-                except StoreUnavailable as error:
-                    if not answer.done():
-                        answer.set_exception(error)
-                    await asyncio.sleep(CLAIM_RETRY)
-                    continue
-                result = self._begin(session_id, token, outcome) if isinstance(outcome, Prepared) else outcome
-                if not answer.done():
-                    answer.set_result(result)
-                return
-        finally:
-            self._claims.pop(session_id, None)
-            answer.cancel()
+    def _check_resuming(self) -> None:
+        if self._limits.resume_ttl == 0:
+            raise AlreadyClaimed
+
+    async def _tell_gone(self, cursor: Cursor | None) -> None:
+        if not await self._membership.is_gone():
+            raise StoreUnavailable
+        raise SessionNotFound if cursor is None else SessionExpired
+
+    def _let_go(self, feed: Feed) -> None:
+        """Send the viewers of a feed away; their pages will come back."""
+        for viewer in tuple(self.viewers):
+            if viewer.feed is feed:
+                viewer.release()
+
+    # Running
 
     def _begin(self, session_id: str, token: str, prepared: Prepared) -> Generation:
         generation = Generation(
@@ -205,55 +235,47 @@ class Registry:
             bounds=self._bounds,
             prices_of=self._prices_of,
             write_later=self._write_later,
+            took=self._took,
         )
         self._running[session_id] = generation
+        self._journal.add(generation)
         task = generation.start()
-        self._tasks.add(task)
+        self._work.add(task)
         task.add_done_callback(lambda task: self._ended(generation, task))
-        self._spawn(self._forget_prompt(generation))
         return generation
 
-    async def _forget_prompt(self, generation: Generation) -> None:
-        try:
-            await self._sessions.started(generation.session_id, generation.token)
-        except StoreUnavailable:
-            log.warning("prompt stays in redis until its key expires", session=short(generation.session_id))
-
-    # Ending
+    def _took(self, generation: Generation, now: float) -> None:
+        """A generation has read events and is about to show them."""
+        if now - self._ticked_at > FREEZE:
+            self._thaw(now)
+        if generation.watched_elsewhere:
+            self._journal.hurry(generation)
 
     def _ended(self, generation: Generation, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        self._work.discard(task)
         self._running.pop(generation.session_id, None)
+        self._journal.remove(generation)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("generation broke", session=short(generation.session_id), exc_info=error)
-        if self._resume_ttl > 0 and generation.feed.end is not None:
-            self._keep(generation)
-
-    def _keep(self, generation: Generation) -> None:
-        until = asyncio.get_running_loop().time() + self._resume_ttl
-        self._kept[generation.session_id] = (generation, until)
-        self._kept_bytes += generation.feed.size
-        while self._kept_bytes > MAX_KEPT_BYTES:
-            self._drop_oldest()
-
-    def _drop_oldest(self) -> None:
-        _, (generation, _) = self._kept.popitem(last=False)
-        self._kept_bytes -= generation.feed.size
+        if generation.feed.end is not None and not generation.fenced:
+            self._kept.add(generation, self._loop.time())
 
     def _write_later(self, generation: Generation, end: Terminal) -> None:
         """Redis could not be told of an end: go on trying for as long as anybody could ask for it."""
         self._spawn(self._write_end(generation, end))
 
     async def _write_end(self, generation: Generation, end: Terminal) -> None:
-        loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + max(self._resume_ttl, END_RETRY)
-        while loop.time() < give_up_at:
+        give_up_at = self._loop.time() + max(self._limits.resume_ttl, SHUTDOWN_TIMEOUT)
+        while self._loop.time() < give_up_at:
             await asyncio.sleep(END_RETRY)
             try:
-                await self._sessions.end(generation.session_id, generation.token, end, timeout=CALL_TIMEOUT)
+                if await generation.write_end(end) is None and not await self._membership.is_gone():
+                    continue
             except StoreUnavailable:
                 continue
             return
+
+    # Cancelling
 
     async def cancel(self, session_id: str) -> Cancelled:
         """Stop a session, whoever asks.
@@ -263,46 +285,127 @@ class Registry:
             StoreUnavailable: it is not this worker's, and Redis is away.
         """
         if (claim := self._claims.get(session_id)) is not None:
-            await asyncio.shield(claim)
-        here = self.local(session_id)
+            await asyncio.wait([claim])
+        here = self._running.get(session_id) or self._kept.get(session_id)
         if here is not None:
-            accepted = here.stop(Halt.CANCELLED)
-            return Cancelled(State.CANCELLED if accepted else here.state, accepted=accepted)
+            accepted = await here.cancel()
+            return Cancelled(State.CANCELLED if accepted else await here.ended(), accepted=accepted)
         standing = await self._sessions.cancel(session_id, cancelled_before_start())
         if standing.state is State.GONE:
-            raise SessionNotFound
-        if standing.state is State.RUNNING:
-            raise StoreUnavailable("Another worker has this session.", retry_after=3)
-        accepted = standing.state is State.PREPARED
+            await self._tell_gone(None)
+        accepted = standing.state in (State.PREPARED, State.RUNNING)
         return Cancelled(State.CANCELLED if accepted else standing.state, accepted=accepted)
+
+    # Among the other workers
+
+    def _hear(self, ring: Ring) -> None:
+        generation = self._running.get(ring.session_id)
+        if ring.kind == "cancel" and generation is not None:
+            self._spawn(generation.cancel())
+        elif ring.kind == "watched" and generation is not None:
+            generation.note_elsewhere(watched=True)
+            self._journal.hurry(generation)
+        elif ring.kind in ("news", "ended"):
+            self._follower.hear(ring.session_id, ring.batch)
+
+    async def lost_hold(self, generation: Generation) -> None:
+        """Redis does not have a running session as ours: write it anew if all was lost, else it is another's."""
+        try:
+            gone = await self._membership.is_gone()
+            standing = await self._journal_store.look(generation.session_id)
+            if standing.state is State.RUNNING and standing.worker == self._workers.worker:
+                return
+            if standing.state is State.GONE and not gone:
+                await self._restore(generation)
+                return
+        except StoreUnavailable:
+            return  # asked again with the next write
+        log.warning("fenced", session=short(generation.session_id), state=standing.state)
+        generation.fence(standing.end)
+
+    async def _write_anew(self) -> None:
+        """Redis came back empty: write every session that is held here."""
+        for generation in (*self._running.values(), *self._kept.values()):
+            await self._restore(generation)
+
+    async def _restore(self, generation: Generation) -> None:
+        held = generation.feed.unsaved(0, ALL)
+        await self._sessions.restore(
+            generation.session_id,
+            generation.token,
+            self._workers.worker,
+            state=generation.state,
+            held=held,
+            end=generation.feed.end,
+        )
+        generation.saved = held.last
+
+    def _thaw(self, now: float) -> None:
+        """This process was frozen. Nothing is shown until Redis has confirmed that the sessions are still ours."""
+        self._ticked_at = now
+        frozen = list(self._running.values())
+        if frozen:
+            log.warning("was frozen", sessions=len(frozen))
+            for generation in frozen:
+                generation.feed.pause()
+            self._spawn(self._confirm(frozen))
+
+    async def _confirm(self, frozen: list[Generation]) -> None:
+        try:
+            async with asyncio.timeout(CONFIRM_TIMEOUT):
+                await self._journal.confirm(frozen, self)
+        except TimeoutError:
+            log.warning("not confirmed in time")
+        finally:
+            for generation in frozen:
+                if not generation.fenced:
+                    generation.feed.resume()
 
     # Time and shutdown
 
     def check(self, now: float) -> None:
         """Look at the timers of every generation, and drop what has been kept long enough."""
+        if now - self._ticked_at > FREEZE:
+            self._thaw(now)
+        self._ticked_at = now
         for generation in tuple(self._running.values()):
             generation.check(now)
-        while self._kept and next(iter(self._kept.values()))[1] <= now:
-            self._drop_oldest()
+        self._kept.expire(now)
 
     async def drain(self, timeout: float) -> None:
-        """Claim nothing more, let what runs finish for ``timeout`` seconds, and end the rest."""
+        """Begin nothing more, let what runs finish for ``timeout`` seconds, and end the rest."""
         self.draining = True
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout)
+        for viewer in tuple(self.viewers):
+            if self._follower.has(viewer.feed):
+                viewer.release()
+        await self._finish(timeout)
         for generation in tuple(self._running.values()):
             generation.stop(ServerShutdown())
-        if self._running or self._tasks:
-            await asyncio.wait(self._tasks, timeout=SHUTDOWN_TIMEOUT)
+        await self._finish(SHUTDOWN_TIMEOUT)
+
+    async def _finish(self, timeout: float) -> None:
+        """Wait until nothing is at work that ends by itself, for ``timeout`` seconds at most."""
+        deadline = self._loop.time() + timeout
+        while self._work and (left := deadline - self._loop.time()) > 0:
+            await asyncio.wait(self._work, timeout=left)
 
     async def close(self) -> None:
-        """Cancel whatever is left."""
-        tasks = tuple(self._tasks)
+        """Cancel whatever is left, and give the lease back."""
+        tasks = (*self._loops, *self._work)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            await self._workers.resign()
+        except StoreUnavailable:
+            log.info("the lease ends by itself")
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._work.add(task)
+        task.add_done_callback(self._reap)
+
+    def _reap(self, task: asyncio.Task[Any]) -> None:
+        self._work.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("background work broke", exc_info=error)

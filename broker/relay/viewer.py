@@ -1,6 +1,6 @@
-"""One viewer: reads a feed from its cursor to the end, at the pace of its line.
+"""One viewer: reads a session from its cursor to the end, at the pace of its line.
 
-Most of the time a viewer is live: the feed pushes each block straight into its line and no task is woken, which is
+Most of the time a viewer is live: the feed pushes each batch straight into its line and no task is woken, which is
 worth a third of a relay's CPU (measured). The viewer's own task works only at the beginning, at the end, and while the
 line lags behind.
 """
@@ -8,10 +8,12 @@ line lags behind.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Protocol
 
-from broker.core.errors import ReplayGap
+from broker.core.errors import ReplayGap, StoreUnavailable
 from broker.core.events import refusal_event, terminal_event
+from broker.core.replay import Batch, JournalGap, Next, read_on, what_next
 from broker.core.session import START, Cursor
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ MAX_BACKLOG = 256 * 1024
 
 MAX_BLOCK = 64 * 1024
 """Bytes that a viewer which catches up writes at a time."""
+
+ReadJournal = Callable[[int], Awaitable[list[Batch]]]
+"""Reads a part of the session's journal after the event of a number; raises `StoreUnavailable`."""
 
 
 class Line(Protocol):
@@ -42,43 +47,60 @@ class Line(Protocol):
 
 
 class Viewer:
-    """Follows a feed. `follow` is its task; the rest is for the feed and the ticker.
+    """Follows a feed. `follow` is its task; the rest is for the feed, the ticker and the drain.
+
+    Args:
+        feed: what to follow.
+        read_journal: where to look for what the feed no longer has.
+        line: where to write.
+        cursor: what the page has already.
+        now: the monotonic clock, in seconds.
 
     Attributes:
+        feed: what it follows.
         written_at: monotonic time of the last write, for the heartbeat.
     """
 
-    __slots__ = ("_cursor", "_feed", "_line", "_n", "_woken", "written_at")
+    __slots__ = ("_epoch", "_line", "_n", "_read_journal", "_released", "_woken", "feed", "written_at")
 
-    def __init__(self, feed: Feed, line: Line, cursor: Cursor | None, now: float) -> None:
+    def __init__(
+        self, feed: Feed, read_journal: ReadJournal, line: Line, cursor: Cursor | None, now: float
+    ) -> None:
+        self.feed = feed
         self.written_at = now
-        self._feed = feed
+        self._read_journal = read_journal
         self._line = line
-        self._cursor = cursor or START
-        self._n = self._cursor.n
+        self._epoch, self._n, _ = cursor or START
         self._woken = asyncio.Event()
+        self._released = False
 
-    def push(self, block: bytes, first: int, last: int, now: float) -> None:
+    def push(self, batch: Batch, now: float) -> None:
         """Write what the feed has just got."""
-        if first != self._n + 1:  # the cursor is ahead of the feed, which has to come past it first
-            if last > self._n:
+        if batch.first != self._n + 1:  # the cursor is ahead of the feed, which has to come past it first
+            if batch.last > self._n:
                 self.wake()
             return
-        self._line.write_now(block)
-        self._n = last
+        self._line.write_now(batch.events)
+        self._n = batch.last
         self.written_at = now
         if self._line.backlog() > MAX_BACKLOG:
             self.wake()
 
     def wake(self) -> None:
         """Let the viewer's own task go on."""
-        self._feed.leave(self)
+        self.feed.leave(self)
         self._woken.set()
 
     def beat(self, block: bytes, now: float) -> None:
-        """Write a heartbeat."""
-        self._line.write_now(block)
+        """Write a heartbeat, unless the line has enough to do with what was written before."""
         self.written_at = now
+        if self._line.backlog() <= MAX_BACKLOG:
+            self._line.write_now(block)
+
+    def release(self) -> None:
+        """Let the line go without an end: the page will come back, to another worker."""
+        self._released = True
+        self.wake()
 
     async def follow(self) -> None:
         """Write everything from the cursor to the end. Returns when the line may be closed.
@@ -87,32 +109,51 @@ class Viewer:
             ConnectionError: the line is gone.
         """
         try:
-            while not self._is_at_end():
-                await self._catch_up()
-                if self._feed.end is None:
-                    self._woken.clear()
-                    self._feed.go_live(self)
-                    await self._woken.wait()
-                    await self._line.drain()
-            self._line.write_now(self._last_words())
-        finally:
-            self._feed.leave(self)
-
-    def _is_at_end(self) -> bool:
-        return self._feed.end is not None and self._n >= self._feed.last
-
-    async def _catch_up(self) -> None:
-        while self._n < self._feed.last:
-            block, self._n = self._feed.after(self._n, MAX_BLOCK)
-            self._line.write_now(block)
+            while not self._released and await self._step():
+                await self._line.drain()
             await self._line.drain()
+        finally:
+            self.feed.leave(self)
 
-    def _last_words(self) -> bytes:
-        end = self._feed.end
-        if end is None:
-            raise RuntimeError("a viewer at the end of a feed that has none")
-        # Of a session that has ended, a cursor beyond its last event can only be wrong. The exception is an end that
-        # another worker wrote for a dead one: viewers of that one may have seen more than was kept.
-        if self._n > self._feed.last and end.id.epoch == self._cursor.epoch:
-            return refusal_event(ReplayGap(), self._cursor)
-        return terminal_event(end)
+    async def _step(self) -> bool:
+        """Do what is next, and tell whether there is more to come."""
+        feed = self.feed
+        step = what_next(Cursor(self._epoch, self._n), feed.first, feed.shown, feed.end)
+        if step is Next.MEMORY:
+            self._write(feed.after(self._n, MAX_BLOCK))
+        elif step is Next.JOURNAL:
+            return await self._read_on()
+        elif step is Next.WAIT:
+            self._woken.clear()
+            feed.go_live(self)
+            await self._woken.wait()
+        elif step is Next.END and feed.end is not None:
+            self._line.write_now(terminal_event(feed.end))
+            return False
+        else:
+            self._tell_gap()
+            return False
+        return True
+
+    async def _read_on(self) -> bool:
+        try:
+            batches = await self._read_journal(self._n)
+            events, last = read_on(batches, self._n)
+        except StoreUnavailable:
+            return False  # the page comes again, and perhaps Redis too
+        except JournalGap:
+            last = self._n
+        if last == self._n:
+            if self.feed.first <= self._n + 1:  # the feed was skipped or filled meanwhile: decide anew
+                return True
+            self._tell_gap()
+            return False
+        self._write(Batch(self._n + 1, last, events))
+        return True
+
+    def _write(self, batch: Batch) -> None:
+        self._line.write_now(batch.events)
+        self._n = batch.last
+
+    def _tell_gap(self) -> None:
+        self._line.write_now(refusal_event(ReplayGap(), Cursor(self._epoch, self._n)))

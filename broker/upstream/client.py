@@ -51,12 +51,15 @@ class UpstreamClient:
         title: the application's name, for attribution.
         connect_timeout: seconds for a connection, the wait for a free one included.
         max_connections: streams at once and a few for everything else.
+
+    Attributes:
+        secrets: words that no message may carry.
     """
 
     def __init__(
         self, *, base_url: str, api_key: str, title: str, connect_timeout: float, max_connections: int
     ) -> None:
-        self._secrets = (api_key,)
+        self.secrets = (api_key,)
         timeout = httpx2.Timeout(None, connect=connect_timeout, pool=connect_timeout)
         self.openai = AsyncOpenAI(
             base_url=base_url,
@@ -91,7 +94,7 @@ class UpstreamClient:
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         if referer:
             headers["HTTP-Referer"] = referer
-        with map_errors(self._secrets):
+        with map_errors(self.secrets):
             response = await self.openai.post(
                 "/chat/completions",
                 cast_to=httpx2.Response,
@@ -100,7 +103,7 @@ class UpstreamClient:
                 stream=True,
                 stream_cls=AsyncStream[Any],
             )
-        stream = UpstreamStream(response, self._secrets)  # type: ignore[arg-type]  # cast_to decides, not stream_cls
+        stream = UpstreamStream(response, self.secrets)  # type: ignore[arg-type]  # cast_to decides, not stream_cls
         try:
             await stream.check()
         except BaseException:

@@ -14,7 +14,7 @@ from broker.core.errors import BrokerError, HostNotAllowed, InternalError, Origi
 from broker.core.origins import Verdict
 from broker.core.session import short
 from broker.web.errors import error_response, from_http
-from broker.web.keys import ORIGINS, REQUEST_ID
+from broker.web.keys import ORIGINS, REGISTRY, REQUEST_ID
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
@@ -81,6 +81,8 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """A signal for every response, streams included: the request's id, and what CORS wants of it."""
     headers = response.headers
+    if request.app[REGISTRY].draining:
+        response.force_close()
     headers["X-Request-Id"] = request.get(REQUEST_ID, "")
     origin = request.headers.get(hdrs.ORIGIN)
     headers.add(hdrs.VARY, "Origin")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
 
 from broker.core.errors import BrokerError, SessionNotFound
-from broker.core.events import refusal_event, terminal_event
-from broker.core.session import Cursor, Terminal, is_session_id, parse_cursor
+from broker.core.events import refusal_event
+from broker.core.session import Cursor, is_session_id, parse_cursor
 from broker.relay.viewer import Viewer
 from broker.web.errors import json_response, may_come_again
 from broker.web.eventstream import EventStream
 from broker.web.keys import REGISTRY, SETTINGS
 
 if TYPE_CHECKING:
+    from broker.relay.follower import Mirror
     from broker.relay.generation import Generation
 
 COME_AGAIN_MS = 3000
@@ -43,9 +45,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
         if not _wants_events(request):
             raise
         return await _refuse(request, error, cursor)
-    if isinstance(found, Terminal):
-        return await _say(request, terminal_event(found), request.app[SETTINGS].retry_ms)
-    return await _show(request, found, cursor)
+    return await _show(request, session_id, found, cursor)
 
 
 async def cancel(request: web.Request) -> web.Response:
@@ -57,12 +57,15 @@ async def cancel(request: web.Request) -> web.Response:
     return json_response({"state": before.state}, status=202 if before.accepted else 200)
 
 
-async def _show(request: web.Request, generation: Generation, cursor: Cursor | None) -> web.StreamResponse:
-    """Let a viewer follow a generation to its end."""
+async def _show(
+    request: web.Request, session_id: str, source: Generation | Mirror, cursor: Cursor | None
+) -> web.StreamResponse:
+    """Let a viewer follow a session to its end."""
     settings, registry = request.app[SETTINGS], request.app[REGISTRY]
     response = EventStream(send_timeout=settings.send_timeout)
-    viewer = Viewer(generation.feed, response, cursor, asyncio.get_running_loop().time())
-    with generation.watched(), registry.viewing(viewer):
+    read_journal = partial(registry.read_journal, session_id)
+    viewer = Viewer(source.feed, read_journal, response, cursor, asyncio.get_running_loop().time())
+    with registry.watching(source, viewer):
         await response.open(request, settings.retry_ms)
         async with response:
             await viewer.follow()

@@ -1,0 +1,239 @@
+"""Sessions of other workers, as the viewers of this one see them.
+
+A mirror is a feed that is filled from a session's journal. All mirrors of a worker are served together: news comes by
+the worker's bell with the events in it, and once a second whatever is missing is read in one round trip, which also
+keeps this worker registered as watching. The same look finds owners that have died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+import structlog
+
+from broker.core.errors import StoreUnavailable, WorkerLost
+from broker.core.events import cancelled_unseen, error_data
+from broker.core.replay import Batch, JournalGap, read_on
+from broker.core.session import State, short
+from broker.relay.feed import Feed
+
+if TYPE_CHECKING:
+    from broker.store.journal import Followed, JournalStore
+    from broker.store.sessions import SessionStore
+    from broker.store.workers import WorkerStore
+
+log = structlog.get_logger(__name__)
+
+LOOK = 0.5
+"""Seconds between two looks at everything that is followed."""
+
+DEAD_AFTER = 3.0
+"""Seconds for which a lease must have been absent, of a Redis that answers, before its worker counts as dead."""
+
+LOOK_GAP = 2.0
+"""Seconds between two answered looks, over which an absence has to be seen anew: an outage makes nobody dead."""
+
+LOOK_AT_ONCE = 64
+"""Sessions looked at in one round trip."""
+
+
+class Mirror:
+    """A session of another worker: its feed, and who watches it here.
+
+    Attributes:
+        session_id: which.
+        worker: who owns it.
+        feed: its events from the moment it was first watched here; what came before is in the journal.
+    """
+
+    def __init__(self, session_id: str, worker: str, last: int) -> None:
+        self.session_id = session_id
+        self.worker = worker
+        self.feed = Feed(last)
+        self.viewers = 0
+
+
+class Follower:
+    """Keeps the mirrors of this worker.
+
+    Args:
+        journal: where to read.
+        sessions: where the end of a dead owner's session is written.
+        workers: who lives.
+        is_gone: whether a session that Redis does not know is gone for good.
+        let_go: is told of a mirror whose session is gone, to send its viewers away.
+    """
+
+    def __init__(
+        self,
+        journal: JournalStore,
+        sessions: SessionStore,
+        workers: WorkerStore,
+        is_gone: Callable[[], Awaitable[bool]],
+        let_go: Callable[[Feed], None],
+    ) -> None:
+        self._journal = journal
+        self._sessions = sessions
+        self._workers = workers
+        self._is_gone = is_gone
+        self._let_go = let_go
+        self._mirrors: dict[str, Mirror] = {}
+        self._hurried: set[str] = set()
+        self._left: set[str] = set()
+        self._wake = asyncio.Event()
+        self._absent_since: dict[str, float] = {}
+        self._answered_at = 0.0
+        self._loop = asyncio.get_running_loop()
+
+    def get(self, session_id: str) -> Mirror | None:
+        """The mirror of a session that is being watched here."""
+        return self._mirrors.get(session_id)
+
+    def has(self, feed: Feed) -> bool:
+        """Whether a feed is one of the mirrors'."""
+        return any(mirror.feed is feed for mirror in self._mirrors.values())
+
+    async def open(self, session_id: str) -> Mirror | State:
+        """Register as watching a session, and mirror it; or the state of one that cannot be watched.
+
+        Raises:
+            StoreUnavailable: Redis cannot be reached.
+        """
+        followed = await self._journal.follow(session_id, 0, entries=0)
+        standing = followed.standing
+        if standing.state in (State.GONE, State.PREPARED):
+            return standing.state
+        mirror = self._mirrors.get(session_id)
+        if mirror is None:
+            mirror = Mirror(session_id, standing.worker, followed.last)
+            self._mirrors[session_id] = mirror
+        if standing.end is not None and mirror.feed.end is None:
+            self._finish(mirror, followed)
+        return mirror
+
+    @contextmanager
+    def watched(self, mirror: Mirror) -> Iterator[None]:
+        """Count a viewer for as long as the block runs."""
+        mirror.viewers += 1
+        try:
+            yield
+        finally:
+            mirror.viewers -= 1
+            if mirror.viewers == 0 and self._mirrors.get(mirror.session_id) is mirror:
+                del self._mirrors[mirror.session_id]
+                if mirror.feed.end is None:
+                    self._left.add(mirror.session_id)
+                    self._wake.set()
+
+    def hear(self, session_id: str, batch: Batch | None) -> None:
+        """The bell rang: here are events, or there is something to read."""
+        mirror = self._mirrors.get(session_id)
+        if mirror is None or mirror.feed.end is not None:
+            return
+        if batch is None or batch.first > mirror.feed.last + 1:
+            self._hurried.add(session_id)
+            self._wake.set()
+        else:
+            self._add(mirror, [batch])
+
+    async def run(self) -> NoReturn:
+        """Look after the mirrors until cancelled."""
+        look_at = 0.0
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, look_at - self._loop.time())):
+                    await self._wake.wait()
+            self._wake.clear()
+            now = self._loop.time()
+            everything = now >= look_at
+            if everything:
+                look_at = now + LOOK
+            try:
+                await self._say_goodbye()
+                await self._look(everything=everything)
+            except StoreUnavailable:
+                self._absent_since.clear()
+                await asyncio.sleep(LOOK)
+
+    async def _say_goodbye(self) -> None:
+        left, self._left = self._left, set()
+        for session_id in left - self._mirrors.keys():
+            await self._journal.leave(session_id)
+
+    async def _look(self, *, everything: bool) -> None:
+        hurried, self._hurried = self._hurried, set()
+        wanted = [
+            mirror
+            for mirror in self._mirrors.values()
+            if mirror.feed.end is None and (everything or mirror.session_id in hurried)
+        ]
+        for start in range(0, len(wanted), LOOK_AT_ONCE):
+            part = wanted[start : start + LOOK_AT_ONCE]
+            answers = await self._journal.follow_many([(m.session_id, m.feed.last) for m in part])
+            for mirror, followed in zip(part, answers, strict=True):
+                if followed.standing.state is not State.GONE:
+                    self._note(mirror, followed)
+                elif await self._is_gone():
+                    self._let_go(mirror.feed)
+        if everything and wanted:
+            await self._bury({mirror.worker for mirror in wanted})
+
+    def _note(self, mirror: Mirror, followed: Followed) -> None:
+        if mirror.feed.end is not None:
+            return
+        if followed.batches:
+            self._add(mirror, followed.batches)
+        elif followed.last > mirror.feed.last:
+            mirror.feed.skip_to(followed.last)  # not there although it should be: viewers will find the gap
+        if followed.last > mirror.feed.last:
+            self._hurried.add(mirror.session_id)
+            self._wake.set()
+        elif followed.standing.end is not None:
+            self._finish(mirror, followed)
+
+    def _add(self, mirror: Mirror, batches: list[Batch]) -> None:
+        feed = mirror.feed
+        try:
+            events, last = read_on(batches, feed.last)
+        except JournalGap:
+            feed.skip_to(batches[-1].last)
+            return
+        if last > feed.last:
+            feed.add(Batch(feed.last + 1, last, events), self._loop.time())
+            feed.trim(last)
+
+    @staticmethod
+    def _finish(mirror: Mirror, followed: Followed) -> None:
+        end = followed.standing.end
+        if end is None:
+            return
+        if mirror.feed.last != end.id.n - 1:
+            mirror.feed.skip_to(end.id.n - 1)
+        mirror.feed.finish(end)
+
+    async def _bury(self, owners: set[str]) -> None:
+        """End the sessions of workers that have been dead for long enough."""
+        absent = await self._workers.absent(owners)
+        now = self._loop.time()
+        if now - self._answered_at > LOOK_GAP:
+            self._absent_since.clear()
+        self._answered_at = now
+        self._absent_since = {worker: self._absent_since.get(worker, now) for worker in absent}
+        for mirror in list(self._mirrors.values()):
+            since = self._absent_since.get(mirror.worker)
+            if mirror.feed.end is None and since is not None and now - since >= DEAD_AFTER:
+                await self._lose(mirror)
+
+    async def _lose(self, mirror: Mirror) -> None:
+        standing = await self._sessions.lose(
+            mirror.session_id, mirror.worker, error=error_data(WorkerLost()), cancelled=cancelled_unseen(None)
+        )
+        log.warning(
+            "worker lost", session=short(mirror.session_id), worker=mirror.worker, state=standing.state
+        )
+        self._hurried.add(mirror.session_id)
+        self._wake.set()

@@ -1,0 +1,168 @@
+"""The journal of this worker's generations: written behind the live viewers, in batches, for all of them together.
+
+Each generation has a slot in the interval, so that the work is spread over it; one that somebody follows from another
+worker is written at the next tick. With every write, and once a second without one, Redis tells what others want of the
+session: a cancel, the fence, a viewer elsewhere. So nothing depends on pub/sub, which only makes it faster.
+
+While Redis is away events stay in the feeds, up to a bound; over it the oldest are dropped, and readers are told of
+the gap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, NoReturn, Protocol
+
+import structlog
+
+from broker.core.errors import StoreUnavailable
+from broker.core.replay import Batch
+from broker.core.session import State, short
+from broker.relay.generation import Halt
+from broker.store.journal import Append, Appended, JournalStore
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from broker.relay.generation import Generation
+
+log = structlog.get_logger(__name__)
+
+TICK = 0.01
+"""Seconds between two writes for sessions that are followed from elsewhere."""
+
+ASK_AFTER = 0.9
+"""Seconds without a write after which Redis is asked all the same."""
+
+MAX_WRITE = 256 * 1024
+"""Bytes of one session that one write carries at most."""
+
+MAX_SESSIONS = 64
+"""Sessions that one round trip carries at most: what they cost must not hold up a chunk."""
+
+MAX_HELD = 256 * 1024 * 1024
+"""Bytes of events that all generations of a worker hold in memory; over it, what is not journaled is dropped."""
+
+
+NOTHING = Batch(1, 0, b"")
+"""No events: only ask."""
+
+
+class Owner(Protocol):
+    """Who is told when a session is found to be another's."""
+
+    async def lost_hold(self, generation: Generation) -> None:
+        """Redis no longer has this generation's session as its own."""
+
+
+class Journal:
+    """Writes the journals of the generations of one worker.
+
+    Args:
+        store: where to.
+        interval: seconds that a journal may lag.
+        keep: whether events are journaled at all; if not, Redis is only asked.
+    """
+
+    def __init__(self, store: JournalStore, *, interval: float, keep: bool) -> None:
+        self._store = store
+        self._keep = keep
+        self._slots: list[dict[Generation, None]] = [{} for _ in range(max(1, round(interval / TICK)))]
+        self._slot_of: dict[Generation, int] = {}
+        self._asked_at: dict[Generation, float] = {}
+        self._urgent: set[Generation] = set()
+        self._added = 0
+        self._wanted = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def add(self, generation: Generation) -> None:
+        """Journal this generation from now on."""
+        self._added += 1
+        slot = self._added % len(self._slots)
+        self._slots[slot][generation] = None
+        self._slot_of[generation] = slot
+        self._asked_at[generation] = self._loop.time() - ASK_AFTER  # so that the prompt soon leaves Redis
+        self._wanted.set()
+
+    def remove(self, generation: Generation) -> None:
+        """It has ended, and its end was journaled with it."""
+        slot = self._slot_of.pop(generation, None)
+        if slot is not None:
+            del self._slots[slot][generation]
+            del self._asked_at[generation]
+        self._urgent.discard(generation)
+
+    def hurry(self, generation: Generation) -> None:
+        """Write this one at the next tick."""
+        if generation in self._slot_of:
+            self._urgent.add(generation)
+
+    async def run(self, owner: Owner) -> NoReturn:
+        """Write until cancelled."""
+        at = 0
+        while True:
+            if not self._slot_of:
+                self._wanted.clear()
+                await self._wanted.wait()
+            await asyncio.sleep(TICK)
+            at = (at + 1) % len(self._slots)
+            due = self._due(self._slots[at])
+            for start in range(0, len(due), MAX_SESSIONS):
+                await self._write(due[start : start + MAX_SESSIONS], owner)
+
+    async def confirm(self, generations: Collection[Generation], owner: Owner) -> bool:
+        """Ask Redis at once whether these are still this worker's; whether it answered."""
+        return await self._write(list(generations), owner)
+
+    def _due(self, slot: dict[Generation, None]) -> list[Generation]:
+        now = self._loop.time()
+        urgent, self._urgent = self._urgent, set()
+        due = list(urgent)
+        for generation in slot:
+            unsaved = self._keep and generation.saved < generation.feed.last
+            if generation not in urgent and (unsaved or now - self._asked_at[generation] >= ASK_AFTER):
+                due.append(generation)
+        return due
+
+    async def _write(self, generations: list[Generation], owner: Owner) -> bool:
+        appends = [Append(g.session_id, g.token, self._batch_of(g)) for g in generations]
+        try:
+            answers = await self._store.append(appends)
+        except StoreUnavailable:
+            self._hold_back()
+            await asyncio.sleep(TICK)
+            return False
+        now = self._loop.time()
+        for generation, answer in zip(generations, answers, strict=True):
+            if generation in self._slot_of:  # else it ended while Redis answered
+                self._asked_at[generation] = now
+                await self._note(generation, answer, owner)
+        return True
+
+    async def _note(self, generation: Generation, answer: Appended, owner: Owner) -> None:
+        if answer.state is not State.RUNNING:
+            await owner.lost_hold(generation)
+            return
+        generation.saved = answer.last
+        generation.feed.trim(answer.last)
+        generation.note_elsewhere(watched=answer.watched > 0)
+        if answer.cancel:
+            generation.stop(Halt.CANCELLED)
+        if generation.watched_elsewhere and self._batch_of(generation).events:
+            self._urgent.add(generation)
+
+    def _batch_of(self, generation: Generation) -> Batch:
+        batch = generation.unsaved(MAX_WRITE)
+        # Events dropped while Redis was away leave a hole that no batch can be written behind.
+        return batch if self._keep and batch.first == generation.saved + 1 else NOTHING
+
+    def _hold_back(self) -> None:
+        """Keep what waits for Redis within its bound: the largest feeds give way first."""
+        by_size = sorted(self._slot_of, key=lambda generation: generation.feed.size)
+        held = sum(generation.feed.size for generation in by_size)
+        while held > MAX_HELD:
+            generation = by_size.pop()
+            held -= generation.feed.size
+            generation.feed.trim(generation.feed.last)
+            held += generation.feed.size
+            log.warning("events dropped while redis is away", session=short(generation.session_id))

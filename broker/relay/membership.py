@@ -1,0 +1,91 @@
+"""This worker among the others: its lease, its bell, and whether Redis has come back empty."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import TYPE_CHECKING, NoReturn
+
+import structlog
+
+from broker.core.errors import StoreUnavailable
+
+if TYPE_CHECKING:
+    from broker.store.workers import Ring, WorkerStore
+
+log = structlog.get_logger(__name__)
+
+BEAT = 0.5
+"""Seconds between two renewals of the lease; one that fails takes a second at most, and is tried again."""
+
+WIPED_FOR = 10.0
+"""Seconds after Redis came back empty in which its owners may still be writing their sessions anew."""
+
+LISTEN_AGAIN = 0.5
+"""Seconds before a broken subscription is made again."""
+
+
+class Membership:
+    """Keeps this worker known.
+
+    Args:
+        workers: where.
+        wiped: is awaited when Redis has come back empty.
+    """
+
+    def __init__(self, workers: WorkerStore, wiped: Callable[[], Awaitable[None]]) -> None:
+        self._workers = workers
+        self._wiped = wiped
+        self._marker: str | None = None
+        self._wiped_at = float("-inf")
+        self._loop = asyncio.get_running_loop()
+
+    async def is_gone(self) -> bool:
+        """Whether a session that Redis does not know is gone; not while it may only have to be written anew.
+
+        Raises:
+            StoreUnavailable: Redis cannot be reached.
+        """
+        await self.renew()
+        return self._loop.time() - self._wiped_at >= WIPED_FOR
+
+    async def renew(self) -> None:
+        """Renew the lease; where Redis turns out to have come back empty, have everything written anew.
+
+        Raises:
+            StoreUnavailable: Redis cannot be reached.
+        """
+        marker = await self._workers.renew()
+        if self._marker not in (None, marker):
+            log.warning("redis came back empty")
+            self._wiped_at = self._loop.time()
+            self._marker = marker
+            await self._wiped()
+        self._marker = marker
+
+    async def run(self) -> NoReturn:
+        """Renew until cancelled."""
+        away = False
+        while True:
+            try:
+                await self.renew()
+            except StoreUnavailable:
+                if not away:
+                    log.warning("redis cannot be reached")
+                away = True
+            else:
+                if away:
+                    log.info("redis is back")
+                away = False
+            await asyncio.sleep(BEAT)
+
+    async def listen(self, heard: Callable[[Ring], None]) -> NoReturn:
+        """Pass on what this worker's bell says, until cancelled."""
+        while True:
+            try:
+                async with aclosing(self._workers.listen()) as rings:
+                    async for ring in rings:
+                        heard(ring)
+            except StoreUnavailable:
+                await asyncio.sleep(LISTEN_AGAIN)
