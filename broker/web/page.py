@@ -1,0 +1,65 @@
+"""The chat page at ``/`` and its files, read once and answered from memory.
+
+Only files: what the page asks of the broker it asks as any page would, through the same routes.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from aiohttp import ETag, web
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+PATHS = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/page-line.js": ("page-line.js", "text/javascript; charset=utf-8"),
+    "/page-words.js": ("page-words.js", "text/javascript; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+    "/favicon.ico": ("icon.svg", "image/svg+xml"),
+}
+
+# The page shows what models write: should any of it ever pass as markup, it can still run and fetch nothing.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": POLICY,
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def page_routes() -> list[web.RouteDef]:
+    """The routes of the page, with its files read from the package now."""
+    folder = files(__package__) / "page"
+    return [
+        web.get(path, _answering((folder / name).read_bytes(), {**HEADERS, "Content-Type": content_type}))
+        for path, (name, content_type) in PATHS.items()
+    ]
+
+
+def _answering(
+    body: bytes, headers: Mapping[str, str]
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    etag = ETag(sha256(body).hexdigest()[:32])
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        known = {tag.value for tag in request.if_none_match or ()}
+        response: web.Response
+        if known & {etag.value, "*"}:
+            response = web.Response(status=304, headers=headers)
+        else:
+            response = web.Response(body=body, headers=headers)
+        response.etag = etag
+        return response
+
+    return answer

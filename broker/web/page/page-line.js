@@ -1,0 +1,163 @@
+// One answer, from /prepare to its end: the only part of the page that talks to /prepare and /stream.
+// What arrives is kept in the turn, together with the cursor it belongs to, so that the pair can be stored at any moment.
+
+const COMINGS = 200; // connection errors without an event between them: at the broker's pace about ten minutes
+const REOPENINGS = 8; // after the browser has given up; with their pauses about a minute
+const PREPARE_TIMEOUT = 30_000;
+const STOP_TIMEOUT = 10_000;
+
+const UNREACHABLE = { code: "unreachable", message: "The broker cannot be reached." };
+const STOP_UNCONFIRMED = { code: "stop_unconfirmed", message: "Stopped here, but the broker did not confirm it." };
+
+/** Adds one chunk of the upstream to a turn: text, reasoning, the pieces of tool calls, and sources. */
+export function take(turn, chunk) {
+  const delta = chunk.choices?.[0]?.delta;
+  if (!delta) return;
+  turn.text += words(delta.content) + words(delta.refusal);
+  turn.reasoning += words(delta.reasoning ?? delta.reasoning_content);
+  for (const call of delta.tool_calls ?? []) {
+    const known = (turn.tools[Number(call.index ?? 0)] ??= { name: "", arguments: "" });
+    known.name ||= words(call.function?.name);
+    known.arguments += words(call.function?.arguments);
+  }
+  for (const { url_citation: cited } of delta.annotations ?? []) {
+    if (/^https?:/.test(cited?.url)) turn.sources.push({ url: cited.url, title: words(cited.title) || cited.url });
+  }
+}
+
+const words = (value) => (typeof value === "string" ? value : "");
+
+/**
+ * Follows one turn. Calls `changed()` whenever there is something new to show and `ended()` once;
+ * the turn then has its `result` (what `done` said) or its `problem`.
+ *
+ * `state` is one of preparing, connecting, open, waiting (for room on the broker), reconnecting, stopping.
+ */
+export class Line {
+  #turn;
+  #changed;
+  #ended;
+  #source = null;
+  #comings = 0;
+  #reopenings = 0;
+  #reopening = 0;
+  #stopping = 0;
+  #over = false;
+  #abort = new AbortController();
+
+  constructor(turn, { changed, ended }) {
+    this.#turn = turn;
+    this.#changed = changed;
+    this.#ended = ended;
+    this.state = "preparing";
+    this.notice = "";
+  }
+
+  /** Hands the request in and follows the session it becomes. */
+  async prepare(request, key) {
+    try {
+      const session = await this.#post(request, key);
+      this.#turn.sessionId = session.sessionId;
+      this.#turn.dropped = session.droppedMessages;
+    } catch (problem) {
+      return this.#end({ problem });
+    }
+    this.open();
+  }
+
+  async #post(request, key) {
+    const headers = { "Content-Type": "application/json" };
+    if (key) headers.Authorization = `Bearer ${key}`;
+    const signal = AbortSignal.any([this.#abort.signal, AbortSignal.timeout(PREPARE_TIMEOUT)]);
+    let response, body;
+    try {
+      response = await fetch("prepare", { method: "POST", headers, body: JSON.stringify(request), signal });
+      body = await response.json();
+    } catch {
+      throw this.#abort.signal.aborted ? { code: "withdrawn", message: "Stopped before it was handed in." } : UNREACHABLE;
+    }
+    if (!response.ok) throw refusal(response, body.error);
+    return body;
+  }
+
+  /** Opens the event stream where the turn left off. From then on the browser itself reconnects. */
+  open() {
+    this.#source?.close();
+    const { sessionId, cursor } = this.#turn;
+    const query = cursor ? `?lastEventId=${encodeURIComponent(cursor)}` : "";
+    const source = (this.#source = new EventSource(`stream/${sessionId}${query}`));
+    this.#say("connecting");
+    source.addEventListener("open", () => this.#opened());
+    source.addEventListener("chunk", (event) => this.#heard(event, (chunk) => take(this.#turn, chunk)));
+    source.addEventListener("done", (event) => this.#heard(event, (result) => this.#end({ result })));
+    source.addEventListener("error", (event) => {
+      if (event.data === undefined) this.#lost();
+      else this.#heard(event, (problem) => this.#refused(problem));
+    });
+  }
+
+  /** Asks the broker to stop, and waits for the end it then sends. */
+  async stop() {
+    if (!this.#turn.sessionId) return this.#abort.abort();
+    this.#say("stopping");
+    const signal = AbortSignal.timeout(STOP_TIMEOUT);
+    const address = `stream/${this.#turn.sessionId}`;
+    const response = await fetch(address, { method: "DELETE", keepalive: true, signal }).catch(() => null);
+    if (this.#over) return;
+    if (!response?.ok) return this.#end({ problem: STOP_UNCONFIRMED });
+    if (this.#source.readyState !== EventSource.OPEN) this.open(); // the browser's own pause may be long
+    this.#stopping = setTimeout(() => this.#end({ problem: STOP_UNCONFIRMED }), STOP_TIMEOUT);
+  }
+
+  #opened() {
+    this.#reopenings = 0;
+    if (this.state !== "waiting") this.#say("open");
+  }
+
+  #heard(event, act) {
+    this.#comings = 0;
+    this.#turn.cursor = event.lastEventId || this.#turn.cursor;
+    if (this.state !== "open") this.#say("open");
+    act(JSON.parse(event.data));
+    if (!this.#over) this.#changed();
+  }
+
+  #refused(problem) {
+    if (problem.final) return this.#end({ problem });
+    this.#say("waiting", problem.message);
+  }
+
+  #lost() {
+    if (++this.#comings > COMINGS || this.#reopenings >= REOPENINGS) return this.#end({ problem: UNREACHABLE });
+    if (this.state !== "waiting") this.#say("reconnecting");
+    if (this.#source.readyState !== EventSource.CLOSED) return; // the browser comes back by itself
+    const pause = Math.min(15_000, 1000 * 2 ** this.#reopenings++) * (0.8 + 0.4 * Math.random());
+    clearTimeout(this.#reopening);
+    this.#reopening = setTimeout(() => this.open(), pause);
+  }
+
+  #say(state, notice = "") {
+    if (this.state === "stopping") return;
+    this.state = state;
+    this.notice = notice;
+    this.#changed();
+  }
+
+  #end(end) {
+    if (this.#over) return;
+    this.#over = true;
+    this.#source?.close();
+    clearTimeout(this.#reopening);
+    clearTimeout(this.#stopping);
+    Object.assign(this.#turn, end);
+    this.#ended();
+  }
+}
+
+function refusal(response, error) {
+  const details = Array.isArray(error?.details) ? error.details : [];
+  const retryAfter = Number(response.headers.get("Retry-After")) || undefined;
+  const message = error?.message ?? `The broker answered with status ${response.status}.`;
+  const exactly = details.map(({ field, message }) => `${field}: ${message}`).join("; ");
+  return { code: error?.code ?? `status_${response.status}`, message: [message, exactly].filter(Boolean).join(" "), retryAfter };
+}
