@@ -1,0 +1,200 @@
+"""The kinds of values that settings have: how each is written, and the words that say so when it is wrong.
+
+Which settings there are is in `broker/settings.py`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+
+_A_YEAR = 366 * 24 * 3600
+_UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 24 * 3600}
+_SIZES = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+REDIS_SCHEMES = ("redis", "rediss", "unix")
+LATER_REDIS_SCHEMES = ("redis+sentinel", "redis+cluster")
+
+
+@dataclass(frozen=True, slots=True)
+class Expects:
+    """What a value has to be, as it stands after "must be"."""
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """So many in each window of so many seconds."""
+
+    count: int
+    seconds: int
+
+
+class ApiKey(NamedTuple):
+    """Who a key belongs to, and the key."""
+
+    name: str
+    key: SecretStr
+
+
+def _listed(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return tuple(item for item in (part.strip() for part in value.split(",")) if item)
+
+
+def _size(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d{1,15})\s*([kmg]ib)?", value.strip(), re.IGNORECASE | re.ASCII)
+    if match is None:
+        raise ValueError(value)
+    return int(match[1]) * _SIZES[(match[2] or "").lower()]
+
+
+def _rate(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d{1,9})\s*/\s*(\d{1,5})?\s*(second|minute|hour|day)s?", value.strip(), re.ASCII)
+    if match is None:
+        raise ValueError(value)
+    return Rate(int(match[1]), int(match[2] or 1) * _UNITS[match[3]])
+
+
+def _positive_rate(rate: Rate) -> Rate:
+    if rate.count < 1 or rate.seconds < 1:
+        raise ValueError(rate)
+    return rate
+
+
+def _api_keys(value: Any) -> Any:
+    pairs = _listed(value)
+    if not isinstance(value, str):
+        return pairs
+    keys = []
+    for pair in pairs:
+        name, colon, key = pair.partition(":")
+        if not (name.strip() and colon and key.strip()):
+            raise ValueError("name:key")
+        keys.append(ApiKey(name.strip(), SecretStr(key.strip())))
+    return tuple(keys)
+
+
+def _http_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0 or "@" in parts.netloc:
+        raise ValueError("http")
+    if parts.query or parts.fragment:
+        raise ValueError("query")
+    return value.rstrip("/")
+
+
+def _redis_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme == "unix":
+        complete = bool(parts.path)
+    elif parts.scheme in LATER_REDIS_SCHEMES:
+        complete = bool(parts.netloc)
+    else:
+        complete = parts.scheme in REDIS_SCHEMES and bool(parts.hostname) and parts.port != 0
+    if not complete:
+        raise ValueError("redis")
+    return value
+
+
+def _host(value: str) -> str:
+    host = value.removeprefix("[").removesuffix("]")
+    if re.fullmatch(r"[A-Za-z0-9._-]+", host) is None:
+        ipaddress.ip_address(host)
+    return host
+
+
+def _origin(value: str) -> str:
+    if value == "*":
+        return value
+    parts = urlsplit(_http_url(value.lower()))
+    if parts.path:
+        raise ValueError("path")
+    # A browser leaves the default port out of `Origin`.
+    default_port = {"http": ":80", "https": ":443"}[parts.scheme]
+    return f"{parts.scheme}://{parts.netloc.removesuffix(default_port)}"
+
+
+def _proxy(value: str) -> str:
+    return value if value == "private" else str(ipaddress.ip_network(value, strict=False))
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _without_spaces(value: SecretStr) -> SecretStr:
+    if re.fullmatch(r"[!-~]+", value.get_secret_value()) is None:
+        raise ValueError("spaces")
+    return value
+
+
+_FINITE = Field(allow_inf_nan=False, le=_A_YEAR)
+
+Seconds = Annotated[float, _FINITE, Field(gt=0), Expects("a number of seconds above 0")]
+SecondsOrNone = Annotated[float, _FINITE, Field(ge=0), Expects("a number of seconds, 0 or more")]
+WholeSeconds = Annotated[int, Field(ge=1, le=_A_YEAR), Expects("a whole number of seconds, 1 or more")]
+WholeSecondsOrNone = Annotated[int, Field(ge=0, le=_A_YEAR), Expects("a whole number of seconds, 0 or more")]
+Milliseconds = Annotated[int, Field(ge=1, le=600_000), Expects("milliseconds from 1 to 600000")]
+Count = Annotated[int, Field(ge=1, le=10**9), Expects("a whole number, 1 or more")]
+CountOrNone = Annotated[int, Field(ge=0, le=10**15), Expects("a whole number, 0 or more")]
+Retries = Annotated[int, Field(ge=0, le=10), Expects("a whole number from 0 to 10")]
+Processes = Annotated[int, Field(ge=1, le=256), Expects("a whole number from 1 to 256")]
+Port = Annotated[int, Field(ge=0, le=65535), Expects("a port from 0 to 65535")]
+Size = Annotated[
+    int, BeforeValidator(_size), Field(ge=1, le=1 << 40), Expects("a size such as 65536, 512KiB or 1MiB")
+]
+Money = Annotated[
+    Decimal, Field(ge=0, le=10**9, allow_inf_nan=False), Expects("an amount in USD such as 2.50, 0 or more")
+]
+Flag = Annotated[bool, Expects("true or false")]
+RatePerTime = Annotated[
+    Rate, BeforeValidator(_rate), AfterValidator(_positive_rate), Expects("a rate such as 30/minute")
+]
+
+Text = Annotated[str, Field(pattern=r"^[ -~]+$"), Expects("printable ASCII characters")]
+Secret = Annotated[SecretStr, AfterValidator(_without_spaces), Expects("visible ASCII characters, no spaces")]
+Passphrase = Annotated[SecretStr, Expects("text")]
+Prefix = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9._:-]{1,64}$"), Expects("1 to 64 letters, digits or any of . _ : -")
+]
+Host = Annotated[str, AfterValidator(_host), Expects("an address or a host name")]
+HttpUrl = Annotated[
+    str,
+    AfterValidator(_http_url),
+    Expects("a URL such as https://host/path, without credentials, query or fragment"),
+]
+RedisUrl = Annotated[
+    str,
+    AfterValidator(_redis_url),
+    Expects("a redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// URL"),
+]
+Names = Annotated[tuple[Text, ...], BeforeValidator(_listed), Expects("a comma list of names")]
+Origins = Annotated[
+    tuple[Annotated[str, AfterValidator(_origin)], ...],
+    BeforeValidator(_listed),
+    Expects("a comma list of origins such as https://example.com, or *"),
+]
+Proxies = Annotated[
+    tuple[Annotated[str, AfterValidator(_proxy)], ...],
+    BeforeValidator(_listed),
+    Expects("a comma list of addresses, networks, or the word private"),
+]
+ApiKeys = Annotated[tuple[ApiKey, ...], BeforeValidator(_api_keys), Expects("a comma list of name:key pairs")]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error", "critical"],
+    BeforeValidator(_lower),
+    Expects("debug, info, warning, error or critical"),
+]
+LogFormat = Annotated[Literal["text", "json"], BeforeValidator(_lower), Expects("text or json")]

@@ -1,0 +1,311 @@
+"""Every setting, and the only place that reads the environment.
+
+A setting is given as a flag, else as an environment variable, else in `.env` of the working directory, and
+is unset where it is empty. `load_settings` reads all three, once, for the command line. `Settings(...)` itself reads
+nothing: it is a value, so that whoever builds one gets what was written and no more.
+
+How a value of each kind is written is in `broker/setting_kinds.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import ipaddress
+import os
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from urllib.parse import unquote, urlsplit
+
+from dotenv.parser import parse_stream
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from broker import setting_kinds as kinds
+from broker.setting_kinds import Rate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from pydantic.fields import FieldInfo
+    from pydantic_settings import PydanticBaseSettingsSource
+
+DOTENV = Path(".env")
+_WITHOUT_PREFIX = frozenset({"openrouter_api_key", "referer", "x_title", "redis_url", "port"})
+_SECRETS = frozenset({"openrouter_api_key", "redis_url", "api_keys", "jwt_secret"})
+# URLs may carry a password where somebody put it in the wrong place.
+_NEVER_SHOWN = _SECRETS | {"upstream_url", "jwks_url"}
+_LARGEST_SECRET_FILE = 64 * 1024
+_LONGEST_SHOWN = 60
+
+
+class SettingsError(Exception):
+    """A setting cannot be used. The text is one line that names it and never shows a secret."""
+
+
+class Settings(BaseSettings):
+    """All settings, checked. Times are seconds and sizes bytes unless the name says otherwise.
+
+    Properties further down say what several settings mean together.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+
+    openrouter_api_key: kinds.Secret | None = None
+    upstream_url: kinds.HttpUrl = "https://openrouter.ai/api/v1"
+    referer: kinds.Text | None = None
+    x_title: kinds.Text = "Session Broker"
+
+    redis_url: kinds.RedisUrl | None = Field(default=None, repr=False)
+    key_prefix: kinds.Prefix = "broker"
+
+    port: kinds.Port = 3000
+    host: kinds.Host = "127.0.0.1"
+    workers: kinds.Processes = 1
+
+    session_ttl: kinds.WholeSeconds = 600
+    resume_ttl: kinds.WholeSecondsOrNone = 300
+    disconnect_grace: kinds.SecondsOrNone = 20.0
+    journal_interval_ms: kinds.Milliseconds = 500
+    heartbeat: kinds.Seconds = 15.0
+    ping_events: kinds.Flag = False
+    retry_ms: kinds.Milliseconds = 2000
+    send_timeout: kinds.Seconds = 30.0
+
+    connect_timeout: kinds.Seconds = 5.0
+    first_data_timeout: kinds.Seconds = 120.0
+    idle_timeout: kinds.Seconds = 60.0
+    deadline: kinds.Seconds = 600.0
+    max_retries: kinds.Retries = 2
+
+    max_body: kinds.Size = 1024 * 1024
+    max_messages: kinds.Count = 200
+    max_response: kinds.Size = 8 * 1024 * 1024
+    max_prompt_tokens: kinds.CountOrNone = 0
+    max_output_tokens: kinds.Count = 4096
+
+    allowed_models: kinds.Names = ("*",)
+    default_model: kinds.Text | None = None
+    extra_parameters: kinds.Names = ()
+    cors_origins: kinds.Origins = ()
+
+    api_keys: kinds.ApiKeys = ()
+    jwt_secret: kinds.Passphrase | None = None
+    jwks_url: kinds.HttpUrl | None = None
+    jwt_audience: kinds.Text | None = None
+    jwt_issuer: kinds.Text | None = None
+    trusted_proxies: kinds.Proxies = ()
+
+    rate_limit: kinds.RatePerTime = Rate(30, 60)
+    max_prepared: kinds.Count = 50
+    max_concurrent_streams: kinds.Count = 5
+    max_streams: kinds.Count = 2000
+    daily_tokens: kinds.CountOrNone = 0
+    daily_cost: kinds.Money = Decimal(0)
+    total_daily_cost: kinds.Money = Decimal(0)
+    unpriced_models: kinds.Flag = False
+
+    models_ttl: kinds.WholeSeconds = 600
+    drain_timeout: kinds.SecondsOrNone = 25.0
+    page: kinds.Flag = True
+    log_level: kinds.LogLevel = "info"
+    log_format: kinds.LogFormat | None = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - the library's signature
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take what was passed and nothing else; `load_settings` gathers the rest."""
+        return (init_settings,)
+
+    @property
+    def listens_on_loopback(self) -> bool:
+        """Only this machine can connect."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host.lower() == "localhost"
+
+    @property
+    def resuming(self) -> bool:
+        """A session can be read again; else it streams once."""
+        return self.resume_ttl > 0
+
+    @property
+    def grace(self) -> float:
+        """Seconds that a generation goes on without a viewer."""
+        return self.disconnect_grace if self.resuming else 0.0
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Every text that must never be shown."""
+        held = [self.openrouter_api_key, self.jwt_secret, *(key for _, key in self.api_keys)]
+        found = [secret.get_secret_value() for secret in held if secret is not None]
+        if self.redis_url is not None and (password := urlsplit(self.redis_url).password):
+            found += [password, unquote(password)]
+        return tuple(dict.fromkeys(found))
+
+
+class _Given(NamedTuple):
+    """What somebody wrote: the value, and the words that point to it."""
+
+    value: Any
+    name: str
+
+
+# Set by the user and understood, but not acted upon yet. The start says so of each.
+_NOT_YET_SERVED = frozenset(
+    {
+        "api_keys",
+        "jwt_secret",
+        "jwks_url",
+        "jwt_audience",
+        "jwt_issuer",
+        "trusted_proxies",
+        "rate_limit",
+        "max_prepared",
+        "max_concurrent_streams",
+        "daily_tokens",
+        "daily_cost",
+        "total_daily_cost",
+        "unpriced_models",
+    }
+)
+
+
+def setting_name(field: str) -> str:
+    """Return the environment variable of an attribute of `Settings`."""
+    return field.upper() if field in _WITHOUT_PREFIX else f"BROKER_{field.upper()}"
+
+
+def load_settings(**flags: Any) -> Settings:
+    """Gather the settings from flags (those that are None were not given), the environment and `.env`.
+
+    Raises:
+        SettingsError: one of them is wrong.
+    """
+    given = {
+        **_from_variables(_read_dotenv(), " in .env"),
+        **_from_variables(os.environ),
+        **{
+            field: _Given(value, f"--{field.replace('_', '-')}")
+            for field, value in flags.items()
+            if value is not None
+        },
+    }
+    try:
+        return Settings(**{field: setting.value for field, setting in given.items()})
+    except ValidationError as error:
+        raise SettingsError(_complaint(error, given)) from None
+
+
+def unknown_settings(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Name every ``BROKER_*`` variable, of the environment and of `.env`, that is no setting of ours.
+
+    Raises:
+        SettingsError: `.env` cannot be read.
+    """
+    known = [setting_name(field) for field in Settings.model_fields]
+    known += [f"{setting_name(field)}_FILE" for field in _SECRETS]
+    written = {**_read_dotenv(), **(os.environ if environ is None else environ)}
+    unknown = sorted(name for name in written if name.startswith("BROKER_") and name not in known)
+    return [name + _suggestion(name, known) for name in unknown]
+
+
+def not_yet_served(settings: Settings) -> list[str]:
+    """Name what was set but has no effect in this release."""
+    names = [setting_name(field) for field in Settings.model_fields if _set_in_vain(settings, field)]
+    if settings.workers > 1:
+        names.append("BROKER_WORKERS above 1")
+    if settings.redis_url is not None:
+        scheme = urlsplit(settings.redis_url).scheme
+        if scheme in kinds.LATER_REDIS_SCHEMES:
+            names.append(f"REDIS_URL with {scheme}://")
+    return names
+
+
+def _set_in_vain(settings: Settings, field: str) -> bool:
+    return field in _NOT_YET_SERVED and field in settings.model_fields_set
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    by_stem = {other.removeprefix("BROKER_"): other for other in known}
+    near = difflib.get_close_matches(name.removeprefix("BROKER_"), by_stem, n=1)
+    return f" (did you mean {by_stem[near[0]]}?)" if near else ""
+
+
+def _from_variables(variables: Mapping[str, str], where: str = "") -> dict[str, _Given]:
+    found = {}
+    for field in Settings.model_fields:
+        name = setting_name(field)
+        value = variables.get(name, "").strip()
+        path = variables.get(f"{name}_FILE", "").strip() if field in _SECRETS else ""
+        if value and path:
+            raise SettingsError(f"{name} and {name}_FILE are both given{where}; leave one out")
+        if path:
+            name = f"{name}_FILE"
+            value = _read_secret(Path(path), f"{name}{where}")
+        if value:
+            found[field] = _Given(value, f"{name}{where}")
+    return found
+
+
+def _read_secret(path: Path, name: str) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_SECRET_FILE + 1)
+    except OSError as error:
+        raise SettingsError(f"{name} must name a file that can be read: {error.strerror}") from None
+    if len(content) > _LARGEST_SECRET_FILE:
+        raise SettingsError(f"{name} must name a file of at most {_LARGEST_SECRET_FILE} bytes")
+    try:
+        return content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise SettingsError(f"{name} must name a file of UTF-8 text") from None
+
+
+def _read_dotenv() -> dict[str, str]:
+    """Read `.env`. A `$` in it is just that: a secret may contain one."""
+    try:
+        with DOTENV.open(encoding="utf-8-sig") as file:
+            return dict(_bindings(file.read(1024 * 1024)))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise SettingsError(f".env cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(".env must be UTF-8 text") from None
+
+
+def _bindings(text: str) -> Iterator[tuple[str, str]]:
+    for binding in parse_stream(io.StringIO(text)):
+        if binding.error:
+            raise SettingsError(f".env must hold NAME=value lines; line {binding.original.line} is not one")
+        if binding.key is not None:
+            yield binding.key, binding.value or ""
+
+
+def _complaint(error: ValidationError, given: Mapping[str, _Given]) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    field = str(first["loc"][0])
+    if field not in Settings.model_fields:
+        return f"{field} is not a setting"
+    shown = "" if field in _NEVER_SHOWN else f", not {_quoted(given[field].value)}"
+    return f"{given[field].name} must be {_expected(Settings.model_fields[field])}{shown}"
+
+
+def _expected(field: FieldInfo) -> str:
+    # An optional kind keeps its words inside the union.
+    nested = [data for kind in get_args(field.annotation) for data in getattr(kind, "__metadata__", ())]
+    return next(data.what for data in (*field.metadata, *nested) if isinstance(data, kinds.Expects))
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return repr(text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…")
