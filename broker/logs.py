@@ -1,0 +1,122 @@
+"""What is logged, and how: every line of ours and of our libraries through one chain, to standard error.
+
+Before a line is written it is cleaned: no secret, and of a session id, which is a bearer secret, the first eight
+characters. That holds for texts, for whatever lies inside lists and mappings, and for the words of exceptions.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
+
+import structlog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from structlog.typing import EventDict, Processor
+
+# At their lower levels these tell URLs, headers and bodies, and openai can be set to that from outside.
+_TALKATIVE: Final = ("openai", "httpx2", "httpcore2")
+_SESSION_ID: Final = re.compile(
+    r"\b([0-9a-f]{8})-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\b", re.IGNORECASE
+)
+_SHORTEST_SECRET: Final = 4  # to replace a shorter one would make every line unreadable and hide nothing
+_DEEPEST: Final = 6
+_FIRST: Final = ("timestamp", "level", "event", "logger")
+
+
+def configure_logs(
+    level: str,
+    log_format: Literal["text", "json"] | None,
+    *,
+    secrets: Iterable[str] = (),
+    out: TextIO | None = None,
+) -> None:
+    """Send all logs of this process where they belong. Called once, at the start.
+
+    Args:
+        level: `debug`, `info`, `warning`, `error` or `critical`.
+        log_format: lines for a person or for a machine; None is text on a terminal, else JSON.
+        secrets: texts that must not appear in any line.
+        out: standard error, where nothing else is given.
+    """
+    out = sys.stderr if out is None else out
+    in_words = out.isatty() if log_format is None else log_format == "text"
+    number = logging.getLevelNamesMapping()[level.upper()]
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(out)
+    handler.addFilter(_worth_telling)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                censor(secrets),
+                _in_reading_order,
+                _words(colors=out.isatty()) if in_words else structlog.processors.JSONRenderer(),
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(number)
+
+
+def censor(secrets: Iterable[str]) -> Callable[[Any, str, EventDict], EventDict]:
+    """Return a processor that cleans every value of a line and leaves nothing in it but plain JSON values."""
+    known = sorted({secret for secret in secrets if len(secret) >= _SHORTEST_SECRET}, key=len, reverse=True)
+    anywhere = re.compile("|".join(map(re.escape, known))) if known else None
+
+    def clean_text(text: str) -> str:
+        if anywhere is not None:
+            text = anywhere.sub("***", text)
+        return _SESSION_ID.sub(r"\1…", text)
+
+    def clean(value: Any, depth: int = 0) -> Any:
+        match value:
+            case None | bool() | int() | float():
+                return value
+            case str():
+                return clean_text(value)
+            case Mapping() if depth < _DEEPEST:
+                return {clean_text(str(key)): clean(item, depth + 1) for key, item in value.items()}
+            case list() | tuple() | set() | frozenset() if depth < _DEEPEST:
+                return [clean(item, depth + 1) for item in value]
+        return clean_text(repr(value))
+
+    def processor(_logger: Any, _method: str, event: EventDict) -> EventDict:
+        return {key: clean(value) for key, value in event.items()}
+
+    return processor
+
+
+def _in_reading_order(_logger: Any, _method: str, event: EventDict) -> EventDict:
+    first = {key: event.pop(key) for key in _FIRST if key in event}
+    return {**first, **event}
+
+
+def _words(*, colors: bool) -> Processor:
+    # Other formatters of exceptions show local variables, and with them prompts and answers.
+    return structlog.dev.ConsoleRenderer(
+        colors=colors, exception_formatter=structlog.dev.plain_traceback, pad_event_to=0
+    )
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] not in _TALKATIVE

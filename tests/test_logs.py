@@ -1,0 +1,229 @@
+"""Every line is one line, in one form, and holds no secret."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import uuid
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
+import structlog
+
+from broker.logs import censor, configure_logs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+KEY = "sk-or-v1-0123456789"
+SESSION = "3f2b8c1e-9a4d-4e6f-8b7a-1c2d3e4f5a6b"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+def logger() -> Any:
+    return structlog.get_logger(f"broker.test.{uuid.uuid4().hex}")
+
+
+def lines(out: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def fail(told: str) -> None:
+    prompt = "".join(reversed("llet ton od"))
+    raise LookupError(f"{len(prompt)} of {told}")
+
+
+def clean(value: Any, *secrets: str) -> Any:
+    return censor(secrets)(None, "info", {"value": value})["value"]
+
+
+def test_a_line_is_json_with_its_time_level_logger_and_values() -> None:
+    out = io.StringIO()
+    configure_logs("info", "json", out=out)
+    logger().info("session prepared", model="some/model", messages=3)
+    (line,) = lines(out)
+    assert line["event"] == "session prepared"
+    assert line["level"] == "info"
+    assert line["logger"].startswith("broker.test.")
+    assert line["timestamp"].endswith("Z")
+    assert (line["model"], line["messages"]) == ("some/model", 3)
+    assert list(line) == ["timestamp", "level", "event", "logger", "model", "messages"]
+
+
+def test_away_from_a_terminal_the_form_is_json() -> None:
+    out = io.StringIO()
+    configure_logs("info", None, out=out)
+    logger().info("ready")
+    assert lines(out)[0]["event"] == "ready"
+
+
+def test_on_a_terminal_the_form_is_coloured_text() -> None:
+    out = Terminal()
+    configure_logs("info", None, out=out)
+    logger().info("ready", port=3000)
+    assert "ready" in out.getvalue()
+    assert "\x1b[" in out.getvalue()
+
+
+def test_text_away_from_a_terminal_has_no_colours() -> None:
+    out = io.StringIO()
+    configure_logs("info", "text", out=out)
+    logger().info("ready", port=3000)
+    assert "ready" in out.getvalue()
+    assert "port=3000" in out.getvalue()
+    assert "\x1b[" not in out.getvalue()
+
+
+def test_lower_levels_are_not_told() -> None:
+    out = io.StringIO()
+    configure_logs("warning", "json", out=out)
+    logger().info("ours")
+    logging.getLogger("aiohttp.server").info("theirs")
+    logger().warning("told")
+    assert [line["event"] for line in lines(out)] == ["told"]
+
+
+@pytest.mark.parametrize("name", ["aiohttp.server", "redis.connection", "asyncio", "openai", "httpx2"])
+def test_a_librarys_warning_comes_in_the_same_form(name: str) -> None:
+    out = io.StringIO()
+    configure_logs("info", "json", out=out)
+    logging.getLogger(name).warning("lost %s", "contact")
+    (line,) = lines(out)
+    assert (line["event"], line["level"], line["logger"]) == ("lost contact", "warning", name)
+
+
+@pytest.mark.parametrize("name", ["openai", "openai._base_client", "httpx2", "httpcore2.http11"])
+def test_what_the_upstream_client_says_of_its_requests_is_not_told_even_where_it_insists(name: str) -> None:
+    out = io.StringIO()
+    configure_logs("debug", "json", out=out)
+    talkative = logging.getLogger(name)
+    talkative.setLevel(logging.DEBUG)
+    try:
+        talkative.debug("POST with body %s", "prompt")
+        talkative.info("HTTP Request: POST")
+    finally:
+        talkative.setLevel(logging.NOTSET)
+    assert out.getvalue() == ""
+
+
+def test_values_bound_to_the_context_are_in_the_line() -> None:
+    out = io.StringIO()
+    configure_logs("info", "json", out=out)
+    with structlog.contextvars.bound_contextvars(request="r-1"):
+        logger().info("answered")
+    assert lines(out)[0]["request"] == "r-1"
+
+
+def test_an_exception_is_one_field_without_local_variables() -> None:
+    out = io.StringIO()
+    configure_logs("info", "json", out=out)
+    try:
+        fail("ours")
+    except LookupError:
+        logger().exception("that failed")
+    (line,) = lines(out)
+    assert "LookupError: 11 of ours" in line["exception"]
+    assert "test_logs.py" in line["exception"]
+    assert "do not tell" not in line["exception"]
+
+
+def test_text_shows_a_traceback_without_local_variables() -> None:
+    out = Terminal()
+    configure_logs("info", None, out=out)
+    try:
+        fail("ours")
+    except LookupError:
+        logger().exception("that failed")
+    assert "LookupError: 11 of ours" in out.getvalue()
+    assert "do not tell" not in out.getvalue()
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_secrets_in_an_exception_are_replaced(form: Literal["json", "text"]) -> None:
+    out = io.StringIO()
+    configure_logs("info", form, secrets=[KEY], out=out)
+    try:
+        fail(KEY)
+    except LookupError:
+        logger().exception("that failed")
+        logging.getLogger("aiohttp.server").exception("so did %s", KEY)
+    assert out.getvalue().count("LookupError: 11 of ***") == 2
+    assert KEY not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (f"Bearer {KEY}!", "Bearer ***!"),
+        ({"headers": {"Authorization": KEY}}, {"headers": {"Authorization": "***"}}),
+        ([KEY, ("a", KEY)], ["***", ["a", "***"]]),
+        ({KEY: 1}, {"***": 1}),
+        (KEY.encode(), "b'***'"),
+        (ValueError(KEY), "ValueError('***')"),
+        (12, 12),
+        (None, None),
+        (True, True),
+        (0.5, 0.5),
+    ],
+)
+def test_a_secret_is_replaced_wherever_it_lies(value: Any, expected: Any) -> None:
+    assert clean(value, KEY) == expected
+
+
+def test_a_secret_inside_another_does_not_uncover_the_rest() -> None:
+    assert clean("abcdefgh", "abcd", "abcdefgh") == "***"
+
+
+def test_a_secret_with_characters_of_a_pattern_is_taken_as_it_is() -> None:
+    assert clean("a.*b(c and axxb(c", "a.*b(c") == "*** and axxb(c"
+
+
+def test_an_empty_or_tiny_secret_spoils_nothing() -> None:
+    assert clean("ordinary", "", "o") == "ordinary"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (SESSION, "3f2b8c1e…"),
+        (f"GET /stream/{SESSION}?lastEventId=1-2", "GET /stream/3f2b8c1e…?lastEventId=1-2"),
+        (SESSION.upper(), "3F2B8C1E…"),
+        (uuid.UUID(SESSION), "UUID('3f2b8c1e…')"),
+        (f"{SESSION} {SESSION}", "3f2b8c1e… 3f2b8c1e…"),
+        (f"broker:1:{{{SESSION}}}:events", "broker:1:{3f2b8c1e…}:events"),
+    ],
+)
+def test_of_a_session_id_only_the_beginning_stays(value: Any, expected: str) -> None:
+    assert clean(value) == expected
+
+
+def test_a_uuid_of_another_version_is_no_session_id() -> None:
+    assert clean("3f2b8c1e-9a4d-1e6f-8b7a-1c2d3e4f5a6b") == "3f2b8c1e-9a4d-1e6f-8b7a-1c2d3e4f5a6b"
+
+
+def test_a_value_that_contains_itself_ends() -> None:
+    loop: list[Any] = [SESSION]
+    loop.append(loop)
+    assert "9a4d" not in json.dumps(clean(loop))
+
+
+def test_odd_values_never_keep_a_line_back() -> None:
+    out = io.StringIO()
+    configure_logs("info", "json", out=out)
+    logger().info("odd", big=1 << 80, keys={(1, 2): object}, lone="\ud800", raw=b"\xff")
+    assert lines(out)[0]["event"] == "odd"
