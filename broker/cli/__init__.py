@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
-BAD_USE = 2
-"""The exit status where the arguments or the settings are at fault."""
-
 
 def main() -> None:
     """Run the command that the arguments name, and exit with its status."""
@@ -14,9 +9,3 @@ def main() -> None:
     from broker.cli.commands import app  # noqa: PLC0415 - as said above
 
     app(prog_name="broker")
-
-
-def complain(words: object, status: int = 1) -> int:
-    """Say it on standard error and return the exit status that goes with it."""
-    print(f"broker: {words}", file=sys.stderr)
-    return status

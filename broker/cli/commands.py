@@ -1,0 +1,95 @@
+"""The commands as they are typed: their arguments, their help, and nothing of what they do.
+
+Each command imports its own module when it runs, so that none waits for the libraries of another.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+# Checked where all settings are, so that a bad one is told of in the same words wherever it was written.
+Host = Annotated[str | None, typer.Option(help="Address to listen on.", metavar="ADDRESS")]
+Port = Annotated[str | None, typer.Option(help="Port to listen on; 0 is any free one.", metavar="PORT")]
+RedisUrl = Annotated[str | None, typer.Option(help="Redis or Valkey to keep sessions in.", metavar="URL")]
+UpstreamUrl = Annotated[str | None, typer.Option(help="Base URL of the model service.", metavar="URL")]
+LogLevel = Annotated[str | None, typer.Option(help="How much to log.", metavar="LEVEL")]
+
+Url = Annotated[str, typer.Option(help="Where the broker is.", metavar="URL")]
+
+DEFAULT_URL = "http://127.0.0.1:3000"
+
+app = typer.Typer(
+    help="Stands between a web page and a language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    # A traceback of a command could show a key.
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def serve(
+    *,
+    rehearsal: Annotated[
+        bool,
+        typer.Option("--rehearsal", help="Answer from a scripted upstream; needs no key and no network."),
+    ] = False,
+    embedded: Annotated[
+        bool, typer.Option("--embedded", help="Run a Valkey beside it, for this run only.")
+    ] = False,
+    host: Host = None,
+    port: Port = None,
+    redis_url: RedisUrl = None,
+    upstream_url: UpstreamUrl = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Run the service. Settings come from these flags, the environment and .env, in that order."""
+    from broker.cli import serve as command  # noqa: PLC0415 - see the module
+
+    flags = {
+        "host": host,
+        "port": port,
+        "redis_url": redis_url,
+        "upstream_url": upstream_url,
+        "log_level": log_level,
+    }
+    raise typer.Exit(command.serve(flags, rehearsal=rehearsal, embedded=embedded))
+
+
+@app.command()
+def rehearse(
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0 is any free one.", metavar="PORT", min=0, max=65535)
+    ] = 3001,
+) -> None:
+    """Run the scripted upstream alone, to test a page against failures that models have."""
+    from broker.cli import rehearse as command  # noqa: PLC0415 - see the module
+
+    raise typer.Exit(command.rehearse(port))
+
+
+@app.command()
+def chat(
+    text: Annotated[str, typer.Argument(help="What to say; - reads standard input.")],
+    model: Annotated[str | None, typer.Option(help="Which model to ask.", metavar="MODEL")] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Say something through a running broker and print the answer as it streams. Ctrl-C cancels it."""
+    from broker.cli import chat as command  # noqa: PLC0415 - see the module
+
+    raise typer.Exit(command.chat(text, model=model, url=url))
+
+
+@app.command()
+def models(
+    query: Annotated[str, typer.Argument(help="Part of a model's id or name.")] = "",
+    *,
+    free: Annotated[bool, typer.Option("--free", help="Only those that cost nothing.")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """List the models of a running broker, with context and prices."""
+    from broker.cli import models as command  # noqa: PLC0415 - see the module
+
+    raise typer.Exit(command.models(query, free=free, url=url))

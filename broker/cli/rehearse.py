@@ -1,0 +1,30 @@
+"""`broker rehearse`: the scripted upstream alone, for people who test a page of their own against failure."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+from broker.cli.words import complain
+from broker.logs import configure_logs
+from broker.rehearsal.app import rehearsal_beside
+from broker.rehearsal.models import MODELS
+
+
+def rehearse(port: int) -> int:
+    """Run it until Ctrl-C and return the exit status."""
+    configure_logs("warning", None)
+    try:
+        with suppress(KeyboardInterrupt):
+            asyncio.run(_rehearse(port))
+    except OSError as error:
+        return complain(f"port {port} cannot be had: {error.strerror}.")
+    return 0
+
+
+async def _rehearse(port: int) -> None:
+    async with rehearsal_beside(port=port) as url:
+        width = max(len(model.id) for model in MODELS)
+        rows = [f"  {model.id:<{width}}  {model.description}" for model in MODELS]
+        print(url, *rows, sep="\n", flush=True)
+        await asyncio.Event().wait()

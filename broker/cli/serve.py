@@ -1,0 +1,91 @@
+"""`broker serve`: gathers the settings, says what is wrong with them, and runs the service."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from broker.cli.words import BAD_USE, complain
+from broker.core.errors import StoreUnavailable
+from broker.logs import configure_logs
+from broker.settings import SettingsError, load_settings, not_yet_served, unknown_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from broker.settings import Settings
+
+
+_CANNOT_LISTEN = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES, socket.EAI_NONAME})
+
+
+def serve(flags: Mapping[str, Any], *, rehearsal: bool, embedded: bool) -> int:
+    """Run the service until it is told to stop, and return the exit status.
+
+    Args:
+        flags: settings by their attribute; None was not given.
+        rehearsal: ask a scripted upstream of our own.
+        embedded: keep sessions in a Valkey of our own, whatever ``REDIS_URL`` says.
+    """
+    try:
+        settings = load_settings(**flags)
+        unknown = unknown_settings()
+        require(settings, rehearsal=rehearsal, embedded=embedded)
+    except SettingsError as error:
+        return complain(error, BAD_USE)
+    configure_logs(settings.log_level, settings.log_format, secrets=settings.secrets)
+    _warn(settings, unknown)
+    return _run(settings, rehearsal=rehearsal, embedded=embedded)
+
+
+def require(settings: Settings, *, rehearsal: bool, embedded: bool) -> None:
+    """Check what no setting can tell by itself.
+
+    Raises:
+        SettingsError: something that this way of starting needs is not set.
+    """
+    if settings.openrouter_api_key is None and not rehearsal:
+        raise SettingsError("OPENROUTER_API_KEY must be set, or start with --rehearsal, which needs no key")
+    if settings.redis_url is None and not embedded and not settings.listens_on_loopback:
+        raise SettingsError(
+            f"REDIS_URL must be set to listen on {settings.host}, or start with --embedded to keep"
+            " sessions in this process's own Valkey"
+        )
+
+
+def _warn(settings: Settings, unknown: list[str]) -> None:
+    log = structlog.get_logger(__name__)
+    for name in unknown:
+        log.warning("unknown setting", name=name)
+    for name in not_yet_served(settings):
+        log.warning("setting has no effect in this release", name=name)
+
+
+def _run(settings: Settings, *, rehearsal: bool, embedded: bool) -> int:
+    # The service with all its libraries, once it is sure that it is going to run.
+    from broker import app  # noqa: PLC0415 - as said above
+
+    try:
+        return app.serve(settings, rehearsal=rehearsal, embedded=embedded)
+    except StoreUnavailable as error:
+        return complain(error)
+    except OSError as error:
+        if error.errno not in _CANNOT_LISTEN:
+            return _confess()
+        return complain(f"cannot listen on {settings.host}:{settings.port}: {_why(error)}")
+    except Exception:  # noqa: BLE001 - a bug's traceback goes through the logs, which hold the secrets back
+        return _confess()
+
+
+def _confess() -> int:
+    structlog.get_logger(__name__).exception("the service failed")
+    return 1
+
+
+def _why(error: OSError) -> str:
+    # The loop's own words repeat the address; those of a failed look-up have numbers of their own.
+    return str(error.strerror) if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)

@@ -1,0 +1,158 @@
+"""One turn of a conversation as `broker chat` follows it: what to do with each thing that the broker sends.
+
+No I/O and no clock. `broker/cli/chat.py` holds the connection and prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+if TYPE_CHECKING:
+    from broker.core.sse import Frame
+
+# Lines in a row that brought nothing, as while the broker restarts, and waits in a row for room or budget.
+MOST_BARREN_LINES = 10
+MOST_WAITS = 200
+DEFAULT_RETRY_MS = 2000
+LONGEST_RETRY_MS = 60_000
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some of the answer's text, or of the thoughts before it."""
+
+    text: str
+    thought: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How the turn ended.
+
+    Attributes:
+        status: the exit status.
+        note: a line for standard error.
+    """
+
+    status: int
+    note: str
+
+
+class Turn:
+    """Follows one session over as many lines as it takes.
+
+    A *line* is one connection to GET /stream/<id>. Feed each frame to `take`; when a line is over, however it
+    went, ask `line_over` how long to wait for the next.
+
+    Attributes:
+        cursor: what to send as ``Last-Event-ID``, empty before the first event.
+        end: set once there is nothing more to come.
+        waits_for: why the broker asked to come again, in its words, if it did so on this line.
+    """
+
+    def __init__(self) -> None:
+        self.cursor = ""
+        self.end: End | None = None
+        self._retry_ms = DEFAULT_RETRY_MS
+        self._barren_lines = 0
+        self._waits = 0
+        self.waits_for = ""
+
+    def take(self, frame: Frame) -> list[Piece]:
+        """Take one event and return what to print of it."""
+        if frame.id:
+            self.cursor = frame.id
+            self._barren_lines = self._waits = 0
+        match frame.event:
+            case "chunk":
+                return _pieces(_object(frame.data))
+            case "done":
+                self.end = _done(_object(frame.data))
+            case "error":
+                self._take_error(_object(frame.data))
+        return []
+
+    def _take_error(self, error: Mapping[str, Any]) -> None:
+        message = str(error.get("message") or "The answer failed.")
+        if error.get("final", True):
+            self.end = End(1, message)
+        else:
+            self.waits_for = message
+
+    def gone(self) -> None:
+        """The broker says that there is nothing more (204)."""
+        self.end = self.end or End(1, "The answer is over; there is nothing more to show.")
+
+    def come_back_in(self, milliseconds: int) -> None:
+        """The broker says how long to wait between lines."""
+        self._retry_ms = min(milliseconds, LONGEST_RETRY_MS)
+
+    def line_over(self) -> float:
+        """Say how many seconds to wait before the next line; sets `end`, and says 0, where that is not worth it."""
+        if self.waits_for:
+            self._waits += 1
+            if self._waits >= MOST_WAITS:
+                self.end = End(1, self.waits_for)
+            self.waits_for = ""
+        else:
+            self._barren_lines += 1
+            if self._barren_lines >= MOST_BARREN_LINES:
+                self.end = End(1, "The broker cannot be reached any more; the answer is not complete.")
+        return 0.0 if self.end is not None else self._retry_ms / 1000
+
+
+def _object(data: bytes) -> Mapping[str, Any]:
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _pieces(chunk: Mapping[str, Any]) -> list[Piece]:
+    choices = chunk.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    delta = first.get("delta") if isinstance(first, dict) else None
+    if not isinstance(delta, dict):
+        return []
+    # Some services write the thoughts under a name of their own.
+    thought = delta.get("reasoning") or delta.get("reasoning_content")
+    found = [(thought, True), (delta.get("content"), False)]
+    return [Piece(text, thought=is_thought) for text, is_thought in found if isinstance(text, str) and text]
+
+
+def _done(data: Mapping[str, Any]) -> End:
+    reason = data.get("finishReason")
+    if reason == "cancelled":
+        return End(1, "The answer was cancelled.")
+    parts = [_usage(data), _cost(data), _times(data), str(data.get("model") or "")]
+    if reason not in {"stop", None}:
+        parts.append(f"ended by {reason}")
+    return End(0, " · ".join(part for part in parts if part))
+
+
+def _usage(data: Mapping[str, Any]) -> str:
+    usage = data.get("usage")
+    if not isinstance(usage, dict):
+        return ""
+    return f"{usage.get('prompt_tokens', '?')} + {usage.get('completion_tokens', '?')} tokens"
+
+
+def _cost(data: Mapping[str, Any]) -> str:
+    cost = data.get("cost")
+    if not isinstance(cost, int | float):
+        return "cost unknown"
+    about = "about " if data.get("estimated") else ""
+    return f"{about}${cost:.9f}".rstrip("0").rstrip(".")
+
+
+def _times(data: Mapping[str, Any]) -> str:
+    first, total = data.get("ttftMs"), data.get("totalMs")
+    if not isinstance(total, int | float):
+        return ""
+    after = f" (first after {first / 1000:.1f} s)" if isinstance(first, int | float) else ""
+    return f"{total / 1000:.1f} s{after}"

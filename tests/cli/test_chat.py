@@ -1,0 +1,224 @@
+"""`broker chat` as a process, against a broker that ends, breaks and refuses as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import signal
+import sys
+
+import pytest
+from aiohttp import web
+
+from tests.cli.fake_broker import answers, chunk, done, fake_broker, refused, run, sends, start
+from tests.system.harness import clean_environment, free_port
+
+FIGURES = "5 + 7 tokens · $0.001\n"
+
+
+def no_model() -> web.Response:
+    detail = {"field": "model", "message": "is missing"}
+    return web.json_response(
+        {"error": {"code": "invalid_request", "message": "Not valid.", "details": [detail]}}, status=422
+    )
+
+
+async def test_text_goes_to_standard_output_and_figures_to_standard_error() -> None:
+    async with fake_broker(sends(chunk(1, "Hello"), chunk(2, ", you."), done(3))) as broker:
+        assert await run("chat", "hi", "--url", broker.url) == (0, "Hello, you.\n", FIGURES)
+        assert broker.prepared == [{"messages": [{"role": "user", "content": "hi"}]}]
+        assert broker.asked == []
+
+
+async def test_the_model_that_is_named_is_asked() -> None:
+    async with fake_broker(sends(done(1))) as broker:
+        status, _, _ = await run("chat", "hi", "--model", "a/b", "--url", f"{broker.url}/")
+        assert status == 0
+        assert broker.prepared[0]["model"] == "a/b"
+
+
+async def test_without_a_default_the_first_of_the_list_is_asked() -> None:
+    async with fake_broker(
+        sends(done(1)), prepare=[no_model()], models=[{"id": "a/b"}, {"id": "a/c"}]
+    ) as broker:
+        status, _, _ = await run("chat", "hi", "--url", broker.url)
+        assert status == 0
+        assert [request.get("model") for request in broker.prepared] == [None, "a/b"]
+
+
+async def test_without_a_default_and_a_list_there_is_nobody_to_ask() -> None:
+    async with fake_broker(prepare=[no_model()]) as broker:
+        assert await run("chat", "hi", "--url", broker.url) == (
+            1,
+            "",
+            "broker: This broker has no models to ask.\n",
+        )
+
+
+async def test_a_model_that_is_refused_is_not_replaced() -> None:
+    async with fake_broker(prepare=[no_model()], models=[{"id": "a/b"}]) as broker:
+        told = "broker: Not valid.\n  model: is missing\n"
+        assert await run("chat", "hi", "--model", "x", "--url", broker.url) == (1, "", told)
+
+
+async def test_a_line_that_breaks_is_taken_up_where_it_was() -> None:
+    lines = [
+        sends(chunk(1, "one "), chunk(2, "two "), breaks=True),
+        sends(chunk(3, "three "), "id: 1-4\nevent: chunk\ndata: half", breaks=True),
+        answers(503),
+        sends(chunk(5, "four"), done(6)),
+    ]
+    async with fake_broker(*lines) as broker:
+        assert await run("chat", "hi", "--url", broker.url) == (0, "one two three four\n", FIGURES)
+        assert broker.cursors == [None, "1-2", "1-4", "1-4"]
+
+
+async def test_a_line_that_ends_early_is_taken_up_too() -> None:
+    async with fake_broker(sends(), sends(chunk(1, "one")), sends(done(2))) as broker:
+        assert await run("chat", "hi", "--url", broker.url) == (0, "one\n", FIGURES)
+        assert broker.cursors == [None, None, "1-1"]
+
+
+async def test_an_error_ends_it_in_words_after_what_was_there() -> None:
+    async with fake_broker(sends(chunk(1, "one"), refused("upstream_error", "It failed."))) as broker:
+        assert await run("chat", "hi", "--url", broker.url) == (1, "one\n", "broker: It failed.\n")
+
+
+async def test_a_full_broker_is_waited_for_and_said_to_be_once() -> None:
+    full = sends(refused("too_many_streams", "Too many.", final=False))
+    async with fake_broker(full, full, sends(chunk(1, "one"), done(2))) as broker:
+        assert await run("chat", "hi", "--url", broker.url) == (0, "one\n", f"Too many. Waiting.\n{FIGURES}")
+        assert broker.cursors == [None, None, None]
+
+
+async def test_204_ends_it() -> None:
+    async with fake_broker(sends(chunk(1, "one"), breaks=True), answers(204)) as broker:
+        told = "broker: The answer is over; there is nothing more to show.\n"
+        assert await run("chat", "hi", "--url", broker.url) == (1, "one\n", told)
+
+
+async def test_a_refusal_of_the_stream_is_told_and_final() -> None:
+    body = {"error": {"code": "host_not_allowed", "message": "Not that host."}}
+    async with fake_broker(answers(403, body)) as broker:
+        assert await run("chat", "hi", "--url", broker.url) == (1, "", "broker: Not that host.\n")
+        assert len(broker.cursors) == 1
+
+
+async def test_a_broker_that_brings_nothing_is_given_up() -> None:
+    async with fake_broker(sends()) as broker:
+        status, out, err = await run("chat", "hi", "--url", broker.url)
+        assert (status, out) == (1, "")
+        assert err == "broker: The broker cannot be reached any more; the answer is not complete.\n"
+        assert len(broker.cursors) == 10
+
+
+async def test_thoughts_are_not_for_programs() -> None:
+    async with fake_broker(sends(chunk(1, "", "Hm."), chunk(2, "Yes."), done(3))) as broker:
+        assert await run("chat", "hi", "--url", broker.url) == (0, "Yes.\n", FIGURES)
+
+
+async def test_on_a_terminal_thoughts_are_dim_and_text_cannot_command_it() -> None:
+    async with fake_broker(sends(chunk(1, "", "Hm."), chunk(2, "Y\x1b[2Jes."), done(3))) as broker:
+        ours, theirs = pty.openpty()
+        try:
+            env = clean_environment({"TERM": "xterm-256color"})
+            env.pop("NO_COLOR", None)
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "broker", "chat", "hi", "--url", broker.url, stdout=theirs, env=env
+            )
+            assert await process.wait() == 0
+            assert os.read(ours, 1000) == b"\x1b[2mHm.\x1b[0m\r\nY[2Jes.\r\n"
+        finally:
+            os.close(ours)
+            os.close(theirs)
+
+
+async def test_ctrl_c_cancels_the_session() -> None:
+    async with fake_broker(sends(chunk(1, "one"), stays=True)) as broker:
+        process = await start("chat", "hi", "--url", broker.url)
+        assert process.stdout is not None
+        assert await process.stdout.readexactly(3) == b"one"
+        process.send_signal(signal.SIGINT)
+        out, err = await process.communicate()
+        assert (process.returncode, out, err) == (130, b"\n", b"Cancelled.\n")
+        assert broker.asked == ["cancel"]
+
+
+async def test_ctrl_c_before_the_first_word_cancels_too() -> None:
+    async with fake_broker(sends(stays=True)) as broker:
+        process = await start("chat", "hi", "--url", broker.url)
+        await broker.streaming.wait()
+        process.send_signal(signal.SIGINT)
+        await process.communicate()
+        assert process.returncode == 130
+        assert broker.asked == ["cancel"]
+
+
+async def test_a_reader_that_leaves_cancels_the_session() -> None:
+    async with fake_broker(sends(*(chunk(n, "word " * 1000) for n in range(1, 200)), stays=True)) as broker:
+        process = await start("chat", "hi", "--url", broker.url)
+        assert process.stdout is not None
+        await process.stdout.readexactly(10)
+        process._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined] # there is no public way
+        assert process.stderr is not None
+        err = await process.stderr.read()
+        assert await process.wait() == 1
+        assert b"Traceback" not in err
+        assert broker.asked == ["cancel"]
+
+
+async def test_a_dash_reads_standard_input() -> None:
+    async with fake_broker(sends(done(1))) as broker:
+        status, _, _ = await run("chat", "-", "--url", broker.url, typed="from\nthe pipe\n")
+        assert status == 0
+        assert broker.prepared[0]["messages"][0]["content"] == "from\nthe pipe\n"
+
+
+@pytest.mark.parametrize("text", ["", "  \n"])
+async def test_nothing_to_say_is_not_sent(text: str) -> None:
+    assert await run("chat", text) == (2, "", "broker: there is nothing to say.\n")
+    assert await run("chat", "-", typed=text) == (2, "", "broker: there is nothing to say.\n")
+
+
+async def test_a_broker_that_is_not_there_is_one_sentence() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    told = f"broker: The broker at {url} cannot be reached (connection refused).\n"
+    assert await run("chat", "hi", "--url", url) == (1, "", told)
+    assert await run("models", "--url", url) == (1, "", told)
+
+
+async def test_a_url_that_is_none_is_one_sentence() -> None:
+    told = "broker: localhost:3000 is not the URL of a broker; one looks like http://127.0.0.1:3000.\n"
+    assert await run("chat", "hi", "--url", "localhost:3000") == (1, "", told)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (web.Response(status=502, text="<html>"), "The broker answered with status 502 and no explanation."),
+        (web.Response(status=201, text="<html>"), "What answers there is not a session broker."),
+        (web.json_response([], status=201), "What answers there is not a session broker."),
+        (
+            web.json_response({"error": "no"}, status=400),
+            "The broker answered with status 400 and no explanation.",
+        ),
+        (web.json_response({"error": {"code": "draining", "message": "Going."}}, status=503), "Going."),
+    ],
+)
+async def test_an_odd_answer_to_prepare_is_one_sentence(answer: web.Response, told: str) -> None:
+    async with fake_broker(prepare=[answer]) as broker:
+        assert await run("chat", "hi", "--url", broker.url) == (1, "", f"broker: {told}\n")
+
+
+async def test_models_asks_the_broker_to_search() -> None:
+    async with fake_broker(models=[{"id": "a/b", "name": "B"}]) as broker:
+        status, out, err = await run("models", "b c", "--free", "--url", broker.url)
+        assert (status, err) == (0, "")
+        assert out.splitlines()[1].split() == ["a/b", "B"]
+        assert broker.asked == ["models?q=b c&free=true"]
+
+
+async def test_models_says_when_there_is_none() -> None:
+    async with fake_broker() as broker:
+        assert await run("models", "--url", broker.url) == (1, "", "broker: no model matches.\n")

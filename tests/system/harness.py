@@ -1,0 +1,242 @@
+"""Real processes for the system tests: a broker as its users start it, and a Valkey that can be hurt.
+
+Whatever a test does, every process started here has ended when its block has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import aiohttp
+
+from broker.settings import Settings, setting_name
+from broker.store.embedded import valkey_binary
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+
+START_TIMEOUT = 15.0
+STOP_TIMEOUT = 5.0  # what a block leaves running is not worth a whole drain
+DRAIN_TIMEOUT = 35.0  # longer than the default drain
+POLL_INTERVAL = 0.02
+
+
+class NotStartedError(AssertionError):
+    """A process ended, or stayed silent, before it was ready; the text holds its log."""
+
+
+@dataclass
+class RunningBroker:
+    """A broker that is ready.
+
+    Attributes:
+        url: where it answers, without a slash at the end.
+        log_path: both its outputs.
+    """
+
+    url: str
+    port: int
+    process: subprocess.Popen[bytes]
+    log_path: Path
+
+    def log(self) -> str:
+        """All that it has said so far."""
+        return _text(self.log_path)
+
+    async def ended(self, within: float = DRAIN_TIMEOUT) -> int:
+        """Wait for the process to end by itself and give its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs.
+        """
+        return await asyncio.to_thread(self.process.wait, within)
+
+
+@dataclass
+class ValkeyProcess:
+    """A Valkey on a TCP port of 127.0.0.1 that keeps nothing on disk."""
+
+    port: int
+    directory: Path
+    process: subprocess.Popen[bytes] | None = field(default=None)
+
+    @property
+    def url(self) -> str:
+        """The same before and after a restart."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    async def start(self) -> None:
+        """Start it, empty, and wait until it answers."""
+        assert self.process is None, "it is running"
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        log_path = self.directory / "log"
+        self.process = _spawn([valkey_binary(), *options], os.environ, self.directory, log_path)
+        await _poll(self._answers, self.process, log_path)
+
+    def kill(self) -> None:
+        """End it as a power cut would, and wait for that."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def freeze(self) -> None:
+        """Keep its connections open and its answers away."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on where it was frozen."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self.process is not None, "it is not running"
+        self.process.send_signal(number)
+
+    async def _answers(self) -> bool:
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        except OSError:
+            return False
+        try:
+            writer.write(b"PING\r\n")
+            return await reader.readline() == b"+PONG\r\n"
+        except OSError:
+            return False
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def running_broker(
+    *,
+    rehearsal: bool = True,
+    env: Mapping[str, str] | None = None,
+    args: Sequence[str] = (),
+    ready: str = "/health/ready",
+) -> AsyncIterator[RunningBroker]:
+    """Run `broker serve` until the block ends; SIGTERM then, and SIGKILL where that is not enough.
+
+    The broker sees no setting but those in `env`, a free ``PORT`` and a test's ``OPENROUTER_API_KEY``. It is ready
+    when `ready` answers 200; while Redis is away only ``/health/live`` does.
+
+    Raises:
+        NotStartedError: it ended before it was ready, or was not ready in time.
+    """
+    port = int((env or {}).get("PORT") or free_port())
+    settings = {"OPENROUTER_API_KEY": "sk-test", "PORT": str(port), **(env or {})}
+    command = [sys.executable, "-m", "broker", "serve", *(["--rehearsal"] if rehearsal else []), *args]
+    with tempfile.TemporaryDirectory(prefix="broker-test-") as name, tempfile.TemporaryDirectory() as cwd:
+        log_path = Path(name, "log")
+        process = _spawn(command, clean_environment(settings), Path(cwd), log_path)
+        try:
+            broker = RunningBroker(f"http://127.0.0.1:{port}", port, process, log_path)
+            async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as session:
+                await _poll(lambda: _is_ready(session, broker.url + ready), process, log_path)
+            yield broker
+        finally:
+            await _end(process)
+
+
+@asynccontextmanager
+async def running_valkey() -> AsyncIterator[ValkeyProcess]:
+    """Run a Valkey of its own until the block ends."""
+    with tempfile.TemporaryDirectory(prefix="broker-test-") as name:
+        valkey = ValkeyProcess(free_port(), Path(name))
+        try:
+            await valkey.start()
+            yield valkey
+        finally:
+            valkey.kill()
+
+
+async def eventually(happened: Callable[[], object], within: float = 5.0) -> None:
+    """Wait until something outside of this process, which cannot be awaited, has happened."""
+    async with asyncio.timeout(within):
+        while not happened():  # noqa: ASYNC110 - it happens in another process, which sets no event of ours
+            await asyncio.sleep(POLL_INTERVAL)
+
+
+def free_port() -> int:
+    """Find a TCP port of 127.0.0.1 that nobody listens on now.
+
+    Below those that the system gives to outgoing connections, so that it is still free after a restart.
+    """
+    while True:
+        try:
+            with socket.create_server(("127.0.0.1", random.randrange(10_000, 32_000))) as server:
+                return int(server.getsockname()[1])
+        except OSError:
+            continue
+
+
+def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment of this process, without any setting of the broker's, and then `extra`."""
+    ours = {setting_name(name) for name in Settings.model_fields}
+    ours |= {f"{name}_FILE" for name in ours}
+    kept = {n: v for n, v in os.environ.items() if n not in ours and not n.startswith("BROKER_")}
+    return {**kept, "PYTHONUNBUFFERED": "1", **extra}
+
+
+def _spawn(
+    command: Sequence[str | Path], env: Mapping[str, str], cwd: Path, log_path: Path
+) -> subprocess.Popen[bytes]:
+    with log_path.open("ab") as log:
+        return subprocess.Popen(
+            command,
+            env=env,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+async def _is_ready(session: aiohttp.ClientSession, url: str) -> bool:
+    try:
+        async with session.get(url) as answer:
+            return answer.status == 200
+    except (aiohttp.ClientError, TimeoutError):
+        return False
+
+
+async def _poll(
+    happened: Callable[[], Awaitable[bool]], process: subprocess.Popen[bytes], log_path: Path
+) -> None:
+    """Ask again and again until it has happened, for as long as the process lives and the time lasts."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + START_TIMEOUT
+    while not await happened():
+        if process.poll() is not None:
+            raise NotStartedError(f"it ended with {process.returncode}:\n{_text(log_path)}")
+        if loop.time() > deadline:
+            raise NotStartedError(f"it was not ready in time:\n{_text(log_path)}")
+        await asyncio.sleep(POLL_INTERVAL)
+
+
+def _text(log_path: Path) -> str:
+    return log_path.read_text(errors="replace")
+
+
+async def _end(process: subprocess.Popen[bytes]) -> None:
+    try:
+        if process.poll() is None:
+            process.terminate()
+            process.send_signal(signal.SIGCONT)  # one that a test has frozen could not end otherwise
+            await asyncio.to_thread(process.wait, STOP_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,345 @@
+"""The command line against the service itself, all of them real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import aiohttp
+import pytest
+import redis
+
+from tests.cli.fake_broker import run, start
+from tests.system.harness import clean_environment, eventually, free_port, running_broker, running_valkey
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+
+def serve(tmp_path: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """A start of the service that is expected to end at once."""
+    return subprocess.run(
+        [sys.executable, "-m", "broker", "serve", *args],
+        cwd=tmp_path,
+        env=clean_environment(env),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory for temporary files whose path leaves room for that of a socket."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="b-") as name:
+        yield Path(name)
+
+
+def directories(path: Path) -> list[Path]:
+    return list(path.glob("broker-*"))
+
+
+def events(log: str) -> list[dict[str, object]]:
+    found = []
+    for line in log.splitlines():
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+@asynccontextmanager
+async def cutting_proxy(port: int, after: int) -> AsyncIterator[int]:
+    """A port that leads to the broker's and breaks each connection after so many bytes of an answer."""
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(_pump(reader, back))
+                group.create_task(_pump(there, writer, after))
+        except* (ConnectionError, _CutError):
+            pass
+        finally:
+            writer.transport.abort()
+            back.transport.abort()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+class _CutError(Exception):
+    pass
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int | None = None) -> None:
+    sent = 0
+    while data := await reader.read(4096):
+        writer.write(data)
+        await writer.drain()
+        sent += len(data)
+        if most is not None and sent >= most:
+            raise _CutError
+    raise _CutError
+
+
+# serve: a start that cannot be
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "told"),
+    [
+        ([], {}, "OPENROUTER_API_KEY must be set, or start with --rehearsal, which needs no key"),
+        (["--rehearsal"], {"PORT": "70000"}, "PORT must be a port from 0 to 65535, not '70000'"),
+        (["--port", "x"], {}, "--port must be a port from 0 to 65535, not 'x'"),
+        (
+            ["--rehearsal", "--host", "0.0.0.0"],
+            {},
+            (
+                "REDIS_URL must be set to listen on 0.0.0.0, or start with --embedded to keep sessions in this"
+                " process's own Valkey"
+            ),
+        ),
+        (
+            ["--rehearsal"],
+            {"OPENROUTER_API_KEY": "a", "OPENROUTER_API_KEY_FILE": "b"},
+            "OPENROUTER_API_KEY and OPENROUTER_API_KEY_FILE are both given; leave one out",
+        ),
+    ],
+)
+def test_a_wrong_setting_ends_the_start_with_one_line(
+    args: list[str], env: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    ended = serve(tmp_path, *args, **env)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"broker: {told}\n")
+
+
+def test_dotenv_of_the_working_directory_is_read(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("OPENROUTER_API_KEY=sk-test\nBROKER_LOG_LEVEL=loud\n")
+    ended = serve(tmp_path)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("broker: BROKER_LOG_LEVEL in .env must be")
+
+
+def test_a_port_that_is_taken_is_told_in_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = serve(tmp_path, "--rehearsal", "--port", str(port))
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith(f"broker: cannot listen on 127.0.0.1:{port}: ")
+    assert "Traceback" not in ended.stderr
+
+
+# serve: a start
+
+
+def test_both_names_of_the_program_are_the_same(tmp_path: Path) -> None:
+    installed = Path(sys.executable).with_name("broker")
+    for program in ([str(installed)], [sys.executable, "-m", "broker"]):
+        told = subprocess.run([*program, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert "Usage: broker" in told.stdout
+        for command in ("serve", "rehearse", "chat", "models"):
+            assert command in told.stdout
+
+
+async def test_rehearsal_needs_no_key() -> None:
+    async with running_broker(env={"OPENROUTER_API_KEY": ""}) as broker:
+        assert (await run("chat", "hi", "--model", "rehearsal/fast", "--url", broker.url))[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_it_well(number: signal.Signals) -> None:
+    async with running_broker() as broker:
+        broker.process.send_signal(number)
+        assert await broker.ended() == 0
+        assert "Traceback" not in broker.log()
+
+
+@pytest.mark.slow
+async def test_ctrl_c_at_its_terminal_lets_a_stream_finish() -> None:
+    async with running_broker() as broker:
+        process = await start("chat", "hi", "--model", "rehearsal/plain", "--url", broker.url)
+        assert process.stdout is not None
+        await process.stdout.readexactly(20)
+        os.killpg(broker.process.pid, signal.SIGINT)
+        assert await process.wait() == 0
+        assert await broker.ended() == 0
+
+
+async def test_flags_win_over_the_environment() -> None:
+    port = free_port()
+    async with running_broker(
+        env={"PORT": str(port), "BROKER_LOG_LEVEL": "debug"}, args=["--log-level", "error"]
+    ) as broker:
+        assert broker.port == port
+        assert broker.log() == ""
+
+
+async def test_what_has_no_effect_and_what_is_unknown_is_warned_of() -> None:
+    async with running_broker(env={"BROKER_DAILY_COST": "5", "BROKER_HEARTBEET": "5"}) as broker:
+        warned = [
+            (line["event"], line["name"]) for line in events(broker.log()) if line["level"] == "warning"
+        ]
+    assert ("unknown setting", "BROKER_HEARTBEET (did you mean BROKER_HEARTBEAT?)") in warned
+    assert ("setting has no effect in this release", "BROKER_DAILY_COST") in warned
+
+
+async def test_sessions_are_kept_in_the_redis_that_is_named() -> None:
+    async with running_valkey() as valkey, running_broker(env={"REDIS_URL": valkey.url}) as broker:
+        assert (await run("models", "--url", broker.url))[0] == 0
+        with redis.Redis.from_url(valkey.url) as client:
+            assert list(client.scan_iter("broker:*"))
+
+
+async def test_no_secret_and_no_session_id_is_in_the_log() -> None:
+    async with running_valkey() as valkey:
+        env = {"REDIS_URL": valkey.url, "OPENROUTER_API_KEY": "sk-very-secret", "BROKER_LOG_LEVEL": "debug"}
+        async with running_broker(env=env) as broker, aiohttp.ClientSession() as page:
+            request = {
+                "model": "rehearsal/unauthorized",
+                "messages": [{"role": "user", "content": "wherefore"}],
+            }
+            async with page.post(f"{broker.url}/prepare", json=request) as answer:
+                session = (await answer.json())["sessionId"]
+            async with page.get(
+                f"{broker.url}/stream/{session}", headers={"Accept": "text/event-stream"}
+            ) as stream:
+                await stream.read()
+            log = broker.log()
+    assert session[:8] in log
+    assert session not in log
+    assert "sk-very-secret" not in log
+    assert "wherefore" not in log
+
+
+async def test_the_embedded_valkey_goes_with_a_broker_that_is_killed(short_path: Path) -> None:
+    async with running_broker(env={"TMPDIR": str(short_path)}) as broker:
+        (directory,) = directories(short_path)
+        with redis.Redis(unix_socket_path=str(directory / "valkey.sock")) as client:
+            assert client.ping()
+        broker.process.kill()
+        assert await broker.ended() == -signal.SIGKILL
+        await eventually(lambda: not directory.exists())
+
+
+@pytest.mark.slow
+async def test_it_is_ready_in_two_seconds() -> None:
+    async def seconds() -> float:
+        started = time.monotonic()
+        async with running_broker():
+            return time.monotonic() - started
+
+    assert min([await seconds() for _ in range(3)]) < 2.0
+
+
+# chat and models
+
+
+async def test_chat_prints_a_whole_answer() -> None:
+    async with running_broker() as broker:
+        status, out, err = await run("chat", "hi", "--model", "rehearsal/fast", "--url", broker.url)
+        assert status == 0
+        assert len(out) > 1000
+        assert out.endswith("\n")
+        assert "tokens · $" in err
+
+
+async def test_chat_without_a_model_finds_one() -> None:
+    async with running_broker(env={"BROKER_ALLOWED_MODELS": "rehearsal/fast"}) as broker:
+        status, _, err = await run("chat", "hi", "--url", broker.url)
+        assert (status, "rehearsal/fast" in err) == (0, True)
+
+
+async def test_chat_uses_the_default_model_of_the_broker() -> None:
+    async with running_broker(env={"BROKER_DEFAULT_MODEL": "rehearsal/fast"}) as broker:
+        status, _, err = await run("chat", "hi", "--url", broker.url)
+        assert (status, "rehearsal/fast" in err) == (0, True)
+
+
+async def test_chat_tells_of_a_failure_in_words() -> None:
+    async with running_broker() as broker:
+        status, out, err = await run("chat", "hi", "--model", "rehearsal/truncated", "--url", broker.url)
+        assert (status, len(out) > 10) == (1, True)
+        assert err == "broker: The model service broke off before the answer was complete.\n"
+
+
+async def test_ctrl_c_in_chat_cancels_at_the_broker() -> None:
+    async with running_broker() as broker:
+        process = await start("chat", "hi", "--model", "rehearsal/long", "--url", broker.url)
+        assert process.stdout is not None
+        await process.stdout.readexactly(20)
+        process.send_signal(signal.SIGINT)
+        _, err = await process.communicate()
+        assert (process.returncode, err.decode()) == (130, "Cancelled.\n")
+        await eventually(lambda: [line for line in events(broker.log()) if line.get("state") == "cancelled"])
+
+
+async def test_chat_goes_on_when_the_line_is_cut() -> None:
+    async with (
+        running_broker(env={"BROKER_RETRY_MS": "50"}) as broker,
+        cutting_proxy(broker.port, 20_000) as port,
+    ):
+        whole = await run("chat", "hi", "--model", "rehearsal/fast", "--url", broker.url)
+        cut = await run("chat", "hi", "--model", "rehearsal/fast", "--url", f"http://127.0.0.1:{port}")
+        assert (whole[0], cut[0]) == (0, 0)
+        assert cut[1] == whole[1]
+        assert broker.log().count("/stream/") > 5
+
+
+async def test_models_lists_searches_and_filters() -> None:
+    async with running_broker() as broker:
+        _, out, _ = await run("models", "--url", broker.url)
+        lines = out.splitlines()
+        assert lines[0].split() == ["id", "name", "context", "prompt", "$/M", "completion", "$/M"]
+        assert [
+            line
+            for line in lines
+            if line.startswith("rehearsal/plain ") and "32,768" in line and "0.4" in line
+        ]
+        _, out, _ = await run("models", "REASONING", "--url", broker.url)
+        assert [line.split()[0] for line in out.splitlines()[1:]] == ["rehearsal/reasoning"]
+        _, out, _ = await run("models", "--free", "--url", broker.url)
+        assert len(out.splitlines()) > 1
+        assert all(line.split()[-2:] == ["free", "free"] for line in out.splitlines()[1:])
+
+
+# rehearse
+
+
+async def test_rehearse_tells_where_it_is_and_answers_there() -> None:
+    process = await start("rehearse", "--port", "0")
+    try:
+        assert process.stdout is not None
+        url = (await process.stdout.readline()).decode().strip()
+        assert url.startswith("http://127.0.0.1:")
+        assert url.endswith("/api/v1")
+        assert (await process.stdout.readline()).decode().split()[0].startswith("rehearsal/")
+        async with aiohttp.ClientSession() as page, page.get(f"{url}/models") as answer:
+            assert answer.status == 200
+        process.send_signal(signal.SIGINT)
+        _, err = await process.communicate()
+        assert (process.returncode, err) == (0, b"")
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def test_rehearse_says_when_its_port_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, out, err = await run("rehearse", "--port", str(port))
+    assert (status, out) == (1, "")
+    assert err.startswith(f"broker: port {port} cannot be had: ")
+    assert len(err.splitlines()) == 1
