@@ -1,0 +1,285 @@
+"""The list of models as the broker has it: from memory, else from Redis, else from the upstream.
+
+A list is fresh for a while, and the last good one is used for a day while no newer one can be had. One refresh runs at
+a time in a worker, and one fetch at a time among all workers that share a Redis; after a failure all of them wait
+before the next. With Redis away every worker fetches for itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import structlog
+
+from broker.core.catalog import (
+    Listing,
+    Model,
+    Models,
+    narrow,
+    parse_models,
+    search,
+    speaks_openrouter,
+    write_listing,
+)
+from broker.core.errors import ModelsUnavailable, StoreUnavailable
+from broker.store.catalog import KEPT, LOCK_TTL
+
+if TYPE_CHECKING:
+    from broker.store.catalog import CatalogStore
+
+PATIENCE = 12.0
+"""Seconds that `models` waits where there is no list at all: longer than a fetch may take."""
+
+PATIENCE_WITH_STALE = 2.0
+"""Seconds that `models` waits for a fresh list while it has an old one to give."""
+
+PAUSES = (5.0, 10.0, 20.0, 40.0, 60.0)
+"""Seconds between tries after one, two, … failures in a row."""
+
+LOCK_POLL = 0.1
+"""Seconds between looks at whether another worker has done fetching."""
+
+MAX_LISTINGS = 16
+"""Answers of GET /models kept ready; each may take as much as the whole list."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """The list in memory, a digest of what it was read from, and when it was fetched, by the worker's clock."""
+
+    models: Models
+    digest: bytes
+    born: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Refresh:
+    """One running refresh: when it began, whether it found any list yet, and whether it found a fresh one or ended."""
+
+    started: float
+    any_list: asyncio.Event = field(default_factory=asyncio.Event)
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Catalog:
+    """The models of one upstream.
+
+    Args:
+        fetch: asks the upstream; raises `ModelsUnavailable`.
+        store: the list in Redis.
+        ttl: seconds that a list is fresh.
+        clock: seconds that only go forward.
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[], Awaitable[bytes]],
+        store: CatalogStore,
+        *,
+        ttl: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._fetch = fetch
+        self._store = store
+        self._ttl = ttl
+        self._clock = clock
+        self._held: _Held | None = None
+        self._refresh: _Refresh | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._failures = 0
+        self._retry_at = 0.0
+        self._closed = False
+        self._listings: dict[tuple[tuple[str, ...], str, bool], Listing] = {}
+        self._listed: Models | None = None
+
+    @property
+    def openrouter(self) -> bool:
+        """Whether the upstream understands OpenRouter's own fields, by what is known now; yes until then."""
+        held = self._kept()
+        return speaks_openrouter(held.models if held else None)
+
+    async def models(self) -> Models:
+        """The list, fresh where that can be had within a short wait.
+
+        Raises:
+            ModelsUnavailable: there is none, not even an old one.
+        """
+        held = self._kept()
+        if held is not None and self._is_fresh(held):
+            return held.models
+        refresh = self._refreshing()
+        if refresh is not None:
+            await _wait(refresh.settled, PATIENCE if held is None else PATIENCE_WITH_STALE)
+            held = self._kept()
+        if held is None:
+            raise ModelsUnavailable(retry_after=max(1.0, self._retry_at - self._clock()))
+        return held.models
+
+    async def known(self, model_ids: Iterable[str], timeout: float = 1.0) -> Mapping[str, Model]:
+        """What is known of these models now or within `timeout` seconds; the rest is missing. Raises nothing.
+
+        An old list is used at once and renewed in the background. Where there is none, the first callers wait for it,
+        counted from the start of the try; after a failed try nobody does. With no ids and no time this only starts
+        what is due.
+        """
+        held = self._kept()
+        if held is None or not self._is_fresh(held):
+            refresh = self._refreshing()
+            if held is None and refresh is not None and not self._failures:
+                await _wait(refresh.any_list, timeout - (self._clock() - refresh.started))
+                held = self._kept()
+        if held is None:
+            return {}
+        found = {model_id: held.models.find(model_id) for model_id in model_ids}
+        return {model_id: model for model_id, model in found.items() if model is not None}
+
+    async def listing(self, allowed: Sequence[str], *, q: str = "", free: bool = False) -> Listing:
+        """The answer of GET /models: what passes the globs `allowed`, has `q` in id or name, and is free if asked.
+
+        Raises:
+            ModelsUnavailable: there is no list.
+        """
+        models = await self.models()
+        if models is not self._listed:
+            self._listings, self._listed = {}, models
+        key = (tuple(allowed), q.casefold(), free)
+        listing = self._listings.pop(key, None) or write_listing(
+            search(narrow(models.entries, allowed), q, free=free)
+        )
+        self._listings[key] = listing
+        if len(self._listings) > MAX_LISTINGS:
+            del self._listings[next(iter(self._listings))]
+        return listing
+
+    async def close(self) -> None:
+        """Stop refreshing. What is in memory stays readable."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    def _kept(self) -> _Held | None:
+        """The list in memory, unless it is too old for any use."""
+        held = self._held
+        return held if held is not None and self._clock() - held.born < KEPT else None
+
+    def _is_fresh(self, held: _Held) -> bool:
+        return self._clock() - held.born < self._ttl
+
+    def _refreshing(self) -> _Refresh | None:
+        """The running refresh, else a new one; None while a new one must wait."""
+        if self._refresh is None and not self._closed and self._clock() >= self._retry_at:
+            self._refresh = _Refresh(self._clock())
+            self._task = asyncio.create_task(self._run(self._refresh), name="model list")
+        return self._refresh
+
+    async def _run(self, refresh: _Refresh) -> None:
+        try:
+            await self._renew(refresh)
+        except ModelsUnavailable:
+            self._pause(self._failures + 1)
+        except Exception:  # a bug is paced as a failing upstream is, and costs nobody but the list
+            log.exception("model list refresh broke")
+            self._pause(self._failures + 1)
+        finally:
+            self._refresh = None
+            refresh.any_list.set()
+            refresh.settled.set()
+
+    async def _renew(self, refresh: _Refresh) -> None:
+        token = uuid4().hex
+        try:
+            if await self._take_stored(refresh) or not await self._may_fetch(token):
+                return
+        except StoreUnavailable:
+            await self._fetch_and_share(refresh)
+            return
+        failures = 0
+        try:
+            await self._take_stored_or_fetch(refresh)
+        except ModelsUnavailable:
+            failures = self._failures + 1
+            raise
+        finally:
+            with suppress(StoreUnavailable):
+                await self._store.release(token, failures=failures, pause=_pause_after(failures))
+
+    async def _may_fetch(self, token: str) -> bool:
+        """Wait until it is our turn to fetch; False where the last fetch failed and all must wait."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOCK_TTL + 1):
+                while (busy := await self._store.acquire(token)) is not None:
+                    if busy.failures:
+                        self._pause(busy.failures, busy.seconds)
+                        return False
+                    await asyncio.sleep(LOCK_POLL)
+                return True
+        raise ModelsUnavailable
+
+    async def _take_stored_or_fetch(self, refresh: _Refresh) -> None:
+        with suppress(StoreUnavailable):
+            if await self._take_stored(refresh):  # fetched by who had the right before us
+                return
+        await self._fetch_and_share(refresh)
+
+    async def _take_stored(self, refresh: _Refresh) -> bool:
+        """Take the list from Redis where it is younger than ours; whether ours is fresh now."""
+        stored = await self._store.load()
+        if stored is not None:
+            born = self._clock() - stored.age
+            if self._held is None or born > self._held.born:
+                with suppress(ModelsUnavailable):  # one that cannot be read is to be replaced
+                    await self._take(refresh, stored.body, born)
+        return self._held is not None and self._is_fresh(self._held)
+
+    async def _fetch_and_share(self, refresh: _Refresh) -> None:
+        body = await self._fetch()
+        await self._take(refresh, body, self._clock())
+        with suppress(StoreUnavailable):
+            await self._store.save(body)
+
+    async def _take(self, refresh: _Refresh, body: bytes, born: float) -> None:
+        """Make this the list in memory. The same bytes stay the same `Models`, so that what hangs on it stays too.
+
+        Raises:
+            ModelsUnavailable: it cannot be read.
+        """
+        digest = sha256(body).digest()
+        if self._held is not None and self._held.digest == digest:
+            models = self._held.models
+        else:
+            try:  # off the loop: some 15 ms for OpenRouter's list, and streams are waiting
+                models = await asyncio.to_thread(parse_models, body)
+            except ValueError:
+                log.warning("model list unreadable", size=len(body))
+                raise ModelsUnavailable from None
+        self._held = _Held(models, digest, born)
+        refresh.any_list.set()
+        if self._is_fresh(self._held):
+            self._failures = 0
+            refresh.settled.set()
+
+    def _pause(self, failures: int, seconds: float | None = None) -> None:
+        self._failures = failures
+        self._retry_at = self._clock() + (_pause_after(failures) if seconds is None else seconds)
+
+
+def _pause_after(failures: int) -> float:
+    return PAUSES[min(failures, len(PAUSES)) - 1] if failures else 0.0
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    """Wait for an event, at most so long."""
+    if seconds > 0:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await event.wait()

@@ -1,0 +1,163 @@
+"""The list of models: what the upstream's answer says of each, and what of it a caller asked to see.
+
+Reading, looking up, narrowing and writing out; no fetching and no keeping. What things cost is in `core/pricing.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from hashlib import sha256
+from typing import Any
+
+import orjson
+
+from broker.core.pricing import Prices, is_free, parse_prices
+
+# Suffixes that choose among the providers of a model and leave the model as it is:
+# https://openrouter.ai/docs/guides/routing/model-variants. All others (":free", ":extended", ":thinking") are models
+# of their own, with their own prices and context, and ":online" adds the price of a web search.
+ROUTING_SUFFIXES = frozenset({"nitro", "floor", "exacto"})
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One entry of the list. None is "not known" throughout.
+
+    Attributes:
+        id: what a request names it by.
+        name: for people; the id where the upstream gives none.
+        context_length: tokens, the smaller of what model and provider say.
+        max_completion_tokens: tokens, likewise.
+        prices: what it costs.
+        entry: the upstream's own entry, as JSON.
+    """
+
+    id: str
+    name: str
+    context_length: int | None
+    max_completion_tokens: int | None
+    prices: Prices | None
+    entry: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Models:
+    """One version of the whole list; two are the same only where they are one object.
+
+    Attributes:
+        entries: in the upstream's order.
+        index: by id and, where that names one model for sure, by canonical slug.
+        openrouter: some entry carries OpenRouter's ``pricing``, or there is no entry at all.
+    """
+
+    entries: tuple[Model, ...]
+    index: Mapping[str, Model]
+    openrouter: bool
+
+    def find(self, model_id: str) -> Model | None:
+        """The model that a request naming `model_id` gets, where that is certain.
+
+        By id, else by ``canonical_slug``, else without a suffix that only chooses among its providers. The price
+        under such a suffix is the list's only where ``provider.max_price`` holds the request to it.
+        """
+        base, _, suffix = model_id.rpartition(":")
+        return self.index.get(model_id) or (self.index.get(base) if suffix in ROUTING_SUFFIXES else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """An answer of GET /models: ``{"data": [...]}`` and its strong entity tag, without the quotes."""
+
+    body: bytes
+    etag: str
+
+
+def parse_models(body: bytes) -> Models:
+    """Read the upstream's answer. Entries without an id are left out, and of several with one id the first stays.
+
+    Raises:
+        ValueError: it is no JSON object with a list under ``data``, or nested absurdly deep.
+    """
+    document = orjson.loads(body)
+    data = document.get("data") if isinstance(document, dict) else None
+    if not isinstance(data, list):
+        raise ValueError("no list of models")  # noqa: TRY004 - bad data of others, as bad JSON is
+    raw_by_id: dict[str, dict[str, Any]] = {}
+    for raw in data:
+        if isinstance(raw, dict) and isinstance(raw.get("id"), str) and raw["id"]:
+            raw_by_id.setdefault(raw["id"], raw)
+    try:
+        models = {model_id: _model(raw) for model_id, raw in raw_by_id.items()}
+    except orjson.JSONEncodeError:
+        raise ValueError("an entry is nested too deeply to be written again") from None
+    slugs = {slug: models[model_id] for slug, model_id in _unique_slugs(raw_by_id).items()}
+    openrouter = not models or any("pricing" in raw for raw in raw_by_id.values())
+    return Models(tuple(models.values()), {**slugs, **models}, openrouter)
+
+
+def speaks_openrouter(models: Models | None) -> bool:
+    """Whether this upstream understands OpenRouter's own fields. An unknown or empty list counts as yes."""
+    return models is None or models.openrouter
+
+
+def allows(allowed: Iterable[str], model_id: str) -> bool:
+    """Whether a model passes the globs of ``BROKER_ALLOWED_MODELS``. Ids are compared as they are written."""
+    return any(fnmatchcase(model_id, pattern) for pattern in allowed)
+
+
+def narrow(models: Iterable[Model], allowed: Sequence[str]) -> list[Model]:
+    """Those whose id passes one of the globs."""
+    return [model for model in models if allows(allowed, model.id)]
+
+
+def search(models: Iterable[Model], q: str, *, free: bool) -> list[Model]:
+    """Those with `q` in their id or name, in either case; with `free` only those whose every price is zero."""
+    wanted = q.casefold()
+    return [
+        model
+        for model in models
+        if (wanted in model.id.casefold() or wanted in model.name.casefold())
+        and (not free or is_free(model.prices))
+    ]
+
+
+def write_listing(models: Iterable[Model]) -> Listing:
+    """The answer that lists these models."""
+    body = b'{"data":[' + b",".join(model.entry for model in models) + b"]}"
+    return Listing(body, sha256(body).hexdigest()[:32])
+
+
+def _model(raw: dict[str, Any]) -> Model:
+    name = raw.get("name")
+    return Model(
+        id=raw["id"],
+        name=name if isinstance(name, str) and name else raw["id"],
+        context_length=_smaller(raw, "context_length"),
+        max_completion_tokens=_smaller(raw, "max_completion_tokens"),
+        prices=parse_prices(raw),
+        entry=orjson.dumps(raw),
+    )
+
+
+def _smaller(raw: Mapping[str, Any], key: str) -> int | None:
+    """The smaller of what the entry and its ``top_provider`` say, of those that say a number of tokens."""
+    provider = raw.get("top_provider")
+    said = [raw.get(key), provider.get(key) if isinstance(provider, dict) else None]
+    known = [value for value in said if isinstance(value, int) and not isinstance(value, bool) and value > 0]
+    return min(known, default=None)
+
+
+def _unique_slugs(raw_by_id: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Canonical slug to id, where it names one model for sure.
+
+    ``x:free`` has the slug of the paid ``x``, and an alias (``~…``) that of the model that it stands for now: neither
+    may answer for the slug, or a paid request would be booked as free.
+    """
+    ids: dict[str, set[str]] = {}
+    for model_id, raw in raw_by_id.items():
+        slug = raw.get("canonical_slug")
+        if isinstance(slug, str) and ":" not in model_id and not model_id.startswith("~"):
+            ids.setdefault(slug, set()).add(model_id)
+    return {slug: next(iter(found)) for slug, found in ids.items() if len(found) == 1}

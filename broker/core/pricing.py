@@ -1,0 +1,334 @@
+"""What an answer costs: prices of the catalog in, nano-USD out. Where prices come from is no business of this module.
+
+Money is an integer count of nano-USD (1e-9 USD), always rounded up, so that sums in Redis and here agree and no
+rounding ever favours the spender. Prices are exact decimals in nano-USD a token, since many lie below one nano-USD.
+
+Rules of the price list, see https://openrouter.ai/docs/client-sdks/typescript/models/pricingoverride:
+prices are decimal strings in USD a token (``request``: a request); a negative one means that the price depends on
+where the request is routed. An entry of ``overrides`` applies when all its conditions hold: a prompt strictly longer
+than ``min_prompt_tokens``, and a UTC time within [``utc_start``, ``utc_end``), clock numbers such as 1030 that may
+wrap past midnight. Among those that apply, later entries win key by key, and keys that an entry lacks stay as they
+are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation
+from typing import Any, NamedTuple
+
+NANO = 1_000_000_000
+
+# A call that costs more is a broken number, not a bill. The bound also keeps every sum that is made of such amounts
+# within the 2^53 up to which Lua's numbers are exact.
+MAX_COST = 1_000_000 * NANO
+
+_MAX_TOKENS = 2**31
+_MAX_DIGITS = 40
+_NANO = Decimal(NANO)
+_ZERO = Decimal(0)
+_MONEY = Context(prec=60, rounding=ROUND_CEILING)
+
+# What the costs of a text answer are made of, and what else a list may price.
+_PRICES = (
+    "prompt",
+    "completion",
+    "request",
+    "internal_reasoning",
+    "input_cache_read",
+    "input_cache_write",
+    "input_cache_write_1h",
+)
+_OTHER_PRICES = (
+    "image",
+    "image_token",
+    "image_output",
+    "audio",
+    "audio_output",
+    "input_audio_cache",
+    "web_search",
+)
+_OVERRIDE_KEYS = frozenset({"min_prompt_tokens", "utc_start", "utc_end", *_PRICES, *_OTHER_PRICES})
+
+Listed = Mapping[str, Decimal]
+"""Prices by the upstream's own keys, in nano-USD; a key that is not there has no price of its own."""
+
+
+class Rates(NamedTuple):
+    """What one request pays, every price settled: nano-USD a token, ``request`` once."""
+
+    prompt: Decimal
+    completion: Decimal
+    request: Decimal
+    cache_read: Decimal
+    cache_write: Decimal
+    cache_write_1h: Decimal
+    reasoning: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """Prices that hold under conditions.
+
+    Attributes:
+        changes: the prices it sets.
+        min_prompt_tokens: holds for prompts strictly longer than this.
+        window: minutes of the UTC day, the end excluded; may wrap past midnight.
+        certain: False where a condition cannot be judged here (week days, or one that is not known).
+    """
+
+    changes: Listed
+    min_prompt_tokens: int | None = None
+    window: tuple[int, int] | None = None
+    certain: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """The price list of one model; `free` where every price on it is zero."""
+
+    listed: Listed
+    overrides: tuple[Override, ...] = ()
+    free: bool = False
+
+
+def parse_prices(entry: Mapping[str, Any]) -> Prices | None:
+    """The prices of a model's entry, or None where they are not known.
+
+    None as well where any price that a cost is made of is negative or unreadable, in the list or in an override:
+    half a price is no price.
+    """
+    pricing = entry.get("pricing")
+    if not isinstance(pricing, Mapping):
+        return None
+    listed = _listed(pricing)
+    if listed is None or "prompt" not in listed or "completion" not in listed:
+        return None
+    raw_overrides = pricing.get("overrides") or ()
+    if not isinstance(raw_overrides, list | tuple):
+        return None
+    overrides = [_override(raw) for raw in raw_overrides]
+    known = tuple(override for override in overrides if override is not None)
+    if len(known) < len(overrides):
+        return None
+    return Prices(listed, known, free=all(map(_all_zero, (pricing, *raw_overrides))))
+
+
+def is_free(prices: Prices | None) -> bool:
+    """Whether every price is known and zero."""
+    return prices is not None and prices.free
+
+
+def cost_of(
+    usage: Mapping[str, Any] | None, prices: Prices | None, *, minute_of_day: int | None = None
+) -> int | None:
+    """What an answer cost, in nano-USD; None where that cannot be told. Never raises, whatever `usage` holds.
+
+    The upstream's own ``cost`` comes first. Without one, the counts times the prices: cached and cache-written tokens
+    are part of ``prompt_tokens`` and reasoning tokens part of ``completion_tokens``, each at its own price where it
+    has one.
+
+    Args:
+        usage: as the upstream sent it.
+        prices: the model's.
+        minute_of_day: of the UTC day; without it, the dearer side of every price that depends on the time.
+    """
+    if not isinstance(usage, Mapping):
+        return None
+    told = to_nano(usage.get("cost"))
+    if told is not None:
+        return told
+    prompt, completion = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+    if prices is None or prompt is None or completion is None:
+        return None
+    rates = rates_for(prices, prompt, minute_of_day)
+    read = min(_detail(usage, "prompt_tokens_details", "cached_tokens"), prompt)
+    written = min(_detail(usage, "prompt_tokens_details", "cache_write_tokens"), prompt - read)
+    thought = min(_detail(usage, "completion_tokens_details", "reasoning_tokens"), completion)
+    return _total(
+        rates.request,
+        (prompt - read - written, rates.prompt),
+        (read, rates.cache_read),
+        (written, rates.cache_write),
+        (completion - thought, rates.completion),
+        (thought, rates.reasoning),
+    )
+
+
+def worst_case(prompt_tokens: int, output_tokens: int, prices: Prices | None) -> int | None:
+    """The most that a request can cost, in nano-USD; None where the price is not known.
+
+    Every token at the dearest price it may meet: of the list and all overrides, written to the cache, or reasoned.
+    """
+    if prices is None:
+        return None
+    rates = dearest(prices)
+    prompt = max(rates.prompt, rates.cache_read, rates.cache_write, rates.cache_write_1h)
+    output = max(rates.completion, rates.reasoning)
+    return _total(rates.request, (max(prompt_tokens, 0), prompt), (max(output_tokens, 0), output))
+
+
+def dearest(prices: Prices) -> Rates:
+    """Each price at its highest, of the list and all overrides."""
+    return _rates(prices, lambda _: None)
+
+
+def rates_for(prices: Prices, prompt_tokens: int, minute_of_day: int | None) -> Rates:
+    """What a request of so many prompt tokens at that minute of the UTC day pays."""
+    return _rates(prices, lambda override: _applies(override, prompt_tokens, minute_of_day))
+
+
+def max_price(prices: Iterable[Prices]) -> dict[str, float]:
+    """OpenRouter's ``provider.max_price`` that lets nothing through above the dearest of these prices.
+
+    There is at least one. The unit is USD a million tokens: https://openrouter.ai/docs/guides/routing/provider-selection.
+    """
+    rates = [dearest(each) for each in prices]
+    return {
+        "prompt": float(max(rate.prompt for rate in rates) / 1000),
+        "completion": float(max(rate.completion for rate in rates) / 1000),
+    }
+
+
+def to_usd(nano: int) -> float:
+    """Nano-USD as the number that JSON carries."""
+    return nano / NANO
+
+
+def to_nano(usd: Any) -> int | None:
+    """USD, any number or the text of one, in nano-USD; None for anything negative, absurd or no number at all."""
+    amount = _decimal(usd)
+    return None if amount is None else _total(_MONEY.multiply(amount, _NANO))
+
+
+def _rates(prices: Prices, applies: Callable[[Override], bool | None]) -> Rates:
+    """The rates under the overrides that apply; one that only may apply counts where it is dearer."""
+    judged = [(override, applies(override)) for override in prices.overrides]
+    listed = dict(prices.listed)
+    for override, holds in judged:
+        if holds:
+            listed |= override.changes
+    rates = _settle(listed)
+    for override, holds in judged:
+        if holds is None:
+            rates = Rates(*map(max, rates, _settle({**listed, **override.changes})))
+    return rates
+
+
+def _settle(listed: Listed) -> Rates:
+    """Fill what is not listed.
+
+    A special price of zero beside a real one means that there is no special price: lists carry
+    ``"internal_reasoning": "0"`` for models whose reasoning is billed as output.
+    """
+    prompt, completion = listed["prompt"], listed["completion"]
+    cache_write = listed.get("input_cache_write") or prompt
+    return Rates(
+        prompt=prompt,
+        completion=completion,
+        request=listed.get("request", _ZERO),
+        cache_read=listed.get("input_cache_read") or prompt,
+        cache_write=cache_write,
+        cache_write_1h=listed.get("input_cache_write_1h") or cache_write,
+        reasoning=listed.get("internal_reasoning") or completion,
+    )
+
+
+def _applies(override: Override, prompt_tokens: int, minute_of_day: int | None) -> bool | None:
+    """Whether all conditions hold; None where that cannot be told."""
+    if override.min_prompt_tokens is not None and prompt_tokens <= override.min_prompt_tokens:
+        return False
+    if override.window is not None:
+        if minute_of_day is None:
+            return None
+        start, end = override.window
+        inside = start <= minute_of_day < end if start <= end else not end <= minute_of_day < start
+        if not inside:
+            return False
+    return True if override.certain else None
+
+
+def _total(fixed: Decimal, *charges: tuple[int, Decimal]) -> int | None:
+    total = fixed
+    for count, price in charges:
+        total = _MONEY.add(total, _MONEY.multiply(Decimal(count), price))
+    nano = total.to_integral_value(rounding=ROUND_CEILING)
+    return int(nano) if nano <= MAX_COST else None
+
+
+def _listed(raw: Mapping[str, Any]) -> dict[str, Decimal] | None:
+    """The prices that costs are made of, in nano-USD; None where one of them is not readable."""
+    listed = {}
+    for key in _PRICES:
+        if raw.get(key) is None:
+            continue
+        price = _price(raw[key])
+        if price is None:
+            return None
+        listed[key] = _MONEY.multiply(price, _NANO)
+    return listed
+
+
+def _override(raw: Any) -> Override | None:
+    """One entry of ``overrides``; None where a price in it is not readable."""
+    changes = _listed(raw) if isinstance(raw, Mapping) else None
+    if changes is None:
+        return None
+    given = {key for key, value in raw.items() if value is not None}
+    threshold = _count(raw.get("min_prompt_tokens"))
+    start, end = _minute(raw.get("utc_start")), _minute(raw.get("utc_end"))
+    window = (start, end) if start is not None and end is not None else None
+    unread = ("min_prompt_tokens" in given and threshold is None) or (
+        window is None and not given.isdisjoint({"utc_start", "utc_end"})
+    )
+    return Override(changes, threshold, window, certain=not unread and given <= _OVERRIDE_KEYS)
+
+
+def _all_zero(raw: Mapping[str, Any]) -> bool:
+    given = [raw[key] for key in (*_PRICES, *_OTHER_PRICES) if raw.get(key) is not None]
+    return all(_price(price) == 0 for price in given)
+
+
+def _price(value: Any) -> Decimal | None:
+    """USD out of the decimal string of a price list. A number is not taken: other lists have other units."""
+    return _decimal(value) if isinstance(value, str) else None
+
+
+def _decimal(value: Any) -> Decimal | None:
+    """A finite amount of USD from 0 to a million, or None."""
+    if isinstance(value, str | Decimal):
+        plausible = len(str(value)) <= _MAX_DIGITS
+    else:
+        plausible = not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= MAX_COST
+    try:
+        amount = Decimal(str(value)) if plausible else None
+    except InvalidOperation:
+        return None
+    if amount is None or not amount.is_finite():
+        return None
+    return amount if 0 <= amount <= MAX_COST // NANO else None
+
+
+def _count(value: Any) -> int | None:
+    """A number of tokens, or None for what can be none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    return value if 0 <= value <= _MAX_TOKENS else None
+
+
+def _detail(usage: Mapping[str, Any], group: str, key: str) -> int:
+    details = usage.get(group)
+    return (_count(details.get(key)) or 0) if isinstance(details, Mapping) else 0
+
+
+def _minute(clock: Any) -> int | None:
+    """The minute of the day of an HHMM clock number: 1030 is 630."""
+    if isinstance(clock, str) and clock.isdecimal() and len(clock) <= len("HHMM"):
+        clock = int(clock)
+    number = _count(clock)
+    if number is None or number > 2400 or number % 100 > 59:
+        return None
+    return number // 100 * 60 + number % 100

@@ -1,0 +1,70 @@
+"""Fetching the list of models: one GET, its bytes as they came. What they mean is in `core/catalog.py`.
+
+Through the OpenAI client, for its address, key and errors, but without its parsing, which would drop every field that
+OpenAI's own list does not have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import aiohttp
+import httpx2
+import structlog
+from openai import APIStatusError, AsyncOpenAI, OpenAIError
+
+from broker.core.errors import ModelsUnavailable
+
+FETCH_TIMEOUT = 10.0
+"""Seconds for the whole fetch, connecting included."""
+
+MAX_LIST_BYTES = 32 * 1024 * 1024
+"""OpenRouter's list of some 500 models takes two or three MB."""
+
+log = structlog.get_logger(__name__)
+
+
+async def fetch_models(client: AsyncOpenAI, *, timeout: float = FETCH_TIMEOUT) -> bytes:
+    """Ask the upstream for its list and return the body of the answer, once.
+
+    Raises:
+        ModelsUnavailable: it cannot be reached, refuses, takes longer than `timeout` seconds or sends too much.
+    """
+    body = bytearray()
+    with _errors_as_unavailable():
+        async with (
+            asyncio.timeout(timeout),
+            client.models.with_streaming_response.list(timeout=timeout) as response,
+        ):
+            async for piece in response.iter_bytes():
+                body += piece
+                if len(body) > MAX_LIST_BYTES:
+                    log.warning("model list too large", limit=MAX_LIST_BYTES)
+                    raise ModelsUnavailable
+    return bytes(body)
+
+
+@contextmanager
+def _errors_as_unavailable() -> Iterator[None]:
+    """Turn what the client, its transport and the clock raise into `ModelsUnavailable`.
+
+    The log keeps what went wrong. The cause itself is let go: aiohttp's errors carry the request with our key.
+    """
+    try:
+        yield
+    except APIStatusError as error:
+        log.warning("model list refused", status=error.status_code)
+        raise ModelsUnavailable from None
+    # The aiohttp transport maps most of its errors to httpx2's, but not all.
+    except (OpenAIError, httpx2.HTTPError, aiohttp.ClientError, OSError, TimeoutError) as error:
+        log.warning("model list not fetched", error=type(_origin(error)).__name__)
+        raise ModelsUnavailable from None
+
+
+def _origin(error: BaseException) -> BaseException:
+    """The first of a chain: the SDK calls a refused connection a timeout."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

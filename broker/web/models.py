@@ -1,0 +1,48 @@
+"""GET /models: the upstream's list, narrowed to what may be used here and to what was asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aiohttp import ETag, web
+
+from broker.core.errors import InvalidRequest
+from broker.web.keys import CATALOG, SETTINGS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from broker.core.catalog import Listing
+
+# A copy may be kept, and asked about each time: the list changes when it likes.
+HEADERS = {"Cache-Control": "no-cache"}
+
+
+async def get_models(request: web.Request) -> web.Response:
+    """Answer with ``{"data": [...]}``, or with 304 where the caller has that already.
+
+    Raises:
+        InvalidRequest: the query cannot be understood.
+        ModelsUnavailable: there is no list.
+    """
+    free = _only_free(request.query)
+    allowed = request.app[SETTINGS].allowed_models
+    listing = await request.app[CATALOG].listing(allowed, q=request.query.get("q", ""), free=free)
+    if _has(request, listing):
+        response = web.Response(status=304, headers=HEADERS)
+    else:
+        response = web.Response(body=listing.body, content_type="application/json", headers=HEADERS)
+    response.etag = ETag(listing.etag)
+    return response
+
+
+def _only_free(query: Mapping[str, str]) -> bool:
+    free = query.get("free", "false")
+    if free not in {"true", "false"}:
+        raise InvalidRequest(details=[{"field": "free", "message": "must be true or false"}])
+    return free == "true"
+
+
+def _has(request: web.Request, listing: Listing) -> bool:
+    """Whether ``If-None-Match`` names this answer; weak validators count: RFC 9110, section 13.1.2."""
+    return not {tag.value for tag in request.if_none_match or ()}.isdisjoint({listing.etag, "*"})

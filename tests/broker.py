@@ -1,0 +1,114 @@
+"""The whole application in this process, on a real socket, and the few things that every test asks of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from broker.app import build
+from broker.settings import Settings
+from broker.web import keys
+from tests.events import Event, Line, opened
+from tests.scripted import NOTHING, PATIENCE, ScriptedUpstream
+
+KEY = "sk-or-v1-0123456789abcdef"
+QUESTION = {"model": "scripted/model-1", "messages": [{"role": "user", "content": "What is a broker?"}]}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole HTTP answer."""
+
+    status: int
+    headers: Mapping[str, str]
+    text: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+    @property
+    def code(self) -> str:
+        """The word of an error."""
+        return str(self.json["error"]["code"])
+
+
+@dataclass(frozen=True)
+class Broker:
+    """A running broker."""
+
+    url: str
+    app: web.Application
+    http: aiohttp.ClientSession
+
+    async def ask(self, method: str, path: str, **options: Any) -> Answer:
+        """A request as curl sends it."""
+        async with self.http.request(method, self.url + path, **options) as response:
+            return Answer(response.status, response.headers, await response.text())
+
+    async def post(self, body: object = QUESTION, headers: Mapping[str, str] = NOTHING) -> Answer:
+        """POST /prepare."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return await self.ask(
+            "POST", "/prepare", data=data, headers={"Content-Type": "application/json", **headers}
+        )
+
+    async def prepare(self, **fields: Any) -> str:
+        """A new session."""
+        answer = await self.post({**QUESTION, **fields})
+        assert answer.status == 201, answer.text
+        return str(answer.json["sessionId"])
+
+    def stream(
+        self,
+        session_id: str,
+        cursor: str | None = None,
+        *,
+        query: str = "",
+        headers: Mapping[str, str] = NOTHING,
+        **options: Any,
+    ) -> AbstractAsyncContextManager[Line]:
+        """An EventSource for a session, from its start or from a cursor."""
+        resumed = {"Last-Event-ID": cursor} if cursor is not None else {}
+        return opened(self.url, f"/stream/{session_id}{query}", {**resumed, **headers}, **options)
+
+    async def read(self, session_id: str, cursor: str | None = None) -> list[Event]:
+        """All events of a session, to the end."""
+        async with self.stream(session_id, cursor) as line:
+            return await line.rest()
+
+    async def cancel(self, session_id: str) -> Answer:
+        """DELETE a session."""
+        return await self.ask("DELETE", f"/stream/{session_id}")
+
+
+@asynccontextmanager
+async def running(redis_url: str, upstream: ScriptedUpstream | str, **settings: Any) -> AsyncIterator[Broker]:
+    """Run a broker until the block ends, and take it down as the service does: without time to finish.
+
+    Args:
+        redis_url: its Redis.
+        upstream: a scripted one, or a URL.
+        settings: those that matter to the test.
+    """
+    chosen = Settings(**{"openrouter_api_key": KEY, "page": False, **settings})
+    upstream_url = upstream if isinstance(upstream, str) else upstream.url
+    async with (
+        build(chosen, redis_url, upstream_url) as app,
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(PATIENCE)) as http,
+    ):
+        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            host, port = runner.addresses[0]
+            yield Broker(f"http://{host}:{port}", app, http)
+            await app[keys.REGISTRY].drain(0)
+        finally:
+            await runner.cleanup()
