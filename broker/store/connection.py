@@ -8,8 +8,8 @@ are written so that running one again with the same arguments does no harm; who 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,14 @@ def store_errors() -> Iterator[None]:
         raise StoreUnavailable from error
 
 
+@asynccontextmanager
+async def bounded_call(timeout: float = CALL_TIMEOUT) -> AsyncIterator[None]:
+    """Bound the calls of a block to ``timeout`` seconds together, and turn every failure into `StoreUnavailable`."""
+    with store_errors():
+        async with asyncio.timeout(timeout):
+            yield
+
+
 class Store:
     """One worker's way to Redis. Bytes go in and come out.
 
@@ -65,12 +73,13 @@ class Store:
             url,
             max_connections=MAX_CONNECTIONS,
             timeout=CALL_TIMEOUT,
-            socket_timeout=CALL_TIMEOUT,
+            # The library would bound each read and write by asyncio.wait_for, which before Python 3.12 swallows a
+            # cancellation that comes as the write completes. Each of our calls has a bound of its own.
+            socket_timeout=None,
             socket_connect_timeout=CALL_TIMEOUT,
             retry=Retry(NoBackoff(), 0),
             protocol=2,
-            lib_name=None,
-            lib_version=None,
+            driver_info=None,
         )
         self.redis: Redis = Redis(connection_pool=self._pool)
 
@@ -89,9 +98,8 @@ class Store:
         Raises:
             StoreUnavailable: it does not.
         """
-        with store_errors():
-            async with asyncio.timeout(CALL_TIMEOUT):
-                await self.redis.ping()
+        async with bounded_call():
+            await self.redis.ping()
 
     async def close(self) -> None:
         """Close all connections."""
@@ -115,9 +123,8 @@ class Script:
             StoreUnavailable: Redis is away, full, or took longer than ``timeout`` seconds. The script may have run
                 or may yet run.
         """
-        with store_errors():
-            async with asyncio.timeout(timeout):
-                return await self._script(keys=keys, args=args)
+        async with bounded_call(timeout):
+            return await self._script(keys=keys, args=args)
 
     async def many(self, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
         """Run it once for each of ``calls``, pairs of keys and arguments, in one round trip.
@@ -125,13 +132,12 @@ class Script:
         Raises:
             StoreUnavailable: as above; some may have run.
         """
-        with store_errors():
-            async with asyncio.timeout(CALL_TIMEOUT):
-                try:
-                    return await self._pipeline(calls)
-                except NoScriptError:  # Redis was restarted or flushed, and none of the calls has run
-                    await self._redis.script_load(self._script.script)
-                    return await self._pipeline(calls)
+        async with bounded_call():
+            try:
+                return await self._pipeline(calls)
+            except NoScriptError:  # Redis was restarted or flushed, and none of the calls has run
+                await self._redis.script_load(self._script.script)
+                return await self._pipeline(calls)
 
     async def _pipeline(self, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
         pipe = self._redis.pipeline(transaction=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from broker.core.errors import IdempotencyConflict
-from broker.store.connection import store_errors
+from broker.store.connection import bounded_call
 
 if TYPE_CHECKING:
     from broker.store.connection import Store
@@ -46,7 +46,7 @@ class IdempotencyStore:
             IdempotencyConflict: it was made by another body.
             StoreUnavailable: Redis cannot be reached.
         """
-        with store_errors():
+        async with bounded_call():
             raw: Any = await self._store.redis.get(self._key(client, key))
         return _read(raw, digest) if raw is not None else None
 

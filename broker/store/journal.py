@@ -7,7 +7,6 @@ that a batch which would leave a hole is refused.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 from broker.core.errors import StoreUnavailable
 from broker.core.replay import Batch
 from broker.core.session import State
-from broker.store.connection import CALL_TIMEOUT, Store, store_errors
+from broker.store.connection import Store, bounded_call
 from broker.store.sessions import Standing, read_standing
 
 WATCH_MS = 5000
@@ -120,9 +119,8 @@ class JournalStore:
 
     async def leave(self, session_id: str) -> None:
         """Say that this worker no longer watches."""
-        with store_errors():
-            async with asyncio.timeout(CALL_TIMEOUT):
-                await self._store.redis.zrem(self.keys(session_id)[2], self._worker)
+        async with bounded_call():
+            await self._store.redis.zrem(self.keys(session_id)[2], self._worker)
 
     def _follow_call(
         self, session_id: str, after: int, entries: int, register: bool

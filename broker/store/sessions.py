@@ -5,13 +5,12 @@ The steps are Lua scripts, each named after the row of `core.session.TRANSITIONS
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from broker.core.session import State, Terminal, parse_cursor
-from broker.store.connection import CALL_TIMEOUT, Store, store_errors
+from broker.store.connection import CALL_TIMEOUT, Store, bounded_call
 
 if TYPE_CHECKING:
     from broker.core.replay import Batch
@@ -176,21 +175,19 @@ class SessionStore:
 
     async def remaining(self, session_id: str) -> int | None:
         """Whole seconds for which a session can still be claimed, 0 once it was; None where there is no session."""
-        with store_errors():
-            async with asyncio.timeout(CALL_TIMEOUT):
-                pipe = self._store.redis.pipeline(transaction=False)
-                pipe.hmget(self._key(session_id), ["state", "until"])
-                pipe.time()
-                (state, until), (now, _) = await pipe.execute()
+        async with bounded_call():
+            pipe = self._store.redis.pipeline(transaction=False)
+            pipe.hmget(self._key(session_id), ["state", "until"])
+            pipe.time()
+            (state, until), (now, _) = await pipe.execute()
         if state is None:
             return None
         return max(0, round(int(until or 0) / 1000 - now)) if state == b"prepared" else 0
 
     async def forget(self, session_id: str) -> None:
         """Delete a session that nobody was told of."""
-        with store_errors():
-            async with asyncio.timeout(CALL_TIMEOUT):
-                await self._store.redis.unlink(self._key(session_id))
+        async with bounded_call():
+            await self._store.redis.unlink(self._key(session_id))
 
 
 def read_standing(reply: Sequence[bytes | None]) -> Standing:

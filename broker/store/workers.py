@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from broker.core.replay import Batch
-from broker.store.connection import CALL_TIMEOUT, Store, store_errors
+from broker.store.connection import CALL_TIMEOUT, Store, bounded_call, store_errors
 
 if TYPE_CHECKING:
     from redis.asyncio.client import PubSub
@@ -56,30 +56,27 @@ class WorkerStore:
 
     async def renew(self) -> str:
         """Renew this worker's lease and return the marker, made where there was none."""
-        with store_errors():
-            async with asyncio.timeout(CALL_TIMEOUT):
-                pipe = self._store.redis.pipeline(transaction=False)
-                pipe.set(self._lease(self.worker), "1", px=LEASE_MS)
-                pipe.set(self._marker, secrets.token_hex(8), nx=True, ex=MARKER_TTL)
-                pipe.getex(self._marker, ex=MARKER_TTL)
-                marker: bytes = (await pipe.execute())[2]
-                return marker.decode()
+        async with bounded_call():
+            pipe = self._store.redis.pipeline(transaction=False)
+            pipe.set(self._lease(self.worker), "1", px=LEASE_MS)
+            pipe.set(self._marker, secrets.token_hex(8), nx=True, ex=MARKER_TTL)
+            pipe.getex(self._marker, ex=MARKER_TTL)
+            marker: bytes = (await pipe.execute())[2]
+            return marker.decode()
 
     async def resign(self) -> None:
         """Give the lease back: this worker owns nothing any more."""
-        with store_errors():
-            async with asyncio.timeout(CALL_TIMEOUT):
-                await self._store.redis.unlink(self._lease(self.worker))
+        async with bounded_call():
+            await self._store.redis.unlink(self._lease(self.worker))
 
     async def absent(self, workers: Iterable[str]) -> set[str]:
         """Those of these workers that have no lease."""
         names = list(workers)
-        with store_errors():
-            async with asyncio.timeout(CALL_TIMEOUT):
-                pipe = self._store.redis.pipeline(transaction=False)
-                for name in names:
-                    pipe.exists(self._lease(name))
-                found = await pipe.execute()
+        async with bounded_call():
+            pipe = self._store.redis.pipeline(transaction=False)
+            for name in names:
+                pipe.exists(self._lease(name))
+            found = await pipe.execute()
         return {name for name, exists in zip(names, found, strict=True) if not exists}
 
     async def listen(self) -> AsyncGenerator[Ring, None]:
@@ -90,7 +87,8 @@ class WorkerStore:
         """
         with store_errors():
             async with self._store.redis.pubsub() as pubsub:
-                await pubsub.subscribe(f"{self._store.bells}{self.worker}")
+                async with asyncio.timeout(CALL_TIMEOUT):
+                    await pubsub.subscribe(f"{self._store.bells}{self.worker}")
                 async for data in _messages(pubsub):
                     yield _ring(data)
 
