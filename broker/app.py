@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import secrets
 import signal
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -59,6 +60,7 @@ def serve(settings: Settings, *, rehearsal: bool, embedded: bool) -> int:
         rehearsal: run a scripted upstream beside the service and use that.
         embedded: run a Valkey of our own even where the service can be reached from outside.
     """
+    _raise_file_limit()
     with _embedded_store(settings, wanted=embedded or settings.redis_url is None) as redis_url:
         runner = _new_runner()
         with runner:
@@ -227,6 +229,16 @@ def _stop_on_signals() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
     return stopping
+
+
+def _raise_file_limit() -> None:
+    """Each stream takes two files, and the usual soft limit of 1024 is for programs that use `select`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError):
+            log.warning("the limit on open files stays low", limit=soft)
 
 
 def _calm_collector() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import time
@@ -37,8 +38,10 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     started = time.monotonic()
     request[REQUEST_ID] = _request_id(request)
     response = await _answer(request, handler)
-    if log.is_enabled_for(20):  # info; the line is not even built where nobody reads it
-        log.info(
+    level = logging.DEBUG if request.path.startswith("/health/") else logging.INFO
+    if log.is_enabled_for(level):  # else the line is not even built
+        log.log(
+            level,
             "request",
             method=request.method,
             path=_shown_path(request.path),
