@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from broker.core.density import teaching_size
 from broker.core.errors import PromptTooLong
-from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, measure_frame, measure_message
+from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, Size, measure_frame, measure_message
 from broker.core.trimming import trim
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class FittedChat:
         max_output_tokens: the cap on each answer.
         dropped_messages: how many trimming took out.
         answers: how many answers are asked for; more than one only where ``n`` was opened.
+        teaches: the size of a prompt whose usage will tell the model's bytes per token; None for any other.
     """
 
     body: dict[str, Any]
@@ -74,6 +76,7 @@ class FittedChat:
     max_output_tokens: int
     dropped_messages: int
     answers: int = 1
+    teaches: Size | None = None
 
 
 def fit(
@@ -101,19 +104,22 @@ def fit(
         _of_model(bytes_per_token or {}, m, DEFAULT_BYTES_PER_TOKEN) for m in request.reachable_models
     )
 
-    frame = measure_frame(request.parameters).tokens(density)
-    costs = [measure_message(message).tokens(density) for message in request.messages]
-    kept = trim(request.messages, costs, limit - frame)
-    prompt_tokens = frame + sum(costs[index] for index in kept)
+    frame = measure_frame(request.parameters)
+    sizes = [measure_message(message) for message in request.messages]
+    costs = [size.tokens(density) for size in sizes]
+    kept = trim(request.messages, costs, limit - frame.tokens(density))
+    prompt_tokens = frame.tokens(density) + sum(costs[index] for index in kept)
     if prompt_tokens > limit:
         raise _too_long(prompt_tokens, max(0, int(limit)))
+    messages = [request.messages[index] for index in kept]
     return FittedChat(
-        body=_body(request, [request.messages[index] for index in kept], cap, rules),
+        body=_body(request, messages, cap, rules),
         model=request.model,
         prompt_tokens=prompt_tokens,
         max_output_tokens=cap,
         dropped_messages=len(request.messages) - len(kept),
         answers=request.parameters.get("n", 1),
+        teaches=teaching_size(request.parameters, messages, frame, [sizes[index] for index in kept]),
     )
 
 

@@ -1,0 +1,66 @@
+"""What was learned of each model's bytes per token, in Redis, for all workers of one upstream.
+
+Two keys an upstream: the samples by model, and the models by the time of their last sample, by which those that nobody
+uses any more go. What the samples say together is not known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from hashlib import blake2b, sha256
+from typing import Any
+
+from broker.core.density import Sample
+from broker.store.connection import CALL_TIMEOUT, Store, store_errors
+
+KEPT_OF_MODEL = 96
+KEPT_OF_CLIENT = 24
+"""Samples kept of a model, and of one client among them: however many it sends, three quarters are others'."""
+
+MAX_MODELS = 1000
+"""Models kept; beyond it, the one goes that was not heard of for longest. Some 2 KB each at most."""
+
+TTL = 30 * 24 * 3600
+"""Seconds that a model is kept after its last sample."""
+
+
+class DensityStore:
+    """The samples of one upstream's models. Every method raises `StoreUnavailable` where Redis cannot be reached.
+
+    Args:
+        store: the connection.
+        upstream_url: the upstream's base URL; the same name may be another model elsewhere.
+    """
+
+    def __init__(self, store: Store, upstream_url: str) -> None:
+        upstream = sha256(upstream_url.rstrip("/").encode()).hexdigest()[:16]
+        self._store = store
+        self._samples_key = f"{store.prefix}:density:{{{upstream}}}:samples"
+        self._heard_key = f"{store.prefix}:density:{{{upstream}}}:heard"
+        self._learn = store.script("learn")
+
+    async def learn(self, sample: Sample) -> list[Sample]:
+        """Keep one more sample, and return all that are now kept of its model."""
+        client = blake2b(sample.client.encode(errors="replace"), digest_size=5).hexdigest()
+        reply: bytes = await self._learn(
+            [self._samples_key, self._heard_key],
+            [
+                *(sample.model, client, f"{sample.bytes_per_token:.3f}"),
+                *(KEPT_OF_MODEL, KEPT_OF_CLIENT, MAX_MODELS, TTL),
+            ],
+        )
+        return _read(sample.model, reply)
+
+    async def load(self, models: Sequence[str]) -> dict[str, list[Sample]]:
+        """The samples of these models, the newest first; none of those that nothing is known of."""
+        with store_errors():
+            async with asyncio.timeout(CALL_TIMEOUT):
+                kept: Any = await self._store.redis.hmget(self._samples_key, list(models))
+        return {model: _read(model, samples or b"") for model, samples in zip(models, kept, strict=True)}
+
+
+def _read(model: str, samples: bytes) -> list[Sample]:
+    """Read 'client:bytes per token' words."""
+    pairs = (word.partition(":") for word in samples.decode().split())
+    return [Sample(model, client, float(bytes_per_token)) for client, _, bytes_per_token in pairs]
