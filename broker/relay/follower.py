@@ -97,23 +97,33 @@ class Follower:
         """Whether a feed is one of the mirrors'."""
         return any(mirror.feed is feed for mirror in self._mirrors.values())
 
-    async def open(self, session_id: str) -> Mirror | State:
+    async def open(self, session_id: str, after: int) -> Mirror | State:
         """Register as watching a session, and mirror it; or the state of one that cannot be watched.
+
+        Args:
+            session_id: which.
+            after: number of the last event that its first viewer has.
 
         Raises:
             StoreUnavailable: Redis cannot be reached.
         """
-        followed = await self._journal.follow(session_id, 0, entries=0)
-        standing = followed.standing
-        if standing.state in (State.GONE, State.PREPARED):
-            return standing.state
+        followed = await self._journal.follow(session_id, after)
+        if followed.standing.state in (State.GONE, State.PREPARED):
+            return followed.standing.state
         mirror = self._mirrors.get(session_id)
         if mirror is None:
-            mirror = Mirror(session_id, standing.worker, followed.last)
-            self._mirrors[session_id] = mirror
-        if standing.end is not None and mirror.feed.end is None:
+            mirror = self._mirrors[session_id] = _mirror(session_id, followed, after)
+        if followed.standing.end is None:
+            # What was rung for before the mirror was there went unheard.
+            self._hurry(session_id)
+        elif mirror.feed.end is None:
             self._finish(mirror, followed)
         return mirror
+
+    def _hurry(self, session_id: str) -> None:
+        """Look at this one at once."""
+        self._hurried.add(session_id)
+        self._wake.set()
 
     @contextmanager
     def watched(self, mirror: Mirror) -> Iterator[None]:
@@ -135,8 +145,7 @@ class Follower:
         if mirror is None or mirror.feed.end is not None:
             return
         if batch is None or batch.first > mirror.feed.last + 1:
-            self._hurried.add(session_id)
-            self._wake.set()
+            self._hurry(session_id)
         else:
             self._add(mirror, [batch])
 
@@ -163,6 +172,8 @@ class Follower:
         left, self._left = self._left, set()
         for session_id in left - self._mirrors.keys():
             await self._journal.leave(session_id)
+            if session_id in self._mirrors:  # somebody came at that moment
+                self._hurried.add(session_id)
 
     async def _look(self, *, everything: bool) -> None:
         hurried, self._hurried = self._hurried, set()
@@ -190,8 +201,7 @@ class Follower:
         elif followed.last > mirror.feed.last:
             mirror.feed.skip_to(followed.last)  # not there although it should be: viewers will find the gap
         if followed.last > mirror.feed.last:
-            self._hurried.add(mirror.session_id)
-            self._wake.set()
+            self._hurry(mirror.session_id)
         elif followed.standing.end is not None:
             self._finish(mirror, followed)
 
@@ -235,5 +245,17 @@ class Follower:
         log.warning(
             "worker lost", session=short(mirror.session_id), worker=mirror.worker, state=standing.state
         )
-        self._hurried.add(mirror.session_id)
-        self._wake.set()
+        self._hurry(mirror.session_id)
+
+
+def _mirror(session_id: str, followed: Followed, after: int) -> Mirror:
+    """A mirror that begins with what its first viewer wants next, where that was read to the journal's end."""
+    try:
+        events, last = read_on(followed.batches, after)
+    except JournalGap:
+        last = after
+    if not followed.last == last > after:
+        return Mirror(session_id, followed.standing.worker, followed.last)
+    mirror = Mirror(session_id, followed.standing.worker, after)
+    mirror.feed.add(Batch(after + 1, last, events), 0.0)
+    return mirror

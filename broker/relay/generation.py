@@ -50,6 +50,9 @@ FIRST_VIEWER = 1.0
 ALL = 1 << 62
 """More bytes than there are."""
 
+NOTHING = Batch(1, 0, b"")
+"""No events."""
+
 
 class Halt(Enum):
     """Reasons to stop that are no failure."""
@@ -70,6 +73,7 @@ class Generation:
         sessions: where the end is decided.
         bounds: how long and how much.
         prices_of: what models cost.
+        journaled: whether its events are journaled at all.
         write_later: takes over an end that Redis could not be told of in time.
         took: is told of every read that brought events.
 
@@ -79,6 +83,7 @@ class Generation:
         saved: number of the last event in the journal.
         watched_elsewhere: a viewer on another worker was registered when Redis was last asked.
         fenced: the session is no longer this worker's.
+        was_watched: a viewer of this worker has come.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class Generation:
         sessions: SessionStore,
         bounds: Bounds,
         prices_of: PricesOf,
+        journaled: bool,
         write_later: Callable[[Generation, Terminal], None],
         took: Callable[[Generation, float], None],
     ) -> None:
@@ -101,10 +107,12 @@ class Generation:
         self.saved = 0
         self.watched_elsewhere = False
         self.fenced = False
+        self.was_watched = False
         self._prepared = prepared
         self._sessions = sessions
         self._bounds = bounds
         self._prices_of = prices_of
+        self._journaled = journaled
         self._write_later = write_later
         self._took = took
         self._loop = asyncio.get_running_loop()
@@ -159,6 +167,7 @@ class Generation:
     def watched(self) -> Iterator[None]:
         """Count a viewer for as long as the block runs."""
         self._viewers += 1
+        self.was_watched = True
         self._unwatched_since = None
         try:
             yield
@@ -182,9 +191,9 @@ class Generation:
         elif self._unwatched_since is not None and now >= self._unwatched_since + self._bounds.grace:
             self._abandon()
 
-    def unsaved(self, limit: int) -> Batch:
-        """Events that the journal does not have yet."""
-        return self.feed.unsaved(self.saved, limit)
+    def unsaved(self, limit: int = ALL) -> Batch:
+        """Events that the journal does not have yet and should."""
+        return self.feed.unsaved(self.saved, limit) if self._journaled else NOTHING
 
     # Nobody watches
 
@@ -207,14 +216,15 @@ class Generation:
         end = Terminal(
             State.ABANDONED, "error", Cursor(1, self.feed.shown + 1, end=True), error_data(failure)
         )
-        rest = self.feed.after(
-            max(self.saved, self.feed.first - 1), ALL
-        )  # what comes during the pause is not part of it
+        # What comes during the pause is not part of it.
+        rest = self.feed.after(max(self.saved, self.feed.first - 1), ALL) if self._journaled else NOTHING
         try:
             answer = await self._sessions.end(
                 self.session_id, self.token, end, rest, timeout=DECIDE_TIMEOUT, only_if_unwatched=True
             )
         except StoreUnavailable:
+            self._decided = end  # and no other one: Redis may yet write it
+            self._write_later(self, end)
             self.stop(failure)
             return
         finally:
@@ -302,17 +312,16 @@ class Generation:
         Raises:
             StoreUnavailable: it could not be written now.
         """
-        rest = self.feed.unsaved(self.saved, ALL)
+        rest = self.unsaved()
         answer = await self._sessions.end(self.session_id, self.token, proposed, rest)
         if isinstance(answer, Refusal) and answer.kind == "cancel":
             proposed = await self._terminal(Step.CANCEL, None)
             answer = await self._sessions.end(self.session_id, self.token, proposed, rest)
-        if isinstance(
-            answer, Refusal
-        ):  # behind: send from where the journal is, or end it with a hole that readers see
+        if isinstance(answer, Refusal):
+            # Behind: send from where the journal is, or end it with a hole that readers see.
             rest = self.feed.unsaved(answer.last, ALL)
             if rest.first > answer.last + 1:
-                rest = Batch(1, 0, b"")
+                rest = NOTHING
             answer = await self._sessions.end(self.session_id, self.token, proposed, rest)
         return None if isinstance(answer, Refusal) else answer.end
 

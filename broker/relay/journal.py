@@ -16,20 +16,23 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 import structlog
 
 from broker.core.errors import StoreUnavailable
-from broker.core.replay import Batch
 from broker.core.session import State, short
-from broker.relay.generation import Halt
+from broker.relay.generation import NOTHING, Halt
 from broker.store.journal import Append, Appended, JournalStore
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from broker.core.replay import Batch
     from broker.relay.generation import Generation
 
 log = structlog.get_logger(__name__)
 
 TICK = 0.01
 """Seconds between two writes for sessions that are followed from elsewhere."""
+
+SLOT = 0.03
+"""Seconds between two writes for all the others; fewer and larger round trips cost less."""
 
 ASK_AFTER = 0.9
 """Seconds without a write after which Redis is asked all the same."""
@@ -42,10 +45,6 @@ MAX_SESSIONS = 64
 
 MAX_HELD = 256 * 1024 * 1024
 """Bytes of events that all generations of a worker hold in memory; over it, what is not journaled is dropped."""
-
-
-NOTHING = Batch(1, 0, b"")
-"""No events: only ask."""
 
 
 class Owner(Protocol):
@@ -61,13 +60,12 @@ class Journal:
     Args:
         store: where to.
         interval: seconds that a journal may lag.
-        keep: whether events are journaled at all; if not, Redis is only asked.
     """
 
-    def __init__(self, store: JournalStore, *, interval: float, keep: bool) -> None:
+    def __init__(self, store: JournalStore, *, interval: float) -> None:
         self._store = store
-        self._keep = keep
-        self._slots: list[dict[Generation, None]] = [{} for _ in range(max(1, round(interval / TICK)))]
+        self._pause = min(SLOT, interval)
+        self._slots: list[dict[Generation, None]] = [{} for _ in range(max(1, round(interval / self._pause)))]
         self._slot_of: dict[Generation, int] = {}
         self._asked_at: dict[Generation, float] = {}
         self._urgent: set[Generation] = set()
@@ -99,14 +97,18 @@ class Journal:
 
     async def run(self, owner: Owner) -> NoReturn:
         """Write until cancelled."""
-        at = 0
+        at, slot_at = 0, 0.0
         while True:
             if not self._slot_of:
                 self._wanted.clear()
                 await self._wanted.wait()
             await asyncio.sleep(TICK)
-            at = (at + 1) % len(self._slots)
-            due = self._due(self._slots[at])
+            slot: Collection[Generation] = ()
+            if self._loop.time() >= slot_at:
+                slot_at = self._loop.time() + self._pause
+                at = (at + 1) % len(self._slots)
+                slot = self._slots[at]
+            due = self._due(slot)
             for start in range(0, len(due), MAX_SESSIONS):
                 await self._write(due[start : start + MAX_SESSIONS], owner)
 
@@ -114,12 +116,12 @@ class Journal:
         """Ask Redis at once whether these are still this worker's; whether it answered."""
         return await self._write(list(generations), owner)
 
-    def _due(self, slot: dict[Generation, None]) -> list[Generation]:
+    def _due(self, slot: Collection[Generation]) -> list[Generation]:
         now = self._loop.time()
         urgent, self._urgent = self._urgent, set()
         due = list(urgent)
         for generation in slot:
-            unsaved = self._keep and generation.saved < generation.feed.last
+            unsaved = generation.unsaved(1).events
             if generation not in urgent and (unsaved or now - self._asked_at[generation] >= ASK_AFTER):
                 due.append(generation)
         return due
@@ -148,13 +150,14 @@ class Journal:
         generation.note_elsewhere(watched=answer.watched > 0)
         if answer.cancel:
             generation.stop(Halt.CANCELLED)
-        if generation.watched_elsewhere and self._batch_of(generation).events:
+        left = len(self._batch_of(generation).events)
+        if left >= MAX_WRITE or (left and generation.watched_elsewhere):
             self._urgent.add(generation)
 
     def _batch_of(self, generation: Generation) -> Batch:
         batch = generation.unsaved(MAX_WRITE)
         # Events dropped while Redis was away leave a hole that no batch can be written behind.
-        return batch if self._keep and batch.first == generation.saved + 1 else NOTHING
+        return batch if batch.first == generation.saved + 1 else NOTHING
 
     def _hold_back(self) -> None:
         """Keep what waits for Redis within its bound: the largest feeds give way first."""

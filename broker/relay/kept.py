@@ -47,11 +47,15 @@ class Kept:
         while self._bytes > MAX_BYTES or len(self._held) > MAX_SESSIONS:
             self._drop_oldest()
 
+    def drop(self, session_id: str) -> None:
+        """Keep this one no longer."""
+        if (held := self._held.pop(session_id, None)) is not None:
+            self._bytes -= held[0].feed.size
+
     def expire(self, now: float) -> None:
         """Drop what has been kept long enough."""
         while self._held and next(iter(self._held.values()))[1] <= now:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
-        _, (generation, _) = self._held.popitem(last=False)
-        self._bytes -= generation.feed.size
+        self.drop(next(iter(self._held)))

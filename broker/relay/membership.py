@@ -38,6 +38,7 @@ class Membership:
         self._workers = workers
         self._wiped = wiped
         self._marker: str | None = None
+        self._unwritten = False
         self._wiped_at = float("-inf")
         self._loop = asyncio.get_running_loop()
 
@@ -60,9 +61,15 @@ class Membership:
         if self._marker not in (None, marker):
             log.warning("redis came back empty")
             self._wiped_at = self._loop.time()
-            self._marker = marker
-            await self._wiped()
+            self._unwritten = True
         self._marker = marker
+        if self._unwritten:
+            self._unwritten = False
+            try:
+                await self._wiped()
+            except StoreUnavailable:
+                self._unwritten = True
+                raise
 
     async def run(self) -> NoReturn:
         """Renew until cancelled."""

@@ -26,7 +26,7 @@ from broker.core.events import cancelled_before_start
 from broker.core.session import Cursor, State, Terminal, short
 from broker.relay.claims import Claims
 from broker.relay.follower import Follower, Mirror
-from broker.relay.generation import ALL, Generation
+from broker.relay.generation import ALL, NOTHING, Generation
 from broker.relay.journal import Journal
 from broker.relay.kept import Kept
 from broker.relay.membership import Membership
@@ -131,7 +131,7 @@ class Registry:
             spawn=self._spawn,
         )
         self._membership = Membership(workers, self._write_anew)
-        self._journal = Journal(journal, interval=limits.journal_interval, keep=limits.resume_ttl > 0)
+        self._journal = Journal(journal, interval=limits.journal_interval)
         self._follower = Follower(journal, sessions, workers, self._membership.is_gone, self._let_go)
 
     def start(self) -> None:
@@ -189,6 +189,8 @@ class Registry:
                 raise Overloaded
         outcome = await self._claims.claim(session_id)
         if isinstance(outcome, Generation):
+            if outcome.was_watched:  # by another who waited for the same claim
+                self._check_resuming()
             return outcome
         if outcome.state is State.GONE:
             await self._tell_gone(None)
@@ -200,12 +202,14 @@ class Registry:
             return mirror
         if self.draining:
             raise Draining
-        opened = await self._follower.open(session_id)
+        # Whoever is refused must not be registered as a viewer. What was never claimed was never streamed.
+        if self._limits.resume_ttl == 0 and (await self._journal_store.look(session_id)).worker:
+            raise AlreadyClaimed
+        opened = await self._follower.open(session_id, cursor.n if cursor is not None else 0)
         if opened is State.GONE:
             await self._tell_gone(cursor)
         if isinstance(opened, State):
             raise NotYetClaimed
-        self._check_resuming()
         return opened
 
     def _check_resuming(self) -> None:
@@ -234,6 +238,7 @@ class Registry:
             sessions=self._sessions,
             bounds=self._bounds,
             prices_of=self._prices_of,
+            journaled=self._limits.resume_ttl > 0,
             write_later=self._write_later,
             took=self._took,
         )
@@ -266,13 +271,17 @@ class Registry:
 
     async def _write_end(self, generation: Generation, end: Terminal) -> None:
         give_up_at = self._loop.time() + max(self._limits.resume_ttl, SHUTDOWN_TIMEOUT)
+        await generation.ended()
         while self._loop.time() < give_up_at:
             await asyncio.sleep(END_RETRY)
             try:
-                if await generation.write_end(end) is None and not await self._membership.is_gone():
+                standing = await generation.write_end(end)
+                if standing is None and not await self._membership.is_gone():
                     continue
             except StoreUnavailable:
                 continue
+            if standing not in (None, end):
+                self._kept.drop(generation.session_id)  # later readers get the end that stands
             return
 
     # Cancelling
@@ -289,7 +298,8 @@ class Registry:
         here = self._running.get(session_id) or self._kept.get(session_id)
         if here is not None:
             accepted = await here.cancel()
-            return Cancelled(State.CANCELLED if accepted else await here.ended(), accepted=accepted)
+            state = await here.ended()  # it is certain once it is written: this worker may die at any moment
+            return Cancelled(state, accepted=accepted and state is State.CANCELLED)
         standing = await self._sessions.cancel(session_id, cancelled_before_start())
         if standing.state is State.GONE:
             await self._tell_gone(None)
@@ -329,7 +339,7 @@ class Registry:
             await self._restore(generation)
 
     async def _restore(self, generation: Generation) -> None:
-        held = generation.feed.unsaved(0, ALL)
+        held = generation.feed.unsaved(0, ALL) if self._limits.resume_ttl else NOTHING
         await self._sessions.restore(
             generation.session_id,
             generation.token,

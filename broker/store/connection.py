@@ -22,6 +22,7 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 from broker.core.errors import StoreUnavailable
 
 if TYPE_CHECKING:
+    from redis.asyncio.connection import AbstractConnection
     from redis.commands.core import AsyncScript
 
 log = structlog.get_logger(__name__)
@@ -132,15 +133,43 @@ class Script:
         Raises:
             StoreUnavailable: as above; some may have run.
         """
+        packed = b"".join([_pack(self._script.sha, keys, args) for keys, args in calls])
         async with bounded_call():
             try:
-                return await self._pipeline(calls)
+                return await self._send(packed, len(calls))
             except NoScriptError:  # Redis was restarted or flushed, and none of the calls has run
                 await self._redis.script_load(self._script.script)
-                return await self._pipeline(calls)
+                return await self._send(packed, len(calls))
 
-    async def _pipeline(self, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
-        pipe = self._redis.pipeline(transaction=False)
-        for keys, args in calls:
-            pipe.evalsha(self._script.sha, len(keys), *keys, *args)
-        return list(await pipe.execute())
+    async def _send(self, packed: bytes, count: int) -> list[Any]:
+        """Write commands that are packed already, and read their replies.
+
+        The library's pipeline does the same for 29 to 40 µs a command; this is 13 (measured, 3 KB in a command), which
+        is most of what a journal costs.
+        """
+        pool = self._redis.connection_pool
+        connection = await pool.get_connection()  # type: ignore[no-untyped-call]  # as the library has it
+        try:
+            await connection.send_packed_command([packed])
+            replies = [await _read_reply(connection) for _ in range(count)]
+        finally:
+            await pool.release(connection)
+        for reply in replies:
+            if isinstance(reply, ResponseError):
+                raise reply
+        return replies
+
+
+async def _read_reply(connection: AbstractConnection) -> Any:
+    """One reply; an error is returned, so that the replies behind it are read as well."""
+    try:
+        return await connection.read_response()
+    except ResponseError as error:
+        return error
+
+
+def _pack(sha: str, keys: Sequence[str], args: Sequence[Any]) -> bytes:
+    """EVALSHA in the protocol's words: https://valkey.io/topics/protocol/."""
+    words = [b"EVALSHA", sha.encode(), b"%d" % len(keys), *(key.encode() for key in keys)]
+    words += [arg if isinstance(arg, bytes) else str(arg).encode() for arg in args]
+    return b"*%d\r\n" % len(words) + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])

@@ -23,6 +23,9 @@ WATCH_MS = 5000
 READ_ENTRIES = 64
 """Journal entries that one read returns at most."""
 
+READ_BYTES = 256 * 1024
+"""Bytes of one journal after which a read stops: a reader that is far behind must not hold a whole answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Append:
@@ -126,13 +129,12 @@ class JournalStore:
         self, session_id: str, after: int, entries: int, register: bool
     ) -> tuple[list[str], list[Any]]:
         watcher = self._worker if register else ""
-        return self.keys(session_id), [watcher, WATCH_MS, after, entries, self._store.bells]
+        return self.keys(session_id), [watcher, WATCH_MS, after, entries, READ_BYTES, self._store.bells]
 
 
-def _appended(reply: list[Any]) -> Appended:
-    if reply[0] == b"ok":
-        return Appended(State.RUNNING, int(reply[1]), bool(reply[2]), int(reply[3]))
-    return Appended(State(reply[0].decode()), int(reply[1]))
+def _appended(reply: bytes) -> Appended:
+    state, last, cancel, watched = reply.split(b" ")
+    return Appended(State(state.decode()), int(last), cancel == b"1", int(watched))
 
 
 def _followed(reply: list[Any]) -> Followed:

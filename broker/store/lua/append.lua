@@ -2,12 +2,13 @@
 -- KEYS[1] session, [2] events, [3] viewers
 -- ARGV: token, number of the first event, number of the last, the events, seconds to live, prefix of the bells
 -- With no events (last < first) it only asks.
--- Returns {'ok', last journaled, 1 if a cancel waits, viewers on other workers} or {state or 'gone', last journaled}.
+-- Returns one line, because it is read so often: state, last journaled, 1 if a cancel waits, viewers on other workers.
+-- Any state but running says that the session is not the caller's.
 -- Events that do not follow on the last journaled are not written: the owner sends again from there.
 local state, token, last, cancel = unpack(redis.call('HMGET', KEYS[1], 'state', 'token', 'last', 'cancel'))
 last = tonumber(last or 0)
 if state ~= 'running' or token ~= ARGV[1] then
-  return {state or 'gone', last}
+  return redis.status_reply((state == 'running' and 'lost' or state or 'gone') .. ' ' .. string.format('%.0f', last) .. ' 0 0')
 end
 redis.call('HDEL', KEYS[1], 'request')
 local first, newest = tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -27,4 +28,4 @@ if fresh then
     redis.call('PUBLISH', ARGV[6] .. worker, 'news ' .. string.match(KEYS[1], '{(.-)}') .. ' ' .. ARGV[2] .. ' ' .. ARGV[3] .. '\n' .. ARGV[4])
   end
 end
-return {'ok', last, cancel and 1 or 0, #viewers}
+return redis.status_reply('running ' .. string.format('%.0f', last) .. ' ' .. (cancel and 1 or 0) .. ' ' .. #viewers)
