@@ -9,6 +9,7 @@ import ipaddress
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -74,23 +75,36 @@ def _positive_rate(rate: Rate) -> Rate:
 
 
 def _api_keys(value: Any) -> Any:
-    pairs = _listed(value)
     if not isinstance(value, str):
-        return pairs
-    keys = []
-    for pair in pairs:
-        name, colon, key = pair.partition(":")
-        if not (name.strip() and colon and key.strip()):
+        return value
+    keys: dict[str, str] = {}
+    for pair in _listed(value.replace("\n", ",")):  # a file may have one in each line
+        # Names stand in keys of Redis and in tables, where other characters would mean something.
+        match = re.fullmatch(r"([A-Za-z0-9._@+-]{1,64})\s*:\s*([!-~]+)", pair)
+        if match is None or keys.setdefault(match[2], match[1]) != match[1]:
             raise ValueError("name:key")
-        keys.append(ApiKey(name.strip(), SecretStr(key.strip())))
-    return tuple(keys)
+    return tuple(ApiKey(name, SecretStr(key)) for key, name in keys.items())
 
 
-def _http_url(value: str) -> str:
+def _signing_secret(value: SecretStr) -> SecretStr:
+    secret = value.get_secret_value()
+    # A public key as the secret would let everybody who knows it sign tokens.
+    if not secret or re.search(r'-----BEGIN |^(ssh|ecdsa)-|"kty"', secret):
+        raise ValueError("secret")
+    return value
+
+
+def _web_url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0 or "@" in parts.netloc:
         raise ValueError("http")
-    if parts.query or parts.fragment:
+    if parts.fragment:
+        raise ValueError("fragment")
+    return value
+
+
+def _http_url(value: str) -> str:
+    if urlsplit(_web_url(value)).query:
         raise ValueError("query")
     return value.rstrip("/")
 
@@ -165,7 +179,12 @@ RatePerTime = Annotated[
 
 Text = Annotated[str, Field(pattern=r"^[ -~]+$"), Expects("printable ASCII characters")]
 Secret = Annotated[SecretStr, AfterValidator(_without_spaces), Expects("visible ASCII characters, no spaces")]
-Passphrase = Annotated[SecretStr, Expects("text")]
+SigningSecret = Annotated[
+    SecretStr,
+    AfterValidator(_signing_secret),
+    Expects("a secret text, no public key (BROKER_JWKS_URL is for those)"),
+]
+FilePath = Annotated[Path, Expects("the path of a file")]
 Prefix = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9._:-]{1,64}$"), Expects("1 to 64 letters, digits or any of . _ : -")
 ]
@@ -174,6 +193,9 @@ HttpUrl = Annotated[
     str,
     AfterValidator(_http_url),
     Expects("a URL such as https://host/path, without credentials, query or fragment"),
+]
+WebUrl = Annotated[
+    str, AfterValidator(_web_url), Expects("a URL such as https://host/path, without credentials or fragment")
 ]
 RedisUrl = Annotated[
     str,
@@ -191,7 +213,11 @@ Proxies = Annotated[
     BeforeValidator(_listed),
     Expects("a comma list of addresses, networks, or the word private"),
 ]
-ApiKeys = Annotated[tuple[ApiKey, ...], BeforeValidator(_api_keys), Expects("a comma list of name:key pairs")]
+ApiKeys = Annotated[
+    tuple[ApiKey, ...],
+    BeforeValidator(_api_keys),
+    Expects("a comma list of name:key pairs, none with spaces inside and each key once"),
+]
 LogLevel = Annotated[
     Literal["debug", "info", "warning", "error", "critical"],
     BeforeValidator(_lower),

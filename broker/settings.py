@@ -91,8 +91,9 @@ class Settings(BaseSettings):
     cors_origins: kinds.Origins = ()
 
     api_keys: kinds.ApiKeys = ()
-    jwt_secret: kinds.Passphrase | None = None
-    jwks_url: kinds.HttpUrl | None = None
+    api_keys_file: kinds.FilePath | None = None
+    jwt_secret: kinds.SigningSecret | None = None
+    jwks_url: kinds.WebUrl | None = None
     jwt_audience: kinds.Text | None = None
     jwt_issuer: kinds.Text | None = None
     trusted_proxies: kinds.Proxies = ()
@@ -143,6 +144,16 @@ class Settings(BaseSettings):
         return self.disconnect_grace if self.resuming else 0.0
 
     @property
+    def takes_tokens(self) -> bool:
+        """Callers may show a JWT."""
+        return self.jwt_secret is not None or self.jwks_url is not None
+
+    @property
+    def needs_identity(self) -> bool:
+        """Callers must show an API key or a JWT. A file of keys that has none yet lets nobody in."""
+        return bool(self.api_keys) or self.api_keys_file is not None or self.takes_tokens
+
+    @property
     def secrets(self) -> tuple[str, ...]:
         """Every text that must never be shown."""
         held = [self.openrouter_api_key, self.jwt_secret, *(key for _, key in self.api_keys)]
@@ -162,12 +173,6 @@ class _Given(NamedTuple):
 # Set by the user and understood, but not acted upon yet. The start says so of each.
 _NOT_YET_SERVED = frozenset(
     {
-        "api_keys",
-        "jwt_secret",
-        "jwks_url",
-        "jwt_audience",
-        "jwt_issuer",
-        "trusted_proxies",
         "rate_limit",
         "max_prepared",
         "max_concurrent_streams",
@@ -205,6 +210,20 @@ def load_settings(**flags: Any) -> Settings:
         raise SettingsError(_complaint(error, given)) from None
 
 
+def read_api_keys(path: Path) -> tuple[kinds.ApiKey, ...]:
+    """Read the file of `BROKER_API_KEYS_FILE` again.
+
+    Raises:
+        SettingsError: it cannot be read, or something in it is wrong.
+    """
+    name = f"{setting_name('api_keys')}_FILE"
+    given = {"api_keys": _Given(_read_secret(path, name), name)}
+    try:
+        return Settings(api_keys=given["api_keys"].value).api_keys
+    except ValidationError as error:
+        raise SettingsError(_complaint(error, given)) from None
+
+
 def unknown_settings(environ: Mapping[str, str] | None = None) -> list[str]:
     """Name every ``BROKER_*`` variable, of the environment and of `.env`, that is no setting of ours.
 
@@ -221,6 +240,12 @@ def unknown_settings(environ: Mapping[str, str] | None = None) -> list[str]:
 def not_yet_served(settings: Settings) -> list[str]:
     """Name what was set but has no effect in this release."""
     names = [setting_name(field) for field in Settings.model_fields if _set_in_vain(settings, field)]
+    if not settings.takes_tokens:
+        names += [
+            f"{setting_name(field)} without BROKER_JWT_SECRET or BROKER_JWKS_URL"
+            for field in ("jwt_audience", "jwt_issuer")
+            if getattr(settings, field) is not None
+        ]
     if settings.workers > 1:
         names.append("BROKER_WORKERS above 1")
     if settings.redis_url is not None:
@@ -253,6 +278,9 @@ def _from_variables(variables: Mapping[str, str], where: str = "") -> dict[str, 
             value = _read_secret(Path(path), f"{name}{where}")
         if value:
             found[field] = _Given(value, f"{name}{where}")
+    if "api_keys" in found:
+        # A file that a weaker place names does not belong to keys that a stronger one gives.
+        found.setdefault("api_keys_file", _Given(None, "BROKER_API_KEYS_FILE"))
     return found
 
 

@@ -1,0 +1,195 @@
+"""The public keys that an issuer of tokens publishes (RFC 7517): fetched, kept, and fetched again in time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import aiohttp
+import jwt
+import orjson
+import structlog
+
+from broker.core.errors import Unauthorized
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+FETCH_TIMEOUT = 5.0
+MAX_SIZE = 256 * 1024
+MAX_KEYS = 64
+
+RENEW_AFTER = 600.0
+"""Seconds after which keys are fetched again beside the request that uses them."""
+
+OLD_AFTER = 3600.0
+"""Seconds after which a request waits for newer keys: the issuer may have withdrawn one while nobody asked."""
+
+PAUSE = 30.0
+"""Seconds from one fetch to the next, whatever tokens are shown."""
+
+PAUSE_WITHOUT_KEYS = 2.0
+"""The same while there are no keys at all and no token can be checked."""
+
+_MIN_RSA_BITS: Final = 2048
+_ALGORITHM_OF: Final = {"RSA": "RS256", "EC P-256": "ES256", "OKP Ed25519": "EdDSA"}
+"""The algorithm of each kind of key. A key is never used for another, whatever a token says."""
+
+ALGORITHMS: Final = tuple(_ALGORITHM_OF.values())
+"""What a token may be signed with."""
+
+log = structlog.get_logger(__name__)
+
+
+class KeySetError(Exception):
+    """An answer is no key set that is of use. The text says why and shows nothing of it."""
+
+
+class PublishedKeys:
+    """The keys behind one URL. An async context manager: a fetch that runs at its end is stopped.
+
+    Keys stay until newer ones are there, so an issuer that is away for a while is not noticed.
+
+    Args:
+        url: where the key set is.
+        timeout: seconds that a fetch may take.
+        clock: seconds that only go forward.
+    """
+
+    def __init__(
+        self, url: str, *, timeout: float = FETCH_TIMEOUT, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._url = url
+        self._timeout = timeout
+        self._clock = clock
+        self._keys: tuple[jwt.PyJWK, ...] = ()
+        self._born = 0.0
+        self._next_fetch = clock()
+        self._fetch: asyncio.Task[None] | None = None
+        self._trouble = ""
+        self._http: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._http = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=self._timeout),
+            headers={"Accept": "application/json", "Accept-Encoding": "identity"},
+            auto_decompress=False,  # what is small on the wire could unpack to anything
+        )
+        self._renew()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        http, self._http = self._http, None
+        if self._fetch is not None:
+            self._fetch.cancel()
+            await asyncio.wait({self._fetch})
+        if http is not None:
+            await http.close()
+
+    async def find(self, algorithm: str, kid: str | None) -> jwt.PyJWK | None:
+        """The key of this id for this algorithm; without an id, the only one for it. None if there is no such key.
+
+        Waits for a fetch, as long as one may take, where the key is not known or all keys are old. A caller
+        that is cancelled leaves the fetch to the others.
+
+        Raises:
+            Unauthorized: no keys could be fetched yet.
+        """
+        key = self._match(algorithm, kid)
+        age = self._clock() - self._born
+        if key is not None and age < RENEW_AFTER:
+            return key
+        fetch = self._renew()
+        if fetch is not None and (key is None or age >= OLD_AFTER):
+            await asyncio.wait({fetch})
+            key = self._match(algorithm, kid)
+        if not self._keys:
+            raise Unauthorized("Tokens cannot be checked right now; try again in a moment.")
+        return key
+
+    def _match(self, algorithm: str, kid: str | None) -> jwt.PyJWK | None:
+        fitting = [key for key in self._keys if key.algorithm_name == algorithm and kid in (None, key.key_id)]
+        return fitting[0] if len(fitting) == 1 else None
+
+    def _renew(self) -> asyncio.Task[None] | None:
+        """The fetch that runs, else a new one; None while it is too early for that."""
+        if self._fetch is None and self._http is not None and self._clock() >= self._next_fetch:
+            self._next_fetch = self._clock() + PAUSE
+            self._fetch = asyncio.create_task(self._run(self._http), name="token keys")
+        return self._fetch
+
+    async def _run(self, http: aiohttp.ClientSession) -> None:
+        try:
+            self._keys = parse_keys(await _get(http, self._url))
+        except (KeySetError, aiohttp.ClientError, TimeoutError) as error:
+            self._tell(str(error) if isinstance(error, KeySetError) else type(error).__name__)
+            if not self._keys:
+                self._next_fetch = self._clock() + PAUSE_WITHOUT_KEYS
+        else:
+            self._born = self._clock()
+            self._tell("")
+        finally:
+            self._fetch = None
+
+    def _tell(self, trouble: str) -> None:
+        """Log what is wrong once, and that it is over. The URL may hold a secret."""
+        if trouble and trouble != self._trouble:
+            log.warning("token keys cannot be fetched", reason=trouble, kept=len(self._keys))
+        elif self._trouble and not trouble:
+            log.info("token keys fetched again", count=len(self._keys))
+        self._trouble = trouble
+
+
+def parse_keys(body: bytes) -> tuple[jwt.PyJWK, ...]:
+    """Read a key set; members that are for something else or that we cannot use are left out.
+
+    Raises:
+        KeySetError: it holds no key that is of use.
+    """
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise KeySetError("not JSON") from None
+    members = document.get("keys") if isinstance(document, dict) else None
+    if not isinstance(members, list):
+        raise KeySetError("not a key set")
+    found = (_parse_key(member) for member in members[:MAX_KEYS])
+    keys = tuple(key for key in found if key is not None)
+    if not keys:
+        raise KeySetError("no key that can be used")
+    return keys
+
+
+def _parse_key(member: Any) -> jwt.PyJWK | None:
+    if not isinstance(member, dict) or member.get("use", "sig") != "sig" or "d" in member:
+        return None  # "d" is the private half: what is published with it proves nothing
+    algorithm = _ALGORITHM_OF.get(f"{member.get('kty')} {member.get('crv', '')}".strip())
+    if algorithm is None or member.get("alg", algorithm) != algorithm:
+        return None
+    try:
+        key = jwt.PyJWK(member, algorithm)
+    except jwt.PyJWTError:
+        return None
+    return None if algorithm == "RS256" and key.key.key_size < _MIN_RSA_BITS else key
+
+
+async def _get(http: aiohttp.ClientSession, url: str) -> bytes:
+    """The body of a 200.
+
+    Raises:
+        KeySetError: another status, or too much.
+        aiohttp.ClientError, TimeoutError: it could not be had.
+    """
+    async with http.get(url, allow_redirects=False) as response:
+        if response.status != 200:
+            raise KeySetError(f"status {response.status}")
+        body = bytearray()
+        async for piece in response.content.iter_any():
+            body += piece
+            if len(body) > MAX_SIZE:
+                raise KeySetError(f"more than {MAX_SIZE} bytes")
+        return bytes(body)

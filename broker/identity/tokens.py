@@ -1,0 +1,115 @@
+"""Tokens (JWT, RFC 7519): whose a token is, if it is good."""
+
+from __future__ import annotations
+
+import base64
+import re
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import jwt
+import structlog
+
+from broker.core.errors import Unauthorized
+from broker.identity.jwks import ALGORITHMS
+
+if TYPE_CHECKING:
+    from broker.identity.jwks import PublishedKeys
+
+LEEWAY = 10.0
+"""Seconds by which the issuer's clock and ours may differ."""
+
+MAX_TOKEN = 8192
+MAX_SUBJECT = 255
+"""Characters; OpenID Connect Core allows a subject no more."""
+
+_FORM: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+_HMAC_BLOCK: Final = 64
+
+INVALID = "This API key or token is not valid."
+EXPIRED = "This token has expired."
+
+log = structlog.get_logger(__name__)
+
+
+class Subject(NamedTuple):
+    """Whom a token is about; `issuer` is empty where it names none."""
+
+    issuer: str
+    subject: str
+
+
+class Tokens:
+    """Checks tokens.
+
+    HS256 is checked with the secret, RS256, ES256 and EdDSA with the published keys, and nothing else is taken: a
+    token only chooses among the algorithms that somebody gave keys for, and each key knows its own (RFC 8725, 3.1).
+
+    Args:
+        secret: for HS256.
+        published: for the others.
+        audience: whom a token must be for; None takes those for any.
+        issuer: whom a token must be from; None takes those from any.
+    """
+
+    def __init__(
+        self, *, secret: str | None, published: PublishedKeys | None, audience: str | None, issuer: str | None
+    ) -> None:
+        self._shared = shared_key(secret) if secret is not None else None
+        self._published = published
+        self._audience = audience
+        self._issuer = issuer
+
+    async def subject_of(self, token: str) -> Subject:
+        """Whom a good token is about.
+
+        Raises:
+            Unauthorized: it is not good, or cannot be checked now.
+        """
+        if len(token) > MAX_TOKEN or _FORM.fullmatch(token) is None:
+            raise Unauthorized(INVALID)
+        try:
+            header = jwt.get_unverified_header(token)
+            claims = self._claims(token, await self._key(header.get("alg"), header.get("kid")))
+        except jwt.PyJWTError as error:
+            log.info("token refused", reason=type(error).__name__)
+            expired = isinstance(error, jwt.ExpiredSignatureError)
+            raise Unauthorized(EXPIRED if expired else INVALID) from None
+        return _subject(claims)
+
+    async def _key(self, algorithm: Any, kid: str | None) -> jwt.PyJWK:
+        key = None
+        if algorithm == "HS256":
+            key = self._shared
+        elif algorithm in ALGORITHMS and self._published is not None:
+            key = await self._published.find(algorithm, kid)
+        if key is None:
+            raise jwt.InvalidKeyError
+        return key
+
+    def _claims(self, token: str, key: jwt.PyJWK) -> dict[str, Any]:
+        return jwt.decode(
+            token,
+            key,
+            algorithms=[key.algorithm_name],
+            audience=self._audience,
+            issuer=self._issuer,
+            leeway=LEEWAY,
+            options={"require": ["exp", "sub"], "verify_aud": self._audience is not None},
+        )
+
+
+def shared_key(secret: str) -> jwt.PyJWK:
+    """The key of HS256.
+
+    HMAC itself fills a key with zeros up to its block (RFC 2104), so a short secret is filled here already and stays
+    the same key; else the library would warn of it at each token.
+    """
+    filled = base64.urlsafe_b64encode(secret.encode().ljust(_HMAC_BLOCK, b"\0"))
+    return jwt.PyJWK({"kty": "oct", "k": filled.decode()}, "HS256")
+
+
+def _subject(claims: dict[str, Any]) -> Subject:
+    subject, issuer = claims["sub"], claims.get("iss")
+    if not 0 < len(subject) <= MAX_SUBJECT:
+        raise Unauthorized(INVALID)
+    return Subject(issuer if isinstance(issuer, str) else "", subject)

@@ -1,0 +1,148 @@
+"""The settings of keys and tokens: what they may be, and when a caller must show something."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from broker.setting_kinds import ApiKey
+from broker.settings import Settings, SettingsError, load_settings, not_yet_served
+from tests.identity.issuer import SECRET
+
+
+@pytest.fixture(autouse=True)
+def _nothing_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("BROKER_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_keys_of_a_file_come_with_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("keys").write_text("ann:one\n\nbob : two , ann:three\n")
+    monkeypatch.setenv("BROKER_API_KEYS_FILE", "keys")
+    settings = load_settings()
+    assert settings.api_keys == tuple(
+        ApiKey(name, SecretStr(key)) for name, key in (("ann", "one"), ("bob", "two"), ("ann", "three"))
+    )
+    assert settings.api_keys_file == Path("keys")
+    assert settings.needs_identity
+
+
+def test_an_empty_file_of_keys_still_asks_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("keys").write_text("\n")
+    monkeypatch.setenv("BROKER_API_KEYS_FILE", "keys")
+    settings = load_settings()
+    assert settings.api_keys == ()
+    assert settings.needs_identity
+
+
+def test_keys_of_the_environment_are_not_replaced_by_a_file_of_dotenv(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("keys").write_text("bob:two")
+    Path(".env").write_text("BROKER_API_KEYS_FILE=keys\n")
+    monkeypatch.setenv("BROKER_API_KEYS", "ann:one")
+    settings = load_settings()
+    assert [name for name, _ in settings.api_keys] == ["ann"]
+    assert settings.api_keys_file is None
+
+
+@pytest.mark.parametrize("key", ["one:two", "sk-or-v1-0", "a+b/c==", "~!@#$%^&*()"])
+def test_a_key_may_have_any_visible_character_but_a_comma(key: str) -> None:
+    assert Settings(api_keys=f"ann@example.com:{key}").api_keys == (
+        ApiKey("ann@example.com", SecretStr(key)),
+    )
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "ann",
+        ":one",
+        "ann:",
+        "a b:one",
+        "ann:o ne",
+        "ann:é",
+        "é:one",
+        "{a}:one",
+        f"{'a' * 65}:one",
+        "a:one,b:one",
+    ],
+)
+def test_a_pair_that_cannot_be_used_is_refused(keys: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(api_keys=keys)
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "",
+        "-----BEGIN PUBLIC KEY-----\nMFkw\n-----END PUBLIC KEY-----",
+        "-----BEGIN CERTIFICATE-----",
+        "ssh-rsa AAAA",
+        "ecdsa-sha2-nistp256 AAAA",
+        '{"kty": "oct", "k": "AAAA"}',
+    ],
+)
+def test_a_public_key_is_refused_as_the_secret(secret: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(jwt_secret=secret)
+
+
+def test_a_refused_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BROKER_JWT_SECRET", "ssh-rsa AAAA")
+    with pytest.raises(SettingsError, match=r"^BROKER_JWT_SECRET must be a secret text, no public key .*\)$"):
+        load_settings()
+
+
+def test_the_url_of_published_keys_stays_as_it_is() -> None:
+    url = "https://login.example/keys/?p=policy"
+    assert Settings(jwks_url=url).jwks_url == url
+
+
+@pytest.mark.parametrize(
+    "url", ["login.example/keys", "ftp://login.example", "https://a:b@login.example", "https://a/#b"]
+)
+def test_another_url_is_refused(url: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(jwks_url=url)
+
+
+@pytest.mark.parametrize(
+    ("given", "needed"),
+    [
+        ({}, False),
+        ({"jwt_audience": "chat", "jwt_issuer": "https://i"}, False),
+        ({"trusted_proxies": "private"}, False),
+        ({"api_keys": "ann:one"}, True),
+        ({"jwt_secret": SECRET}, True),
+        ({"jwks_url": "https://login.example/keys"}, True),
+    ],
+)
+def test_something_must_be_shown_where_it_could_be_checked(given: dict[str, Any], needed: bool) -> None:
+    assert Settings(**given).needs_identity is needed
+
+
+def test_an_audience_and_an_issuer_without_tokens_are_told_to_be_in_vain() -> None:
+    assert not_yet_served(Settings(jwt_audience="chat", jwt_issuer="https://i")) == [
+        "BROKER_JWT_AUDIENCE without BROKER_JWT_SECRET or BROKER_JWKS_URL",
+        "BROKER_JWT_ISSUER without BROKER_JWT_SECRET or BROKER_JWKS_URL",
+    ]
+    assert not_yet_served(Settings(jwt_audience="chat", jwt_issuer="https://i", jwt_secret=SECRET)) == []
+
+
+def test_everything_about_who_asks_is_served() -> None:
+    settings = Settings(
+        api_keys="ann:one",
+        jwt_secret=SECRET,
+        jwks_url="https://login.example/keys",
+        jwt_audience="chat",
+        jwt_issuer="https://i",
+        trusted_proxies="private",
+    )
+    assert not_yet_served(settings) == []
