@@ -7,6 +7,7 @@ failed, what it cost, and how much text there was, for an estimate where nobody 
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import orjson
@@ -65,10 +66,11 @@ class Answer:
         Raises:
             UpstreamError: the event tells of a failure, or is no JSON object.
         """
-        if data == DONE:
-            self.complete = True
+        if self.complete:
             return None
-        if not data.strip():
+        word = data.strip()
+        self.complete = word == DONE
+        if self.complete or not word:
             return None
         data, chunk = _parse(data)
         if chunk.get("usage") is not None and isinstance(chunk["usage"], dict):
@@ -77,7 +79,7 @@ class Answer:
             fault = fault_in_stream(chunk, secrets=self._secrets)
             if fault is not None:
                 raise fault
-        if self.model is None or self.provider is None:
+        if self.model is None or self.provider is None or self.generation_id is None:
             self._read_names(chunk)
         choices = chunk.get("choices")
         if isinstance(choices, list):
@@ -99,15 +101,14 @@ class Answer:
                 self.text_bytes += (
                     len(content) if content.isascii() else len(content.encode("utf-8", "replace"))
                 )
-            if len(delta) > 2:  # more than a role and a content
+            if not content or len(delta) > 2:  # more than a role and a content
                 self.text_bytes += _other_text(delta)
         reason = choice.get("finish_reason")
-        if reason and isinstance(reason, str):
-            if reason == "error":
-                raise fault_in_stream(choice, secrets=self._secrets) or UpstreamFailed()
-            if self.finish_reason is None:
-                self.finish_reason = reason
-                self.native_finish_reason = _text(choice.get("native_finish_reason"))
+        if reason == "error" or choice.get("error"):
+            raise fault_in_stream(choice, secrets=self._secrets) or UpstreamFailed()
+        if self.finish_reason is None and reason and isinstance(reason, str):
+            self.finish_reason = reason
+            self.native_finish_reason = _text(choice.get("native_finish_reason"))
 
 
 def _parse(data: bytes) -> tuple[bytes, dict[str, Any]]:
@@ -122,17 +123,27 @@ def _parse(data: bytes) -> tuple[bytes, dict[str, Any]]:
 
 
 def _parse_leniently(data: bytes) -> tuple[bytes, Any]:
-    # Half a surrogate pair, as a model that is cut between tokens writes it, is fine for a page's JSON.parse and not
-    # for orjson. Bytes that are no UTF-8 become U+FFFD, as the event stream format itself decodes them.
+    # Half a surrogate pair, as a model that is cut between tokens writes it, and a number beyond all floats are fine
+    # for a page's JSON.parse and not for orjson. Bytes that are no UTF-8 become U+FFFD, as the event stream format
+    # itself decodes them. What we read for ourselves may have to be written again, so there it is made harmless.
     text = data.decode("utf-8", "replace")
     try:
-        return text.encode(), json.loads(text, parse_constant=_refuse)
+        chunk = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_finite)
+        harmless = json.dumps(chunk, ensure_ascii=False).encode("utf-8", "replace")
+        return text.encode(), orjson.loads(harmless)
     except (ValueError, RecursionError):
         raise UpstreamInvalid from None
 
 
 def _refuse(constant: str) -> None:
     raise ValueError(constant)
+
+
+def _finite(digits: str) -> int | float | None:
+    if len(digits) < 16 and digits.lstrip("-").isdecimal():
+        return int(digits)
+    number = float(digits)
+    return number if math.isfinite(number) else None
 
 
 def _text(value: object) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 from broker.core.errors import (
     UpstreamError,
     UpstreamFailed,
+    UpstreamInvalid,
     UpstreamModerated,
     UpstreamPaymentRequired,
     UpstreamRateLimited,
@@ -40,7 +41,8 @@ _BY_STATUS: dict[int, type[UpstreamError]] = {
 }
 _MODERATION = frozenset({"content_policy_violation", "refusal", "moderation", "content_filter"})
 _MAX_MESSAGE = 300
-_SECRET = re.compile(r"(?i)\b(?:sk|pk|key|bearer|token)[-_ :=]+[A-Za-z0-9._~+/=-]{6,}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_SECRET = re.compile(r"(?i)(?:\b|(?<=_))(?:sk|pk|key|bearer|token)[-_ :=]+(?=\S*\d)[A-Za-z0-9._~+/=-]{6,}")
 
 
 def fault_of_status(
@@ -54,7 +56,7 @@ def fault_of_status(
         retry_after: seconds of its ``Retry-After`` header.
         secrets: words that no message may carry.
     """
-    error = _error_object(body)
+    error = _error_object(body) or (body if isinstance(body, Mapping) else None)
     wait = retry_after if retry_after is not None else _retry_after(error)
     if _is_moderation(status, error):
         return UpstreamModerated(upstream_status=status, retry_after=wait)
@@ -70,7 +72,7 @@ def fault_in_stream(chunk: Mapping[str, Any], *, secrets: tuple[str, ...] = ()) 
         return UpstreamFailed() if chunk.get("finish_reason") == "error" else None
     status = _status(error)
     kind: type[UpstreamError] = UpstreamFailed
-    if status == 402:
+    if status == 402 or _word(error) == "payment_required":
         kind = UpstreamPaymentRequired
     elif status == 429 or _word(error) == "rate_limit_exceeded":
         kind = UpstreamRateLimited
@@ -79,6 +81,15 @@ def fault_in_stream(chunk: Mapping[str, Any], *, secrets: tuple[str, ...] = ()) 
     # What is said beside a 401 may speak of our key.
     message = _told(error, secrets) if kind is UpstreamFailed and status != 401 else ""
     return kind(message, upstream_status=status, retry_after=_retry_after(error))
+
+
+def fault_in_body(body: object, *, secrets: tuple[str, ...] = ()) -> UpstreamError:
+    """The error of a whole JSON document that came with status 200 instead of a stream; it may be in a choice."""
+    choices = body.get("choices") if isinstance(body, Mapping) else None
+    for place in (body, *(choices if isinstance(choices, list) else ())):
+        if isinstance(place, Mapping) and (fault := fault_in_stream(place, secrets=secrets)) is not None:
+            return fault
+    return UpstreamInvalid()
 
 
 def retry_delay(error: UpstreamError, attempt: int, jitter: float) -> float | None:
@@ -103,9 +114,12 @@ def parse_retry_after(value: str | None) -> float | None:
     if value is None:
         return None
     try:
-        seconds = float(value)
+        return _plausible_wait(float(value))
     except ValueError:
         return None
+
+
+def _plausible_wait(seconds: float) -> float | None:
     return seconds if 0 <= seconds < 86_400 else None
 
 
@@ -115,7 +129,7 @@ def _error_object(body: object) -> Mapping[str, Any] | None:
     error = body.get("error")
     if isinstance(error, Mapping):
         return error
-    if isinstance(error, str) and error:
+    if error:
         return {"message": error}
     return body if body.get("object") == "error" else None
 
@@ -124,10 +138,11 @@ def _status(error: Mapping[str, Any]) -> int | None:
     for value in (error.get("code"), error.get("http_status"), error.get("status")):
         if isinstance(value, bool):
             continue
-        if isinstance(value, int):
-            return value
         if isinstance(value, str) and value.isdecimal() and len(value) == 3:
             return int(value)
+        # providers have numbers of their own
+        if isinstance(value, int) and 100 <= value <= 599:
+            return value
     return None
 
 
@@ -143,11 +158,9 @@ def _word(error: Mapping[str, Any]) -> str | None:
 def _retry_after(error: Mapping[str, Any] | None) -> float | None:
     availability = error.get("availability") if error else None
     value = availability.get("retry_after") if isinstance(availability, Mapping) else None
-    return (
-        float(value)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-        else None
-    )
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return _plausible_wait(value)
 
 
 def _is_moderation(status: int | None, error: Mapping[str, Any] | None) -> bool:
@@ -163,9 +176,10 @@ def _is_moderation(status: int | None, error: Mapping[str, Any] | None) -> bool:
 
 def _told(error: Mapping[str, Any] | None, secrets: tuple[str, ...]) -> str:
     """The upstream's own message, cut and without secrets; empty for our sentence."""
-    message = error.get("message") if error else None
+    message = (error.get("message") or error.get("detail")) if error else None
     if not isinstance(message, str):
         return ""
+    message = _CONTROL.sub(" ", message.encode("utf-8", "replace").decode())
     for secret in secrets:
         message = message.replace(secret, "…")
     message = " ".join(_SECRET.sub("…", message).split())

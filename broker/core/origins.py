@@ -36,7 +36,7 @@ class Origins:
 
     def judge(self, origin: str, host: str | None) -> Verdict:
         """Whether a page of ``origin`` may use the service that it reached as ``host``."""
-        if origin.lower() in self.listed:
+        if origin != "*" and origin.lower() in self.listed:
             return Verdict.CREDENTIALS
         if "*" in self.listed or self._is_own(origin, host):
             return Verdict.ALLOWED
@@ -49,18 +49,19 @@ class Origins:
         if not self.loopback_only or host is None:
             return True
         name = _split_host(host)[0]
+        if name is None:
+            return False
         return name in LOCAL_NAMES or any(name == _name_and_port(origin)[0] for origin in self.listed)
 
     @staticmethod
     def _is_own(origin: str, host: str | None) -> bool:
-        if host is None:
-            return False
         name, port = _name_and_port(origin)
+        if host is None or name is None:
+            return False
         own_name, own_port = _split_host(host)
-        scheme = urlsplit(origin).scheme.lower()
         # A browser leaves the default port out of both; a proxy may put it into Host.
-        default = _DEFAULT_PORTS.get(scheme)
-        return name is not None and name == own_name and (port or default) == (own_port or default)
+        default = _DEFAULT_PORTS.get(urlsplit(origin).scheme)
+        return name == own_name and (port or default) == (own_port or default)
 
 
 def _name_and_port(origin: str) -> tuple[str | None, int | None]:

@@ -8,32 +8,31 @@ Nothing of openai, httpx2 or aiohttp leaves this folder: `map_errors` turns all 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import json
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
 import httpx2
 import openai
-import orjson
 from openai import AsyncOpenAI, AsyncStream, DefaultAioHttpClient
 
 from broker.core.errors import (
     UpstreamError,
     UpstreamFailed,
     UpstreamInterrupted,
-    UpstreamInvalid,
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from broker.core.faults import fault_in_stream, fault_of_status, parse_retry_after
+from broker.core.faults import fault_in_body, fault_of_status, parse_retry_after
 
 KEEPALIVE = 15.0
 """Seconds that an idle connection is kept. Servers close theirs at some time, and a request that meets that moment is
 lost for good, for it must not be sent twice."""
 
 MAX_ERROR_BODY = 64 * 1024
-"""Bytes read of an answer that is not a stream."""
+"""Bytes read of an answer that is not a stream; what is longer is not understood."""
 
 _NOT_CONNECTED = (
     aiohttp.ClientConnectorError,
@@ -73,6 +72,7 @@ class UpstreamClient:
                 timeout=timeout,
                 limits=httpx2.Limits(max_connections=max_connections, keepalive_expiry=KEEPALIVE),
                 trust_env=False,
+                event_hooks={"response": [_bound_error_body]},
             ),
             default_headers={
                 "X-Title": title,
@@ -82,14 +82,14 @@ class UpstreamClient:
         )
 
     async def open_chat(self, body: bytes, *, referer: str) -> UpstreamStream:
-        """Ask for a chat completion and return its stream once the status and the headers are there.
+        """Ask for a chat completion and return its answer once the status and the headers are there.
 
         Args:
             body: the JSON of the request.
             referer: origin of the page, for attribution; may be empty.
 
         Raises:
-            UpstreamError: it could not be reached, refused, or did not answer with an event stream.
+            UpstreamError: it could not be reached, or refused.
         """
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         if referer:
@@ -103,13 +103,7 @@ class UpstreamClient:
                 stream=True,
                 stream_cls=AsyncStream[Any],
             )
-        stream = UpstreamStream(response, self.secrets)  # type: ignore[arg-type]  # cast_to decides, not stream_cls
-        try:
-            await stream.check()
-        except BaseException:
-            await stream.aclose()
-            raise
-        return stream
+        return UpstreamStream(response, self.secrets)  # type: ignore[arg-type]  # cast_to decides, not stream_cls
 
     async def close(self) -> None:
         """Close every connection."""
@@ -128,44 +122,67 @@ class UpstreamStream:
         self._response = response
         self._secrets = secrets
 
-    async def check(self) -> None:
-        """Make sure that this is an event stream.
-
-        Raises:
-            UpstreamError: what the answer says instead.
-        """
-        kind = self._response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind == "text/event-stream":
-            return
-        body = b""
-        async for block in self.blocks():
-            body += block
-            if len(body) > MAX_ERROR_BODY:
-                break
-        try:
-            fault = fault_in_stream(orjson.loads(body), secrets=self._secrets)
-        except orjson.JSONDecodeError:
-            fault = None
-        raise fault or UpstreamInvalid()
-
-    async def blocks(self) -> AsyncIterator[bytes]:
+    async def blocks(self) -> AsyncGenerator[bytes]:
         """The bytes as they come.
 
         Raises:
             UpstreamInterrupted: the line broke.
+            UpstreamError: this is no event stream; what it says instead.
         """
         # The transport's own stream: httpx2's iterators around it add a third to the cost of a read, and what they
         # add to its function is decompression.
         encoded = "content-encoding" in self._response.headers
         source: Any = self._response.aiter_bytes() if encoded else self._response.stream
         with map_errors(self._secrets):
+            if not self._is_event_stream():
+                raise fault_in_body(_json(await _beginning(source)), secrets=self._secrets)
             async for block in source:
                 yield block
+
+    def _is_event_stream(self) -> bool:
+        kind: str = self._response.headers.get("content-type", "")
+        return kind.partition(";")[0].strip().lower() == "text/event-stream"
 
     async def aclose(self) -> None:
         """Let the connection go. One whose answer was read to its end is kept for the next request."""
         with map_errors(self._secrets):
             await self._response.aclose()
+
+
+async def _bound_error_body(response: httpx2.Response) -> None:
+    """The SDK reads the whole body of a refusal; see to it that there is an end to it."""
+    if not response.is_success and isinstance(response.stream, httpx2.AsyncByteStream):
+        response.stream = _Beginning(response.stream)
+
+
+class _Beginning(httpx2.AsyncByteStream):
+    """The first bytes of another stream."""
+
+    def __init__(self, stream: httpx2.AsyncByteStream) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield await _beginning(self._stream)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def _beginning(stream: AsyncIterable[bytes]) -> bytes:
+    body = b""
+    async for block in stream:
+        body += block
+        if len(body) > MAX_ERROR_BODY:
+            break
+    return body
+
+
+def _json(body: bytes) -> Any:
+    """The document, as leniently as it can be read; None for what is none."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
 
 
 @contextmanager
@@ -182,10 +199,10 @@ def map_errors(secrets: tuple[str, ...] = ()) -> Iterator[None]:
 
 
 def _status_error(error: openai.APIStatusError, secrets: tuple[str, ...]) -> UpstreamError:
-    # The SDK hands out the object under "error"; the wrapper tells ours where it is.
-    body = error.body if isinstance(error.body, str) else {"error": error.body}
     wait = parse_retry_after(error.response.headers.get("retry-after"))
-    return fault_of_status(error.status_code, body, retry_after=wait, secrets=secrets)
+    return fault_of_status(
+        error.status_code, _json(error.response.content), retry_after=wait, secrets=secrets
+    )
 
 
 def _connection_error(error: BaseException) -> UpstreamError:
