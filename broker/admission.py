@@ -1,4 +1,4 @@
-"""What /prepare does with a body: validate it, fit it to the model, store it. Nothing is sent upstream.
+"""What /prepare does with a body: validate it, fit it to the model, see that it can be paid, and store it.
 
 It joins `core`, the catalog and the store, and knows nothing of HTTP.
 """
@@ -11,14 +11,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
+from broker.core.accounts import Allowances, Worst
 from broker.core.chat import ChatRules, parse_chat
 from broker.core.document import parse_json
+from broker.core.errors import ModelNotAllowed
 from broker.core.fitting import FitRules, FittedChat, ModelLimits, fit
+from broker.core.pricing import Prices, max_price, narrow_max_price, worst_case
 from broker.store.sessions import Prepared
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from broker.catalog import Catalog
+    from broker.core.identity import Client
+    from broker.density import Densities
     from broker.settings import Settings
+    from broker.store.accounts import AccountStore
     from broker.store.idempotency import IdempotencyStore
     from broker.store.sessions import SessionStore
 
@@ -38,6 +46,14 @@ class Admitted(NamedTuple):
     created: bool
 
 
+class _Order(NamedTuple):
+    """A request that is fit to be stored."""
+
+    client: Client
+    fitted: FittedChat
+    worst: Worst
+
+
 class Admission:
     """Makes sessions.
 
@@ -45,16 +61,29 @@ class Admission:
         settings: the rules.
         catalog: what is known of the models.
         sessions: where sessions are kept.
+        accounts: what clients have spent, and what of theirs waits.
+        allowances: what they may.
+        densities: what has been learned of the models' tokenizers.
         idempotency: which keys have been used.
-        label: turns a client's name into a stable one that tells the upstream nothing of it.
     """
 
     def __init__(
-        self, *, settings: Settings, catalog: Catalog, sessions: SessionStore, idempotency: IdempotencyStore
+        self,
+        *,
+        settings: Settings,
+        catalog: Catalog,
+        sessions: SessionStore,
+        accounts: AccountStore,
+        allowances: Allowances,
+        densities: Densities,
+        idempotency: IdempotencyStore,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
         self._sessions = sessions
+        self._accounts = accounts
+        self._allowances = allowances
+        self._densities = densities
         self._idempotency = idempotency
         self._rules = ChatRules(
             default_model=settings.default_model,
@@ -63,70 +92,104 @@ class Admission:
             max_messages=settings.max_messages,
         )
 
-    async def admit(self, body: bytes, *, client: str, referer: str, idempotency_key: str | None) -> Admitted:
+    async def admit(
+        self, body: bytes, *, client: Client, referer: str, idempotency_key: str | None
+    ) -> Admitted:
         """Make a session of a request, or find the one that its Idempotency-Key made.
 
         Args:
             body: the request as JSON.
-            client: who asks: a stable name that reveals nothing.
+            client: who asks, and pays.
             referer: origin of the page, or empty.
             idempotency_key: of the request's header.
 
         Raises:
             RequestError: the body is not a request that may be sent.
             IdempotencyConflict: the key was used with another body.
+            TooManyStreams: too many sessions of this client wait.
+            BudgetExceeded: today's budget does not cover this.
             StoreUnavailable: Redis cannot be reached.
         """
-        fitted = await self._fit(body, client)
+        order = await self._order(body, client)
         if idempotency_key is None:
-            return Admitted(await self._store(str(uuid.uuid4()), fitted, referer), created=True)
-        return await self._store_once(body, fitted, referer, client, idempotency_key)
+            return Admitted(await self._store(order, referer), created=True)
+        return await self._store_once(body, order, referer, idempotency_key)
 
-    async def _fit(self, body: bytes, client: str) -> FittedChat:
+    async def _order(self, body: bytes, client: Client) -> _Order:
+        """The request as it would be sent, and what it may cost."""
         request = parse_chat(parse_json(body), self._rules)
-        known = await self._catalog.known(request.reachable_models, timeout=CATALOG_TIMEOUT)
-        limits = {
-            name: ModelLimits(model.context_length, model.max_completion_tokens)
-            for name, model in known.items()
-        }
-        rules = FitRules(
-            max_prompt_tokens=self._settings.max_prompt_tokens,
-            max_output_tokens=self._settings.max_output_tokens,
-            switch_off_compression=self._catalog.openrouter,
-            user=client,
+        names = request.reachable_models
+        known = await self._catalog.known(names, timeout=CATALOG_TIMEOUT)
+        fitted = fit(
+            request,
+            {
+                name: ModelLimits(model.context_length, model.max_completion_tokens)
+                for name, model in known.items()
+            },
+            FitRules(
+                max_prompt_tokens=self._settings.max_prompt_tokens,
+                max_output_tokens=self._settings.max_output_tokens,
+                switch_off_compression=self._catalog.openrouter,
+                user=client.user,
+            ),
+            await self._densities.of(names),
         )
-        return fit(request, limits, rules)
+        prices = [known[name].prices if name in known else None for name in names]
+        return _Order(client, fitted, self._worst(fitted, prices, names))
 
-    async def _store(self, session_id: str, fitted: FittedChat, referer: str) -> dict[str, Any]:
+    def _worst(self, fitted: FittedChat, prices: Sequence[Prices | None], names: Sequence[str]) -> Worst:
+        """The most that a request can take; where money is counted, the upstream is held to the price as well."""
+        output = fitted.max_output_tokens * fitted.answers
+        tokens = fitted.prompt_tokens + output
+        if not self._allowances.limit_cost:
+            return Worst(tokens, 0)
+        known = [each for each in prices if each is not None]
+        if len(known) < len(prices) and not self._settings.unpriced_models:
+            unpriced = names[prices.index(None)]
+            raise ModelNotAllowed(f"The price of {unpriced} is not known, so no budget can cover it.")
+        if known and len(known) == len(prices) and self._catalog.openrouter:
+            provider = fitted.body.get("provider") or {}
+            limited = narrow_max_price(provider.get("max_price"), max_price(known))
+            fitted.body["provider"] = {**provider, "max_price": limited}
+        return Worst(
+            tokens, max((worst_case(fitted.prompt_tokens, output, each) or 0 for each in known), default=0)
+        )
+
+    async def _store(self, order: _Order, referer: str) -> dict[str, Any]:
+        session_id = str(uuid.uuid4())
+        fitted, settings = order.fitted, self._settings
+        await self._accounts.admit(order.client.name, session_id, order.worst, ttl=settings.session_ttl)
         prepared = Prepared(
             request=orjson.dumps(fitted.body),
             model=fitted.model,
             prompt_tokens=fitted.prompt_tokens,
-            output_cap=fitted.max_output_tokens,
-            referer=self._settings.referer or referer,
+            referer=settings.referer or referer,
+            client=order.client.name,
+            worst=order.worst,
+            teaches=fitted.teaches,
         )
         await self._sessions.prepare(session_id, prepared)
         return {
             "sessionId": session_id,
-            "expiresIn": self._settings.session_ttl,
+            "expiresIn": settings.session_ttl,
             "model": fitted.model,
             "promptTokens": fitted.prompt_tokens,
             "maxOutputTokens": fitted.max_output_tokens,
             "droppedMessages": fitted.dropped_messages,
         }
 
-    async def _store_once(
-        self, body: bytes, fitted: FittedChat, referer: str, client: str, key: str
-    ) -> Admitted:
+    async def _store_once(self, body: bytes, order: _Order, referer: str, key: str) -> Admitted:
+        client = order.client.name
         digest = hashlib.sha256(body).hexdigest()
         bound = await self._idempotency.find(client, key, digest)
         if bound is not None and (remaining := await self._sessions.remaining(bound.session_id)) is not None:
             return Admitted({**bound.answer, "expiresIn": remaining}, created=False)
         # The session is stored before the key is bound to it, so that a key never leads to nothing: of two requests at
         # once both store one, one is bound, and the other is forgotten before anybody was told of it.
-        answer = await self._store(str(uuid.uuid4()), fitted, referer)
+        answer = await self._store(order, referer)
         winner = await self._idempotency.bind(client, key, digest, answer, instead_of=bound)
         if winner.session_id == answer["sessionId"]:
             return Admitted(answer, created=True)
         await self._sessions.forget(answer["sessionId"])
+        await self._accounts.forget(client, answer["sessionId"])
         return Admitted(winner.answer, created=False)

@@ -5,6 +5,7 @@ Each command imports its own module when it runs, so that none waits for the lib
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -17,6 +18,14 @@ UpstreamUrl = Annotated[str | None, typer.Option(help="Base URL of the model ser
 LogLevel = Annotated[str | None, typer.Option(help="How much to log.", metavar="LEVEL")]
 
 Url = Annotated[str, typer.Option(help="Where the broker is.", metavar="URL")]
+
+
+class By(StrEnum):
+    """What the books are summed by."""
+
+    CLIENT = "client"
+    MODEL = "model"
+
 
 DEFAULT_URL = "http://127.0.0.1:3000"
 
@@ -80,6 +89,21 @@ def chat(
     from broker.cli import chat as command  # noqa: PLC0415 - see the module
 
     raise typer.Exit(command.chat(text, model=model, url=url))
+
+
+@app.command()
+def usage(
+    day: Annotated[
+        str | None, typer.Option(help="Which day, UTC; today if not given.", metavar="DAY")
+    ] = None,
+    by: Annotated[By, typer.Option(help="What to sum by.")] = By.CLIENT,
+    *,
+    json: Annotated[bool, typer.Option("--json", help="For a machine.")] = False,
+) -> None:
+    """Print the books of a day, straight from Redis: who used what, and what it cost."""
+    from broker.cli import usage as command  # noqa: PLC0415 - see the module
+
+    raise typer.Exit(command.usage(day, by=by.value, as_json=json))
 
 
 @app.command()

@@ -104,6 +104,14 @@ def retry_delay(error: UpstreamError, attempt: int, jitter: float) -> float | No
     return backoff(attempt, jitter)
 
 
+def may_have_generated(error: UpstreamError) -> bool:
+    """Whether an error leaves it open that something will be billed."""
+    status = error.upstream_status
+    if isinstance(error, UpstreamUnreachable) or status in _RETRYABLE:
+        return False
+    return status is None or status not in range(400, 500) or status == 408
+
+
 def backoff(attempt: int, jitter: float) -> float:
     """Seconds: 0.5, 1, 2, ... up to 8, each between three and five quarters of that."""
     return float(min(0.5 * 2**attempt, 8.0) * (0.75 + jitter / 2))

@@ -139,13 +139,13 @@ def cost_of(
     told = to_nano(usage.get("cost"))
     if told is not None:
         return told
-    prompt, completion = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+    prompt, completion = count_of(usage.get("prompt_tokens")), count_of(usage.get("completion_tokens"))
     if prices is None or prompt is None or completion is None:
         return None
     rates = rates_for(prices, prompt, minute_of_day)
-    read = min(_detail(usage, "prompt_tokens_details", "cached_tokens"), prompt)
-    written = min(_detail(usage, "prompt_tokens_details", "cache_write_tokens"), prompt - read)
-    thought = min(_detail(usage, "completion_tokens_details", "reasoning_tokens"), completion)
+    read = min(detail_of(usage, "prompt_tokens_details", "cached_tokens"), prompt)
+    written = min(detail_of(usage, "prompt_tokens_details", "cache_write_tokens"), prompt - read)
+    thought = min(detail_of(usage, "completion_tokens_details", "reasoning_tokens"), completion)
     return _total(
         rates.request,
         (prompt - read - written, rates.prompt),
@@ -189,6 +189,15 @@ def max_price(prices: Iterable[Prices]) -> dict[str, float]:
         "prompt": float(max(rate.prompt for rate in rates) / 1000),
         "completion": float(max(rate.completion for rate in rates) / 1000),
     }
+
+
+def narrow_max_price(given: Any, ours: Mapping[str, float]) -> dict[str, Any]:
+    """A request's ``provider.max_price`` with ours as the upper bound; what it holds besides stays."""
+    held = dict(given) if isinstance(given, Mapping) else {}
+    for name, bound in ours.items():
+        own = _decimal(held.get(name))
+        held[name] = bound if own is None else min(float(own), bound)
+    return held
 
 
 def to_usd(nano: int) -> float:
@@ -276,7 +285,7 @@ def _override(raw: Any) -> Override | None:
     if changes is None:
         return None
     given = {key for key, value in raw.items() if value is not None}
-    threshold = _count(raw.get("min_prompt_tokens"))
+    threshold = count_of(raw.get("min_prompt_tokens"))
     start, end = _minute(raw.get("utc_start")), _minute(raw.get("utc_end"))
     window = (start, end) if start is not None and end is not None else None
     unread = ("min_prompt_tokens" in given and threshold is None) or (
@@ -310,7 +319,7 @@ def _decimal(value: Any) -> Decimal | None:
     return amount if 0 <= amount <= MAX_COST // NANO else None
 
 
-def _count(value: Any) -> int | None:
+def count_of(value: Any) -> int | None:
     """A number of tokens, or None for what can be none."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -319,16 +328,17 @@ def _count(value: Any) -> int | None:
     return value if 0 <= value <= _MAX_TOKENS else None
 
 
-def _detail(usage: Mapping[str, Any], group: str, key: str) -> int:
+def detail_of(usage: Mapping[str, Any], group: str, key: str) -> int:
+    """A number of tokens in a part of a usage object, 0 where there is none."""
     details = usage.get(group)
-    return (_count(details.get(key)) or 0) if isinstance(details, Mapping) else 0
+    return (count_of(details.get(key)) or 0) if isinstance(details, Mapping) else 0
 
 
 def _minute(clock: Any) -> int | None:
     """The minute of the day of an HHMM clock number: 1030 is 630."""
     if isinstance(clock, str) and clock.isdecimal() and len(clock) <= len("HHMM"):
         clock = int(clock)
-    number = _count(clock)
+    number = count_of(clock)
     if number is None or number > 2400 or number % 100 > 59:
         return None
     return number // 100 * 60 + number % 100

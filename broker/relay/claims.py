@@ -1,13 +1,16 @@
-"""Claiming sessions for this worker: exactly once each, also where Redis does not answer."""
+"""Claiming sessions for this worker: exactly once each, with slot and budget, also where Redis does not answer."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from broker.core.errors import StoreUnavailable
+from broker.core.errors import BrokerError, StoreUnavailable
+from broker.core.session import State
+from broker.store.accounts import AccountStore, Reservation
 from broker.store.sessions import Prepared, SessionStore, Standing
 
 if TYPE_CHECKING:
@@ -16,12 +19,16 @@ if TYPE_CHECKING:
 RETRY = 0.3
 """Seconds between two tries to learn the outcome of a claim."""
 
+GIVE_BACK_TRIES = 20
+"""Tries to give a reservation back; after that it is found among those that nobody renews."""
+
 
 class Claims:
     """The claims under way.
 
     Args:
         sessions: where sessions are claimed.
+        accounts: where slots and budgets are taken.
         worker: for whom.
         give_up_after: seconds for which the outcome of a claim is asked for: as long as it could still take effect.
         begin: starts the generation of a session that was won.
@@ -31,13 +38,15 @@ class Claims:
     def __init__(
         self,
         sessions: SessionStore,
+        accounts: AccountStore,
         *,
         worker: str,
         give_up_after: float,
-        begin: Callable[[str, str, Prepared], Generation],
+        begin: Callable[[str, Reservation, Prepared], Generation],
         spawn: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
         self._sessions = sessions
+        self._accounts = accounts
         self._worker = worker
         self._give_up_after = give_up_after
         self._begin = begin
@@ -56,6 +65,7 @@ class Claims:
         """Claim for one viewer or several: those who ask while a claim is under way share its answer.
 
         Raises:
+            TooManyStreams, BudgetExceeded: there is no room now; the session stays prepared.
             StoreUnavailable: the outcome is not known. It is still asked for, and a generation that turns out to be
                 won starts without a viewer.
         """
@@ -70,22 +80,63 @@ class Claims:
         return await asyncio.shield(answer)
 
     async def _pursue(self, session_id: str, answer: asyncio.Future[Generation | Standing]) -> None:
-        """Ask with one token until Redis has answered: a claim whose reply was lost may have taken effect."""
-        token = str(uuid.uuid4())
+        """Ask with one token until the outcome is known: a claim whose reply was lost may have taken effect."""
+        pursuit = _Pursuit(session_id, str(uuid.uuid4()))
         give_up_at = self._loop.time() + self._give_up_after
         try:
             while self._loop.time() < give_up_at:
                 try:
-                    outcome = await self._sessions.claim(session_id, token, self._worker)
+                    result = await self._try(pursuit)
                 except StoreUnavailable as error:
                     if not answer.done():
                         answer.set_exception(error)
                     await asyncio.sleep(RETRY)
                     continue
-                result = self._begin(session_id, token, outcome) if isinstance(outcome, Prepared) else outcome
                 if not answer.done():
                     answer.set_result(result)
                 return
+        except BrokerError as error:  # refused: no slot, no budget
+            if not answer.done():
+                answer.set_exception(error)
         finally:
             del self._under_way[session_id]
             answer.cancel()
+
+    async def _try(self, pursuit: _Pursuit) -> Generation | Standing:
+        """Take slot and budget first, then the session; each step can be asked for again with the same token."""
+        if pursuit.reservation is None:
+            described = await self._sessions.describe(pursuit.session_id)
+            if described is None:
+                return Standing(State.GONE)
+            if described.state is not State.PREPARED:
+                return Standing(described.state, described.worker)
+            wanted = Reservation(
+                pursuit.token, pursuit.session_id, described.client, described.model, described.worst
+            )
+            day = await self._accounts.reserve(wanted)
+            pursuit.reservation = replace(wanted, day=day)
+        outcome = await self._sessions.claim(pursuit.session_id, pursuit.token, self._worker)
+        if isinstance(outcome, Prepared):
+            return self._begin(pursuit.session_id, pursuit.reservation, outcome)
+        self._spawn(self._give_back(pursuit.reservation))
+        return outcome
+
+    async def _give_back(self, reservation: Reservation) -> None:
+        for _ in range(GIVE_BACK_TRIES):
+            try:
+                await self._accounts.release(reservation.token, reservation.client)
+            except StoreUnavailable:
+                await asyncio.sleep(RETRY)
+            else:
+                return
+
+
+class _Pursuit:
+    """How far one claim has got."""
+
+    __slots__ = ("reservation", "session_id", "token")
+
+    def __init__(self, session_id: str, token: str) -> None:
+        self.session_id = session_id
+        self.token = token
+        self.reservation: Reservation | None = None

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from broker.core.accounts import Spent
+from broker.core.density import Sample, sample_of
 from broker.core.errors import (
     Abandoned,
     DeadlineExceeded,
@@ -28,14 +30,16 @@ from broker.core.errors import (
     WorkerLost,
 )
 from broker.core.events import chunk_events, done_data, error_data
+from broker.core.pricing import to_usd
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Step, Terminal, advance, short
 from broker.relay.feed import Feed
 from broker.relay.reading import Bounds, Reading
-from broker.relay.settling import PricesOf, settle
 from broker.store.sessions import Refusal
 
 if TYPE_CHECKING:
+    from broker.relay.settling import Settler
+    from broker.store.accounts import Reservation
     from broker.store.sessions import Prepared, SessionStore
     from broker.upstream.client import UpstreamClient
 
@@ -67,12 +71,12 @@ class Generation:
 
     Args:
         session_id: whose generation.
-        token: of the claim that started it.
+        reservation: what it has taken from the accounts, under the token of its claim.
         prepared: what to ask.
         upstream: whom to ask.
         sessions: where the end is decided.
         bounds: how long and how much.
-        prices_of: what models cost.
+        settler: who books what it took.
         journaled: whether its events are journaled at all.
         write_later: takes over an end that Redis could not be told of in time.
         took: is told of every read that brought events.
@@ -84,34 +88,37 @@ class Generation:
         watched_elsewhere: a viewer on another worker was registered when Redis was last asked.
         fenced: the session is no longer this worker's.
         was_watched: a viewer of this worker has come.
+        spent: what it took, once it is over.
     """
 
     def __init__(
         self,
         session_id: str,
-        token: str,
+        reservation: Reservation,
         prepared: Prepared,
         *,
         upstream: UpstreamClient,
         sessions: SessionStore,
         bounds: Bounds,
-        prices_of: PricesOf,
+        settler: Settler,
         journaled: bool,
         write_later: Callable[[Generation, Terminal], None],
         took: Callable[[Generation, float], None],
     ) -> None:
         self.session_id = session_id
-        self.token = token
+        self.reservation = reservation
+        self.token = reservation.token
+        self.prepared = prepared
         self.feed = Feed()
         self.state = State.RUNNING
         self.saved = 0
         self.watched_elsewhere = False
         self.fenced = False
         self.was_watched = False
-        self._prepared = prepared
+        self.spent = Spent()
         self._sessions = sessions
         self._bounds = bounds
-        self._prices_of = prices_of
+        self._settler = settler
         self._journaled = journaled
         self._write_later = write_later
         self._took = took
@@ -247,10 +254,10 @@ class Generation:
         step, failure = await self._read_all()
         if self._abandoning is not None:
             await asyncio.wait([self._abandoning])
-        end = self._decided
-        if end is None:
+        self.spent = await self._count()
+        if self._decided is None:
             self.feed.resume()
-            end = await self._decide(step, failure)
+        end = await self._decide(step, failure)
         self.state = end.state
         self.feed.finish(end)
         log.info("session ended", session=short(self.session_id), state=end.state, events=self.feed.last)
@@ -294,14 +301,45 @@ class Generation:
         self.feed.add(Batch(first, first + len(chunks) - 1, chunk_events(chunks, first)), now)
 
     async def _decide(self, step: Step, failure: SessionError | None) -> Terminal:
-        """The end that stands: ours, unless another was written first."""
-        proposed = await self._terminal(step, failure)
+        """The end that stands, ours unless another was written first. What it took is booked before that is told."""
+        end = self._decided or self._terminal(step, failure)
         try:
             async with asyncio.timeout(DECIDE_TIMEOUT):
-                return await self.write_end(proposed) or proposed
+                if self._decided is None:
+                    end = await self.write_end(end) or end
+                await self.settle(end.state)
         except (StoreUnavailable, TimeoutError):
-            self._write_later(self, proposed)
-            return proposed
+            self._write_later(self, end)
+        return end
+
+    async def settle(self, state: State) -> None:
+        """Book what it took; again does no harm.
+
+        Raises:
+            StoreUnavailable: it could not be booked now.
+        """
+        await self._settler.settle(self.reservation, self.spent, state, fenced=self.fenced)
+        if self.spent.estimated:
+            self._settler.correct(self.reservation, self._reading.answer.generation_id, state)
+
+    def sample(self) -> Sample | None:
+        """What this answer teaches of its model's tokenizer, if it does."""
+        answer = self._reading.answer
+        return sample_of(
+            model=self.prepared.model,
+            answered=answer.model,
+            client=self.prepared.client,
+            size=self.prepared.teaches,
+            usage=answer.usage,
+        )
+
+    async def _count(self) -> Spent:
+        return await self._settler.count(
+            self._reading.answer,
+            model=self.prepared.model,
+            prompt_tokens=self.prepared.prompt_tokens,
+            asked=self._reading.asked,
+        )
 
     async def write_end(self, proposed: Terminal) -> Terminal | None:
         """Write an end to Redis, with what is left to be journaled.
@@ -315,7 +353,7 @@ class Generation:
         rest = self.unsaved()
         answer = await self._sessions.end(self.session_id, self.token, proposed, rest)
         if isinstance(answer, Refusal) and answer.kind == "cancel":
-            proposed = await self._terminal(Step.CANCEL, None)
+            proposed = self._terminal(Step.CANCEL, None)
             answer = await self._sessions.end(self.session_id, self.token, proposed, rest)
         if isinstance(answer, Refusal):
             # Behind: send from where the journal is, or end it with a hole that readers see.
@@ -325,19 +363,18 @@ class Generation:
             answer = await self._sessions.end(self.session_id, self.token, proposed, rest)
         return None if isinstance(answer, Refusal) else answer.end
 
-    async def _terminal(self, step: Step, failure: SessionError | None) -> Terminal:
+    def _terminal(self, step: Step, failure: SessionError | None) -> Terminal:
         state = advance(State.RUNNING, step)
         at = Cursor(1, self.feed.last + 1, end=True)
         if failure is not None:
             return Terminal(state, "error", at, error_data(failure))
         answer = self._reading.answer
-        cost, estimated = await settle(answer, self._prepared, self._prices_of)
         data = done_data(
             answer,
             finish_reason="cancelled" if step is Step.CANCEL else answer.finish_reason or "stop",
-            model=self._prepared.model,
-            cost=cost,
-            estimated=estimated,
+            model=self.prepared.model,
+            cost=None if self.spent.cost is None else to_usd(self.spent.cost),
+            estimated=self.spent.estimated,
             ttft_ms=self._milliseconds(self._reading.first_chunk_at),
             total_ms=self._milliseconds(self._loop.time()),
         )

@@ -17,7 +17,7 @@ import structlog
 
 from broker.core.answer import Answer
 from broker.core.errors import ResponseTooLarge, UpstreamError, UpstreamInterrupted
-from broker.core.faults import retry_delay
+from broker.core.faults import may_have_generated, retry_delay
 from broker.core.sse import Decoder, EventTooLarge
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Reading:
         answer: what has been learned of it.
         data_due: monotonic time by which data must have come; comments are no data.
         first_chunk_at: monotonic time of the first chunk.
+        asked: the upstream may have begun to generate.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Reading:
     ) -> None:
         self.answer = Answer(upstream.secrets)
         self.first_chunk_at: float | None = None
+        self.asked = False
         self._prepared = prepared
         self._upstream = upstream
         self._bounds = bounds
@@ -117,9 +119,11 @@ class Reading:
         attempt = 0
         while True:
             self.data_due = self._loop.time() + self._bounds.first_data_timeout
+            self.asked = True
             try:
                 return await self._upstream.open_chat(self._prepared.request, referer=self._prepared.referer)
             except UpstreamError as error:
+                self.asked = may_have_generated(error)
                 delay = retry_delay(error, attempt, random.random())  # noqa: S311 - jitter is no secret
                 if delay is None or attempt >= self._bounds.max_retries:
                     raise

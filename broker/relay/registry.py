@@ -6,7 +6,7 @@ The web asks it for a session by id, and gets something to watch or an error tha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,19 +24,23 @@ from broker.core.errors import (
 )
 from broker.core.events import cancelled_before_start
 from broker.core.session import Cursor, State, Terminal, short
+from broker.relay.bookkeeper import Bookkeeper
 from broker.relay.claims import Claims
 from broker.relay.follower import Follower, Mirror
 from broker.relay.generation import ALL, NOTHING, Generation
 from broker.relay.journal import Journal
 from broker.relay.kept import Kept
 from broker.relay.membership import Membership
+from broker.relay.settling import Settler
 
 if TYPE_CHECKING:
     from broker.core.replay import Batch
+    from broker.core.density import Sample
     from broker.relay.feed import Feed
     from broker.relay.reading import Bounds
-    from broker.relay.settling import PricesOf
+    from broker.relay.settling import FetchGeneration, PricesOf
     from broker.relay.viewer import Viewer
+    from broker.store.accounts import AccountStore, Reservation
     from broker.store.journal import JournalStore
     from broker.store.sessions import Prepared, SessionStore
     from broker.store.workers import Ring, WorkerStore
@@ -73,6 +77,20 @@ class Limits(NamedTuple):
     journal_interval: float
 
 
+class Money(NamedTuple):
+    """What settling needs to know of the outside.
+
+    Attributes:
+        prices_of: what models cost.
+        fetch_generation: the upstream's own books.
+        learn: is given what an answer teaches of its model's tokenizer.
+    """
+
+    prices_of: PricesOf
+    fetch_generation: FetchGeneration
+    learn: Callable[[Sample], Coroutine[Any, Any, None]]
+
+
 class Cancelled(NamedTuple):
     """What a cancel has come to: certain to stop, or the state in which the session had ended before."""
 
@@ -89,7 +107,8 @@ class Registry:
         workers: the workers in Redis, and which of them this one is.
         upstream: the model side.
         bounds: of each generation.
-        prices_of: what models cost.
+        accounts: slots, budgets and books.
+        money: what settling needs to know.
         limits: of this worker.
 
     Attributes:
@@ -105,7 +124,8 @@ class Registry:
         workers: WorkerStore,
         upstream: UpstreamClient,
         bounds: Bounds,
-        prices_of: PricesOf,
+        accounts: AccountStore,
+        money: Money,
         limits: Limits,
     ) -> None:
         self.draining = False
@@ -115,16 +135,25 @@ class Registry:
         self._workers = workers
         self._upstream = upstream
         self._bounds = bounds
-        self._prices_of = prices_of
+        self._accounts = accounts
+        self._learn = money.learn
         self._limits = limits
         self._running: dict[str, Generation] = {}
         self._kept = Kept(limits.resume_ttl)
+        self._corrections: set[asyncio.Task[Any]] = set()
+        self._settler = Settler(
+            accounts,
+            prices_of=money.prices_of,
+            fetch=money.fetch_generation,
+            spawn=self._spawn_correction,
+        )
         self._work: set[asyncio.Task[Any]] = set()
         self._loops: list[asyncio.Task[Any]] = []
         self._loop = asyncio.get_running_loop()
         self._ticked_at = self._loop.time()
         self._claims = Claims(
             sessions,
+            accounts,
             worker=workers.worker,
             give_up_after=limits.session_ttl,
             begin=self._begin,
@@ -132,6 +161,7 @@ class Registry:
         )
         self._membership = Membership(workers, self._write_anew)
         self._journal = Journal(journal, interval=limits.journal_interval)
+        self._bookkeeper = Bookkeeper(accounts, sessions, journal, workers, self._settler)
         self._follower = Follower(journal, sessions, workers, self._membership.is_gone, self._let_go)
 
     def start(self) -> None:
@@ -141,6 +171,9 @@ class Registry:
             asyncio.create_task(self._membership.listen(self._hear)),
             asyncio.create_task(self._journal.run(self)),
             asyncio.create_task(self._follower.run()),
+            asyncio.create_task(
+                self._bookkeeper.run(lambda: [g.reservation for g in self._running.values()])
+            ),
         ]
 
     # Watching
@@ -229,15 +262,15 @@ class Registry:
 
     # Running
 
-    def _begin(self, session_id: str, token: str, prepared: Prepared) -> Generation:
+    def _begin(self, session_id: str, reservation: Reservation, prepared: Prepared) -> Generation:
         generation = Generation(
             session_id,
-            token,
+            reservation,
             prepared,
             upstream=self._upstream,
             sessions=self._sessions,
             bounds=self._bounds,
-            prices_of=self._prices_of,
+            settler=self._settler,
             journaled=self._limits.resume_ttl > 0,
             write_later=self._write_later,
             took=self._took,
@@ -262,6 +295,8 @@ class Registry:
         self._journal.remove(generation)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("generation broke", session=short(generation.session_id), exc_info=error)
+        if (sample := generation.sample()) is not None:
+            self._spawn_correction(self._learn(sample))
         if generation.feed.end is not None and not generation.fenced:
             self._kept.add(generation, self._loop.time())
 
@@ -278,6 +313,7 @@ class Registry:
                 standing = await generation.write_end(end)
                 if standing is None and not await self._membership.is_gone():
                     continue
+                await generation.settle((standing or end).state)
             except StoreUnavailable:
                 continue
             if standing not in (None, end):
@@ -303,6 +339,11 @@ class Registry:
         standing = await self._sessions.cancel(session_id, cancelled_before_start())
         if standing.state is State.GONE:
             await self._tell_gone(None)
+        if (
+            standing.state is State.PREPARED
+            and (session := await self._sessions.describe(session_id)) is not None
+        ):
+            await self._accounts.forget(session.client, session_id)
         accepted = standing.state in (State.PREPARED, State.RUNNING)
         return Cancelled(State.CANCELLED if accepted else standing.state, accepted=accepted)
 
@@ -339,11 +380,14 @@ class Registry:
             await self._restore(generation)
 
     async def _restore(self, generation: Generation) -> None:
+        if generation.state is State.RUNNING:
+            await self._accounts.reserve(generation.reservation, force=True)
         held = generation.feed.unsaved(0, ALL) if self._limits.resume_ttl else NOTHING
         await self._sessions.restore(
             generation.session_id,
             generation.token,
             self._workers.worker,
+            generation.prepared,
             state=generation.state,
             held=held,
             end=generation.feed.end,
@@ -401,7 +445,7 @@ class Registry:
 
     async def close(self) -> None:
         """Cancel whatever is left, and give the lease back."""
-        tasks = (*self._loops, *self._work)
+        tasks = (*self._loops, *self._work, *self._corrections)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -414,6 +458,12 @@ class Registry:
         task = asyncio.create_task(work)
         self._work.add(task)
         task.add_done_callback(self._reap)
+
+    def _spawn_correction(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Work that no drain waits for: it only makes the books better."""
+        task = asyncio.create_task(work)
+        self._corrections.add(task)
+        task.add_done_callback(self._corrections.discard)
 
     def _reap(self, task: asyncio.Task[Any]) -> None:
         self._work.discard(task)

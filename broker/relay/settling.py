@@ -1,42 +1,151 @@
-"""What an answer cost, once it is over."""
+"""What an answer took, and getting it into the books: once, and as near to the truth as can be had.
+
+The upstream's usage counts. Where a stream ended without it, our own count does, marked as an estimate, and then the
+upstream's books are asked and ours corrected.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, NamedTuple
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any
 
-from broker.core.pricing import Prices, cost_of, to_usd
+import structlog
+
+from broker.core.accounts import Spent, spent_of
+from broker.core.errors import StoreUnavailable, UpstreamError
+from broker.core.pricing import Prices, cost_of, count_of, to_nano
+from broker.core.session import short
 from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, estimate_text
+from broker.upstream.generations import NoSuchPath
 
 if TYPE_CHECKING:
     from broker.core.answer import Answer
-    from broker.store.sessions import Prepared
+    from broker.core.session import State
+    from broker.store.accounts import AccountStore, Reservation
+
+log = structlog.get_logger(__name__)
+
+LOOKS = (1.0, 3.0, 10.0)
+"""Seconds after the end at which the upstream's books are asked."""
+
+RETRY = 1.0
+"""Seconds between two tries to reach Redis."""
+
+RETRIES = 600
+"""Tries before a settlement is given up for lost."""
 
 PricesOf = Callable[[str], Awaitable[Prices | None]]
 """Looks up what a model costs; None where that is not known. Does not wait for long."""
 
+FetchGeneration = Callable[[str], Awaitable[Mapping[str, Any] | None]]
+"""Asks the upstream's books about a generation: `upstream.generations.fetch_generation`."""
 
-class Settlement(NamedTuple):
-    """What is to be paid.
 
-    Attributes:
-        cost: USD, None where nobody knows.
-        estimated: it rests on our own count, because the upstream told no usage.
+class Settler:
+    """Counts and books what generations took.
+
+    Args:
+        accounts: the books.
+        prices_of: what models cost.
+        fetch: the upstream's books.
+        spawn: runs work in the background and owns its task.
     """
 
-    cost: float | None
-    estimated: bool
+    def __init__(
+        self,
+        accounts: AccountStore,
+        *,
+        prices_of: PricesOf,
+        fetch: FetchGeneration,
+        spawn: Callable[[Coroutine[Any, Any, Any]], None],
+    ) -> None:
+        self._accounts = accounts
+        self._prices_of = prices_of
+        self._fetch = fetch
+        self._spawn = spawn
+        self._has_books = True
+
+    async def count(self, answer: Answer, *, model: str, prompt_tokens: int, asked: bool) -> Spent:
+        """What an answer took.
+
+        Args:
+            answer: what was learned of it.
+            model: what was asked for.
+            prompt_tokens: our estimate of the prompt.
+            asked: the upstream may have generated; if not, nothing is to be paid.
+        """
+        if not asked:
+            return Spent()
+        usage = answer.usage or {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": estimate_text(answer.text_bytes, DEFAULT_BYTES_PER_TOKEN),
+        }
+        cost = cost_of(usage, None)
+        if cost is None:
+            prices = await self._prices_of(answer.model or model) or await self._prices_of(model)
+            cost = cost_of(usage, prices)
+        return spent_of(usage, cost, estimated=answer.usage is None)
+
+    async def settle(
+        self, reservation: Reservation, spent: Spent, state: State, *, fenced: bool = False
+    ) -> None:
+        """Book it. A fenced owner comes after somebody who could only estimate, and knows better.
+
+        Raises:
+            StoreUnavailable: it could not be booked now.
+        """
+        await self._accounts.settle(reservation, spent, state)
+        if fenced and not spent.estimated:
+            await self._accounts.settle(reservation, spent, state, correct=True)
+
+    def correct(self, reservation: Reservation, generation_id: str | None, state: State) -> None:
+        """Have an estimate corrected in the background."""
+        if self._has_books and generation_id is not None:
+            self._spawn(self._correct(reservation, generation_id, state))
+
+    async def _correct(self, reservation: Reservation, generation_id: str, state: State) -> None:
+        waited = 0.0
+        for after in LOOKS:
+            await asyncio.sleep(after - waited)
+            waited = after
+            try:
+                record = await self._fetch(generation_id)
+            except NoSuchPath:
+                self._has_books = False
+                return
+            except UpstreamError as error:
+                log.info("generation not told", session=short(reservation.session_id), code=error.code)
+                continue
+            if record is not None and (spent := spent_in_record(record)) is not None:
+                await self._book(reservation, spent, state)
+                return
+
+    async def _book(self, reservation: Reservation, spent: Spent, state: State) -> None:
+        for _ in range(RETRIES):
+            try:
+                await self._accounts.settle(reservation, spent, state, correct=True)
+            except StoreUnavailable:
+                await asyncio.sleep(RETRY)
+            else:
+                return
 
 
-async def settle(answer: Answer, prepared: Prepared, prices_of: PricesOf) -> Settlement:
-    """What an answer cost: the upstream's word, else its usage times the prices, else our estimate times them."""
-    estimated = answer.usage is None
-    usage = answer.usage or {
-        "prompt_tokens": prepared.prompt_tokens,
-        "completion_tokens": estimate_text(answer.text_bytes, DEFAULT_BYTES_PER_TOKEN),
-    }
-    nano = cost_of(usage, None)
-    if nano is None:
-        prices = await prices_of(answer.model or prepared.model) or await prices_of(prepared.model)
-        nano = cost_of(usage, prices)
-    return Settlement(None if nano is None else to_usd(nano), estimated)
+def spent_in_record(record: Mapping[str, Any]) -> Spent | None:
+    """What OpenRouter's record of a generation says; None where it does not say.
+
+    Native counts are those of the model's own tokenizer, by which it is billed.
+    """
+    cost = to_nano(record.get("total_cost"))
+    prompt = _first(record, "native_tokens_prompt", "tokens_prompt")
+    completion = _first(record, "native_tokens_completion", "tokens_completion")
+    if cost is None or prompt is None or completion is None:
+        return None
+    cached = min(_first(record, "native_tokens_cached") or 0, prompt)
+    reasoning = min(_first(record, "native_tokens_reasoning") or 0, completion)
+    return Spent(prompt, completion, cached, reasoning, cost, estimated=False)
+
+
+def _first(record: Mapping[str, Any], *names: str) -> int | None:
+    counts = (count_of(record.get(name)) for name in names)
+    return next((count for count in counts if count is not None), None)

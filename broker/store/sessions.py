@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from broker.core.accounts import Worst
+from broker.core.tokens import Size
 from broker.core.session import State, Terminal, parse_cursor
 from broker.store.connection import CALL_TIMEOUT, Store, bounded_call
 
@@ -27,15 +29,42 @@ class Prepared:
         request: the body for the upstream, JSON.
         model: the model asked for first.
         prompt_tokens: our estimate.
-        output_cap: tokens that the upstream was told to stop at.
         referer: origin of the page, for the upstream's attribution; may be empty.
+        client: who pays.
+        worst: the most that it may take.
+        teaches: size of the prompt, where what comes back can teach of the model's tokenizer.
     """
 
     request: bytes
     model: str
     prompt_tokens: int
-    output_cap: int
     referer: str
+    client: str
+    worst: Worst
+    teaches: Size | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What Redis has of a session, but for its prompt.
+
+    Attributes:
+        state: where it stands.
+        token: of the claim that it runs for, empty before.
+        worker: its owner, empty before the claim.
+        client: who pays.
+        model: the model asked for first.
+        worst: the most that it may take.
+        prompt_tokens: our estimate.
+    """
+
+    state: State
+    token: str
+    worker: str
+    client: str
+    model: str
+    worst: Worst
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +122,12 @@ class SessionStore:
 
     async def prepare(self, session_id: str, prepared: Prepared) -> None:
         """Store a session; it can be claimed for `session_ttl` seconds from now."""
+        size = prepared.teaches or Size(0, 0)
         fields = [
             *("request", prepared.request, "model", prepared.model, "prompt_tokens", prepared.prompt_tokens),
-            *("output_cap", prepared.output_cap, "referer", prepared.referer),
+            *("referer", prepared.referer, "client", prepared.client),
+            *("worst_tokens", prepared.worst.tokens, "worst_cost", prepared.worst.cost),
+            *("text_bytes", size.text_bytes, "flat_tokens", size.flat_tokens),
         ]
         await self._prepare([self._key(session_id)], [self._session_ttl, *fields])
 
@@ -107,8 +139,28 @@ class SessionStore:
         reply = await self._claim([self._key(session_id)], [token, worker, self._running_ttl])
         if reply[0] != b"won":
             return read_standing(reply)
-        request, model, prompt_tokens, output_cap, referer = reply[1:]
-        return Prepared(request, model.decode(), int(prompt_tokens), int(output_cap), referer.decode())
+        request, model, prompt_tokens, referer, client, tokens, cost, text_bytes, flat_tokens = reply[1:]
+        return Prepared(
+            request,
+            model.decode(),
+            int(prompt_tokens),
+            referer.decode(),
+            client.decode(),
+            Worst(int(tokens), int(cost)),
+            Size(int(text_bytes), int(flat_tokens)) if int(text_bytes) else None,
+        )
+
+    async def describe(self, session_id: str) -> Described | None:
+        """What Redis has of a session, None where it has none."""
+        names = ["state", "token", "worker", "client", "model", "worst_tokens", "worst_cost", "prompt_tokens"]
+        async with bounded_call():
+            fields: list[Any] = await self._store.redis.hmget(self._key(session_id), names)
+        state, *rest = [(field or b"").decode() for field in fields]
+        if not state:
+            return None
+        token, worker, client, model, tokens, cost, prompt_tokens = rest
+        worst = Worst(int(tokens or 0), int(cost or 0))
+        return Described(State(state), token, worker, client, model, worst, int(prompt_tokens or 0))
 
     async def cancel(self, session_id: str, end: Terminal) -> Standing:
         """Cancel a session and return where it stood before.
@@ -165,12 +217,21 @@ class SessionStore:
         return read_standing(await self._lose(self._keys(session_id), args))
 
     async def restore(
-        self, session_id: str, token: str, worker: str, *, state: State, held: Batch, end: Terminal | None
+        self,
+        session_id: str,
+        token: str,
+        worker: str,
+        prepared: Prepared,
+        *,
+        state: State,
+        held: Batch,
+        end: Terminal | None,
     ) -> None:
         """Write a session of this worker anew, with what is held of its events, after Redis came back empty."""
         ttl = self._running_ttl if end is None else self._kept
         ending = [end.event, str(end.id), end.data] if end is not None else ["", "", ""]
         args = [token, worker, state, ttl, held.first, held.last, held.events, *ending]
+        args += [prepared.client, prepared.model, *prepared.worst, prepared.prompt_tokens]
         await self._restore(self._keys(session_id)[:2], args)
 
     async def remaining(self, session_id: str) -> int | None:

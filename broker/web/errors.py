@@ -40,6 +40,8 @@ def error_response(error: BrokerError) -> web.Response:
     if error.details is not None:
         body["details"] = error.details
     headers: dict[str, str] = {}
+    if error.status == 401:
+        headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
     if error.status in (429, 503):
         headers[hdrs.RETRY_AFTER] = str(math.ceil(error.retry_after or RETRY_AFTER))
     return json_response({"error": body}, status=error.status, headers=headers)

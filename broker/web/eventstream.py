@@ -86,5 +86,9 @@ class EventStream(EventSourceResponse):
 
 def opening(retry_ms: int) -> bytes:
     """What a stream begins with: when to come back, and a comment that gets it through buffering proxies."""
-    spread = random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - jitter is no secret
-    return encode_retry(round(retry_ms * spread)) + encode_comment("stream")
+    return encode_retry(retry_ms) + encode_comment("stream")
+
+
+def spread(milliseconds: int) -> int:
+    """A reconnection time, varied."""
+    return round(milliseconds * random.uniform(1 - JITTER, 1 + JITTER))  # noqa: S311 - jitter is no secret

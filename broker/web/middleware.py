@@ -61,7 +61,10 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     except BrokerError as error:
         if error.__cause__ is not None:
             log.warning(
-                "refused", code=error.code, request_id=request[REQUEST_ID], cause=type(error.__cause__).__name__
+                "refused",
+                code=error.code,
+                request_id=request[REQUEST_ID],
+                cause=type(error.__cause__).__name__,
             )
         return error_response(error)
     except web.HTTPException as error:

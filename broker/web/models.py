@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from aiohttp import ETag, web
 
 from broker.core.errors import InvalidRequest
-from broker.web.keys import CATALOG, SETTINGS
+from broker.web.keys import CATALOG, IDENTIFIER, SETTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +25,7 @@ async def get_models(request: web.Request) -> web.Response:
         InvalidRequest: the query cannot be understood.
         ModelsUnavailable: there is no list.
     """
+    await request.app[IDENTIFIER].identify(request)
     free = _only_free(request.query)
     allowed = request.app[SETTINGS].allowed_models
     listing = await request.app[CATALOG].listing(allowed, q=request.query.get("q", ""), free=free)

@@ -1,6 +1,6 @@
 -- claim: prepared -> running. Exactly one token wins, and asking again with it gets the same answer.
 -- KEYS[1] session; ARGV: token, worker, seconds to live from now on
--- Returns {'won', request, model, prompt tokens, output cap, referer} or {state, worker, end event, end id, end data}.
+-- Returns {'won', request, model, prompt tokens, referer, client, worst tokens, worst cost, text bytes, flat tokens} or {state, worker, end event, end id, end data}.
 local state, token, worker = unpack(redis.call('HMGET', KEYS[1], 'state', 'token', 'worker'))
 if not state then
   return {'gone'}
@@ -11,4 +11,5 @@ if state == 'prepared' then
 elseif state ~= 'running' or token ~= ARGV[1] then
   return {state, worker or '', unpack(redis.call('HMGET', KEYS[1], 'end_event', 'end_id', 'end_data'))}
 end
-return {'won', unpack(redis.call('HMGET', KEYS[1], 'request', 'model', 'prompt_tokens', 'output_cap', 'referer'))}
+return {'won', unpack(redis.call('HMGET', KEYS[1], 'request', 'model', 'prompt_tokens', 'referer', 'client',
+  'worst_tokens', 'worst_cost', 'text_bytes', 'flat_tokens'))}

@@ -1,0 +1,103 @@
+"""`broker usage`: the books of a day, for the operator, straight from Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import json
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from broker.cli.words import BAD_USE, complain
+from broker.core.accounts import Allowances
+from broker.core.errors import StoreUnavailable
+from broker.core.pricing import to_usd
+from broker.settings import SettingsError, load_settings
+from broker.store.accounts import METRICS, AccountStore, Line
+from broker.store.connection import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+NOTHING = Allowances(0, 0, 0, 0, 0)
+"""The books are read whatever anybody may."""
+
+
+def usage(day: str | None, *, by: str, as_json: bool) -> int:
+    """Print the books of a day, summed by client or by model; returns the exit status.
+
+    Args:
+        day: ``YYYY-MM-DD``, UTC; None is today.
+        by: ``client`` or ``model``.
+        as_json: for a machine.
+    """
+    try:
+        settings = load_settings()
+        wanted = dt.date.fromisoformat(day) if day is not None else None
+    except SettingsError as error:
+        return complain(error, BAD_USE)
+    except ValueError:
+        return complain(f"--day must be a date such as 2026-11-20, not {day!r}", BAD_USE)
+    if settings.redis_url is None:
+        return complain("REDIS_URL must be set: the books of an embedded Valkey end with it", BAD_USE)
+    try:
+        found, lines = asyncio.run(_read(settings.redis_url, settings.key_prefix, wanted))
+    except StoreUnavailable as error:
+        return complain(error)
+    rows = summed(lines, by)
+    if as_json:
+        print(json.dumps({"day": found.isoformat(), "by": by, "rows": rows}))
+    else:
+        Console().print(_table(found, by, rows))
+    return 0
+
+
+async def _read(redis_url: str, key_prefix: str, day: dt.date | None) -> tuple[dt.date, list[Line]]:
+    store = Store(redis_url, key_prefix)
+    try:
+        return await AccountStore(store, NOTHING, record_ttl=0).books(day)
+    finally:
+        await store.close()
+
+
+def summed(lines: Sequence[Line], by: str) -> list[dict[str, Any]]:
+    """One row a client or a model, the dearest first, with `METRICS` summed and the cost in USD."""
+    sums: dict[str, dict[str, int]] = {}
+    for line in lines:
+        row = sums.setdefault(line.client if by == "client" else line.model, dict.fromkeys(METRICS, 0))
+        for name in METRICS:
+            row[name] += line.counts[name]
+    ordered = sorted(sums.items(), key=lambda item: (-item[1]["cost"], -item[1]["requests"], item[0]))
+    return [{by: name, **row, "cost": to_usd(row["cost"])} for name, row in ordered]
+
+
+def _table(day: dt.date, by: str, rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=f"Usage on {day.isoformat()} (UTC)", title_justify="left")
+    table.add_column(by.capitalize(), overflow="fold")
+    for name in (
+        "Requests",
+        "Prompt",
+        "Completion",
+        "Cached",
+        "Reasoning",
+        "USD",
+        "Estimated",
+        "Cancelled",
+        "Failed",
+    ):
+        table.add_column(name, justify="right")
+    for row in rows:
+        counts = (row[name] for name in ("requests", "prompt", "completion", "cached", "reasoning"))
+        share = f"{row['estimated'] / row['requests']:.0%}" if row["requests"] else "-"
+        price = f"{row['cost']:.6f}" + (" +?" if row["unpriced"] else "")
+        table.add_row(
+            row[by],
+            *(f"{count:,}" for count in counts),
+            price,
+            share,
+            str(row["cancelled"]),
+            str(row["failed"]),
+        )
+    return table

@@ -1,0 +1,82 @@
+"""Who may spend what: the values that the accounts are kept in. Money is nano-USD, an integer; no I/O.
+
+An account is a client's, or that of everyone together, for one UTC day. What a generation may cost at worst is
+reserved at the claim and settled at the end with what it cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from broker.core.pricing import count_of, detail_of
+
+
+@dataclass(frozen=True, slots=True)
+class Allowances:
+    """What one client, and everyone together, may have. 0 is no limit, but for the numbers of streams.
+
+    Attributes:
+        waiting: sessions of a client that are prepared and not yet claimed.
+        streams: generations of a client at once.
+        daily_tokens: of a client.
+        daily_cost: of a client, nano-USD.
+        total_daily_cost: of everyone together, nano-USD.
+    """
+
+    waiting: int
+    streams: int
+    daily_tokens: int
+    daily_cost: int
+    total_daily_cost: int
+
+    @property
+    def limit_cost(self) -> bool:
+        """Whether any budget of money is on, so that prices matter."""
+        return self.daily_cost > 0 or self.total_daily_cost > 0
+
+
+class Worst(NamedTuple):
+    """The most that a request can take: prompt and output tokens together, and nano-USD."""
+
+    tokens: int
+    cost: int
+
+
+class Spent(NamedTuple):
+    """What a generation took.
+
+    Attributes:
+        prompt, completion: tokens; ``cached`` are part of the first, ``reasoning`` of the second.
+        cost: nano-USD; None where nobody knows.
+        estimated: it is our own count, because the upstream told no usage.
+    """
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+    reasoning: int = 0
+    cost: int | None = 0
+    estimated: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt + self.completion
+
+
+def spent_of(usage: Mapping[str, Any], cost: int | None, *, estimated: bool) -> Spent:
+    """Read an upstream's usage, whatever it holds."""
+    prompt = count_of(usage.get("prompt_tokens")) or 0
+    completion = count_of(usage.get("completion_tokens")) or 0
+    if not completion and (total := count_of(usage.get("total_tokens"))):
+        completion = max(0, total - prompt)
+    return Spent(
+        prompt,
+        completion,
+        min(detail_of(usage, "prompt_tokens_details", "cached_tokens"), prompt),
+        min(detail_of(usage, "completion_tokens_details", "reasoning_tokens"), completion),
+        cost,
+        estimated,
+    )

@@ -1,0 +1,252 @@
+"""The accounts in Redis: slots, budgets and books of every client, and of everyone together.
+
+All their keys share one tag, so that one script can take from several accounts or from none. A generation's token, that
+of its claim, names its reservation; every step can be asked for again with it and happens once. An open reservation
+is a lease: its worker renews it, and when that dies others find it among the open ones and settle it.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from broker.core.accounts import Allowances, Spent, Worst
+from broker.core.errors import BudgetExceeded, Overloaded, TooManyStreams
+from broker.store.connection import Store, bounded_call
+
+if TYPE_CHECKING:
+    from broker.core.session import State
+
+LEASE = 15.0
+"""Seconds after which an open reservation that nobody renews is taken for a dead worker's."""
+
+RECORD = 3600
+"""Seconds that a closed reservation is remembered, so that late repeats change nothing."""
+
+BUDGET_RETRY = 30.0
+"""Seconds after which a page that waits for a budget comes again."""
+
+STREAMS_RETRY = 5.0
+"""Seconds after which a page that waits for a slot comes again."""
+
+METRICS = (
+    *("requests", "prompt", "completion", "cached", "reasoning"),
+    *("cost", "estimated", "unpriced", "cancelled", "failed"),
+)
+"""What the books count of each client, model and day; ``cost`` is nano-USD, all else tokens or requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What a generation has taken from the accounts.
+
+    Attributes:
+        token: of its claim.
+        session_id: whose generation.
+        client: who pays.
+        model: which it asked for.
+        worst: what is reserved.
+        day: days since 1970, of the claim.
+    """
+
+    token: str
+    session_id: str
+    client: str
+    model: str
+    worst: Worst
+    day: int = 0
+
+
+class Day(NamedTuple):
+    """A client's own day: totals, in tokens and nano-USD."""
+
+    day: dt.date
+    requests: int
+    prompt: int
+    completion: int
+    cost: int
+    estimated: int
+
+
+class Line(NamedTuple):
+    """One line of the books: a client's use of a model on a day; ``counts`` has `METRICS`."""
+
+    client: str
+    model: str
+    counts: dict[str, int]
+
+
+class AccountStore:
+    """Takes, gives back, settles and tells. Every method raises `StoreUnavailable` where Redis cannot be reached.
+
+    Args:
+        store: the connection.
+        allowances: what one may have.
+        record_ttl: seconds that an open reservation is kept at most.
+    """
+
+    def __init__(self, store: Store, allowances: Allowances, *, record_ttl: int) -> None:
+        self._store = store
+        self._allowances = allowances
+        self._record_ttl = record_ttl
+        self._admit = store.script("admit")
+        self._reserve = store.script("reserve")
+        self._release = store.script("release")
+        self._settle = store.script("settle")
+        self._hold = store.script("hold")
+
+    async def admit(self, client: str, session_id: str, worst: Worst, *, ttl: int) -> None:
+        """Note a session that is about to be prepared.
+
+        Raises:
+            TooManyStreams: too many of the client's wait.
+            BudgetExceeded: what is spent today leaves no room for it.
+        """
+        allowed = self._allowances
+        reply = await self._admit(
+            [self._key("waiting", client), self._key("account", client), self._everyone],
+            [
+                *(session_id, ttl, worst.tokens, worst.cost),
+                *(allowed.waiting, allowed.daily_tokens, allowed.daily_cost, allowed.total_daily_cost),
+            ],
+        )
+        _raise_refusal(reply)
+
+    async def forget(self, client: str, session_id: str) -> None:
+        """A prepared session waits no more."""
+        async with bounded_call():
+            await self._store.redis.zrem(self._key("waiting", client), session_id)
+
+    async def reserve(self, reservation: Reservation, *, force: bool = False) -> int:
+        """Take a slot and the worst case, from all accounts or from none; returns the day of the claim.
+
+        Args:
+            reservation: for what.
+            force: whatever the limits say, for a generation that runs already.
+
+        Raises:
+            TooManyStreams, BudgetExceeded: there is no room now.
+        """
+        allowed, worst = self._allowances, reservation.worst
+        reply = await self._reserve(
+            [*self._keys(reservation.token, reservation.client), self._key("waiting", reservation.client)],
+            [
+                *(reservation.token, reservation.session_id, reservation.client, reservation.model),
+                *(worst.tokens, worst.cost, round(LEASE * 1000), self._record_ttl),
+                *(allowed.streams, allowed.daily_tokens, allowed.daily_cost, allowed.total_daily_cost),
+                int(force),
+            ],
+        )
+        _raise_refusal(reply, BUDGET_RETRY)
+        return int(reply[1])
+
+    async def release(self, token: str, client: str) -> None:
+        """Give a reservation back: its claim came to nothing."""
+        await self._release(self._keys(token, client), [token, RECORD])
+
+    async def settle(
+        self, reservation: Reservation, spent: Spent, state: State, *, correct: bool = False
+    ) -> None:
+        """Book what a generation took, once; or, with ``correct``, put the truth in place of an estimate."""
+        await self._settle(
+            [*self._keys(reservation.token, reservation.client), self._books(_date(reservation.day))],
+            [
+                *(reservation.token, reservation.client, reservation.model, state),
+                *(spent.prompt, spent.completion, spent.cached, spent.reasoning, spent.cost or 0),
+                *(int(spent.cost is not None), int(spent.estimated), int(correct), reservation.day, RECORD),
+            ],
+        )
+
+    async def hold(self, reservations: Sequence[Reservation]) -> None:
+        """Renew the leases of generations that run here."""
+        if reservations:
+            slots = [self._key("slots", each.client) for each in reservations]
+            await self._hold(
+                [self._open, *slots], [round(LEASE * 1000), *(each.token for each in reservations)]
+            )
+
+    async def orphans(self, limit: int) -> list[Reservation]:
+        """Open reservations that nobody has renewed in time."""
+        async with bounded_call():
+            now, _ = await self._store.redis.time()
+            tokens: Any = await self._store.redis.zrangebyscore(
+                self._open, "-inf", int(now) * 1000, start=0, num=limit
+            )
+            found = []
+            for token in tokens:
+                fields: Any = await self._store.redis.hgetall(self._key("reservation", token.decode()))
+                if fields.get(b"state") == b"open":
+                    found.append(_reservation(token.decode(), fields))
+                else:
+                    await self._store.redis.zrem(self._open, token)
+        return found
+
+    async def day(self, client: str) -> Day:
+        """A client's day so far."""
+        async with bounded_call():
+            now, _ = await self._store.redis.time()
+            day = int(now) // 86_400
+            names = [
+                f"{day}:{name}" for name in ("requests", "prompt", "completion", "spent_cost", "estimated")
+            ]
+            values: Any = await self._store.redis.hmget(self._key("account", client), names)
+        return Day(_date(day), *(int(value or 0) for value in values))
+
+    async def books(self, day: dt.date | None) -> tuple[dt.date, list[Line]]:
+        """All lines of a day's books; of today, by Redis's clock, where none is given."""
+        async with bounded_call():
+            if day is None:
+                now, _ = await self._store.redis.time()
+                day = _date(int(now) // 86_400)
+            fields: Any = await self._store.redis.hgetall(self._books(day))
+        lines: dict[tuple[str, str], dict[str, int]] = {}
+        for name, value in fields.items():
+            client, model, metric = name.decode().split("\x1f")
+            lines.setdefault((client, model), dict.fromkeys(METRICS, 0))[metric] = int(value)
+        return day, [Line(client, model, counts) for (client, model), counts in sorted(lines.items())]
+
+    def _keys(self, token: str, client: str) -> list[str]:
+        return [
+            *(self._key("reservation", token), self._key("slots", client), self._key("account", client)),
+            *(self._everyone, self._open),
+        ]
+
+    def _key(self, kind: str, name: str) -> str:
+        return f"{self._store.prefix}:{{accounts}}:{kind}:{name}"
+
+    def _books(self, day: dt.date) -> str:
+        return self._key("books", day.isoformat())
+
+    @property
+    def _everyone(self) -> str:
+        return f"{self._store.prefix}:{{accounts}}:everyone"
+
+    @property
+    def _open(self) -> str:
+        return f"{self._store.prefix}:{{accounts}}:open"
+
+
+def _raise_refusal(reply: list[Any], budget_retry: float | None = None) -> None:
+    kind = reply[0]
+    if kind == b"ok":
+        return
+    if kind in (b"waiting", b"streams"):
+        message = "Too many of your sessions wait to be started." if kind == b"waiting" else ""
+        raise TooManyStreams(message, retry_after=min(float(reply[1]), STREAMS_RETRY))
+    if kind == b"closed":
+        raise Overloaded("This claim was given back.")
+    everyone = kind == b"total"
+    message = "The budget of this service for today is used up." if everyone else ""
+    raise BudgetExceeded(message, retry_after=budget_retry or float(reply[1]))
+
+
+def _reservation(token: str, fields: dict[bytes, bytes]) -> Reservation:
+    text = {name.decode(): value.decode() for name, value in fields.items()}
+    worst = Worst(int(text["tokens"]), int(text["cost"]))
+    return Reservation(token, text["session"], text["client"], text["model"], worst, int(text["day"]))
+
+
+def _date(day: int) -> dt.date:
+    return dt.date(1970, 1, 1) + dt.timedelta(days=day)

@@ -1,0 +1,17 @@
+-- release: gives an open reservation back; nothing was spent. The record stays, so that a late reserve changes nothing.
+-- KEYS[1] reservation, [2] the client's slots, [3] the client's account, [4] everyone's account, [5] all open ones
+-- ARGV: token, seconds to keep the record
+local state, tokens, cost, day = unpack(redis.call('HMGET', KEYS[1], 'state', 'tokens', 'cost', 'day'))
+if state == 'open' then
+  for _, account in ipairs({KEYS[3], KEYS[4]}) do
+    redis.call('HINCRBY', account, day .. ':reserved_tokens', -tokens)
+    redis.call('HINCRBY', account, day .. ':reserved_cost', -cost)
+  end
+end
+if state == 'open' or not state then
+  redis.call('HSET', KEYS[1], 'state', 'released')
+  redis.call('EXPIRE', KEYS[1], ARGV[2])
+end
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('ZREM', KEYS[5], ARGV[1])
+return 1

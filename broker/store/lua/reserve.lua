@@ -1,0 +1,52 @@
+-- reserve: takes a slot and the worst case of one generation from all accounts it touches, or nothing. Asking again
+-- with the same token gives the same answer.
+-- KEYS[1] reservation, [2] the client's slots, [3] the client's account, [4] everyone's account, [5] all open ones,
+--     [6] the client's waiting sessions
+-- ARGV: token, session, client, model, worst tokens, worst cost, lease in ms, seconds to live,
+--       limits: streams, tokens a day, cost a day, everyone's cost a day; '1' to reserve whatever the limits say
+-- Returns {'ok', day}, {'closed'} for a reservation that was given back or settled, or
+-- {'streams' | 'tokens' | 'cost' | 'total', seconds until that may change}.
+local now = redis.call('TIME')
+local ms = now[1] * 1000 + math.floor(now[2] / 1000)
+local state, held_day = unpack(redis.call('HMGET', KEYS[1], 'state', 'day'))
+if state then
+  return state == 'open' and {'ok', held_day} or {'closed'}
+end
+local day = math.floor(now[1] / 86400)
+local function taken(account, what)
+  return tonumber(redis.call('HGET', account, day .. ':spent_' .. what) or 0)
+    + tonumber(redis.call('HGET', account, day .. ':reserved_' .. what) or 0)
+end
+local tokens, cost = tonumber(ARGV[5]), tonumber(ARGV[6])
+local max_streams, max_tokens = tonumber(ARGV[9]), tonumber(ARGV[10])
+local max_cost, max_total = tonumber(ARGV[11]), tonumber(ARGV[12])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', ms)
+if ARGV[13] ~= '1' then
+  local until_tomorrow = (day + 1) * 86400 - now[1]
+  if redis.call('ZCARD', KEYS[2]) >= max_streams then
+    return {'streams', 5}
+  end
+  if max_tokens > 0 and taken(KEYS[3], 'tokens') + tokens > max_tokens then
+    return {'tokens', until_tomorrow}
+  end
+  if max_cost > 0 and taken(KEYS[3], 'cost') + cost > max_cost then
+    return {'cost', until_tomorrow}
+  end
+  if max_total > 0 and taken(KEYS[4], 'cost') + cost > max_total then
+    return {'total', until_tomorrow}
+  end
+end
+redis.call('HSET', KEYS[1], 'state', 'open', 'session', ARGV[2], 'client', ARGV[3], 'model', ARGV[4],
+  'tokens', ARGV[5], 'cost', ARGV[6], 'day', day)
+redis.call('EXPIRE', KEYS[1], ARGV[8])
+for _, account in ipairs({KEYS[3], KEYS[4]}) do
+  redis.call('HINCRBY', account, day .. ':reserved_tokens', tokens)
+  redis.call('HINCRBY', account, day .. ':reserved_cost', cost)
+  redis.call('EXPIRE', account, 259200)
+end
+redis.call('ZADD', KEYS[2], ms + ARGV[7], ARGV[1])
+redis.call('EXPIRE', KEYS[2], ARGV[8])
+redis.call('ZADD', KEYS[5], ms + ARGV[7], ARGV[1])
+redis.call('EXPIRE', KEYS[5], 259200)
+redis.call('ZREM', KEYS[6], ARGV[2])
+return {'ok', day}

@@ -1,0 +1,59 @@
+-- settle: turns a reservation into what was spent, exactly once; or corrects an estimate that was settled before.
+-- KEYS[1] reservation, [2] the client's slots, [3] the client's account, [4] everyone's account, [5] all open ones,
+--     [6] the books of the reservation's day
+-- ARGV: token, client, model, the end's state, prompt tokens, completion tokens, cached tokens, reasoning tokens, cost,
+--       '1' where the cost is known, '1' where it is an estimate, '1' to correct, day, seconds to keep the record
+-- Returns 1 where it changed something.
+local held = redis.call('HMGET', KEYS[1], 'state', 'tokens', 'cost', 'day', 'estimated')
+local state, day = held[1], held[4] or ARGV[13]
+local correct = ARGV[12] == '1'
+local prompt, completion, cost = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[9])
+local cached, reasoning, estimated = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[11])
+local was = {prompt = 0, completion = 0, cached = 0, reasoning = 0, cost = 0, estimated = 0, unpriced = 0}
+local is = {prompt = prompt, completion = completion, cached = cached, reasoning = reasoning, cost = cost,
+  estimated = estimated, unpriced = ARGV[10] == '1' and 0 or 1}
+if correct then
+  if state ~= 'settled' or held[5] ~= '1' then
+    return 0
+  end
+  for name, _ in pairs(was) do
+    was[name] = tonumber(redis.call('HGET', KEYS[1], 'was_' .. name) or 0)
+  end
+elseif state == 'settled' or state == 'released' then
+  return 0
+elseif state == 'open' then
+  for _, account in ipairs({KEYS[3], KEYS[4]}) do
+    redis.call('HINCRBY', account, day .. ':reserved_tokens', -held[2])
+    redis.call('HINCRBY', account, day .. ':reserved_cost', -held[3])
+  end
+end
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('ZREM', KEYS[5], ARGV[1])
+local line = ARGV[2] .. '\31' .. ARGV[3] .. '\31'
+for _, account in ipairs({KEYS[3], KEYS[4]}) do
+  redis.call('HINCRBY', account, day .. ':spent_tokens', prompt + completion - was.prompt - was.completion)
+  redis.call('HINCRBY', account, day .. ':spent_cost', cost - was.cost)
+  redis.call('HINCRBY', account, day .. ':prompt', prompt - was.prompt)
+  redis.call('HINCRBY', account, day .. ':completion', completion - was.completion)
+  redis.call('HINCRBY', account, day .. ':estimated', estimated - was.estimated)
+  if not correct then
+    redis.call('HINCRBY', account, day .. ':requests', 1)
+  end
+  redis.call('EXPIRE', account, 259200)
+end
+for name, value in pairs(is) do
+  if value ~= was[name] then
+    redis.call('HINCRBY', KEYS[6], line .. name, value - was[name])
+  end
+  redis.call('HSET', KEYS[1], 'was_' .. name, string.format('%.0f', value))
+end
+if not correct then
+  redis.call('HINCRBY', KEYS[6], line .. 'requests', 1)
+  if ARGV[4] ~= 'done' then
+    redis.call('HINCRBY', KEYS[6], line .. (ARGV[4] == 'cancelled' and 'cancelled' or 'failed'), 1)
+  end
+end
+redis.call('EXPIRE', KEYS[6], 3024000)
+redis.call('HSET', KEYS[1], 'state', 'settled', 'estimated', ARGV[11], 'day', day)
+redis.call('EXPIRE', KEYS[1], ARGV[14])
+return 1

@@ -1,0 +1,49 @@
+"""GET /usage: what the caller has used today, and what is left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from broker.core.pricing import to_usd
+from broker.web.errors import json_response
+from broker.web.keys import ACCOUNTS, ALLOWANCES, IDENTIFIER
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from broker.core.accounts import Allowances
+    from broker.store.accounts import Day
+
+
+async def get_usage(request: web.Request) -> web.Response:
+    """Answer for the caller's own day, UTC."""
+    client = await request.app[IDENTIFIER].identify(request)
+    day = await request.app[ACCOUNTS].day(client.name)
+    return json_response(told(day, request.app[ALLOWANCES]))
+
+
+def told(day: Day, allowances: Allowances) -> dict[str, Any]:
+    """A day as JSON: tokens and USD. A limit that is not set is null, and so is what is left of it."""
+    tokens = day.prompt + day.completion
+    return {
+        "day": day.day.isoformat(),
+        "requests": day.requests,
+        "promptTokens": day.prompt,
+        "completionTokens": day.completion,
+        "totalTokens": tokens,
+        "cost": to_usd(day.cost),
+        "estimatedRequests": day.estimated,
+        "limits": {
+            "tokens": _limit(allowances.daily_tokens, tokens),
+            "cost": {
+                name: None if nano is None else to_usd(nano)
+                for name, nano in _limit(allowances.daily_cost, day.cost).items()
+            },
+        },
+    }
+
+
+def _limit(limit: int, used: int) -> dict[str, int | None]:
+    if not limit:
+        return {"limit": None, "left": None}
+    return {"limit": limit, "left": max(0, limit - used)}

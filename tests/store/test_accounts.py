@@ -1,0 +1,179 @@
+"""Slots, budgets and books against a real Valkey: the law of money is checked after every step."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import replace
+
+import pytest
+
+from broker.core.accounts import Allowances, Spent, Worst
+from broker.core.errors import BudgetExceeded, LimitError, TooManyStreams
+from broker.core.session import State
+from broker.store.accounts import AccountStore, Reservation
+from broker.store.connection import Store
+
+FREE = Allowances(waiting=50, streams=1000, daily_tokens=0, daily_cost=0, total_daily_cost=0)
+
+
+def accounts(store: Store, allowances: Allowances) -> AccountStore:
+    return AccountStore(store, allowances, record_ttl=600)
+
+
+def wanted(token: str, client: str = "c", tokens: int = 10, cost: int = 100) -> Reservation:
+    return Reservation(token, f"session-{token}", client, "model", Worst(tokens, cost))
+
+
+async def reserved(books: AccountStore, reservation: Reservation, **kwargs: bool) -> Reservation:
+    return replace(reservation, day=await books.reserve(reservation, **kwargs))
+
+
+async def everyone(store: Store) -> dict[str, int]:
+    fields = await store.redis.hgetall(f"{store.prefix}:{{accounts}}:everyone")
+    return {name.decode().partition(":")[2]: int(value) for name, value in fields.items()}
+
+
+async def test_of_many_claims_at_once_as_many_run_as_there_is_room_for(store: Store) -> None:
+    books = accounts(store, replace(FREE, total_daily_cost=37 * 100))
+    results = await asyncio.gather(
+        *(books.reserve(wanted(str(n), client=f"c{n % 7}")) for n in range(500)), return_exceptions=True
+    )
+    assert sum(isinstance(result, int) for result in results) == 37
+    assert all(isinstance(result, int | BudgetExceeded) for result in results)
+    assert (await everyone(store))["reserved_cost"] == 3700
+
+
+async def test_slots_are_the_clients_own(store: Store) -> None:
+    books = accounts(store, replace(FREE, streams=2))
+    for n in range(2):
+        await books.reserve(wanted(f"a{n}", client="a"))
+    with pytest.raises(TooManyStreams):
+        await books.reserve(wanted("a2", client="a"))
+    await books.reserve(wanted("b0", client="b"))
+
+
+async def test_every_way_out_gives_the_slot_back(store: Store) -> None:
+    books = accounts(store, replace(FREE, streams=1))
+    first = await reserved(books, wanted("1"))
+    await books.settle(first, Spent(1, 1, cost=5), State.DONE)
+    second = await reserved(books, wanted("2"))
+    await books.release(second.token, second.client)
+    await books.reserve(wanted("3"))
+
+
+async def test_asking_again_with_a_token_takes_nothing_more(store: Store) -> None:
+    books = accounts(store, replace(FREE, streams=1))
+    for _ in range(3):
+        await books.reserve(wanted("1"))
+    assert (await everyone(store))["reserved_tokens"] == 10
+
+
+async def test_a_reservation_that_was_given_back_is_not_taken_again_by_a_late_repeat(store: Store) -> None:
+    books = accounts(store, FREE)
+    await books.release("1", "c")  # overtakes the reserve that it belongs to
+    with pytest.raises(Exception, match="given back"):
+        await books.reserve(wanted("1"))
+    assert (await everyone(store)).get("reserved_tokens", 0) == 0
+
+
+async def test_settling_happens_once_and_a_bill_above_its_reservation_is_booked_whole(store: Store) -> None:
+    books = accounts(store, FREE)
+    reservation = await reserved(books, wanted("1", tokens=10, cost=100))
+    for _ in range(3):
+        await books.settle(reservation, Spent(20, 30, 5, 7, 1234), State.DONE)
+    await books.release(reservation.token, reservation.client)
+    total = await everyone(store)
+    assert (total["reserved_tokens"], total["reserved_cost"]) == (0, 0)
+    assert (total["spent_tokens"], total["spent_cost"], total["requests"]) == (50, 1234, 1)
+
+
+async def test_an_estimate_is_corrected_once_and_the_truth_is_not(store: Store) -> None:
+    books = accounts(store, FREE)
+    guessed = await reserved(books, wanted("1"))
+    await books.settle(guessed, Spent(10, 10, cost=50, estimated=True), State.CANCELLED)
+    for _ in range(2):
+        await books.settle(guessed, Spent(8, 4, cost=30), State.CANCELLED, correct=True)
+    known = await reserved(books, wanted("2"))
+    await books.settle(known, Spent(1, 1, cost=1), State.DONE)
+    await books.settle(known, Spent(9, 9, cost=9), State.DONE, correct=True)
+    total = await everyone(store)
+    assert (total["spent_tokens"], total["spent_cost"], total["estimated"]) == (14, 31, 0)
+    _, (line,) = await books.books(None)
+    assert line.counts["cost"] == 31
+    assert (line.counts["requests"], line.counts["cancelled"], line.counts["estimated"]) == (2, 1, 0)
+
+
+async def test_the_door_counts_what_is_spent_and_not_what_others_reserved(store: Store) -> None:
+    books = accounts(store, replace(FREE, daily_tokens=100))
+    reservation = await reserved(books, wanted("1", tokens=95))
+    await books.admit("c", "s1", Worst(10, 0), ttl=600)
+    with pytest.raises(BudgetExceeded):
+        await books.reserve(wanted("2", tokens=10))
+    await books.settle(reservation, Spent(60, 35), State.DONE)
+    with pytest.raises(BudgetExceeded):
+        await books.admit("c", "s2", Worst(10, 0), ttl=600)
+    await books.admit("d", "s3", Worst(10, 0), ttl=600)
+
+
+async def test_so_many_sessions_of_a_client_may_wait(store: Store) -> None:
+    books = accounts(store, replace(FREE, waiting=2))
+    await books.admit("c", "s1", Worst(1, 0), ttl=600)
+    await books.admit("c", "s2", Worst(1, 0), ttl=600)
+    with pytest.raises(TooManyStreams):
+        await books.admit("c", "s3", Worst(1, 0), ttl=600)
+    await books.forget("c", "s1")
+    await books.admit("c", "s3", Worst(1, 0), ttl=600)
+    await books.reserve(Reservation("t", "s2", "c", "m", Worst(1, 0)))
+    await books.admit("c", "s4", Worst(1, 0), ttl=600)
+
+
+async def test_what_redis_lost_is_reserved_again_whatever_the_limits_say(store: Store) -> None:
+    books = accounts(store, replace(FREE, streams=1))
+    await books.reserve(wanted("1"))
+    await books.reserve(wanted("2"), force=True)
+    assert (await everyone(store))["reserved_tokens"] == 20
+
+
+async def test_every_key_has_a_time_to_live(store: Store) -> None:
+    books = accounts(store, FREE)
+    await books.admit("c", "s1", Worst(1, 1), ttl=600)
+    reservation = await reserved(books, wanted("1"))
+    await books.reserve(wanted("2"))
+    await books.settle(reservation, Spent(1, 1, cost=1), State.FAILED)
+    keys = await store.redis.keys("*")
+    assert keys
+    assert [key for key in keys if await store.redis.ttl(key) < 0] == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_spent_and_reserved_never_exceed_the_limit(store: Store, seed: int) -> None:
+    """Any order of steps, repeats included. No bill exceeds its reservation here, so there is no exception."""
+    rng = random.Random(seed)
+    limit = 5000
+    books = accounts(store, replace(FREE, streams=5, daily_cost=3000, total_daily_cost=limit))
+    open_ones: list[Reservation] = []
+    billed = 0
+    for n in range(300):
+        step = rng.random()
+        if step < 0.5:
+            client = f"c{rng.randrange(3)}"
+            try:
+                open_ones.append(await reserved(books, wanted(str(n), client, cost=rng.randrange(1, 900))))
+            except LimitError:
+                pass
+        elif open_ones:
+            chosen = open_ones[rng.randrange(len(open_ones))]
+            if step < 0.75:
+                cost = rng.randrange(chosen.worst.cost + 1)
+                for _ in range(rng.randrange(1, 3)):
+                    await books.settle(chosen, Spent(1, 1, cost=cost), State.DONE)
+                billed += cost
+            else:
+                for _ in range(rng.randrange(1, 3)):
+                    await books.release(chosen.token, chosen.client)
+            open_ones.remove(chosen)
+        total = await everyone(store)
+        assert total.get("spent_cost", 0) + total.get("reserved_cost", 0) <= limit
+        assert total.get("reserved_cost", 0) == sum(each.worst.cost for each in open_ones)
+    assert (await everyone(store)).get("spent_cost", 0) == billed
