@@ -67,10 +67,10 @@ def _warn(settings: Settings, unknown: list[str]) -> None:
 
 def _run(settings: Settings, *, rehearsal: bool, embedded: bool) -> int:
     # The service with all its libraries, once it is sure that it is going to run.
-    from broker import app  # noqa: PLC0415 - as said above
+    from broker import service  # noqa: PLC0415 - as said above
 
     try:
-        return app.serve(settings, rehearsal=rehearsal, embedded=embedded)
+        return service.serve(settings, rehearsal=rehearsal, embedded=embedded)
     except StoreUnavailable as error:
         return complain(error)
     except OSError as error:

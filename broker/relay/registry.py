@@ -34,8 +34,8 @@ from broker.relay.membership import Membership
 from broker.relay.settling import Settler
 
 if TYPE_CHECKING:
-    from broker.core.replay import Batch
     from broker.core.density import Sample
+    from broker.core.replay import Batch
     from broker.relay.feed import Feed
     from broker.relay.reading import Bounds
     from broker.relay.settling import FetchGeneration, PricesOf

@@ -102,6 +102,16 @@ class Store:
         async with bounded_call():
             await self.redis.ping()
 
+    async def may_evict(self) -> bool:
+        """Whether Redis would throw keys away when it is full, running sessions among them.
+
+        Raises:
+            StoreUnavailable: it cannot be asked.
+        """
+        async with bounded_call():
+            memory: dict[str, Any] = await self.redis.info("memory")
+        return memory.get("maxmemory_policy", "noeviction") != "noeviction"
+
     async def close(self) -> None:
         """Close all connections."""
         await self.redis.aclose()

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from broker.core.accounts import Worst
-from broker.core.tokens import Size
 from broker.core.session import State, Terminal, parse_cursor
+from broker.core.tokens import Size
 from broker.store.connection import CALL_TIMEOUT, Store, bounded_call
 
 if TYPE_CHECKING:

@@ -1,0 +1,155 @@
+"""Running the service as a process: its loop, its signals, its listener, and the order in which it ends.
+
+What the service consists of is `broker.app`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import structlog
+from aiohttp import web
+
+from broker.app import build
+from broker.core.errors import StoreUnavailable
+from broker.web import keys
+
+if TYPE_CHECKING:
+    from broker.settings import Settings
+    from broker.store.connection import Store
+
+log = structlog.get_logger(__name__)
+
+BACKLOG = 4096
+"""Connections that may wait to be accepted: pages that lost a worker all come at once."""
+
+
+def serve(settings: Settings, *, rehearsal: bool, embedded: bool) -> int:
+    """Run the service until it is told to stop; returns the exit status.
+
+    Args:
+        settings: all of them.
+        rehearsal: run a scripted upstream beside the service and use that.
+        embedded: run a Valkey of our own even where the service can be reached from outside.
+    """
+    _raise_file_limit()
+    with _embedded_store(settings, wanted=embedded or settings.redis_url is None) as redis_url:
+        runner = _new_runner()
+        with runner:
+            return runner.run(_serve(settings, redis_url, rehearsal=rehearsal))
+
+
+async def _serve(settings: Settings, redis_url: str, *, rehearsal: bool) -> int:
+    stopping = _stop_on_signals()
+    async with AsyncExitStack() as stack:
+        upstream_url = settings.upstream_url
+        if rehearsal:
+            from broker.rehearsal.app import rehearsal_beside  # noqa: PLC0415 - only here, and it takes time
+
+            upstream_url = await stack.enter_async_context(rehearsal_beside())
+        app = await stack.enter_async_context(build(settings, redis_url, upstream_url))
+        registry = app[keys.REGISTRY]
+        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        site = web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)
+        await site.start()
+        _tell_where(runner, settings, rehearsal=rehearsal)
+        await _warn_of_eviction(app[keys.STORE])
+        _calm_collector()
+        await stopping.wait()
+        log.info("draining", seconds=settings.drain_timeout)
+        await registry.drain(settings.drain_timeout)
+        await site.stop()
+    return 0
+
+
+@contextmanager
+def _embedded_store(settings: Settings, *, wanted: bool) -> Iterator[str]:
+    if not wanted and settings.redis_url is not None:
+        yield settings.redis_url
+        return
+    from broker.store.embedded import embedded_valkey  # noqa: PLC0415 - only where it is used
+
+    with embedded_valkey() as url:
+        yield url
+
+
+def _new_runner() -> asyncio.Runner:
+    try:
+        import uvloop  # noqa: PLC0415 - not on every platform
+    except ImportError:
+        return asyncio.Runner()
+    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """Set at the first SIGTERM or SIGINT. The second ends the process at once."""
+    stopping = asyncio.Event()
+
+    def stop(number: int) -> None:
+        if stopping.is_set():
+            os._exit(128 + number)
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    return stopping
+
+
+def _raise_file_limit() -> None:
+    """Each stream takes two files, and the usual soft limit of 1024 is for programs that use `select`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError):
+            log.warning("the limit on open files stays low", limit=soft)
+
+
+def _calm_collector() -> None:
+    """Keep the garbage collector off everything that lives as long as the process.
+
+    With openai imported a full collection stops the loop for 49 ms, and after a freeze for 0.001 (measured); what the
+    service makes itself is freed by its reference counts.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
+def _tell_where(runner: web.AppRunner, settings: Settings, *, rehearsal: bool) -> None:
+    port = runner.addresses[0][1] if runner.addresses else settings.port
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    log.info("listening", url=f"http://{host}:{port}", rehearsal=rehearsal, **_what_is_on(settings))
+    if not (settings.listens_on_loopback or settings.needs_identity or settings.total_daily_cost):
+        log.warning("anybody who can connect can spend: set BROKER_API_KEYS, a JWT setting or BROKER_TOTAL_DAILY_COST")
+
+
+def _what_is_on(settings: Settings) -> dict[str, str]:
+    """The limits in force, for the one line at the start."""
+    limits = {
+        "rate": f"{settings.rate_limit.count}/{settings.rate_limit.seconds}s",
+        "streams": str(settings.max_concurrent_streams),
+        "daily_tokens": str(settings.daily_tokens or ""),
+        "daily_cost": str(settings.daily_cost or ""),
+        "total_daily_cost": str(settings.total_daily_cost or ""),
+        "identity": "required" if settings.needs_identity else "address",
+    }
+    return {name: value for name, value in limits.items() if value}
+
+
+async def _warn_of_eviction(store: Store) -> None:
+    try:
+        if await store.may_evict():
+            log.warning("redis may throw sessions away: set its maxmemory-policy to noeviction")
+    except StoreUnavailable:
+        log.warning("redis cannot be reached yet")
