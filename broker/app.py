@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-from aiohttp import web
 
 from broker.admission import Admission
 from broker.catalog import Catalog
@@ -33,9 +30,14 @@ from broker.upstream.client import UpstreamClient
 from broker.upstream.generations import fetch_generation
 from broker.upstream.models import fetch_models
 from broker.web import keys
+from broker.web.identity import Identifier
 from broker.web.routes import build_web
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Coroutine, Mapping
+
+    from aiohttp import web
+
     from broker.core.pricing import Prices
     from broker.settings import Settings
 
@@ -79,7 +81,7 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
             frozenset(origin.lower() for origin in settings.cors_origins), settings.listens_on_loopback
         )
         app[keys.RATES] = Rates(store, limit=settings.rate_limit.count, window=settings.rate_limit.seconds)
-        app[keys.IDENTIFIER] = await stack.enter_async_context(_identifier(settings))
+        app[keys.IDENTIFIER] = await stack.enter_async_context(Identifier(settings, _upstream_key(settings)))
         app[keys.ADMISSION] = Admission(
             settings=settings,
             catalog=catalog,

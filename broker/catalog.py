@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -32,6 +31,8 @@ from broker.core.errors import ModelsUnavailable, StoreUnavailable
 from broker.store.catalog import KEPT, LOCK_TTL
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+
     from broker.store.catalog import CatalogStore
 
 PATIENCE = 12.0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
@@ -17,6 +16,8 @@ from broker.core.density import Sample, estimate, without_variant
 from broker.core.errors import StoreUnavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
     from broker.store.density import DensityStore
 
 FRESH = 10.0

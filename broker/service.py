@@ -10,7 +10,6 @@ import gc
 import os
 import resource
 import signal
-from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,8 @@ from broker.core.errors import StoreUnavailable
 from broker.web import keys
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from broker.settings import Settings
     from broker.store.connection import Store
 

@@ -5,13 +5,14 @@ No I/O and no clock. `broker/cli/chat.py` holds the connection and prints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from broker.core.sse import Frame
 
 # Lines in a row that brought nothing, as while the broker restarts, and waits in a row for room or budget.

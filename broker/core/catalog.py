@@ -5,15 +5,17 @@ Reading, looking up, narrowing and writing out; no fetching and no keeping. What
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from broker.core.pricing import Prices, is_free, parse_prices
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 # Suffixes that choose among the providers of a model and leave the model as it is:
 # https://openrouter.ai/docs/guides/routing/model-variants. All others (":free", ":extended", ":thinking") are models

@@ -16,12 +16,14 @@ There is one estimate for all clients: one that had its own could teach it what 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from broker.core.parameters import ONLINE
 from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, MESSAGE_TOKENS, Size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 LEAST, MOST = 1.0, 8.0
 """Bounds of a sample. No tokenizer makes two tokens of a byte, and only odd text runs beyond 8 bytes a token."""

@@ -6,7 +6,6 @@ What is not known of a model does not bind.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +15,8 @@ from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, Size, measure_frame, mea
 from broker.core.trimming import trim
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from broker.core.chat import ChatRequest
 
 T = TypeVar("T")

@@ -10,12 +10,14 @@ what goes upstream; a validated copy of it would only have to be dumped again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NotRequired, Required, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Required, get_args
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, with_config
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict  # typing's own tells pydantic too little before Python 3.12
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
 # The tag of a union's member takes a place in pydantic's path to an error, though it is no key of the document.
 # Marked like this, the path can be cleaned of it again.

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, Required
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Required
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, with_config
 from pydantic_core import PydanticCustomError
@@ -30,6 +29,9 @@ from broker.core.messages import (
     by_kind,
     tagged,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 MAX_MODELS = 16
 MAX_TOOLS = 128

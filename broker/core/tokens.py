@@ -8,10 +8,12 @@ a token. What is not text counts at a flat rate, whatever its length in base64.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 # English prose runs at 4 to 5 bytes a token, code and most other languages at about 3.
 DEFAULT_BYTES_PER_TOKEN = 3.0

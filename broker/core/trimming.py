@@ -12,8 +12,10 @@ System and developer messages stay wherever they stand, and so does the last use
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
 _PINNED_ROLES = ("system", "developer")
 

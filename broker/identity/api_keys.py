@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -14,6 +12,9 @@ import structlog
 from broker.settings import SettingsError, read_api_keys
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
     from broker.setting_kinds import ApiKey
 
 LOOK_EVERY = 1.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import aiohttp
@@ -15,6 +14,7 @@ import structlog
 from broker.core.errors import Unauthorized
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
 FETCH_TIMEOUT = 5.0

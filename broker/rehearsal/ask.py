@@ -6,12 +6,14 @@ lets through what a model does not support.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 TOKENS_PER_MESSAGE = 4
 TOKENS_PER_FILE = 1000

@@ -6,11 +6,13 @@ Both keep the last thousand and forget the oldest first.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from datetime import datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from broker.rehearsal.answer import PROVIDER, Answer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
 
 KEPT = 1000
 

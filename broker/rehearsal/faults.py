@@ -5,9 +5,8 @@ A new fault is a function here, a few lines long, and a row in the table of `mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -15,6 +14,9 @@ from broker.rehearsal.answer import PROVIDER, Answer, Play
 from broker.rehearsal.scripts import ending, opening, plain, say, whole
 from broker.rehearsal.steps import DONE, Pause, Reply, Reset, Script, Send, comment, event, problem
 from broker.rehearsal.text import opening_of, passage_for, tokens_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SOME_TEXT = 20
 """Tokens that are written before a fault strikes in the middle."""

@@ -7,7 +7,6 @@ looks at a clock, so that `list(script(answer))` is a test of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,8 @@ from broker.rehearsal.text import (
 from broker.rehearsal.tools import calls_for, report_on
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from broker.rehearsal.answer import Answer
 
 SPEED = 32.0

@@ -7,8 +7,11 @@ paragraphs, a list and a piece of code, so that a page has something to render.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _TOKEN = re.compile(r"\s*(?:\w{1,7}|[^\w\s]{1,3})|\s+")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from broker.rehearsal.ask import Ask, text_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MOST_CALLS = 2
 RESULT_SHOWN = 500

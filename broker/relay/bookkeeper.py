@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import structlog
@@ -20,6 +19,8 @@ from broker.core.session import ENDED, short
 from broker.core.sse import Decoder, EventTooLarge
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from broker.relay.settling import Settler
     from broker.store.accounts import AccountStore, Reservation
     from broker.store.journal import JournalStore

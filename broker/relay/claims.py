@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,8 @@ from broker.store.accounts import AccountStore, Reservation
 from broker.store.sessions import Prepared, SessionStore, Standing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from broker.relay.generation import Generation
 
 RETRY = 0.3

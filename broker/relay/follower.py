@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
@@ -22,6 +21,8 @@ from broker.core.session import State, short
 from broker.relay.feed import Feed
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
     from broker.store.journal import Followed, JournalStore
     from broker.store.sessions import SessionStore
     from broker.store.workers import WorkerStore

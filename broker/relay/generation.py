@@ -10,7 +10,6 @@ grace, the shutdown, the fence. The first reason given is the one that counts.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -38,6 +37,8 @@ from broker.relay.reading import Bounds, Reading
 from broker.store.sessions import Refusal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from broker.relay.settling import Settler
     from broker.store.accounts import Reservation
     from broker.store.sessions import Prepared, SessionStore

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, NoReturn
 
@@ -12,6 +11,8 @@ import structlog
 from broker.core.errors import StoreUnavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from broker.store.workers import Ring, WorkerStore
 
 log = structlog.get_logger(__name__)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +20,8 @@ from broker.core.faults import may_have_generated, retry_delay
 from broker.core.sse import Decoder, EventTooLarge
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
     from broker.store.sessions import Prepared
     from broker.upstream.client import UpstreamClient, UpstreamStream
 

@@ -6,7 +6,6 @@ The web asks it for a session by id, and gets something to watch or an error tha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +33,8 @@ from broker.relay.membership import Membership
 from broker.relay.settling import Settler
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator
+
     from broker.core.density import Sample
     from broker.core.replay import Batch
     from broker.relay.feed import Feed

@@ -8,7 +8,6 @@ is a lease: its worker renews it, and when that dies others find it among the op
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +16,8 @@ from broker.core.errors import BudgetExceeded, Overloaded, TooManyStreams
 from broker.store.connection import Store, bounded_call
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from broker.core.session import State
 
 LEASE = 15.0

@@ -8,7 +8,6 @@ are written so that running one again with the same arguments does no harm; who 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,8 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 from broker.core.errors import StoreUnavailable
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Sequence
+
     from redis.asyncio.connection import AbstractConnection
     from redis.commands.core import AsyncScript
 
@@ -110,7 +111,7 @@ class Store:
         """
         async with bounded_call():
             memory: dict[str, Any] = await self.redis.info("memory")
-        return memory.get("maxmemory_policy", "noeviction") != "noeviction"
+        return bool(memory.get("maxmemory_policy", "noeviction") != "noeviction")
 
     async def close(self) -> None:
         """Close all connections."""

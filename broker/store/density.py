@@ -7,12 +7,14 @@ uses any more go. What the samples say together is not known here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from hashlib import blake2b, sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from broker.core.density import Sample
 from broker.store.connection import CALL_TIMEOUT, Store, store_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 KEPT_OF_MODEL = 96
 KEPT_OF_CLIENT = 24

@@ -7,15 +7,17 @@ that a batch which would leave a hole is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from broker.core.errors import StoreUnavailable
 from broker.core.replay import Batch
 from broker.core.session import State
 from broker.store.connection import Store, bounded_call
 from broker.store.sessions import Standing, read_standing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 WATCH_MS = 5000
 """Milliseconds for which a worker counts as watching a session after it last said so."""

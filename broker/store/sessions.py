@@ -5,7 +5,6 @@ The steps are Lua scripts, each named after the row of `core.session.TRANSITIONS
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +14,8 @@ from broker.core.tokens import Size
 from broker.store.connection import CALL_TIMEOUT, Store, bounded_call
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from broker.core.replay import Batch
 
 MIN_KEPT = 60

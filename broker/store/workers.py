@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from broker.core.replay import Batch
 from broker.store.connection import CALL_TIMEOUT, Store, bounded_call, store_errors
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+
     from redis.asyncio.client import PubSub
 
 LEASE_MS = 4000

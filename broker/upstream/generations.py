@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import httpx2
@@ -13,6 +12,8 @@ from broker.core.errors import UpstreamError
 from broker.upstream.client import map_errors
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from openai import AsyncOpenAI
 
 TIMEOUT = 5.0

@@ -7,8 +7,8 @@ OpenAI's own list does not have.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import aiohttp
 import httpx2
@@ -16,6 +16,9 @@ import structlog
 from openai import APIStatusError, AsyncOpenAI, OpenAIError
 
 from broker.core.errors import ModelsUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 FETCH_TIMEOUT = 10.0
 """Seconds for the whole fetch, connecting included."""

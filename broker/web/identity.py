@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Self
@@ -19,6 +18,7 @@ from broker.identity.jwks import PublishedKeys
 from broker.identity.tokens import INVALID, Tokens
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from aiohttp import web
