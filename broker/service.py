@@ -132,7 +132,9 @@ def _tell_where(runner: web.AppRunner, settings: Settings, *, rehearsal: bool) -
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     log.info("listening", url=f"http://{host}:{port}", rehearsal=rehearsal, **_what_is_on(settings))
     if not (settings.listens_on_loopback or settings.needs_identity or settings.total_daily_cost):
-        log.warning("anybody who can connect can spend: set BROKER_API_KEYS, a JWT setting or BROKER_TOTAL_DAILY_COST")
+        log.warning(
+            "anybody who can connect can spend: set BROKER_API_KEYS, a JWT setting or BROKER_TOTAL_DAILY_COST"
+        )
 
 
 def _what_is_on(settings: Settings) -> dict[str, str]:

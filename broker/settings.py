@@ -171,19 +171,6 @@ class _Given(NamedTuple):
 
 
 # Set by the user and understood, but not acted upon yet. The start says so of each.
-_NOT_YET_SERVED = frozenset(
-    {
-        "rate_limit",
-        "max_prepared",
-        "max_concurrent_streams",
-        "daily_tokens",
-        "daily_cost",
-        "total_daily_cost",
-        "unpriced_models",
-    }
-)
-
-
 def setting_name(field: str) -> str:
     """Return the environment variable of an attribute of `Settings`."""
     return field.upper() if field in _WITHOUT_PREFIX else f"BROKER_{field.upper()}"
@@ -239,7 +226,7 @@ def unknown_settings(environ: Mapping[str, str] | None = None) -> list[str]:
 
 def not_yet_served(settings: Settings) -> list[str]:
     """Name what was set but has no effect in this release."""
-    names = [setting_name(field) for field in Settings.model_fields if _set_in_vain(settings, field)]
+    names = []
     if not settings.takes_tokens:
         names += [
             f"{setting_name(field)} without BROKER_JWT_SECRET or BROKER_JWKS_URL"
@@ -248,15 +235,7 @@ def not_yet_served(settings: Settings) -> list[str]:
         ]
     if settings.workers > 1:
         names.append("BROKER_WORKERS above 1")
-    if settings.redis_url is not None:
-        scheme = urlsplit(settings.redis_url).scheme
-        if scheme in kinds.LATER_REDIS_SCHEMES:
-            names.append(f"REDIS_URL with {scheme}://")
     return names
-
-
-def _set_in_vain(settings: Settings, field: str) -> bool:
-    return field in _NOT_YET_SERVED and field in settings.model_fields_set
 
 
 def _suggestion(name: str, known: list[str]) -> str:

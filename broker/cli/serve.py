@@ -6,19 +6,21 @@ import errno
 import os
 import socket
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import structlog
 
 from broker.cli.words import BAD_USE, complain
 from broker.core.errors import StoreUnavailable
 from broker.logs import configure_logs
+from broker.setting_kinds import LATER_REDIS_SCHEMES
 from broker.settings import SettingsError, load_settings, not_yet_served, unknown_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from broker.settings import Settings
-
+    from broker.setting_kinds import LATER_REDIS_SCHEMES
+from broker.settings import Settings
 
 _CANNOT_LISTEN = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES, socket.EAI_NONAME})
 
@@ -50,6 +52,9 @@ def require(settings: Settings, *, rehearsal: bool, embedded: bool) -> None:
     """
     if settings.openrouter_api_key is None and not rehearsal:
         raise SettingsError("OPENROUTER_API_KEY must be set, or start with --rehearsal, which needs no key")
+    if settings.redis_url is not None and urlsplit(settings.redis_url).scheme in LATER_REDIS_SCHEMES:
+        # Sessions in a store that nobody chose would be worse than no service.
+        raise SettingsError("REDIS_URL must be redis://, rediss:// or unix:// in this release")
     if settings.redis_url is None and not embedded and not settings.listens_on_loopback:
         raise SettingsError(
             f"REDIS_URL must be set to listen on {settings.host}, or start with --embedded to keep"
