@@ -19,7 +19,6 @@ from broker.settings import SettingsError, load_settings, not_yet_served, unknow
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from broker.setting_kinds import LATER_REDIS_SCHEMES
 from broker.settings import Settings
 
 _CANNOT_LISTEN = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES, socket.EAI_NONAME})
