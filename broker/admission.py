@@ -14,7 +14,7 @@ import orjson
 from broker.core.accounts import Allowances, Worst
 from broker.core.chat import ChatRules, parse_chat
 from broker.core.document import parse_json
-from broker.core.errors import ModelNotAllowed
+from broker.core.errors import IdempotencyConflict, LimitError, ModelNotAllowed
 from broker.core.fitting import FitRules, FittedChat, ModelLimits, fit
 from broker.core.pricing import Prices, max_price, narrow_max_price, worst_case
 from broker.store.sessions import Prepared
@@ -158,7 +158,6 @@ class Admission:
     async def _store(self, order: _Order, referer: str) -> dict[str, Any]:
         session_id = str(uuid.uuid4())
         fitted, settings = order.fitted, self._settings
-        await self._accounts.admit(order.client.name, session_id, order.worst, ttl=settings.session_ttl)
         prepared = Prepared(
             request=orjson.dumps(fitted.body),
             model=fitted.model,
@@ -168,7 +167,17 @@ class Admission:
             worst=order.worst,
             teaches=fitted.teaches,
         )
-        await self._sessions.prepare(session_id, prepared)
+        try:
+            await self._accounts.admit(
+                order.client.name,
+                session_id,
+                order.worst,
+                ttl=settings.session_ttl,
+                storing=self._sessions.preparing(session_id, prepared),
+            )
+        except LimitError:
+            await self._sessions.forget(session_id)
+            raise
         return {
             "sessionId": session_id,
             "expiresIn": settings.session_ttl,
@@ -181,8 +190,10 @@ class Admission:
     async def _store_once(self, body: bytes, order: _Order, referer: str, key: str) -> Admitted:
         client = order.client.name
         digest = hashlib.sha256(body).hexdigest()
-        bound = await self._idempotency.find(client, key, digest)
+        bound = await self._idempotency.find(client, key)
         if bound is not None and (remaining := await self._sessions.remaining(bound.session_id)) is not None:
+            if bound.digest != digest:
+                raise IdempotencyConflict
             return Admitted({**bound.answer, "expiresIn": remaining}, created=False)
         # The session is stored before the key is bound to it, so that a key never leads to nothing: of two requests at
         # once both store one, one is bound, and the other is forgotten before anybody was told of it.
@@ -192,4 +203,6 @@ class Admission:
             return Admitted(answer, created=True)
         await self._sessions.forget(answer["sessionId"])
         await self._accounts.forget(client, answer["sessionId"])
+        if winner.digest != digest:
+            raise IdempotencyConflict
         return Admitted(winner.answer, created=False)

@@ -8,6 +8,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from aiohttp import web
+
 from broker.admission import Admission
 from broker.catalog import Catalog
 from broker.core.accounts import Allowances
@@ -36,8 +38,6 @@ from broker.web.routes import build_web
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Mapping
 
-    from aiohttp import web
-
     from broker.core.pricing import Prices
     from broker.settings import Settings
 
@@ -63,7 +63,7 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         stack.push_async_callback(densities.close)
         running_ttl = int(settings.deadline) + settings.resume_ttl + AFTER_DEADLINE
         allowances = app[keys.ALLOWANCES] = _allowances(settings)
-        accounts = app[keys.ACCOUNTS] = AccountStore(store, allowances, record_ttl=running_ttl)
+        accounts = app[keys.ACCOUNTS] = AccountStore(store, allowances)
         sessions = SessionStore(
             store,
             session_ttl=settings.session_ttl,
@@ -95,6 +95,17 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
             _background(tick(registry, heartbeat=settings.heartbeat, ping_events=settings.ping_events))
         )
         yield app
+
+
+def runner_of(app: web.Application) -> web.AppRunner:
+    """What serves the application.
+
+    A handler whose client leaves is cancelled, which is not aiohttp's default, and no body is decompressed: we take
+    none that is, and the library trips over a broken one even after it was refused.
+    """
+    return web.AppRunner(
+        app, handler_cancellation=True, auto_decompress=False, access_log=None, shutdown_timeout=1.0
+    )
 
 
 def _upstream(settings: Settings, url: str) -> UpstreamClient:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import structlog
 from aiohttp import web
 
-from broker.app import build
+from broker.app import build, runner_of
 from broker.core.errors import StoreUnavailable
 from broker.web import keys
 
@@ -57,7 +57,7 @@ async def _serve(settings: Settings, redis_url: str, *, rehearsal: bool) -> int:
             upstream_url = await stack.enter_async_context(rehearsal_beside())
         app = await stack.enter_async_context(build(settings, redis_url, upstream_url))
         registry = app[keys.REGISTRY]
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+        runner = runner_of(app)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         site = web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)

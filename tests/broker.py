@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from broker.app import build
+from broker.app import build, runner_of
 from broker.settings import Settings
 from broker.web import keys
 from tests.events import Event, Line, opened
@@ -19,6 +19,9 @@ from tests.scripted import NOTHING, PATIENCE, ScriptedUpstream
 
 KEY = "sk-or-v1-0123456789abcdef"
 QUESTION = {"model": "scripted/model-1", "messages": [{"role": "user", "content": "What is a broker?"}]}
+
+# All tests come from one address; a test of limits sets its own.
+NO_LIMITS = {"rate_limit": "100000/minute", "max_prepared": 100_000, "max_concurrent_streams": 1000}
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,15 @@ async def running(redis_url: str, upstream: ScriptedUpstream | str, **settings: 
     Args:
         redis_url: its Redis.
         upstream: a scripted one, or a URL.
-        settings: those that matter to the test.
+        settings: those that matter to the test. Clients have no limits by default.
     """
-    chosen = Settings(**{"openrouter_api_key": KEY, "page": False, **settings})
+    chosen = Settings(**{"openrouter_api_key": KEY, "page": False, **NO_LIMITS, **settings})
     upstream_url = upstream if isinstance(upstream, str) else upstream.url
     async with (
         build(chosen, redis_url, upstream_url) as app,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(PATIENCE)) as http,
     ):
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+        runner = runner_of(app)
         await runner.setup()
         try:
             await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -57,7 +57,7 @@ def usage(day: str | None, *, by: str, as_json: bool) -> int:
 async def _read(redis_url: str, key_prefix: str, day: dt.date | None) -> tuple[dt.date, list[Line]]:
     store = Store(redis_url, key_prefix)
     try:
-        return await AccountStore(store, NOTHING, record_ttl=0).books(day)
+        return await AccountStore(store, NOTHING).books(day)
     finally:
         await store.close()
 

@@ -15,7 +15,7 @@ import structlog
 from broker.core.answer import Answer
 from broker.core.errors import StoreUnavailable, UpstreamError, WorkerLost
 from broker.core.events import cancelled_unseen, error_data
-from broker.core.session import ENDED, short
+from broker.core.session import ENDED, State, short
 from broker.core.sse import Decoder, EventTooLarge
 
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ log = structlog.get_logger(__name__)
 ROUND = 4.0
 """Seconds between two rounds, well within a lease; varied, so that workers do not all look at once."""
 
-AT_ONCE = 20
+AWAY_ROUND = 0.5
+"""The same while Redis is away: leases that expired meanwhile are renewed as soon as it is back."""
+
+AT_ONCE = 100
 """Reservations of the dead that one round looks at."""
 
 ABSENT_ROUNDS = 2
@@ -70,46 +73,60 @@ class Bookkeeper:
 
     async def run(self, running: Callable[[], Sequence[Reservation]]) -> NoReturn:
         """Look after them until cancelled; ``running`` tells those of this worker."""
+        pause = ROUND
         while True:
-            await asyncio.sleep(ROUND * random.uniform(0.75, 1.0))  # noqa: S311 - jitter is no secret
+            await asyncio.sleep(pause * random.uniform(0.75, 1.0))  # noqa: S311 - jitter is no secret
             try:
-                await self._accounts.hold(running())
-                for orphan in await self._accounts.orphans(AT_ONCE):
-                    await self._look_after(orphan)
+                await self._hold(running())
+                await self._look_around()
+                pause = ROUND
             except StoreUnavailable:
                 self._absent.clear()
+                pause = AWAY_ROUND
 
-    async def _look_after(self, orphan: Reservation) -> None:
-        session = await self._sessions.describe(orphan.session_id)
+    async def _hold(self, running: Sequence[Reservation]) -> None:
+        for closed in await self._accounts.hold(running):
+            # Lost by Redis, or given back while its claim was on the way. One that has just ended stays as it is.
+            await self._accounts.reserve(closed, force=True)
+
+    async def _look_around(self) -> None:
+        orphans = await self._accounts.orphans(AT_ONCE)
+        found = [(orphan, await self._sessions.describe(orphan.session_id)) for orphan in orphans]
+        dead = await self._dead({session.worker for _, session in found if session is not None})
+        for orphan, session in found:
+            await self._look_after(orphan, session, dead)
+
+    async def _dead(self, owners: set[str]) -> set[str]:
+        """Those of these workers whose lease was absent in so many rounds in a row."""
+        owners = owners - {""}
+        absent = await self._workers.absent(owners) if owners else set()
+        self._absent = {worker: self._absent.get(worker, 0) + 1 for worker in absent}
+        return {worker for worker, rounds in self._absent.items() if rounds > ABSENT_ROUNDS}
+
+    async def _look_after(self, orphan: Reservation, session: Described | None, dead: set[str]) -> None:
         if session is None or session.token != orphan.token:
             # The claim was never made, or was another's; a session that is gone was settled while it was there.
             await self._accounts.release(orphan.token, orphan.client)
-        elif session.state in ENDED:
-            await self._settle(orphan, session)
-        elif await self._is_dead(session.worker):
-            await self._sessions.lose(
+            return
+        state = session.state
+        if state is State.RUNNING and session.worker in dead:
+            lost = await self._sessions.lose(
                 orphan.session_id,
                 session.worker,
                 error=error_data(WorkerLost()),
                 cancelled=cancelled_unseen(None),
             )
+            state = lost.state
+        if state in ENDED:
+            await self._settle(orphan, session, state)
 
-    async def _is_dead(self, worker: str) -> bool:
-        if worker not in await self._workers.absent([worker]):
-            self._absent.pop(worker, None)
-            return False
-        self._absent[worker] = self._absent.get(worker, 0) + 1
-        return self._absent[worker] > ABSENT_ROUNDS
-
-    async def _settle(self, orphan: Reservation, session: Described) -> None:
+    async def _settle(self, orphan: Reservation, session: Described, state: State) -> None:
         answer = await self._read(orphan.session_id)
-        spent = await self._settler.count(
-            answer, model=session.model, prompt_tokens=session.prompt_tokens, asked=True
-        )
-        await self._settler.settle(orphan, spent, session.state)
+        spent = await self._settler.count(answer, orphan, prompt_tokens=session.prompt_tokens, asked=True)
+        await self._settler.settle(orphan, spent, state)
         log.warning("settled for a dead worker", session=short(orphan.session_id), estimated=spent.estimated)
         if spent.estimated:
-            self._settler.correct(orphan, answer.generation_id, session.state)
+            self._settler.correct(orphan, answer.generation_id, state)
 
     async def _read(self, session_id: str) -> Answer:
         """What the journal tells of an answer."""

@@ -7,9 +7,9 @@ import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from broker.core.errors import BrokerError, StoreUnavailable
+from broker.core.errors import BrokerError, Overloaded, StoreUnavailable
 from broker.core.session import State
-from broker.store.accounts import AccountStore, Reservation
+from broker.store.accounts import LEASE, AccountStore, Reservation
 from broker.store.sessions import Prepared, SessionStore, Standing
 
 if TYPE_CHECKING:
@@ -111,16 +111,31 @@ class Claims:
                 return Standing(State.GONE)
             if described.state is not State.PREPARED:
                 return Standing(described.state, described.worker)
-            wanted = Reservation(
+            pursuit.reservation = Reservation(
                 pursuit.token, pursuit.session_id, described.client, described.model, described.worst
             )
-            day = await self._accounts.reserve(wanted)
-            pursuit.reservation = replace(wanted, day=day)
+        reservation = await self._reserve(pursuit, pursuit.reservation)
         outcome = await self._sessions.claim(pursuit.session_id, pursuit.token, self._worker)
         if isinstance(outcome, Prepared):
-            return self._begin(pursuit.session_id, pursuit.reservation, outcome)
-        self._spawn(self._give_back(pursuit.reservation))
+            return self._begin(pursuit.session_id, reservation, outcome)
+        self._spawn(self._give_back(reservation))
         return outcome
+
+    async def _reserve(self, pursuit: _Pursuit, reservation: Reservation) -> Reservation:
+        """Reserve, and again when half the lease is over: others give back what nobody renews."""
+        now = self._loop.time()
+        if now < pursuit.reserved_at + LEASE / 2:
+            return reservation
+        try:
+            day = await self._accounts.reserve(reservation)
+        except Overloaded:  # given back; but a claim whose reply was lost may have overtaken that
+            described = await self._sessions.describe(pursuit.session_id)
+            if described is None or described.token != pursuit.token:
+                raise
+            day = await self._accounts.reserve(reservation, force=True)
+        pursuit.reserved_at = now
+        pursuit.reservation = replace(reservation, day=day)
+        return pursuit.reservation
 
     async def _give_back(self, reservation: Reservation) -> None:
         for _ in range(GIVE_BACK_TRIES):
@@ -135,9 +150,10 @@ class Claims:
 class _Pursuit:
     """How far one claim has got."""
 
-    __slots__ = ("reservation", "session_id", "token")
+    __slots__ = ("reservation", "reserved_at", "session_id", "token")
 
     def __init__(self, session_id: str, token: str) -> None:
         self.session_id = session_id
         self.token = token
         self.reservation: Reservation | None = None
+        self.reserved_at = float("-inf")

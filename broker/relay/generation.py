@@ -256,9 +256,9 @@ class Generation:
         if self._abandoning is not None:
             await asyncio.wait([self._abandoning])
         self.spent = await self._count()
-        if self._decided is None:
-            self.feed.resume()
         end = await self._decide(step, failure)
+        if end.id.n > self.feed.last:  # else another's, and what was held back is no part of it
+            self.feed.resume()
         self.state = end.state
         self.feed.finish(end)
         log.info("session ended", session=short(self.session_id), state=end.state, events=self.feed.last)
@@ -319,7 +319,7 @@ class Generation:
         Raises:
             StoreUnavailable: it could not be booked now.
         """
-        await self._settler.settle(self.reservation, self.spent, state, fenced=self.fenced)
+        await self._settler.settle(self.reservation, self.spent, state)
         if self.spent.estimated:
             self._settler.correct(self.reservation, self._reading.answer.generation_id, state)
 
@@ -337,7 +337,7 @@ class Generation:
     async def _count(self) -> Spent:
         return await self._settler.count(
             self._reading.answer,
-            model=self.prepared.model,
+            self.reservation,
             prompt_tokens=self.prepared.prompt_tokens,
             asked=self._reading.asked,
         )

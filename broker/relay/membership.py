@@ -40,6 +40,7 @@ class Membership:
         self._wiped = wiped
         self._marker: str | None = None
         self._unwritten = False
+        self._born_without = False
         self._wiped_at = float("-inf")
         self._loop = asyncio.get_running_loop()
 
@@ -58,7 +59,13 @@ class Membership:
         Raises:
             StoreUnavailable: Redis cannot be reached.
         """
-        marker = await self._workers.renew()
+        try:
+            marker = await self._workers.renew()
+        except StoreUnavailable:
+            self._born_without = self._born_without or self._marker is None
+            raise
+        if self._marker is None and self._born_without:
+            self._wiped_at = self._loop.time()  # it may have come back empty, and who owns what will say so
         if self._marker not in (None, marker):
             log.warning("redis came back empty")
             self._wiped_at = self._loop.time()

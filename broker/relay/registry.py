@@ -365,8 +365,9 @@ class Registry:
         try:
             gone = await self._membership.is_gone()
             standing = await self._journal_store.look(generation.session_id)
-            if standing.state is State.RUNNING and standing.worker == self._workers.worker:
-                return
+            ours = standing.worker == self._workers.worker
+            if ours and (standing.end is None or standing.end.id.epoch == 1):
+                return  # it is there, or has ended by our own word meanwhile
             if standing.state is State.GONE and not gone:
                 await self._restore(generation)
                 return

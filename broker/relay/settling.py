@@ -66,38 +66,34 @@ class Settler:
         self._spawn = spawn
         self._has_books = True
 
-    async def count(self, answer: Answer, *, model: str, prompt_tokens: int, asked: bool) -> Spent:
+    async def count(
+        self, answer: Answer, reservation: Reservation, *, prompt_tokens: int, asked: bool
+    ) -> Spent:
         """What an answer took.
 
         Args:
             answer: what was learned of it.
-            model: what was asked for.
+            reservation: for what was asked.
             prompt_tokens: our estimate of the prompt.
             asked: the upstream may have generated; if not, nothing is to be paid.
         """
         if not asked:
             return Spent()
-        usage = answer.usage or {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": estimate_text(answer.text_bytes, DEFAULT_BYTES_PER_TOKEN),
-        }
+        usage = answer.usage or estimated_usage(answer, reservation, prompt_tokens)
         cost = cost_of(usage, None)
         if cost is None:
+            model = reservation.model
             prices = await self._prices_of(answer.model or model) or await self._prices_of(model)
             cost = cost_of(usage, prices)
         return spent_of(usage, cost, estimated=answer.usage is None)
 
-    async def settle(
-        self, reservation: Reservation, spent: Spent, state: State, *, fenced: bool = False
-    ) -> None:
-        """Book it. A fenced owner comes after somebody who could only estimate, and knows better.
+    async def settle(self, reservation: Reservation, spent: Spent, state: State) -> None:
+        """Book it. Whoever comes after somebody who could only estimate, and knows better, corrects that.
 
         Raises:
             StoreUnavailable: it could not be booked now.
         """
         await self._accounts.settle(reservation, spent, state)
-        if fenced and not spent.estimated:
-            await self._accounts.settle(reservation, spent, state, correct=True)
 
     def correct(self, reservation: Reservation, generation_id: str | None, state: State) -> None:
         """Have an estimate corrected in the background."""
@@ -129,6 +125,13 @@ class Settler:
                 await asyncio.sleep(RETRY)
             else:
                 return
+
+
+def estimated_usage(answer: Answer, reservation: Reservation, prompt_tokens: int) -> dict[str, int]:
+    """Our own count. The upstream was told to write no more than is reserved, so that is the most it can be."""
+    written = estimate_text(answer.text_bytes, DEFAULT_BYTES_PER_TOKEN)
+    reserved = max(0, reservation.worst.tokens - prompt_tokens)
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": min(written, reserved)}
 
 
 def spent_in_record(record: Mapping[str, Any]) -> Spent | None:

@@ -23,7 +23,7 @@ MAX_BACKLOG = 256 * 1024
 """Bytes that may wait in this process for a line to take them; with more, a viewer stops being live and waits."""
 
 MAX_BLOCK = 64 * 1024
-"""Bytes that a viewer which catches up writes at a time."""
+"""Bytes that a viewer which catches up writes at a time. An event may be cut there: a line is a stream of bytes."""
 
 ReadJournal = Callable[[int], Awaitable[list[Batch]]]
 """Reads a part of the session's journal after the event of a number; raises `StoreUnavailable`."""
@@ -80,6 +80,9 @@ class Viewer:
             if batch.last > self._n:
                 self.wake()
             return
+        if len(batch.events) > MAX_BACKLOG:
+            self.wake()
+            return
         self._line.write_now(batch.events)
         self._n = batch.last
         self.written_at = now
@@ -120,7 +123,7 @@ class Viewer:
         feed = self.feed
         step = what_next(Cursor(self._epoch, self._n), feed.first, feed.shown, feed.end)
         if step is Next.MEMORY:
-            self._write(feed.after(self._n, MAX_BLOCK))
+            await self._write(feed.after(self._n, MAX_BLOCK))
         elif step is Next.JOURNAL:
             return await self._read_on()
         elif step is Next.WAIT:
@@ -148,11 +151,14 @@ class Viewer:
                 return True
             self._tell_gap()
             return False
-        self._write(Batch(self._n + 1, last, events))
+        await self._write(Batch(self._n + 1, last, events))
         return True
 
-    def _write(self, batch: Batch) -> None:
-        self._line.write_now(batch.events)
+    async def _write(self, batch: Batch) -> None:
+        """Write events in parts, so that however many come at once, few wait in this process."""
+        for start in range(0, len(batch.events), MAX_BLOCK):
+            self._line.write_now(batch.events[start : start + MAX_BLOCK])
+            await self._line.drain()
         self._n = batch.last
 
     def _tell_gap(self) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from broker.core.accounts import Allowances, Spent, Worst
 from broker.core.errors import BudgetExceeded, Overloaded, TooManyStreams
-from broker.store.connection import Store, bounded_call
+from broker.store.connection import Call, Store, bounded_call
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,35 +85,43 @@ class AccountStore:
     Args:
         store: the connection.
         allowances: what one may have.
-        record_ttl: seconds that an open reservation is kept at most.
     """
 
-    def __init__(self, store: Store, allowances: Allowances, *, record_ttl: int) -> None:
+    def __init__(self, store: Store, allowances: Allowances) -> None:
         self._store = store
         self._allowances = allowances
-        self._record_ttl = record_ttl
         self._admit = store.script("admit")
         self._reserve = store.script("reserve")
         self._release = store.script("release")
         self._settle = store.script("settle")
         self._hold = store.script("hold")
 
-    async def admit(self, client: str, session_id: str, worst: Worst, *, ttl: int) -> None:
-        """Note a session that is about to be prepared.
+    async def admit(
+        self, client: str, session_id: str, worst: Worst, *, ttl: int, storing: Call | None = None
+    ) -> None:
+        """Note a session that is prepared.
+
+        Args:
+            client: who pays.
+            session_id: which.
+            worst: the most that it may take.
+            ttl: seconds that it waits.
+            storing: what stores it, to be done in the same round trip; it is done even where this refuses.
 
         Raises:
             TooManyStreams: too many of the client's wait.
             BudgetExceeded: what is spent today leaves no room for it.
         """
         allowed = self._allowances
-        reply = await self._admit(
+        noting = self._admit.call(
             [self._key("waiting", client), self._key("account", client), self._everyone],
             [
                 *(session_id, ttl, worst.tokens, worst.cost),
                 *(allowed.waiting, allowed.daily_tokens, allowed.daily_cost, allowed.total_daily_cost),
             ],
         )
-        _raise_refusal(reply)
+        replies = await self._store.run([noting] if storing is None else [noting, storing])
+        _raise_refusal(replies[0])
 
     async def forget(self, client: str, session_id: str) -> None:
         """A prepared session waits no more."""
@@ -125,21 +133,24 @@ class AccountStore:
 
         Args:
             reservation: for what.
-            force: whatever the limits say, for a generation that runs already.
+            force: whatever the limits say, on the day that it has, if any, for a generation that runs already.
 
         Raises:
             TooManyStreams, BudgetExceeded: there is no room now.
+            Overloaded: it was given back meanwhile.
         """
         allowed, worst = self._allowances, reservation.worst
         reply = await self._reserve(
             [*self._keys(reservation.token, reservation.client), self._key("waiting", reservation.client)],
             [
                 *(reservation.token, reservation.session_id, reservation.client, reservation.model),
-                *(worst.tokens, worst.cost, round(LEASE * 1000), self._record_ttl),
+                *(worst.tokens, worst.cost, round(LEASE * 1000)),
                 *(allowed.streams, allowed.daily_tokens, allowed.daily_cost, allowed.total_daily_cost),
-                int(force),
+                reservation.day if force else "",
             ],
         )
+        if force and reply[0] == b"closed":
+            return reservation.day  # it has just ended and is settled
         _raise_refusal(reply, BUDGET_RETRY)
         return int(reply[1])
 
@@ -150,7 +161,7 @@ class AccountStore:
     async def settle(
         self, reservation: Reservation, spent: Spent, state: State, *, correct: bool = False
     ) -> None:
-        """Book what a generation took, once; or, with ``correct``, put the truth in place of an estimate."""
+        """Book what a generation took, once, or put the truth in place of an estimate; with ``correct``, only that."""
         await self._settle(
             [*self._keys(reservation.token, reservation.client), self._books(_date(reservation.day))],
             [
@@ -160,13 +171,15 @@ class AccountStore:
             ],
         )
 
-    async def hold(self, reservations: Sequence[Reservation]) -> None:
-        """Renew the leases of generations that run here."""
-        if reservations:
-            slots = [self._key("slots", each.client) for each in reservations]
-            await self._hold(
-                [self._open, *slots], [round(LEASE * 1000), *(each.token for each in reservations)]
-            )
+    async def hold(self, reservations: Sequence[Reservation]) -> list[Reservation]:
+        """Renew the leases of generations that run here; returns those that are not open (any more)."""
+        if not reservations:
+            return []
+        keys = [self._open]
+        for each in reservations:
+            keys += [self._key("reservation", each.token), self._key("slots", each.client)]
+        closed = await self._hold(keys, [round(LEASE * 1000), *(each.token for each in reservations)])
+        return [reservations[number - 1] for number in closed]
 
     async def orphans(self, limit: int) -> list[Reservation]:
         """Open reservations that nobody has renewed in time."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from broker.core.errors import IdempotencyConflict
 from broker.store.connection import bounded_call
 
 if TYPE_CHECKING:
@@ -15,9 +14,10 @@ if TYPE_CHECKING:
 
 
 class Binding(NamedTuple):
-    """What a key stands for: its session's answer, and the bytes under which Redis holds it."""
+    """What a key stands for: its session's answer, the body's hash, and the bytes under which Redis holds it."""
 
     answer: dict[str, Any]
+    digest: str
     raw: bytes
 
     @property
@@ -39,16 +39,15 @@ class IdempotencyStore:
         self._ttl = ttl
         self._bind = store.script("idempotent")
 
-    async def find(self, client: str, key: str, digest: str) -> Binding | None:
-        """The binding of a key, if it has one.
+    async def find(self, client: str, key: str) -> Binding | None:
+        """The binding of a key, if it has one; its session may be gone.
 
         Raises:
-            IdempotencyConflict: it was made by another body.
             StoreUnavailable: Redis cannot be reached.
         """
         async with bounded_call():
             raw: Any = await self._store.redis.get(self._key(client, key))
-        return _read(raw, digest) if raw is not None else None
+        return _read(raw) if raw is not None else None
 
     async def bind(
         self, client: str, key: str, digest: str, answer: dict[str, Any], *, instead_of: Binding | None
@@ -63,20 +62,17 @@ class IdempotencyStore:
             instead_of: a binding whose session is gone.
 
         Raises:
-            IdempotencyConflict: it was bound with another body in the meantime.
             StoreUnavailable: Redis cannot be reached.
         """
         mine = orjson.dumps({"body": digest, "answer": answer})
         replaced = instead_of.raw if instead_of is not None else b""
-        return _read(await self._bind([self._key(client, key)], [self._ttl, mine, replaced]), digest)
+        return _read(await self._bind([self._key(client, key)], [self._ttl, mine, replaced]))
 
     def _key(self, client: str, key: str) -> str:
         name = hashlib.sha256(f"{client}\0{key}".encode()).hexdigest()[:32]
         return f"{self._store.prefix}:idempotency:{name}"
 
 
-def _read(raw: bytes, digest: str) -> Binding:
+def _read(raw: bytes) -> Binding:
     held = orjson.loads(raw)
-    if held["body"] != digest:
-        raise IdempotencyConflict
-    return Binding(held["answer"], raw)
+    return Binding(held["answer"], held["body"], raw)

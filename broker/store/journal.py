@@ -85,7 +85,7 @@ class JournalStore:
     async def append(self, appends: Sequence[Append]) -> list[Appended]:
         """Journal events of several sessions in one round trip; the answers are in the order of the questions."""
         calls = [
-            (
+            self._append.call(
                 self.keys(append.session_id),
                 [
                     *(append.token, append.batch.first, append.batch.last, append.batch.events),
@@ -94,18 +94,21 @@ class JournalStore:
             )
             for append in appends
         ]
-        return [_appended(reply) for reply in await self._append.many(calls)]
+        return [_appended(reply) for reply in await self._store.run(calls)]
 
     async def follow(
         self, session_id: str, after: int, *, entries: int = READ_ENTRIES, register: bool = True
     ) -> Followed:
         """Read a journal after event number ``after``, and say that this worker watches the session."""
-        return _followed(await self._follow(*self._follow_call(session_id, after, entries, register)))
+        return _followed(await self._follow(*self._follow_words(session_id, after, entries, register)))
 
     async def follow_many(self, wanted: Sequence[tuple[str, int]]) -> list[Followed]:
         """`follow` for several sessions, each with the number after which to read, in one round trip."""
-        calls = [self._follow_call(session_id, after, READ_ENTRIES, True) for session_id, after in wanted]
-        return [_followed(reply) for reply in await self._follow.many(calls)]
+        calls = [
+            self._follow.call(*self._follow_words(session_id, after, READ_ENTRIES, True))
+            for session_id, after in wanted
+        ]
+        return [_followed(reply) for reply in await self._store.run(calls)]
 
     async def look(self, session_id: str) -> Standing:
         """Where a session stands; changes nothing."""
@@ -127,7 +130,7 @@ class JournalStore:
         async with bounded_call():
             await self._store.redis.zrem(self.keys(session_id)[2], self._worker)
 
-    def _follow_call(
+    def _follow_words(
         self, session_id: str, after: int, entries: int, register: bool
     ) -> tuple[list[str], list[Any]]:
         watcher = self._worker if register else ""

@@ -68,7 +68,7 @@ class Rates:
         self._rate = RateLimitItemPerSecond(limit, window, namespace="prepare")
         take = _function("take", RedisBridge.SCRIPT_ACQUIRE_MOVING_WINDOW)
         look = _function("look", RedisBridge.SCRIPT_MOVING_WINDOW)
-        self._hit = Script(store.redis, take + look + _HIT)
+        self._hit = Script(store, take + look + _HIT)
 
     async def hit(self, client: str) -> RateStatus:
         """Count a hit, unless the client has had its limit.

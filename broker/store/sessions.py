@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from broker.core.accounts import Worst
 from broker.core.session import State, Terminal, parse_cursor
 from broker.core.tokens import Size
-from broker.store.connection import CALL_TIMEOUT, Store, bounded_call
+from broker.store.connection import CALL_TIMEOUT, Call, Store, bounded_call
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,6 +123,10 @@ class SessionStore:
 
     async def prepare(self, session_id: str, prepared: Prepared) -> None:
         """Store a session; it can be claimed for `session_ttl` seconds from now."""
+        await self._store.run([self.preparing(session_id, prepared)])
+
+    def preparing(self, session_id: str, prepared: Prepared) -> Call:
+        """What `prepare` does, to be run together with something else."""
         size = prepared.teaches or Size(0, 0)
         fields = [
             *("request", prepared.request, "model", prepared.model, "prompt_tokens", prepared.prompt_tokens),
@@ -130,7 +134,7 @@ class SessionStore:
             *("worst_tokens", prepared.worst.tokens, "worst_cost", prepared.worst.cost),
             *("text_bytes", size.text_bytes, "flat_tokens", size.flat_tokens),
         ]
-        await self._prepare([self._key(session_id)], [self._session_ttl, *fields])
+        return self._prepare.call([self._key(session_id)], [self._session_ttl, *fields])
 
     async def claim(self, session_id: str, token: str, worker: str) -> Prepared | Standing:
         """Claim a session: its prompt for the one token that wins, else where it stands.
@@ -241,10 +245,14 @@ class SessionStore:
             pipe = self._store.redis.pipeline(transaction=False)
             pipe.hmget(self._key(session_id), ["state", "until"])
             pipe.time()
-            (state, until), (now, _) = await pipe.execute()
+            (state, until), (now, microseconds) = await pipe.execute()
         if state is None:
             return None
-        return max(0, round(int(until or 0) / 1000 - now)) if state == b"prepared" else 0
+        return (
+            max(0, (int(until or 0) - now * 1000 - microseconds // 1000) // 1000)
+            if state == b"prepared"
+            else 0
+        )
 
     async def forget(self, session_id: str) -> None:
         """Delete a session that nobody was told of."""

@@ -28,7 +28,7 @@ async def fetch_generation(client: AsyncOpenAI, generation_id: str) -> Mapping[s
     """The record of a generation; None while there is none yet.
 
     Raises:
-        NoSuchPath: a 404 that is not JSON comes from a server that does not know the path.
+        NoSuchPath: a 404 without a JSON error comes from a server that does not know the path.
         UpstreamError: it could not be asked.
     """
     with map_errors():
@@ -39,7 +39,7 @@ async def fetch_generation(client: AsyncOpenAI, generation_id: str) -> Mapping[s
                 options={"params": {"id": generation_id}, "timeout": TIMEOUT},
             )
         except openai.NotFoundError as error:
-            if _is_json(error.response.content):
+            if _tells_error(error.response.content):
                 return None
             raise NoSuchPath from None
     try:
@@ -50,8 +50,9 @@ async def fetch_generation(client: AsyncOpenAI, generation_id: str) -> Mapping[s
     return record if isinstance(record, dict) else None
 
 
-def _is_json(body: bytes) -> bool:
+def _tells_error(body: bytes) -> bool:
     try:
-        return isinstance(orjson.loads(body), dict)
+        data = orjson.loads(body)
     except orjson.JSONDecodeError:
         return False
+    return isinstance(data, dict) and "error" in data

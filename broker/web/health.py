@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aiohttp import hdrs
+
 from broker.core.errors import StoreUnavailable
-from broker.web.errors import json_response
+from broker.web.errors import RETRY_AFTER, json_response
 from broker.web.keys import REGISTRY, STORE, STORE_SEEN
 
 if TYPE_CHECKING:
@@ -24,13 +26,19 @@ async def ready(request: web.Request) -> web.Response:
     and a proxy that took all of them out would cut every stream; so that is told and is still a 200.
     """
     if request.app[REGISTRY].draining:
-        return json_response({"status": "draining", "reason": "shutting down"}, status=503)
+        return _not_ready("draining", "shutting down")
     seen = request.app[STORE_SEEN]
     try:
         await request.app[STORE].ping()
     except StoreUnavailable:
         if seen.is_set():
             return json_response({"status": "degraded", "reason": "redis cannot be reached"})
-        return json_response({"status": "starting", "reason": "redis has not answered yet"}, status=503)
+        return _not_ready("starting", "redis has not answered yet")
     seen.set()
     return json_response({"status": "ok"})
+
+
+def _not_ready(status: str, reason: str) -> web.Response:
+    return json_response(
+        {"status": status, "reason": reason}, status=503, headers={hdrs.RETRY_AFTER: str(RETRY_AFTER)}
+    )

@@ -40,6 +40,8 @@ async def prepare(request: web.Request) -> web.Response:
 async def _body(request: web.Request, limit: int) -> bytes:
     if request.content_type != "application/json":
         raise UnsupportedMediaType
+    if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+        raise UnsupportedMediaType("The body must not be compressed.")
     if (request.content_length or 0) > limit:
         raise BodyTooLarge(f"The body may have at most {limit} bytes.")
     try:

@@ -23,7 +23,7 @@ if max_total > 0 and spent(KEYS[3], 'spent_cost') + cost > max_total then
   return {'total', until_tomorrow}
 end
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ms)
-if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[5]) then
+if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[5]) and not redis.call('ZSCORE', KEYS[1], ARGV[1]) then
   local first = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
   return {'waiting', math.max(1, math.ceil((first[2] - ms) / 1000))}
 end

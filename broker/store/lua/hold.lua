@@ -1,9 +1,18 @@
--- hold: renews the leases of a worker's open reservations.
--- KEYS[1] all open ones, then the slots of each reservation's client; ARGV: lease in ms, then the tokens
+-- hold: renews the leases of a worker's reservations, expired ones as well: while Redis was away nobody could.
+-- KEYS[1] all open ones, then of each reservation its record and its client's slots
+-- ARGV: lease in ms, then the tokens
+-- Returns the numbers, from 1, of those that are not open.
 local now = redis.call('TIME')
 local lease = now[1] * 1000 + math.floor(now[2] / 1000) + ARGV[1]
+local closed = {}
 for i = 2, #ARGV do
-  redis.call('ZADD', KEYS[1], 'XX', lease, ARGV[i])
-  redis.call('ZADD', KEYS[i], 'XX', lease, ARGV[i])
+  local slots = KEYS[2 * i - 1]
+  if redis.call('HGET', KEYS[2 * i - 2], 'state') == 'open' then
+    redis.call('ZADD', KEYS[1], lease, ARGV[i])
+    redis.call('ZADD', slots, lease, ARGV[i])
+    redis.call('EXPIRE', slots, 259200)
+  else
+    closed[#closed + 1] = i - 1
+  end
 end
-return 1
+return closed

@@ -1,27 +1,33 @@
 -- reserve: takes a slot and the worst case of one generation from all accounts it touches, or nothing. Asking again
--- with the same token gives the same answer.
+-- with the same token gives the same answer, and renews the lease.
 -- KEYS[1] reservation, [2] the client's slots, [3] the client's account, [4] everyone's account, [5] all open ones,
 --     [6] the client's waiting sessions
--- ARGV: token, session, client, model, worst tokens, worst cost, lease in ms, seconds to live,
---       limits: streams, tokens a day, cost a day, everyone's cost a day; '1' to reserve whatever the limits say
+-- ARGV: token, session, client, model, worst tokens, worst cost, lease in ms,
+--       limits: streams, tokens a day, cost a day, everyone's cost a day; the day of a generation that runs already
+--       ('0' for today), to reserve whatever the limits say and also what was given back; else ''
 -- Returns {'ok', day}, {'closed'} for a reservation that was given back or settled, or
 -- {'streams' | 'tokens' | 'cost' | 'total', seconds until that may change}.
 local now = redis.call('TIME')
 local ms = now[1] * 1000 + math.floor(now[2] / 1000)
 local state, held_day = unpack(redis.call('HMGET', KEYS[1], 'state', 'day'))
-if state then
-  return state == 'open' and {'ok', held_day} or {'closed'}
+local runs = ARGV[12] ~= ''
+if state == 'open' then
+  redis.call('ZADD', KEYS[2], ms + ARGV[7], ARGV[1])
+  redis.call('ZADD', KEYS[5], ms + ARGV[7], ARGV[1])
+  return {'ok', held_day}
+elseif state == 'settled' or state and not runs then
+  return {'closed'}
 end
-local day = math.floor(now[1] / 86400)
+local day = runs and ARGV[12] ~= '0' and tonumber(ARGV[12]) or math.floor(now[1] / 86400)
 local function taken(account, what)
   return tonumber(redis.call('HGET', account, day .. ':spent_' .. what) or 0)
     + tonumber(redis.call('HGET', account, day .. ':reserved_' .. what) or 0)
 end
 local tokens, cost = tonumber(ARGV[5]), tonumber(ARGV[6])
-local max_streams, max_tokens = tonumber(ARGV[9]), tonumber(ARGV[10])
-local max_cost, max_total = tonumber(ARGV[11]), tonumber(ARGV[12])
+local max_streams, max_tokens = tonumber(ARGV[8]), tonumber(ARGV[9])
+local max_cost, max_total = tonumber(ARGV[10]), tonumber(ARGV[11])
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', ms)
-if ARGV[13] ~= '1' then
+if not runs then
   local until_tomorrow = (day + 1) * 86400 - now[1]
   if redis.call('ZCARD', KEYS[2]) >= max_streams then
     return {'streams', 5}
@@ -38,14 +44,14 @@ if ARGV[13] ~= '1' then
 end
 redis.call('HSET', KEYS[1], 'state', 'open', 'session', ARGV[2], 'client', ARGV[3], 'model', ARGV[4],
   'tokens', ARGV[5], 'cost', ARGV[6], 'day', day)
-redis.call('EXPIRE', KEYS[1], ARGV[8])
+redis.call('EXPIRE', KEYS[1], 259200)
 for _, account in ipairs({KEYS[3], KEYS[4]}) do
   redis.call('HINCRBY', account, day .. ':reserved_tokens', tokens)
   redis.call('HINCRBY', account, day .. ':reserved_cost', cost)
   redis.call('EXPIRE', account, 259200)
 end
 redis.call('ZADD', KEYS[2], ms + ARGV[7], ARGV[1])
-redis.call('EXPIRE', KEYS[2], ARGV[8])
+redis.call('EXPIRE', KEYS[2], 259200)
 redis.call('ZADD', KEYS[5], ms + ARGV[7], ARGV[1])
 redis.call('EXPIRE', KEYS[5], 259200)
 redis.call('ZREM', KEYS[6], ARGV[2])

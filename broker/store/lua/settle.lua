@@ -1,25 +1,27 @@
--- settle: turns a reservation into what was spent, exactly once; or corrects an estimate that was settled before.
+-- settle: turns a reservation into what was spent, exactly once; or puts the truth in place of an estimate that was
+-- settled before. What was given back by mistake and ran all the same is paid.
 -- KEYS[1] reservation, [2] the client's slots, [3] the client's account, [4] everyone's account, [5] all open ones,
 --     [6] the books of the reservation's day
 -- ARGV: token, client, model, the end's state, prompt tokens, completion tokens, cached tokens, reasoning tokens, cost,
---       '1' where the cost is known, '1' where it is an estimate, '1' to correct, day, seconds to keep the record
+--       '1' where the cost is known, '1' where it is an estimate, '1' to correct and nothing else, day,
+--       seconds to keep the record
 -- Returns 1 where it changed something.
 local held = redis.call('HMGET', KEYS[1], 'state', 'tokens', 'cost', 'day', 'estimated')
 local state, day = held[1], held[4] or ARGV[13]
-local correct = ARGV[12] == '1'
+local correct = state == 'settled'
 local prompt, completion, cost = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[9])
 local cached, reasoning, estimated = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[11])
 local was = {prompt = 0, completion = 0, cached = 0, reasoning = 0, cost = 0, estimated = 0, unpriced = 0}
 local is = {prompt = prompt, completion = completion, cached = cached, reasoning = reasoning, cost = cost,
   estimated = estimated, unpriced = ARGV[10] == '1' and 0 or 1}
 if correct then
-  if state ~= 'settled' or held[5] ~= '1' then
+  if held[5] ~= '1' or estimated == 1 then
     return 0
   end
   for name, _ in pairs(was) do
     was[name] = tonumber(redis.call('HGET', KEYS[1], 'was_' .. name) or 0)
   end
-elseif state == 'settled' or state == 'released' then
+elseif ARGV[12] == '1' then
   return 0
 elseif state == 'open' then
   for _, account in ipairs({KEYS[3], KEYS[4]}) do

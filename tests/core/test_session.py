@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import itertools
+import uuid
+
+import pytest
+
+from broker.core.errors import InvalidCursor
+from broker.core.session import (
+    ENDED,
+    START,
+    TRANSITIONS,
+    Cursor,
+    IllegalStep,
+    State,
+    Step,
+    advance,
+    is_session_id,
+    parse_cursor,
+    short,
+)
+
+LEGAL = {
+    (State.PREPARED, Step.CLAIM, State.RUNNING),
+    (State.PREPARED, Step.CANCEL, State.CANCELLED),
+    (State.RUNNING, Step.FINISH, State.DONE),
+    (State.RUNNING, Step.FAIL, State.FAILED),
+    (State.RUNNING, Step.CANCEL, State.CANCELLED),
+    (State.RUNNING, Step.ABANDON, State.ABANDONED),
+    (State.RUNNING, Step.LOSE, State.LOST),
+}
+
+
+@pytest.mark.parametrize(("state", "step", "after"), sorted(LEGAL))
+def test_a_session_goes_the_way_of_its_life(state: State, step: Step, after: State) -> None:
+    assert advance(state, step) is after
+
+
+@pytest.mark.parametrize(("state", "step"), list(itertools.product(State, set(Step) - {Step.EXPIRE})))
+def test_there_is_no_other_way(state: State, step: Step) -> None:
+    if any(row[:2] == (state, step) for row in LEGAL):
+        return
+    with pytest.raises(IllegalStep):
+        advance(state, step)
+
+
+@pytest.mark.parametrize("state", sorted(ENDED))
+def test_an_ended_session_can_only_be_forgotten(state: State) -> None:
+    assert TRANSITIONS[state] == {Step.EXPIRE: State.GONE}
+
+
+def test_every_state_has_its_row() -> None:
+    assert set(TRANSITIONS) == set(State)
+
+
+@pytest.mark.parametrize(
+    ("text", "cursor"),
+    [
+        ("1-0", Cursor(1, 0)),
+        ("1-57", Cursor(1, 57)),
+        ("2-57.end", Cursor(2, 57, end=True)),
+        ("1-9999999999999999", Cursor(1, 9_999_999_999_999_999)),
+    ],
+)
+def test_a_cursor_is_read_and_written_the_same(text: str, cursor: Cursor) -> None:
+    assert parse_cursor(text) == cursor
+    assert str(cursor) == text
+
+
+def test_no_cursor_is_none() -> None:
+    assert parse_cursor("") is None
+
+
+def test_the_start_is_before_the_first_event() -> None:
+    assert str(START) == "1-0"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "1",
+            "1-",
+            "-1",
+            "0-1",
+            "3-1",
+            "11-1",
+            "1-01",
+            "1-00",
+            "1--1",
+            "1-+1",
+            "1-1.",
+            "1-1.end.end",
+            "1-1.END",
+        ),
+        *(
+            " 1-1",
+            "1-1 ",
+            "1-1\n",
+            "1-1\r",
+            "1-\u0661",
+            "1-12345678901234567",
+            "1-1;",
+            "null",
+            "undefined",
+            "1.5",
+            "1-1.0",
+        ),
+    ],
+)
+def test_what_is_no_cursor_of_ours_is_refused(text: str) -> None:
+    with pytest.raises(InvalidCursor):
+        parse_cursor(text)
+
+
+def test_an_id_that_we_hand_out_is_known_as_one() -> None:
+    assert all(is_session_id(str(uuid.uuid4())) for _ in range(100))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            "x",
+            "0" * 36,
+            str(uuid.UUID(int=0)),
+            str(uuid.uuid1()),
+            str(uuid.uuid4()).upper(),
+            uuid.uuid4().hex,
+        ),
+        *(f"{{{uuid.uuid4()}}}", f"{uuid.uuid4()}\n", f"{uuid.uuid4()}/cancel", f"*{str(uuid.uuid4())[1:]}"),
+    ],
+)
+def test_anything_else_is_not(text: str) -> None:
+    assert not is_session_id(text)
+
+
+def test_a_log_sees_eight_characters_of_an_id() -> None:
+    assert short("946d9dda-1111-4222-8333-444455556666") == "946d9dda"

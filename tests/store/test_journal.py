@@ -1,0 +1,435 @@
+"""The journal in a real Valkey: what is written, what is refused, who watches, and that every key has its time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+import pytest_asyncio
+
+from broker.core.accounts import Worst
+from broker.core.errors import StoreUnavailable
+from broker.core.events import chunk_events
+from broker.core.replay import Batch, read_on
+from broker.core.session import Cursor, State, Terminal
+from broker.store.journal import Append, Appended, JournalStore
+from broker.store.sessions import Prepared, Refusal, SessionStore, Standing
+
+if TYPE_CHECKING:
+    from broker.store.connection import Store
+
+RUNNING_TTL = 500
+RESUME_TTL = 300
+NOTHING = Batch(1, 0, b"")
+PREPARED = Prepared(b'{"messages":[]}', "scripted/model-1", 10, "", "key:tests", Worst(110, 0))
+
+
+def batch(first: int, last: int) -> Batch:
+    return Batch(first, last, chunk_events([b"%d" % n for n in range(first, last + 1)], first))
+
+
+def end(n: int, state: State = State.DONE, epoch: int = 1) -> Terminal:
+    return Terminal(
+        state, "error" if state is State.FAILED else "done", Cursor(epoch, n, end=True), b'{"a":1}'
+    )
+
+
+class Running:
+    """A running session and two workers: the one that owns it and one that follows."""
+
+    def __init__(self, store: Store) -> None:
+        self.id = str(uuid4())
+        self.token = "token"
+        self.store = store
+        self.sessions = SessionStore(store, session_ttl=600, running_ttl=RUNNING_TTL, resume_ttl=RESUME_TTL)
+        self.journal = JournalStore(store, worker="owner", running_ttl=RUNNING_TTL)
+        self.elsewhere = JournalStore(store, worker="follower", running_ttl=RUNNING_TTL)
+
+    async def claim(self) -> None:
+        await self.sessions.prepare(self.id, PREPARED)
+        assert isinstance(await self.sessions.claim(self.id, self.token, "owner"), Prepared)
+
+    async def append(self, events: Batch = NOTHING, token: str | None = None) -> Appended:
+        [answer] = await self.journal.append([Append(self.id, token or self.token, events)])
+        return answer
+
+    async def finish(self, ending: Terminal, rest: Batch = NOTHING, **options: bool) -> Standing | Refusal:
+        return await self.sessions.end(self.id, self.token, ending, rest, **options)
+
+    async def lose(self, worker: str = "owner") -> Standing:
+        return await self.sessions.lose(self.id, worker, error=b'{"lost":1}', cancelled=b'{"cancelled":1}')
+
+    async def read(self, after: int = 0) -> tuple[bytes, int]:
+        return read_on(await self.elsewhere.read(self.id, after), after)
+
+    async def ttls(self) -> dict[str, int]:
+        keys = [key.decode() async for key in self.store.redis.scan_iter(f"*{self.id}*")]
+        return {key.split(":")[2]: await self.store.redis.ttl(key) for key in keys}
+
+
+@pytest_asyncio.fixture
+async def running(store: Store) -> Running:
+    session = Running(store)
+    await session.claim()
+    return session
+
+
+@pytest_asyncio.fixture
+async def bell(store: Store) -> AsyncIterator[asyncio.Queue[bytes]]:
+    """What the bell of the following worker says."""
+    async with store.redis.pubsub() as pubsub:
+        await pubsub.subscribe(f"{store.bells}follower")
+        rung: asyncio.Queue[bytes] = asyncio.Queue()
+
+        async def listen() -> None:
+            async for message in pubsub.listen():
+                if message["type"] == "message":
+                    rung.put_nowait(message["data"])
+
+        task = asyncio.create_task(listen())
+        yield rung
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+# Writing
+
+
+async def test_events_are_read_as_they_were_written(running: Running) -> None:
+    assert await running.append(batch(1, 3)) == Appended(State.RUNNING, 3)
+    assert await running.append(batch(4, 4)) == Appended(State.RUNNING, 4)
+    assert await running.read() == (batch(1, 4).events, 4)
+    assert await running.read(after=2) == (batch(3, 4).events, 4)
+    assert await running.read(after=4) == (b"", 4)
+
+
+async def test_events_written_twice_are_read_once(running: Running) -> None:
+    await running.append(batch(1, 3))
+    assert (await running.append(batch(1, 3))).last == 3
+    assert (await running.append(batch(1, 5))).last == 5
+    assert (await running.append(batch(2, 4))).last == 5
+    assert await running.read() == (batch(1, 5).events, 5)
+
+
+async def test_events_that_would_leave_a_hole_are_not_written(running: Running) -> None:
+    await running.append(batch(1, 3))
+    assert (await running.append(batch(5, 6))).last == 3
+    assert await running.read() == (batch(1, 3).events, 3)
+
+
+async def test_asking_writes_nothing(running: Running) -> None:
+    assert await running.append() == Appended(State.RUNNING, 0)
+    assert await running.read() == (b"", 0)
+
+
+async def test_the_prompt_leaves_redis_with_the_first_word_of_the_owner(running: Running) -> None:
+    key = running.store.session_key("session", running.id)
+    assert await running.store.redis.hexists(key, "request")
+    await running.append()
+    assert not await running.store.redis.hexists(key, "request")
+
+
+async def test_another_token_writes_nothing(running: Running) -> None:
+    answer = await running.append(batch(1, 3), token="another")
+    assert answer.state is not State.RUNNING, "and is told that the session is not its own"
+    assert await running.read() == (b"", 0)
+
+
+async def test_many_sessions_are_written_in_one_round_trip(store: Store) -> None:
+    sessions = [Running(store) for _ in range(70)]
+    for session in sessions:
+        await session.claim()
+    appends = [Append(session.id, session.token, batch(1, 1 + n % 3)) for n, session in enumerate(sessions)]
+    answers = await sessions[0].journal.append(appends)
+    assert [answer.last for answer in answers] == [1 + n % 3 for n in range(70)]
+
+
+async def test_a_redis_that_has_forgotten_the_scripts_is_told_them_again(running: Running) -> None:
+    await running.append(batch(1, 1))
+    await running.store.redis.script_flush()
+    assert (await running.append(batch(2, 2))).last == 2
+    await running.store.redis.script_flush()
+    assert (await running.elsewhere.follow(running.id, 0)).last == 2
+
+
+# Reading
+
+
+async def test_a_reader_learns_how_far_it_goes_and_where_it_stands(running: Running) -> None:
+    await running.append(batch(1, 3))
+    followed = await running.elsewhere.follow(running.id, 1)
+    assert followed.standing == Standing(State.RUNNING, "owner")
+    assert followed.last == 3
+    assert read_on(followed.batches, 1) == (batch(2, 3).events, 3)
+
+
+async def test_a_long_journal_comes_in_parts_that_fit_together(running: Running) -> None:
+    for n in range(1, 201):
+        await running.append(batch(n, n))
+    got, at, parts = b"", 0, 0
+    while at < 200:
+        piece, at = await running.read(at)
+        got += piece
+        parts += 1
+        assert parts < 100, "it goes on"
+    assert got == batch(1, 200).events
+
+
+async def test_a_part_of_a_heavy_journal_is_small(running: Running) -> None:
+    """A reader that is behind must not pull a whole answer into memory at once."""
+    heavy = [Batch(n, n, chunk_events([b"x" * 250_000], n)) for n in range(1, 21)]
+    for one in heavy:
+        await running.append(one)
+    batches = await running.elsewhere.read(running.id, 0)
+    assert batches[0] == heavy[0]
+    assert sum(len(one.events) for one in batches) <= 600_000
+
+
+async def test_one_event_larger_than_any_part_is_read_whole(running: Running) -> None:
+    huge = Batch(1, 1, chunk_events([b"x" * 3_000_000], 1))
+    await running.append(huge)
+    assert await running.elsewhere.read(running.id, 0) == [huge]
+
+
+async def test_a_session_that_redis_has_lost_cannot_be_read_now(running: Running) -> None:
+    with pytest.raises(StoreUnavailable):
+        await running.elsewhere.read(str(uuid4()), 0)
+
+
+async def test_many_are_followed_in_one_round_trip(store: Store) -> None:
+    sessions = [Running(store) for _ in range(5)]
+    for n, session in enumerate(sessions, 1):
+        await session.claim()
+        await session.append(batch(1, n))
+    followed = await sessions[0].elsewhere.follow_many([(session.id, 1) for session in sessions])
+    assert [answer.last for answer in followed] == [1, 2, 3, 4, 5]
+    assert [read_on(answer.batches, 1)[1] for answer in followed] == [1, 2, 3, 4, 5]
+
+
+# Watching
+
+
+async def test_the_owner_learns_who_watches_and_that_they_have_left(running: Running) -> None:
+    assert (await running.append()).watched == 0
+    await running.elsewhere.follow(running.id, 0)
+    assert (await running.append()).watched == 1
+    await running.elsewhere.leave(running.id)
+    assert (await running.append()).watched == 0
+
+
+async def test_a_look_registers_nobody(running: Running) -> None:
+    assert (await running.elsewhere.look(running.id)).state is State.RUNNING
+    await running.elsewhere.read(running.id, 0)
+    assert (await running.append()).watched == 0
+
+
+async def test_a_watcher_that_says_no_more_is_forgotten(running: Running) -> None:
+    await running.elsewhere.follow(running.id, 0)
+    assert (await running.append()).watched == 1
+    await running.store.redis.zadd(running.store.session_key("viewers", running.id), {"follower": 1})
+    assert (await running.append()).watched == 0
+
+
+async def test_watchers_are_sent_the_events(running: Running, bell: asyncio.Queue[bytes]) -> None:
+    await running.elsewhere.follow(running.id, 0)
+    await running.append(batch(1, 2))
+    async with asyncio.timeout(5):
+        head, _, events = (await bell.get()).partition(b"\n")
+    assert head == f"news {running.id} 1 2".encode()
+    assert events == batch(1, 2).events
+
+
+async def test_watchers_are_told_of_the_end(running: Running, bell: asyncio.Queue[bytes]) -> None:
+    await running.elsewhere.follow(running.id, 0)
+    await running.finish(end(1))
+    async with asyncio.timeout(5):
+        assert await bell.get() == f"ended {running.id}".encode()
+
+
+# Ending
+
+
+async def test_the_end_brings_what_was_not_yet_journaled(running: Running) -> None:
+    await running.append(batch(1, 2))
+    standing = await running.finish(end(6), batch(2, 5))
+    assert standing == Standing(State.DONE, "", end(6))
+    assert await running.read() == (batch(1, 5).events, 5)
+    assert (await running.elsewhere.look(running.id)).end == end(6)
+
+
+async def test_the_first_end_stands(running: Running) -> None:
+    await running.finish(end(1))
+    assert await running.finish(end(4, State.FAILED), batch(1, 3)) == Standing(State.DONE, "", end(1))
+    assert await running.read() == (b"", 0)
+
+
+async def test_after_the_end_nothing_is_written(running: Running) -> None:
+    await running.finish(end(3), batch(1, 2))
+    assert await running.append(batch(3, 4)) == Appended(State.DONE, 2)
+    assert await running.read() == (batch(1, 2).events, 2)
+
+
+async def test_an_end_behind_a_hole_is_refused_and_told_where_the_hole_begins(running: Running) -> None:
+    await running.append(batch(1, 2))
+    assert await running.finish(end(9), batch(5, 8)) == Refusal("behind", 2)
+    assert (await running.append()).state is State.RUNNING
+
+
+async def test_grace_does_not_end_while_somebody_watches(running: Running) -> None:
+    await running.elsewhere.follow(running.id, 0)
+    abandoned = end(1, State.ABANDONED)
+    assert await running.finish(abandoned, only_if_unwatched=True) == Refusal("watched", 0)
+    await running.elsewhere.leave(running.id)
+    assert await running.finish(abandoned, only_if_unwatched=True) == Standing(State.ABANDONED, "", abandoned)
+
+
+async def test_after_an_accepted_cancel_no_other_end_is_written(running: Running) -> None:
+    assert (await running.sessions.cancel(running.id, end(1, State.CANCELLED))).state is State.RUNNING
+    assert (await running.append()).cancel
+    assert await running.finish(end(1)) == Refusal("cancel", 0)
+    assert await running.finish(end(1, State.FAILED)) == Refusal("cancel", 0)
+    cancelled = end(1, State.CANCELLED)
+    assert await running.finish(cancelled) == Standing(State.CANCELLED, "", cancelled)
+
+
+async def test_a_cancel_after_the_end_changes_nothing(running: Running) -> None:
+    await running.finish(end(1))
+    assert await running.sessions.cancel(running.id, end(1, State.CANCELLED)) == Standing(
+        State.DONE, "owner", end(1)
+    )
+
+
+async def test_the_end_of_a_session_that_is_not_there_is_told_as_gone(running: Running) -> None:
+    await running.store.redis.flushall()
+    assert await running.finish(end(1)) == Standing(State.GONE)
+
+
+# Losing
+
+
+async def test_a_dead_workers_session_ends_behind_its_journal(running: Running) -> None:
+    await running.append(batch(1, 4))
+    standing = await running.lose()
+    assert standing.end == Terminal(State.LOST, "error", Cursor(2, 5, end=True), b'{"lost":1}')
+    assert await running.read() == (batch(1, 4).events, 4)
+    assert await running.lose() == standing, "whoever comes second finds the same"
+
+
+async def test_a_worker_that_wakes_writes_nothing_more(running: Running) -> None:
+    await running.append(batch(1, 4))
+    lost = (await running.lose()).end
+    assert await running.append(batch(5, 6)) == Appended(State.LOST, 4)
+    assert await running.finish(end(7), batch(5, 6)) == Standing(State.LOST, "", lost)
+    assert await running.read() == (batch(1, 4).events, 4)
+
+
+async def test_a_dead_workers_cancelled_session_ends_cancelled(running: Running) -> None:
+    await running.append(batch(1, 2))
+    await running.sessions.cancel(running.id, end(1, State.CANCELLED))
+    assert (await running.lose()).end == Terminal(
+        State.CANCELLED, "done", Cursor(2, 3, end=True), b'{"cancelled":1}'
+    )
+
+
+async def test_only_the_dead_workers_own_sessions_are_lost(running: Running) -> None:
+    assert (await running.lose("another")).state is State.RUNNING
+    await running.finish(end(1))
+    assert (await running.lose()).state is State.DONE
+
+
+async def test_watchers_are_told_of_a_loss(running: Running, bell: asyncio.Queue[bytes]) -> None:
+    await running.elsewhere.follow(running.id, 0)
+    await running.lose()
+    async with asyncio.timeout(5):
+        assert await bell.get() == f"ended {running.id}".encode()
+
+
+# Writing anew
+
+
+async def restore(session: Running, held: Batch, ending: Terminal | None = None) -> None:
+    state = ending.state if ending is not None else State.RUNNING
+    await session.sessions.restore(
+        session.id, session.token, "owner", PREPARED, state=state, held=held, end=ending
+    )
+
+
+async def test_a_running_session_is_written_anew_and_goes_on(running: Running) -> None:
+    await running.append(batch(1, 4))
+    await running.store.redis.flushall()
+    await restore(running, batch(1, 6))
+    assert await running.append(batch(7, 8)) == Appended(State.RUNNING, 8)
+    assert await running.read() == (batch(1, 8).events, 8)
+    assert (await running.elsewhere.look(running.id)).worker == "owner"
+
+
+async def test_an_ended_session_is_written_anew_with_its_end(running: Running) -> None:
+    await running.store.redis.flushall()
+    await restore(running, batch(3, 6), end(7))
+    followed = await running.elsewhere.follow(running.id, 2)
+    assert followed.standing.end == end(7)
+    assert read_on(followed.batches, 2) == (batch(3, 6).events, 6)
+
+
+async def test_a_session_without_events_is_written_anew(running: Running) -> None:
+    await running.store.redis.flushall()
+    await restore(running, NOTHING)
+    assert await running.append(batch(1, 2)) == Appended(State.RUNNING, 2)
+
+
+async def test_what_is_there_is_not_written_over(running: Running) -> None:
+    await running.append(batch(1, 4))
+    lost = (await running.lose()).end
+    await restore(running, batch(1, 6))
+    assert (await running.elsewhere.look(running.id)).end == lost
+    assert await running.read() == (batch(1, 4).events, 4)
+
+
+# Time
+
+
+async def test_every_key_of_a_running_session_has_its_time(running: Running) -> None:
+    await running.append(batch(1, 2))
+    await running.elsewhere.follow(running.id, 0)
+    ttls = await running.ttls()
+    assert ttls.keys() == {"session", "events", "viewers"}
+    assert all(RUNNING_TTL - 5 < ttl <= RUNNING_TTL for ttl in ttls.values()), ttls
+
+
+async def test_writing_on_does_not_prolong_a_session(running: Running) -> None:
+    await running.append(batch(1, 2))
+    for kind in ("session", "events"):
+        await running.store.redis.expire(running.store.session_key(kind, running.id), 100)
+    await running.append(batch(3, 4))
+    assert all(ttl <= 100 for ttl in (await running.ttls()).values())
+
+
+@pytest.mark.parametrize("how", ["ended with events", "ended without", "lost", "cancelled before"])
+async def test_every_key_of_an_ended_session_has_the_time_of_replay(store: Store, how: str) -> None:
+    session = Running(store)
+    if how == "cancelled before":
+        await session.sessions.prepare(session.id, PREPARED)
+        await session.sessions.cancel(session.id, end(1, State.CANCELLED))
+    else:
+        await session.claim()
+        await session.elsewhere.follow(session.id, 0)
+        if how == "lost":
+            await session.lose()
+        else:
+            await session.finish(end(3), batch(1, 2) if how == "ended with events" else NOTHING)
+    ttls = await session.ttls()
+    assert "viewers" not in ttls
+    assert all(RESUME_TTL - 5 < ttl <= RESUME_TTL for ttl in ttls.values()), ttls
+
+
+@pytest.mark.parametrize("ending", [None, end(3)])
+async def test_every_key_written_anew_has_its_time(running: Running, ending: Terminal | None) -> None:
+    await running.store.redis.flushall()
+    await restore(running, batch(1, 2), ending)
+    expected = RUNNING_TTL if ending is None else RESUME_TTL
+    ttls = await running.ttls()
+    assert ttls.keys() == {"session", "events"}
+    assert all(expected - 5 < ttl <= expected for ttl in ttls.values()), ttls

@@ -1,0 +1,302 @@
+"""The steps of a session in a real Valkey: exactly one wins, the prompt does not outlive its use, every key has its time."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, cast
+from uuid import uuid4
+
+import pytest
+import pytest_asyncio
+
+from broker.core.accounts import Worst
+from broker.core.errors import StoreUnavailable
+from broker.core.events import cancelled_before_start
+from broker.core.replay import Batch
+from broker.core.session import Cursor, State, Terminal
+from broker.store.connection import CALL_TIMEOUT, MAX_CONNECTIONS, Store
+from broker.store.sessions import MIN_KEPT, Prepared, Refusal, SessionStore, Standing
+from tests.system.harness import running_valkey
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+NOTHING = Batch(1, 0, b"")
+PREPARED = Prepared(
+    '{"messages": "€ \\u0000"}'.encode(), "a/b", 812, "https://a.example", "key:tests", Worst(4908, 7)
+)
+CANCELLED = cancelled_before_start()
+DONE = Terminal(State.DONE, "done", Cursor(1, 1, end=True), '{"a": "€"}'.encode())
+FAILED = Terminal(State.FAILED, "error", Cursor(1, 1, end=True), b"{}")
+
+
+def sessions_in(store: Store, *, resume_ttl: int = 300) -> SessionStore:
+    return SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=resume_ttl)
+
+
+@pytest_asyncio.fixture
+async def sessions(store: Store) -> SessionStore:
+    return sessions_in(store)
+
+
+@pytest_asyncio.fixture
+async def prepared(sessions: SessionStore) -> str:
+    """A session that waits to be claimed."""
+    session = str(uuid4())
+    await sessions.prepare(session, PREPARED)
+    return session
+
+
+async def held(store: Store) -> dict[bytes, bytes]:
+    """All fields of the one session that Redis holds."""
+    [key] = await store.redis.keys("*session*")
+    return cast("dict[bytes, bytes]", await store.redis.hgetall(key))
+
+
+async def times(store: Store) -> list[int]:
+    """Seconds that every key has to live."""
+    return [await store.redis.ttl(key) for key in await store.redis.keys("*")]
+
+
+# Prepared
+
+
+async def test_a_session_waits_for_its_time(store: Store, sessions: SessionStore, prepared: str) -> None:
+    assert await times(store) == [600]
+    assert 598 <= (await sessions.remaining(prepared) or 0) <= 600
+
+
+async def test_a_key_carries_prefix_version_and_a_tag(store: Store, prepared: str) -> None:
+    assert await store.redis.keys("*") == [f"test:1:session:{{{prepared}}}".encode()]
+
+
+async def test_an_unknown_session_has_no_time(sessions: SessionStore) -> None:
+    assert await sessions.remaining(str(uuid4())) is None
+
+
+async def test_a_session_can_be_forgotten(store: Store, sessions: SessionStore, prepared: str) -> None:
+    await sessions.forget(prepared)
+    assert await store.redis.keys("*") == []
+
+
+# Claimed
+
+
+async def test_a_claim_gets_what_was_prepared(store: Store, sessions: SessionStore, prepared: str) -> None:
+    assert await sessions.claim(prepared, "token", "w1") == PREPARED
+    assert await times(store) == [960]
+    assert await sessions.remaining(prepared) == 0
+
+
+async def test_asking_again_with_the_same_token_gets_the_same(sessions: SessionStore, prepared: str) -> None:
+    assert [await sessions.claim(prepared, "token", "w1") for _ in range(3)] == [PREPARED] * 3
+
+
+async def test_another_token_learns_who_has_it(sessions: SessionStore, prepared: str) -> None:
+    await sessions.claim(prepared, "token", "w1")
+    assert await sessions.claim(prepared, "another", "w2") == Standing(State.RUNNING, "w1")
+    assert await sessions.claim(prepared, "another", "w1") == Standing(State.RUNNING, "w1")
+
+
+async def test_of_fifty_claims_at_once_one_wins(sessions: SessionStore, prepared: str) -> None:
+    outcomes = await asyncio.gather(*(sessions.claim(prepared, f"t{n}", f"w{n}") for n in range(50)))
+    winners = [n for n, outcome in enumerate(outcomes) if isinstance(outcome, Prepared)]
+    assert len(winners) == 1
+    assert all(
+        outcome == Standing(State.RUNNING, f"w{winners[0]}")
+        for n, outcome in enumerate(outcomes)
+        if n != winners[0]
+    )
+
+
+async def test_an_unknown_session_cannot_be_claimed(store: Store, sessions: SessionStore) -> None:
+    assert await sessions.claim(str(uuid4()), "token", "w1") == Standing(State.GONE)
+    assert await store.redis.keys("*") == []
+
+
+# Cancelled
+
+
+async def test_a_cancelled_session_can_no_longer_be_claimed(
+    store: Store, sessions: SessionStore, prepared: str
+) -> None:
+    assert (await sessions.cancel(prepared, CANCELLED)).state is State.PREPARED
+    assert await sessions.claim(prepared, "token", "w1") == Standing(State.CANCELLED, "", CANCELLED)
+    assert b"request" not in await held(store)
+    assert await times(store) == [300]
+    assert await sessions.remaining(prepared) == 0
+
+
+async def test_cancelling_again_tells_the_end(sessions: SessionStore, prepared: str) -> None:
+    await sessions.cancel(prepared, CANCELLED)
+    assert await sessions.cancel(prepared, CANCELLED) == Standing(State.CANCELLED, "", CANCELLED)
+
+
+async def test_an_unknown_session_cannot_be_cancelled(store: Store, sessions: SessionStore) -> None:
+    assert await sessions.cancel(str(uuid4()), CANCELLED) == Standing(State.GONE)
+    assert await store.redis.keys("*") == []
+
+
+async def test_once_cancelled_a_running_session_ends_in_nothing_else(
+    sessions: SessionStore, prepared: str
+) -> None:
+    await sessions.claim(prepared, "token", "w1")
+    assert await sessions.cancel(prepared, CANCELLED) == Standing(State.RUNNING, "w1")
+    assert await sessions.end(prepared, "token", DONE, NOTHING) == Refusal("cancel", 0)
+    assert await sessions.end(prepared, "token", FAILED, NOTHING) == Refusal("cancel", 0)
+    assert await sessions.end(prepared, "token", CANCELLED, NOTHING) == Standing(
+        State.CANCELLED, "", CANCELLED
+    )
+
+
+async def test_a_claim_and_a_cancel_at_once_agree(sessions: SessionStore) -> None:
+    seen = set()
+    for number in range(40):
+        session = str(uuid4())
+        await sessions.prepare(session, PREPARED)
+        steps = [sessions.claim(session, "token", "w1"), sessions.cancel(session, CANCELLED)]
+        first, second = steps if number % 2 else reversed(steps)
+        outcomes = await asyncio.gather(first, second)
+        claim, cancel = outcomes if number % 2 else reversed(outcomes)
+        assert isinstance(cancel, Standing)
+        assert isinstance(claim, Prepared) is (cancel.state is State.RUNNING)
+        seen.add(cancel.state)
+    assert seen == {State.RUNNING, State.PREPARED}
+
+
+# Ended
+
+
+async def test_an_end_is_kept_and_the_prompt_is_not(
+    store: Store, sessions: SessionStore, prepared: str
+) -> None:
+    await sessions.claim(prepared, "token", "w1")
+    assert await sessions.end(prepared, "token", DONE, NOTHING) == Standing(State.DONE, "", DONE)
+    assert b"request" not in await held(store)
+    assert await times(store) == [300]
+    assert await sessions.claim(prepared, "token", "w1") == Standing(State.DONE, "w1", DONE)
+
+
+async def test_the_first_end_stands(sessions: SessionStore, prepared: str) -> None:
+    await sessions.claim(prepared, "token", "w1")
+    await sessions.end(prepared, "token", DONE, NOTHING)
+    assert await sessions.end(prepared, "token", FAILED, NOTHING) == Standing(State.DONE, "", DONE)
+    assert await sessions.cancel(prepared, CANCELLED) == Standing(State.DONE, "w1", DONE)
+
+
+async def test_another_token_ends_nothing(sessions: SessionStore, prepared: str) -> None:
+    await sessions.claim(prepared, "token", "w1")
+    assert await sessions.end(prepared, "another", DONE, NOTHING) == Standing(State.RUNNING)
+    assert await sessions.end(prepared, "token", FAILED, NOTHING) == Standing(State.FAILED, "", FAILED)
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_what_does_not_run_cannot_end(
+    store: Store, sessions: SessionStore, prepared: str, known: bool
+) -> None:
+    standing = await sessions.end(prepared if known else str(uuid4()), "token", DONE, NOTHING)
+    assert standing == Standing(State.PREPARED if known else State.GONE)
+    assert len(await store.redis.keys("*")) == 1
+
+
+async def test_without_resuming_an_end_is_kept_for_a_minute(store: Store) -> None:
+    sessions, session = sessions_in(store, resume_ttl=0), str(uuid4())
+    await sessions.prepare(session, PREPARED)
+    await sessions.claim(session, "token", "w1")
+    await sessions.end(session, "token", DONE, NOTHING)
+    assert await times(store) == [MIN_KEPT]
+
+
+# Redis itself
+
+
+STEPS: list[Callable[[SessionStore], Awaitable[object]]] = [
+    lambda sessions: sessions.prepare(str(uuid4()), PREPARED),
+    lambda sessions: sessions.claim(str(uuid4()), "token", "w1"),
+    lambda sessions: sessions.cancel(str(uuid4()), CANCELLED),
+    lambda sessions: sessions.end(str(uuid4()), "token", DONE, NOTHING),
+    lambda sessions: sessions.remaining(str(uuid4())),
+    lambda sessions: sessions.forget(str(uuid4())),
+]
+
+
+async def all_fail(sessions: SessionStore) -> None:
+    """Every step fails as it should, and in time."""
+    loop = asyncio.get_running_loop()
+    asked = loop.time()
+    outcomes = await asyncio.gather(*(step(sessions) for step in STEPS), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * len(STEPS)
+    assert loop.time() - asked < CALL_TIMEOUT + 0.5
+
+
+async def test_no_redis_is_told_as_that() -> None:
+    store = Store("redis://127.0.0.1:1/0", "test")
+    await all_fail(sessions_in(store))
+    await store.close()
+
+
+async def test_a_frozen_redis_costs_a_second_and_confuses_nobody_afterwards() -> None:
+    async with running_valkey() as valkey:
+        store = Store(valkey.url, "test")
+        sessions, session = sessions_in(store), str(uuid4())
+        await sessions.prepare(session, PREPARED)
+        valkey.freeze()
+        await all_fail(sessions)
+        with pytest.raises(StoreUnavailable):
+            await sessions.end(session, "token", DONE, NOTHING, timeout=0.1)
+        valkey.thaw()
+        # An answer that came too late must not be taken for that of the next question.
+        for number in range(MAX_CONNECTIONS * 2):
+            assert 590 <= (await sessions.remaining(session) or 0) <= 600
+            assert await sessions.claim(str(uuid4()), f"t{number}", "w1") == Standing(State.GONE)
+        assert await sessions.claim(session, "token", "w1") == PREPARED
+        await store.close()
+
+
+async def test_a_redis_that_was_restarted_is_used_again_at_once() -> None:
+    async with running_valkey() as valkey:
+        store = Store(valkey.url, "test")
+        sessions = sessions_in(store)
+        await asyncio.gather(*(sessions.prepare(str(uuid4()), PREPARED) for _ in range(10)))
+        valkey.kill()
+        await all_fail(sessions)
+        await valkey.start()
+        for _ in range(20):
+            await sessions.prepare(str(uuid4()), PREPARED)
+        await store.close()
+
+
+async def test_a_full_redis_is_told_as_unavailable(store: Store) -> None:
+    async with running_valkey() as valkey:
+        store = Store(valkey.url, "test")
+        await store.redis.config_set("maxmemory", "1")
+        with pytest.raises(StoreUnavailable):
+            await sessions_in(store).prepare(str(uuid4()), PREPARED)
+        await store.close()
+
+
+async def test_forgotten_scripts_are_loaded_again(
+    store: Store, sessions: SessionStore, prepared: str
+) -> None:
+    await store.redis.script_flush()
+    assert await sessions.claim(prepared, "token", "w1") == PREPARED
+
+
+async def test_more_calls_than_connections_wait_their_turn(store: Store, sessions: SessionStore) -> None:
+    ids = [str(uuid4()) for _ in range(MAX_CONNECTIONS * 5)]
+    await asyncio.gather(*(sessions.prepare(session, PREPARED) for session in ids))
+    outcomes = await asyncio.gather(*(sessions.claim(session, "token", "w1") for session in ids))
+    assert outcomes == [PREPARED] * len(ids)
+    assert len(await store.redis.client_list()) <= MAX_CONNECTIONS + 2
+
+
+async def test_a_call_that_is_given_up_leaves_its_connection_in_order(
+    sessions: SessionStore, prepared: str
+) -> None:
+    for delay in range(30):
+        task = asyncio.create_task(sessions.claim(str(uuid4()), "token", "w1"))
+        for _ in range(delay):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert 590 <= (await sessions.remaining(prepared) or 0) <= 600

@@ -1,0 +1,178 @@
+"""Which pages may use the broker: CORS on every answer, and the host names it answers to."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tests.broker import Answer, Broker, running
+from tests.scripted import Call, ScriptedUpstream
+
+UNKNOWN = "/stream/00000000-1111-4222-8333-444444444444"
+PAGE = "https://chat.example"
+EXPOSED = {"Location", "Retry-After", "ETag", "RateLimit", "RateLimit-Policy", "X-Request-Id"}
+
+
+def names(value: str) -> set[str]:
+    return {name.strip() for name in value.split(",")}
+
+
+def allows(answer: Answer | Any, origin: str, *, credentials: bool) -> bool:
+    headers = answer.headers
+    return (
+        headers.get("Access-Control-Allow-Origin") == origin
+        and (headers.get("Access-Control-Allow-Credentials") == "true") is credentials
+        and "Origin" in names(headers["Vary"])
+    )
+
+
+@pytest_asyncio.fixture
+async def listing(valkey_url: str, upstream: ScriptedUpstream) -> AsyncIterator[Broker]:
+    """A broker with one listed origin."""
+    async with running(valkey_url, upstream, cors_origins=(PAGE,)) as broker:
+        yield broker
+
+
+async def test_a_page_of_this_machine_may_come(broker: Broker) -> None:
+    origin = "http://localhost:5173"
+    answer = await broker.post(headers={"Origin": origin})
+    assert answer.status == 201
+    assert allows(answer, origin, credentials=False)
+    assert names(answer.headers["Access-Control-Expose-Headers"]) == EXPOSED
+
+
+async def test_the_own_page_may_come(listing: Broker) -> None:
+    assert allows(await listing.post(headers={"Origin": listing.url}), listing.url, credentials=False)
+
+
+async def test_a_listed_page_may_come_with_credentials(listing: Broker) -> None:
+    answer = await listing.post(headers={"Origin": PAGE})
+    assert answer.status == 201
+    assert allows(answer, PAGE, credentials=True)
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "http://localhost:5173", "null", "http://[::1", "*"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/prepare"), ("GET", UNKNOWN), ("DELETE", UNKNOWN), ("GET", "/models"), ("GET", "/nothing")],
+)
+async def test_another_page_may_not(listing: Broker, origin: str, method: str, path: str) -> None:
+    answer = await listing.ask(method, path, headers={"Origin": origin, "Accept": "text/event-stream"})
+    assert (answer.status, answer.code) == (403, "origin_not_allowed")
+    assert "Access-Control-Allow-Origin" not in answer.headers
+    assert "Origin" in names(answer.headers["Vary"])
+
+
+async def test_another_page_claims_nothing(listing: Broker, upstream: ScriptedUpstream) -> None:
+    session = await listing.prepare()
+    async with listing.stream(session, headers={"Origin": "https://evil.example"}) as line:
+        assert line.status == 403
+    assert upstream.calls == []
+
+
+async def test_a_caller_that_is_no_page_may_come(listing: Broker) -> None:
+    answer = await listing.post()
+    assert answer.status == 201
+    assert "Access-Control-Allow-Origin" not in answer.headers
+    assert "Origin" in names(answer.headers["Vary"])
+
+
+@pytest.mark.parametrize("origin", ["https://anybody.example", "null"])
+async def test_a_star_lets_all_pages_in_without_credentials(
+    valkey_url: str, upstream: ScriptedUpstream, origin: str
+) -> None:
+    async with running(valkey_url, upstream, cors_origins=("*",)) as broker:
+        assert allows(await broker.post(headers={"Origin": origin}), origin, credentials=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/prepare", 415),
+        ("GET", UNKNOWN, 404),
+        ("DELETE", UNKNOWN, 404),
+        ("POST", f"{UNKNOWN}/cancel", 404),
+        ("GET", "/models", 502),
+        ("GET", "/nothing", 404),
+        ("PUT", "/prepare", 405),
+        ("GET", "/health/live", 200),
+        ("HEAD", UNKNOWN, 204),
+    ],
+)
+async def test_every_path_and_every_error_echoes_an_allowed_origin(
+    listing: Broker, method: str, path: str, status: int
+) -> None:
+    answer = await listing.ask(method, path, headers={"Origin": PAGE})
+    assert answer.status == status
+    assert allows(answer, PAGE, credentials=True)
+
+
+async def test_a_stream_echoes_an_allowed_origin(listing: Broker, upstream: ScriptedUpstream) -> None:
+    def plain(call: Call) -> None:
+        call.open()
+        call.chunk("Hello", finish="stop")
+        call.done()
+
+    upstream.replies = [plain]
+    for path in (f"/stream/{await listing.prepare()}", UNKNOWN):
+        headers = {"Origin": PAGE, "Accept": "text/event-stream"}
+        answer = await listing.ask("GET", path, headers=headers)
+        assert answer.status == 200
+        assert allows(answer, PAGE, credentials=True)
+
+
+@pytest.mark.parametrize("path", ["/prepare", UNKNOWN, f"{UNKNOWN}/cancel", "/models", "/usage"])
+async def test_a_preflight_tells_what_is_allowed(listing: Broker, path: str) -> None:
+    headers = {"Origin": PAGE, "Access-Control-Request-Method": "DELETE", "Access-Control-Request-Headers": "x"}
+    answer = await listing.ask("OPTIONS", path, headers=headers)
+    assert answer.status == 204
+    assert allows(answer, PAGE, credentials=True)
+    assert names(answer.headers["Access-Control-Allow-Methods"]) == {"GET", "POST", "DELETE"}
+    assert names(answer.headers["Access-Control-Allow-Headers"]) == {
+        *("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "If-None-Match"),
+    }
+
+
+async def test_a_preflight_of_another_page_is_refused(listing: Broker) -> None:
+    headers = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    answer = await listing.ask("OPTIONS", "/prepare", headers=headers)
+    assert (answer.status, answer.code) == (403, "origin_not_allowed")
+    assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+async def test_an_options_that_is_no_preflight_is_a_wrong_method(broker: Broker) -> None:
+    answer = await broker.ask("OPTIONS", "/prepare")
+    assert (answer.status, answer.code) == (405, "method_not_allowed")
+
+
+# DNS rebinding
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:3000", "127.0.0.1.evil.example", "", "[::1", "a:b:c"])
+@pytest.mark.parametrize("path", ["/prepare", UNKNOWN, "/health/live", "/"])
+async def test_on_the_loopback_another_name_is_refused(broker: Broker, host: str, path: str) -> None:
+    answer = await broker.ask("GET", path, headers={"Host": host})
+    assert (answer.status, answer.code) == (403, "host_not_allowed")
+
+
+async def test_a_rebound_page_is_not_its_own_origin(broker: Broker) -> None:
+    headers = {"Host": "evil.example:3000", "Origin": "http://evil.example:3000"}
+    answer = await broker.post(headers=headers)
+    assert (answer.status, answer.code) == (403, "host_not_allowed")
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:3000", "127.0.0.1:1", "[::1]:3000"])
+async def test_the_names_of_this_machine_are_answered_to(broker: Broker, host: str) -> None:
+    assert (await broker.post(headers={"Host": host})).status == 201
+
+
+async def test_the_host_of_a_listed_origin_is_answered_to(listing: Broker) -> None:
+    assert (await listing.post(headers={"Host": "chat.example"})).status == 201
+
+
+async def test_a_broker_that_all_can_reach_answers_to_any_name(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    async with running(valkey_url, upstream, host="0.0.0.0") as broker:
+        assert (await broker.post(headers={"Host": "broker.example"})).status == 201

@@ -1,0 +1,259 @@
+"""Redis frozen or gone at each step of a session: pages that watch notice nothing, and nothing is asked twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import pytest_asyncio
+
+from tests.broker import Broker, running
+from tests.scripted import ScriptedUpstream
+from tests.system.harness import ValkeyProcess, running_valkey
+
+UNKNOWN = "00000000-1111-4222-8333-444444444444"
+
+HURTS = pytest.mark.parametrize("hurt", [ValkeyProcess.freeze, ValkeyProcess.kill])
+
+
+@pytest_asyncio.fixture
+async def valkey() -> AsyncIterator[ValkeyProcess]:
+    """A Redis of the test's own, to be hurt."""
+    async with running_valkey() as valkey:
+        yield valkey
+
+
+@pytest_asyncio.fixture
+async def broker(valkey: ValkeyProcess, upstream: ScriptedUpstream) -> AsyncIterator[Broker]:
+    """A broker on it, which has met it."""
+    async with running(valkey.url, upstream) as broker, healed(valkey):
+        assert (await broker.ask("GET", "/health/ready")).status == 200
+        yield broker
+
+
+@asynccontextmanager
+async def healed(valkey: ValkeyProcess) -> AsyncIterator[None]:
+    """Give a broker its Redis back in the end, or it would wait for it while it is taken down."""
+    try:
+        yield
+    finally:
+        if valkey.process is None:
+            await valkey.start()
+        valkey.thaw()
+
+
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._start = self._loop.time()
+
+    @property
+    def seconds(self) -> float:
+        return self._loop.time() - self._start
+
+
+async def is_asked_to_come_again(broker: Broker, session: str, cursor: str | None = None) -> bool:
+    """Whether a page is told to come later, and nothing else."""
+    async with broker.stream(session, cursor) as line:
+        return line.status == 200 and await line.rest() == [] and len(line.blocks) == 2
+
+
+@HURTS
+async def test_prepare_is_refused_in_time(
+    broker: Broker, valkey: ValkeyProcess, hurt: type[ValkeyProcess.freeze]
+) -> None:
+    hurt(valkey)
+    clock = Clock()
+    for answer in await asyncio.gather(broker.post(), broker.post(headers={"Idempotency-Key": "k"})):
+        assert (answer.status, answer.code, answer.headers["Retry-After"]) == (503, "store_unavailable", "3")
+    assert clock.seconds < 3
+
+
+@HURTS
+async def test_a_session_may_be_known_later(
+    broker: Broker, valkey: ValkeyProcess, hurt: type[ValkeyProcess.freeze]
+) -> None:
+    hurt(valkey)
+    clock = Clock()
+    *told, plain, cancelled = await asyncio.gather(
+        is_asked_to_come_again(broker, UNKNOWN),
+        is_asked_to_come_again(broker, UNKNOWN, "1-1"),
+        broker.ask("GET", f"/stream/{UNKNOWN}"),
+        broker.cancel(UNKNOWN),
+    )
+    assert told == [True, True]
+    assert (plain.status, plain.code) == (cancelled.status, cancelled.code) == (503, "store_unavailable")
+    assert clock.seconds < 3
+
+
+async def test_a_claim_whose_reply_was_lost_is_found_again(
+    broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream
+) -> None:
+    session = await broker.prepare()
+    valkey.freeze()
+    clock = Clock()
+    pages = [is_asked_to_come_again(broker, session) for _ in range(2)]
+    assert await asyncio.gather(*pages) == [True, True]
+    assert clock.seconds < 2
+    valkey.thaw()
+    call = (await upstream.call()).open()  # though nobody has asked again
+    async with broker.stream(session) as line:
+        call.chunk("Hello", finish="stop")
+        call.done()
+        assert [event.id for event in await line.rest()] == ["1-1", "1-2.end"]
+    assert len(upstream.calls) == 1
+
+
+async def test_a_claim_that_nobody_comes_back_for_is_abandoned(
+    valkey: ValkeyProcess, upstream: ScriptedUpstream
+) -> None:
+    async with running(valkey.url, upstream, disconnect_grace=0.5) as broker:
+        session = await broker.prepare()
+        valkey.freeze()
+        assert await is_asked_to_come_again(broker, session)
+        valkey.thaw()
+        await (await upstream.call()).wait_gone()
+        async with broker.stream(session) as line:
+            [event] = await line.rest()
+            assert event.json["code"] == "abandoned"
+    assert len(upstream.calls) == 1
+
+
+async def test_two_workers_that_both_lost_the_reply_are_one_generation(
+    broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream
+) -> None:
+    async with running(valkey.url, upstream) as other:
+        session = await broker.prepare()
+        valkey.freeze()
+        pages = [is_asked_to_come_again(worker, session) for worker in (broker, other)]
+        assert await asyncio.gather(*pages) == [True, True]
+        valkey.thaw()
+        call = (await upstream.call()).open()
+        call.chunk("Hello", finish="stop")
+        call.done()
+        answer = await broker.cancel(session)  # certain to have seen every claim
+        assert answer.status in (200, 202)
+    assert len(upstream.calls) == 1
+
+
+@HURTS
+async def test_a_page_that_watches_notices_nothing(
+    broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream, hurt: type[ValkeyProcess.freeze]
+) -> None:
+    session = await broker.prepare()
+    async with broker.stream(session) as line:
+        call = (await upstream.call()).open()
+        call.chunk("one")
+        await line.take(1)
+        hurt(valkey)
+        for word in ("two", "three"):
+            clock = Clock()
+            call.chunk(word)
+            await line.take(1)
+            assert clock.seconds < 0.5
+        async with broker.stream(session, "1-1") as late:
+            assert [event.id for event in await late.take(2)] == ["1-2", "1-3"]
+        clock = Clock()
+        call.chunk("", finish="stop")
+        call.done()
+        assert [event.id for event in await line.rest()] == ["1-4", "1-5.end"]
+        assert clock.seconds < 0.8  # 300 ms for Redis to answer, and some for a busy machine
+    async with broker.stream(session, "1-4") as line:
+        assert [event.id for event in await line.rest()] == ["1-5.end"]
+
+
+async def test_what_happened_meanwhile_is_written_when_redis_returns(
+    broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream
+) -> None:
+    session = await broker.prepare()
+    async with broker.stream(session) as line:
+        call = (await upstream.call()).open()
+        call.chunk("one")
+        events = await line.take(1)
+        valkey.freeze()
+        call.chunk("two", finish="stop")
+        call.done()
+        events += await line.rest()
+    valkey.thaw()
+    async with running(valkey.url, upstream) as other:
+        seen: list[object] = []
+        async with asyncio.timeout(8):
+            while seen != events:
+                async with other.stream(session) as there:
+                    seen = list(await there.rest())
+    assert len(upstream.calls) == 1
+
+
+async def test_the_owner_cancels_without_redis(
+    broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream
+) -> None:
+    session = await broker.prepare()
+    async with broker.stream(session) as line:
+        call = (await upstream.call()).open()
+        call.chunk("one")
+        await line.take(1)
+        valkey.freeze()
+        clock = Clock()
+        answer = await broker.cancel(session)
+        assert (answer.status, answer.json) == (202, {"state": "cancelled"})
+        await call.wait_gone()
+        assert clock.seconds < 1
+        [event] = await line.rest()
+        assert event.json["finishReason"] == "cancelled"
+    assert (await broker.cancel(session)).json == {"state": "cancelled"}
+
+
+async def test_a_session_that_is_about_to_end_is_not_cancelled_any_more(
+    broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream
+) -> None:
+    session = await broker.prepare()
+    async with broker.stream(session) as line:
+        call = (await upstream.call()).open()
+        valkey.freeze()  # so that to decide the end takes a while
+        call.chunk("one", finish="stop")
+        call.event(b"[DONE]")
+        await line.take(1)
+        answer = await broker.cancel(session)
+        [event] = await line.rest()
+    assert (answer.status, answer.json) == (200, {"state": "done"})
+    assert event.json["finishReason"] == "stop"
+
+
+async def test_a_page_that_leaves_while_redis_is_away_still_ends_its_session(
+    valkey: ValkeyProcess, upstream: ScriptedUpstream
+) -> None:
+    async with running(valkey.url, upstream, disconnect_grace=0.3) as broker, healed(valkey):
+        session = await broker.prepare()
+        async with broker.stream(session) as line:
+            call = (await upstream.call()).open()
+            call.chunk("one")
+            await line.take(1)
+            valkey.freeze()
+        await call.wait_gone()
+        async with broker.stream(session) as line:
+            assert (await line.rest())[-1].json["code"] == "abandoned"
+
+
+async def test_redis_may_come_back_empty(
+    broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream
+) -> None:
+    session = await broker.prepare()
+    async with broker.stream(session) as line:
+        call = (await upstream.call()).open()
+        call.chunk("one")
+        events = await line.take(1)
+        valkey.kill()
+        await valkey.start()
+        call.chunk("two", finish="stop")
+        call.done()
+        events += await line.rest()
+        assert [event.id for event in events] == ["1-1", "1-2", "1-3.end"]
+    async with broker.stream(session) as line:
+        assert await line.rest() == events
+    async with asyncio.timeout(8):
+        while (await broker.post()).status != 201:
+            pass

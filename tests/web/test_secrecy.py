@@ -1,0 +1,123 @@
+"""What no log may carry: our key, a prompt, an answer, a whole session id. At the most talkative level, in good and bad."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+from uuid import UUID
+
+import pytest
+import structlog
+
+from broker.logs import configure_logs
+from tests.broker import KEY, QUESTION, Broker, running
+from tests.scripted import Call, ScriptedUpstream, chunk
+from tests.system.harness import running_valkey
+
+PROMPT = "Quetzalcoatl"
+ANSWER = "Huitzilopochtli"
+ASKED = {**QUESTION, "messages": [{"role": "user", "content": f"Who is {PROMPT}?"}], "user": "Moctezuma"}
+
+
+@pytest.fixture
+def log() -> Iterator[io.StringIO]:
+    """All that is logged, down to the last detail."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    out = io.StringIO()
+    configure_logs("debug", "json", secrets=[], out=out)  # what nobody cleans must be clean by itself
+    yield out
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+def good(call: Call) -> None:
+    call.open()
+    call.chunk(ANSWER, finish="stop")
+    call.done()
+
+
+def refusing(call: Call) -> None:
+    call.reply(400, {"error": {"message": f"{PROMPT} with {KEY} is {ANSWER}"}})
+
+
+def failing(call: Call) -> None:
+    call.open()
+    call.chunk(ANSWER)
+    call.event(b'{"error": {"code": 500, "message": "%b"}}' % ANSWER.encode())
+
+
+def nonsense(call: Call) -> None:
+    call.open()
+    call.chunk(ANSWER)
+    call.event(f"<html>{ANSWER} {PROMPT}".encode())
+
+
+def a_page(call: Call) -> None:
+    call.reply(200, f"<html>{ANSWER} {KEY}</html>")
+
+
+def breaking(call: Call) -> None:
+    call.open()
+    call.chunk(ANSWER)
+    call.close()
+
+
+def busy(call: Call) -> None:
+    call.reply(503, {"error": {"message": f"{PROMPT} {ANSWER} {KEY}"}}, {"Retry-After": "0"})
+
+
+def odd(call: Call) -> None:
+    call.open()
+    call.event(b'{"half": "%b \\ud83d"}' % ANSWER.encode())
+    call.event(str(chunk(ANSWER)).encode())
+
+
+def check(log: io.StringIO, *sessions: str) -> None:
+    text = log.getvalue()
+    assert text.count("\n") > 3
+    for secret in (KEY, PROMPT, ANSWER, "Moctezuma", *sessions, *(UUID(session).hex for session in sessions)):
+        assert secret not in text
+    for session in sessions:
+        assert session[:8] in text
+
+
+@pytest.mark.parametrize("reply", [good, refusing, failing, nonsense, a_page, breaking, busy, odd])
+async def test_whatever_the_upstream_does(
+    broker: Broker, upstream: ScriptedUpstream, log: io.StringIO, reply: type[good]
+) -> None:
+    upstream.replies = [reply]
+    answer = await broker.post(ASKED, {"Idempotency-Key": PROMPT})
+    session = answer.json["sessionId"]
+    await broker.read(session)
+    await broker.cancel(session)
+    await broker.ask("POST", f"/stream/{session}/cancel?secret={PROMPT}")
+    await broker.ask("GET", f"/stream/{session}/{session}")
+    check(log, session)
+
+
+async def test_whatever_a_page_sends(broker: Broker, log: io.StringIO) -> None:
+    for body in (b"{" + PROMPT.encode(), {**ASKED, PROMPT: 1}, {**ASKED, "temperature": PROMPT}, [PROMPT]):
+        await broker.post(body)
+    await broker.post(ASKED, {"Content-Type": "text/plain"})
+    await broker.post(ASKED, {"Content-Encoding": "gzip"})
+    await broker.post(ASKED, {"Origin": "https://evil.example"})
+    check(log)
+
+
+async def test_whatever_redis_does(upstream: ScriptedUpstream, log: io.StringIO) -> None:
+    async with running_valkey() as valkey, running(valkey.url, upstream) as broker:
+        session = (await broker.post(ASKED)).json["sessionId"]
+        async with broker.stream(session) as line:
+            call = (await upstream.call()).open()
+            call.chunk(ANSWER)
+            await line.take(1)
+            valkey.kill()
+            await broker.post(ASKED)
+            call.chunk(ANSWER, finish="stop")
+            call.done()
+            await line.rest()
+        await valkey.start()  # or the broker would wait for it while it is taken down
+        check(log, session)
