@@ -5,18 +5,20 @@ It joins `core`, the catalog and the store, and knows nothing of HTTP.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import uuid
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import orjson
 
 from broker.core.accounts import Allowances, Worst
 from broker.core.chat import ChatRules, parse_chat
 from broker.core.document import parse_json
-from broker.core.errors import IdempotencyConflict, LimitError, ModelNotAllowed
+from broker.core.errors import IdempotencyConflict, ModelNotAllowed, RequestError, StoreUnavailable
 from broker.core.fitting import FitRules, FittedChat, ModelLimits, fit
 from broker.core.pricing import Prices, max_price, narrow_max_price, worst_case
+from broker.store.accounts import check_admitted
 from broker.store.sessions import Prepared
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from broker.density import Densities
     from broker.settings import Settings
     from broker.store.accounts import AccountStore
+    from broker.store.connection import Call, Store
     from broker.store.idempotency import IdempotencyStore
     from broker.store.sessions import SessionStore
 
@@ -46,6 +49,19 @@ class Admitted(NamedTuple):
     created: bool
 
 
+class Counting(Protocol):
+    """Counts one prepare against its client's rate."""
+
+    def call(self) -> Call:
+        """What counts it, to be run together with something else."""
+
+    def note(self, reply: Sequence[int]) -> None:
+        """Take the reply of `call`; raises `RateLimited`."""
+
+    async def alone(self) -> None:
+        """Count it by itself; raises `RateLimited`."""
+
+
 class _Order(NamedTuple):
     """A request that is fit to be stored."""
 
@@ -58,6 +74,7 @@ class Admission:
     """Makes sessions.
 
     Args:
+        store: runs several steps in one round trip.
         settings: the rules.
         catalog: what is known of the models.
         sessions: where sessions are kept.
@@ -70,6 +87,7 @@ class Admission:
     def __init__(
         self,
         *,
+        store: Store,
         settings: Settings,
         catalog: Catalog,
         sessions: SessionStore,
@@ -78,6 +96,8 @@ class Admission:
         densities: Densities,
         idempotency: IdempotencyStore,
     ) -> None:
+        self._store = store
+        self._forgetting: set[asyncio.Task[None]] = set()
         self._settings = settings
         self._catalog = catalog
         self._sessions = sessions
@@ -93,27 +113,34 @@ class Admission:
         )
 
     async def admit(
-        self, body: bytes, *, client: Client, referer: str, idempotency_key: str | None
+        self, body: bytes, *, client: Client, counting: Counting, referer: str, idempotency_key: str | None
     ) -> Admitted:
         """Make a session of a request, or find the one that its Idempotency-Key made.
 
         Args:
             body: the request as JSON.
             client: who asks, and pays.
+            counting: counts the prepare, whatever becomes of it.
             referer: origin of the page, or empty.
             idempotency_key: of the request's header.
 
         Raises:
             RequestError: the body is not a request that may be sent.
             IdempotencyConflict: the key was used with another body.
+            RateLimited: the client has prepared too often.
             TooManyStreams: too many sessions of this client wait.
             BudgetExceeded: today's budget does not cover this.
             StoreUnavailable: Redis cannot be reached.
         """
-        order = await self._order(body, client)
+        try:
+            order = await self._order(body, client)
+        except RequestError:
+            await counting.alone()
+            raise
         if idempotency_key is None:
-            return Admitted(await self._store(order, referer), created=True)
-        return await self._store_once(body, order, referer, idempotency_key)
+            return Admitted(await self._keep(order, referer, counting), created=True)
+        await counting.alone()
+        return await self._keep_once(body, order, referer, idempotency_key)
 
     async def _order(self, body: bytes, client: Client) -> _Order:
         """The request as it would be sent, and what it may cost."""
@@ -155,7 +182,7 @@ class Admission:
             tokens, max((worst_case(fitted.prompt_tokens, output, each) or 0 for each in known), default=0)
         )
 
-    async def _store(self, order: _Order, referer: str) -> dict[str, Any]:
+    async def _keep(self, order: _Order, referer: str, counting: Counting | None = None) -> dict[str, Any]:
         session_id = str(uuid.uuid4())
         fitted, settings = order.fitted, self._settings
         prepared = Prepared(
@@ -167,16 +194,20 @@ class Admission:
             worst=order.worst,
             teaches=fitted.teaches,
         )
+        client, ttl = order.client.name, settings.session_ttl
+        # All that is asked of Redis goes in one round trip; where something refuses, the rest is undone.
+        calls = [
+            self._accounts.admitting(client, session_id, order.worst, ttl=ttl),
+            self._sessions.preparing(session_id, prepared),
+            *([counting.call()] if counting is not None else []),
+        ]
         try:
-            await self._accounts.admit(
-                order.client.name,
-                session_id,
-                order.worst,
-                ttl=settings.session_ttl,
-                storing=self._sessions.preparing(session_id, prepared),
-            )
-        except LimitError:
-            await self._sessions.forget(session_id)
+            admitted, _, *counted = await self._store.run(calls)
+            if counting is not None:
+                counting.note(*counted)
+            check_admitted(admitted)
+        except BaseException:
+            self._forget(client, session_id)
             raise
         return {
             "sessionId": session_id,
@@ -187,7 +218,25 @@ class Admission:
             "droppedMessages": fitted.dropped_messages,
         }
 
-    async def _store_once(self, body: bytes, order: _Order, referer: str, key: str) -> Admitted:
+    def _forget(self, client: str, session_id: str) -> None:
+        """Take back a session that nobody was told of; in the background, for whoever asked may be gone."""
+
+        async def forget() -> None:
+            try:
+                await self._sessions.forget(session_id)
+                await self._accounts.forget(client, session_id)
+            except StoreUnavailable:
+                pass  # both end by themselves
+
+        task = asyncio.create_task(forget())
+        self._forgetting.add(task)
+        task.add_done_callback(self._forgetting.discard)
+
+    async def close(self) -> None:
+        """Wait for what is being taken back; that is bounded by the store."""
+        await asyncio.gather(*self._forgetting)
+
+    async def _keep_once(self, body: bytes, order: _Order, referer: str, key: str) -> Admitted:
         client = order.client.name
         digest = hashlib.sha256(body).hexdigest()
         bound = await self._idempotency.find(client, key)
@@ -197,12 +246,15 @@ class Admission:
             return Admitted({**bound.answer, "expiresIn": remaining}, created=False)
         # The session is stored before the key is bound to it, so that a key never leads to nothing: of two requests at
         # once both store one, one is bound, and the other is forgotten before anybody was told of it.
-        answer = await self._store(order, referer)
-        winner = await self._idempotency.bind(client, key, digest, answer, instead_of=bound)
+        answer = await self._keep(order, referer)
+        try:
+            winner = await self._idempotency.bind(client, key, digest, answer, instead_of=bound)
+        except BaseException:
+            self._forget(client, answer["sessionId"])
+            raise
         if winner.session_id == answer["sessionId"]:
             return Admitted(answer, created=True)
-        await self._sessions.forget(answer["sessionId"])
-        await self._accounts.forget(client, answer["sessionId"])
+        self._forget(client, answer["sessionId"])
         if winner.digest != digest:
             raise IdempotencyConflict
         return Admitted(winner.answer, created=False)

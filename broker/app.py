@@ -82,7 +82,8 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         )
         app[keys.RATES] = Rates(store, limit=settings.rate_limit.count, window=settings.rate_limit.seconds)
         app[keys.IDENTIFIER] = await stack.enter_async_context(Identifier(settings, _upstream_key(settings)))
-        app[keys.ADMISSION] = Admission(
+        admission = app[keys.ADMISSION] = Admission(
+            store=store,
             settings=settings,
             catalog=catalog,
             sessions=sessions,
@@ -91,6 +92,7 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
             densities=densities,
             idempotency=IdempotencyStore(store, ttl=settings.session_ttl + running_ttl),
         )
+        stack.push_async_callback(admission.close)
         await stack.enter_async_context(
             _background(tick(registry, heartbeat=settings.heartbeat, ping_events=settings.ping_events))
         )

@@ -239,6 +239,8 @@ class Generation:
             self._abandoning = None
         if not isinstance(answer, Refusal):
             self._decided = answer.end or end
+            if answer.end is None:
+                self._write_later(self, end)
             self.stop(Halt.DECIDED)
             return
         self.feed.resume()
@@ -307,7 +309,10 @@ class Generation:
         try:
             async with asyncio.timeout(DECIDE_TIMEOUT):
                 if self._decided is None:
-                    end = await self.write_end(end) or end
+                    written = await self.write_end(end)
+                    if written is None:  # Redis came back empty, and this may just be written anew as running
+                        self._write_later(self, end)
+                    end = written or end
                 await self.settle(end.state)
         except (StoreUnavailable, TimeoutError):
             self._write_later(self, end)

@@ -96,32 +96,25 @@ class AccountStore:
         self._settle = store.script("settle")
         self._hold = store.script("hold")
 
-    async def admit(
-        self, client: str, session_id: str, worst: Worst, *, ttl: int, storing: Call | None = None
-    ) -> None:
-        """Note a session that is prepared.
-
-        Args:
-            client: who pays.
-            session_id: which.
-            worst: the most that it may take.
-            ttl: seconds that it waits.
-            storing: what stores it, to be done in the same round trip; it is done even where this refuses.
+    async def admit(self, client: str, session_id: str, worst: Worst, *, ttl: int) -> None:
+        """Note a session that is prepared; it waits for ``ttl`` seconds.
 
         Raises:
             TooManyStreams: too many of the client's wait.
             BudgetExceeded: what is spent today leaves no room for it.
         """
+        check_admitted((await self._store.run([self.admitting(client, session_id, worst, ttl=ttl)]))[0])
+
+    def admitting(self, client: str, session_id: str, worst: Worst, *, ttl: int) -> Call:
+        """What `admit` does, to be run together with something else; its reply is for `check_admitted`."""
         allowed = self._allowances
-        noting = self._admit.call(
+        return self._admit.call(
             [self._key("waiting", client), self._key("account", client), self._everyone],
             [
                 *(session_id, ttl, worst.tokens, worst.cost),
                 *(allowed.waiting, allowed.daily_tokens, allowed.daily_cost, allowed.total_daily_cost),
             ],
         )
-        replies = await self._store.run([noting] if storing is None else [noting, storing])
-        _raise_refusal(replies[0])
 
     async def forget(self, client: str, session_id: str) -> None:
         """A prepared session waits no more."""
@@ -240,6 +233,16 @@ class AccountStore:
     @property
     def _open(self) -> str:
         return f"{self._store.prefix}:{{accounts}}:open"
+
+
+def check_admitted(reply: list[Any]) -> None:
+    """Take the reply of `AccountStore.admitting`.
+
+    Raises:
+        TooManyStreams: too many of the client's wait.
+        BudgetExceeded: what is spent today leaves no room for it.
+    """
+    _raise_refusal(reply)
 
 
 def _raise_refusal(reply: list[Any], budget_retry: float | None = None) -> None:

@@ -12,6 +12,9 @@ and a hit costs one wait and half the CPU (65 µs in place of 130, measured unde
 
 from __future__ import annotations
 
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from limits import RateLimitItemPerSecond
@@ -20,7 +23,7 @@ from limits.aio.storage.redis.bridge import RedisBridge
 from broker.store.connection import Script
 
 if TYPE_CHECKING:
-    from broker.store.connection import Store
+    from broker.store.connection import Call, Store
 
 _HIT = """
 -- hit: take one if there is one left, and look at the rest.
@@ -34,6 +37,10 @@ local taken = take(KEYS, {now, limit, window, 1})
 local oldest, used = unpack(look(KEYS, {now - window, limit}))
 return {taken and 1 or 0, limit - used, math.ceil(math.min(oldest + window - now, window) * 1000)}
 """
+
+
+MAX_REFUSED = 10_000
+"""Refused clients that a worker remembers."""
 
 
 class RateStatus(NamedTuple):
@@ -61,9 +68,15 @@ class Rates:
         store: the connection.
         limit: hits that each client may have in a window.
         window: seconds.
+        clock: seconds that only go forward.
     """
 
-    def __init__(self, store: Store, *, limit: int, window: int) -> None:
+    def __init__(
+        self, store: Store, *, limit: int, window: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._refused: OrderedDict[str, tuple[RateStatus, float]] = OrderedDict()
         self._prefix = f"{store.prefix}:rate:"
         self._rate = RateLimitItemPerSecond(limit, window, namespace="prepare")
         take = _function("take", RedisBridge.SCRIPT_ACQUIRE_MOVING_WINDOW)
@@ -76,9 +89,37 @@ class Rates:
         Raises:
             StoreUnavailable: Redis cannot be reached. The hit may have been counted.
         """
-        limit, window = self._rate.amount, self._rate.get_expiry()
-        taken, remaining, reset_ms = await self._hit([self._key(client)], [limit, window])
-        return RateStatus(bool(taken), limit, window, remaining, reset_ms / 1000)
+        return self.read(client, (await self._store.run([self.hitting(client)]))[0])
+
+    def hitting(self, client: str) -> Call:
+        """What `hit` does, to be run together with something else."""
+        return self._hit.call([self._key(client)], [self._rate.amount, self._rate.get_expiry()])
+
+    def read(self, client: str, reply: Sequence[int]) -> RateStatus:
+        """What became of a hit that was run by `hitting`."""
+        taken, remaining, reset_ms = reply
+        status = RateStatus(
+            bool(taken), self._rate.amount, self._rate.get_expiry(), remaining, reset_ms / 1000
+        )
+        if not taken:
+            self._refused[client] = (status, self._clock() + status.reset)
+            if len(self._refused) > MAX_REFUSED:
+                self._refused.popitem(last=False)
+        return status
+
+    def standing_refusal(self, client: str) -> RateStatus | None:
+        """The refusal of a client that has been refused here and has nothing to gain from asking again yet.
+
+        Until the oldest hit leaves the window nothing passes, so a flood costs neither a look into Redis nor at a body.
+        """
+        status, until = self._refused.get(client, (None, 0.0))
+        if status is None:
+            return None
+        left = until - self._clock()
+        if left <= 0:
+            del self._refused[client]
+            return None
+        return status._replace(reset=left)
 
     def _key(self, client: str) -> str:
         # Named as `limits` names it, so that its own tools can read and clear the window.

@@ -10,7 +10,7 @@ from aiohttp import hdrs, web
 from broker.core.errors import BodyTooLarge, InvalidJson, InvalidRequest, UnsupportedMediaType
 from broker.web.errors import json_response
 from broker.web.keys import ADMISSION, IDENTIFIER, RATES, SETTINGS
-from broker.web.rates import count_prepare
+from broker.web.rates import Counting
 
 BODY_TIMEOUT = 30.0
 """Seconds that a body may take to arrive."""
@@ -21,12 +21,14 @@ _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 async def prepare(request: web.Request) -> web.Response:
     """Validate a chat request, trim it to fit, and store it for the stream that will claim it."""
     client = await request.app[IDENTIFIER].identify(request)
-    await count_prepare(request, request.app[RATES], client.name)
+    counting = Counting(request, request.app[RATES], client.name)
+    counting.check()
     key = _idempotency_key(request)
     body = await _body(request, request.app[SETTINGS].max_body)
     admitted = await request.app[ADMISSION].admit(
         body,
         client=client,
+        counting=counting,
         referer=request.headers.get(hdrs.ORIGIN, ""),
         idempotency_key=key,
     )

@@ -15,23 +15,64 @@ from broker.core.errors import RateLimited
 from broker.store.rates import RateStatus
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from broker.store.connection import Call
     from broker.store.rates import Rates
 
 RATE_STATUS = web.RequestKey("rate_status", RateStatus)
 """How the client of a request stands, once the request was counted."""
 
 
-async def count_prepare(request: web.Request, rates: Rates, client: str) -> None:
-    """Count a prepare of a client.
+class Counting:
+    """The counting of one prepare: alone, or in one round trip with what else it does.
 
-    Raises:
-        RateLimited: the client has had its limit.
-        StoreUnavailable: Redis cannot be reached.
+    Args:
+        request: is told how its client stands.
+        rates: of all clients.
+        client: whose prepare it is.
     """
-    status = await rates.hit(client)
-    request[RATE_STATUS] = status
-    if not status.allowed:
-        raise RateLimited(retry_after=status.reset)
+
+    def __init__(self, request: web.Request, rates: Rates, client: str) -> None:
+        self._request = request
+        self._rates = rates
+        self._client = client
+
+    def check(self) -> None:
+        """Refuse what is sure to be refused.
+
+        Raises:
+            RateLimited: the client has had its limit.
+        """
+        status = self._rates.standing_refusal(self._client)
+        if status is not None:
+            self._note(status)
+
+    def call(self) -> Call:
+        """What counts it, for `Store.run`; its reply is for `note`."""
+        return self._rates.hitting(self._client)
+
+    def note(self, reply: Sequence[int]) -> None:
+        """Take the reply of `call`.
+
+        Raises:
+            RateLimited: the client has had its limit.
+        """
+        self._note(self._rates.read(self._client, reply))
+
+    async def alone(self) -> None:
+        """Count it by itself.
+
+        Raises:
+            RateLimited: the client has had its limit.
+            StoreUnavailable: Redis cannot be reached.
+        """
+        self._note(await self._rates.hit(self._client))
+
+    def _note(self, status: RateStatus) -> None:
+        self._request[RATE_STATUS] = status
+        if not status.allowed:
+            raise RateLimited(retry_after=status.reset)
 
 
 async def add_rate_headers(request: web.Request, response: web.StreamResponse) -> None:
