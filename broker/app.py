@@ -16,6 +16,7 @@ from broker.core.accounts import Allowances
 from broker.core.origins import Origins
 from broker.core.pricing import to_nano
 from broker.density import Densities
+from broker.relay.loops import keep_running
 from broker.relay.reading import Bounds
 from broker.relay.registry import Limits, Money, Registry
 from broker.relay.ticker import tick
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 
 AFTER_DEADLINE = 60
 """Seconds that a running session's keys outlive its deadline and its journal."""
+
+KEEPALIVE = 75.0
+"""Seconds that a connection may stay open with no request under way, one whose head never comes to its end included."""
 
 SPARE_CONNECTIONS = 20
 """Connections to the upstream beside those of the streams: the list of models, streams that are just ending."""
@@ -94,7 +98,12 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         )
         stack.push_async_callback(admission.close)
         await stack.enter_async_context(
-            _background(tick(registry, heartbeat=settings.heartbeat, ping_events=settings.ping_events))
+            _background(
+                keep_running(
+                    "timers",
+                    partial(tick, registry, heartbeat=settings.heartbeat, ping_events=settings.ping_events),
+                )
+            )
         )
         yield app
 
@@ -106,7 +115,12 @@ def runner_of(app: web.Application) -> web.AppRunner:
     none that is, and the library trips over a broken one even after it was refused.
     """
     return web.AppRunner(
-        app, handler_cancellation=True, auto_decompress=False, access_log=None, shutdown_timeout=1.0
+        app,
+        handler_cancellation=True,
+        auto_decompress=False,
+        keepalive_timeout=KEEPALIVE,
+        access_log=None,
+        shutdown_timeout=1.0,
     )
 
 
@@ -179,6 +193,7 @@ def _registry(
         limits=Limits(
             max_streams=settings.max_streams,
             session_ttl=settings.session_ttl,
+            running_ttl=running_ttl,
             resume_ttl=settings.resume_ttl,
             journal_interval=settings.journal_interval_ms / 1000,
         ),

@@ -119,4 +119,11 @@ def _words(*, colors: bool) -> Processor:
 
 
 def _worth_telling(record: logging.LogRecord) -> bool:
+    if record.name == "aiohttp.server" and record.exc_info is not None:
+        kinds = {
+            kind.__name__ for kind in type(record.exc_info[1]).__mro__
+        }  # aiohttp is not imported for a name
+        if "HttpProcessingError" in kinds:
+            # A request that is no HTTP was answered with a 400. The error quotes it, Authorization included.
+            return False
     return record.levelno >= logging.WARNING or record.name.partition(".")[0] not in _TALKATIVE

@@ -6,9 +6,13 @@ name the loopback's address (DNS rebinding) and then counts as same-origin.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from urllib.parse import urlsplit
+
+_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._~:\[\]-]+")
+"""scheme://host[:port], as a browser writes it. It goes upstream as a header, so nothing else passes."""
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -36,7 +40,9 @@ class Origins:
 
     def judge(self, origin: str, host: str | None) -> Verdict:
         """Whether a page of ``origin`` may use the service that it reached as ``host``."""
-        if origin != "*" and origin.lower() in self.listed:
+        if not _ORIGIN.fullmatch(origin):
+            return Verdict.ALLOWED if origin == "null" and "*" in self.listed else Verdict.REFUSED
+        if origin.lower() in self.listed:
             return Verdict.CREDENTIALS
         if "*" in self.listed or self._is_own(origin, host):
             return Verdict.ALLOWED

@@ -7,8 +7,10 @@ import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from broker.core.errors import BrokerError, Overloaded, StoreUnavailable
-from broker.core.session import State
+import structlog
+
+from broker.core.errors import BrokerError, InternalError, LimitError, Overloaded, StoreUnavailable
+from broker.core.session import State, short
 from broker.store.accounts import LEASE, AccountStore, Reservation
 from broker.store.sessions import Prepared, SessionStore, Standing
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from broker.relay.generation import Generation
+
+log = structlog.get_logger(__name__)
 
 RETRY = 0.3
 """Seconds between two tries to learn the outcome of a claim."""
@@ -96,9 +100,11 @@ class Claims:
                 if not answer.done():
                     answer.set_result(result)
                 return
-        except BrokerError as error:  # refused: no slot, no budget
+        except Exception as error:
+            if not isinstance(error, BrokerError):  # else refused: no slot, no budget
+                log.exception("claim failed", session=short(session_id))
             if not answer.done():
-                answer.set_exception(error)
+                answer.set_exception(error if isinstance(error, BrokerError) else InternalError())
         finally:
             del self._under_way[session_id]
             answer.cancel()
@@ -114,7 +120,14 @@ class Claims:
             pursuit.reservation = Reservation(
                 pursuit.token, pursuit.session_id, described.client, described.model, described.worst
             )
-        reservation = await self._reserve(pursuit, pursuit.reservation)
+        try:
+            reservation = await self._reserve(pursuit, pursuit.reservation)
+        except LimitError:
+            # Another worker may just be claiming it, with the last slot.
+            described = await self._sessions.describe(pursuit.session_id)
+            if described is not None and described.state not in (State.PREPARED, State.GONE):
+                return Standing(described.state, described.worker)
+            raise
         outcome = await self._sessions.claim(pursuit.session_id, pursuit.token, self._worker)
         if isinstance(outcome, Prepared):
             return self._begin(pursuit.session_id, reservation, outcome)

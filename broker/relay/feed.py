@@ -106,11 +106,11 @@ class Feed:
         """What there is of the events from number ``n + 1`` on, shown or not; from `first` on where that is later."""
         return self._gather(max(n, self.first - 1), limit, self.last)
 
-    def trim(self, saved: int) -> None:
-        """Let go of old events up to number ``saved``, but for a window."""
+    def trim(self, saved: int, keep: int = WINDOW) -> None:
+        """Let go of old events up to number ``saved``, but for the ``keep`` newest bytes."""
         dropped = 0
         for batch in self._batches:
-            if self.size <= WINDOW or batch.last > saved:
+            if self.size <= keep or batch.last > saved:
                 break
             self.size -= len(batch.events)
             dropped += 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,9 @@ FIRST_VIEWER = 1.0
 
 ALL = 1 << 62
 """More bytes than there are."""
+
+END_TRIES = 4
+"""Answers that an end may be given before it is left for later; each changes what is proposed."""
 
 NOTHING = Batch(1, 0, b"")
 """No events."""
@@ -109,7 +113,9 @@ class Generation:
         self.session_id = session_id
         self.reservation = reservation
         self.token = reservation.token
-        self.prepared = prepared
+        self.prepared = replace(
+            prepared, request=b""
+        )  # only the reading needs the prompt, and only until it is sent
         self.feed = Feed()
         self.state = State.RUNNING
         self.saved = 0
@@ -128,6 +134,7 @@ class Generation:
         self._started_at = self._loop.time()
         self._viewers = 0
         self._unwatched_since: float | None = self._started_at + max(0.0, FIRST_VIEWER - bounds.grace)
+        self._begun = False
         self._open = True
         self._stop: SessionError | Halt | None = None
         self._decided: Terminal | None = None
@@ -147,7 +154,9 @@ class Generation:
             return False
         if self._stop is None:
             self._stop = reason
-            if self._task is not None:
+            if (
+                self._begun and self._task is not None
+            ):  # a task cancelled before its first step would never run
                 self._task.cancel()
         return self._stop is reason
 
@@ -165,6 +174,8 @@ class Generation:
 
     def fence(self, end: Terminal | None) -> None:
         """The session is another's now, or gone: stop, write nothing more, and give the viewers the end that stands."""
+        if not self._open:  # its end is being decided, or has just been written and told on another line
+            return
         self.fenced = True
         self._decided = end or Terminal(
             State.LOST, "error", Cursor(2, self.feed.shown + 1, end=True), error_data(WorkerLost())
@@ -254,17 +265,26 @@ class Generation:
     # The task
 
     async def _run(self) -> None:
+        self._begun = True
         step, failure = await self._read_all()
         if self._abandoning is not None:
             await asyncio.wait([self._abandoning])
-        self.spent = await self._count()
-        end = await self._decide(step, failure)
+        end = await self._end(step, failure)
         if end.id.n > self.feed.last:  # else another's, and what was held back is no part of it
             self.feed.resume()
         self.state = end.state
         self.feed.finish(end)
         log.info("session ended", session=short(self.session_id), state=end.state, events=self.feed.last)
         await self._reading.let_go()
+
+    async def _end(self, step: Step, failure: SessionError | None) -> Terminal:
+        """Count and decide. Whatever goes wrong here, the session ends."""
+        try:
+            self.spent = await self._count()
+            return await self._decide(self._decided or self._terminal(step, failure))
+        except Exception:
+            log.exception("end failed", session=short(self.session_id))
+            return await self._decide(self._decided or self._terminal(Step.FAIL, GenerationFailed()))
 
     async def _read_all(self) -> tuple[Step, SessionError | None]:
         """Relay the whole answer and tell how it ended."""
@@ -284,7 +304,7 @@ class Generation:
     async def _read(self) -> SessionError | None:
         """Read until the upstream or `stop` ends it, and tell what failed."""
         try:
-            if self._stop is None:  # else stopped before the first step of this task
+            if self._stop is None:
                 await self._reading.run()
         except asyncio.CancelledError:
             if self._stop is None:
@@ -303,9 +323,8 @@ class Generation:
         self._took(self, now)
         self.feed.add(Batch(first, first + len(chunks) - 1, chunk_events(chunks, first)), now)
 
-    async def _decide(self, step: Step, failure: SessionError | None) -> Terminal:
+    async def _decide(self, end: Terminal) -> Terminal:
         """The end that stands, ours unless another was written first. What it took is booked before that is told."""
-        end = self._decided or self._terminal(step, failure)
         try:
             async with asyncio.timeout(DECIDE_TIMEOUT):
                 if self._decided is None:
@@ -357,17 +376,17 @@ class Generation:
             StoreUnavailable: it could not be written now.
         """
         rest = self.unsaved()
-        answer = await self._sessions.end(self.session_id, self.token, proposed, rest)
-        if isinstance(answer, Refusal) and answer.kind == "cancel":
-            proposed = self._terminal(Step.CANCEL, None)
+        for _ in range(END_TRIES):
             answer = await self._sessions.end(self.session_id, self.token, proposed, rest)
-        if isinstance(answer, Refusal):
-            # Behind: send from where the journal is, or end it with a hole that readers see.
-            rest = self.feed.unsaved(answer.last, ALL)
-            if rest.first > answer.last + 1:
-                rest = NOTHING
-            answer = await self._sessions.end(self.session_id, self.token, proposed, rest)
-        return None if isinstance(answer, Refusal) else answer.end
+            if not isinstance(answer, Refusal):
+                return answer.end
+            if answer.kind == "cancel":
+                proposed = self._terminal(Step.CANCEL, None)
+            else:  # behind: send from where the journal is, or end it with a hole that readers see
+                rest = self.feed.unsaved(answer.last, ALL)
+                if rest.first > answer.last + 1:
+                    rest = NOTHING
+        raise StoreUnavailable
 
     def _terminal(self, step: Step, failure: SessionError | None) -> Terminal:
         state = advance(State.RUNNING, step)

@@ -163,9 +163,9 @@ class Journal:
         """Keep what waits for Redis within its bound: the largest feeds give way first."""
         by_size = sorted(self._slot_of, key=lambda generation: generation.feed.size)
         held = sum(generation.feed.size for generation in by_size)
-        while held > MAX_HELD:
+        while held > MAX_HELD and by_size:
             generation = by_size.pop()
             held -= generation.feed.size
-            generation.feed.trim(generation.feed.last)
+            generation.feed.trim(generation.feed.last, keep=0)
             held += generation.feed.size
             log.warning("events dropped while redis is away", session=short(generation.session_id))

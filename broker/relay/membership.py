@@ -39,7 +39,7 @@ class Membership:
         self._workers = workers
         self._wiped = wiped
         self._marker: str | None = None
-        self._unwritten = False
+        self._unwritten = asyncio.Event()
         self._born_without = False
         self._wiped_at = float("-inf")
         self._loop = asyncio.get_running_loop()
@@ -69,15 +69,19 @@ class Membership:
         if self._marker not in (None, marker):
             log.warning("redis came back empty")
             self._wiped_at = self._loop.time()
-            self._unwritten = True
+            self._unwritten.set()
         self._marker = marker
-        if self._unwritten:
-            self._unwritten = False
+
+    async def write_anew(self) -> NoReturn:
+        """Have everything written again each time that Redis came back empty; the lease is renewed meanwhile."""
+        while True:
+            await self._unwritten.wait()
+            self._unwritten.clear()
             try:
                 await self._wiped()
             except StoreUnavailable:
-                self._unwritten = True
-                raise
+                self._unwritten.set()
+                await asyncio.sleep(BEAT)
 
     async def run(self) -> NoReturn:
         """Renew until cancelled."""

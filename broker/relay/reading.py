@@ -73,7 +73,8 @@ class Reading:
         self.answer = Answer(upstream.secrets)
         self.first_chunk_at: float | None = None
         self.asked = False
-        self._prepared = prepared
+        self._request = prepared.request
+        self._referer = prepared.referer
         self._upstream = upstream
         self._bounds = bounds
         self._take = take
@@ -91,6 +92,7 @@ class Reading:
             SessionError: it ended otherwise. Chunks that came before have been taken.
         """
         self._stream = await self._open()
+        self._request = b""  # a prompt may be large, and a finished session is kept for replay
         self.answer.generation_id = self._stream.generation_id
         self._blocks = self._stream.blocks()
         async for block in self._blocks:
@@ -122,7 +124,7 @@ class Reading:
             self.data_due = self._loop.time() + self._bounds.first_data_timeout
             self.asked = True
             try:
-                return await self._upstream.open_chat(self._prepared.request, referer=self._prepared.referer)
+                return await self._upstream.open_chat(self._request, referer=self._referer)
             except UpstreamError as error:
                 self.asked = may_have_generated(error)
                 delay = retry_delay(error, attempt, random.random())  # noqa: S311 - jitter is no secret

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
@@ -29,11 +30,12 @@ from broker.relay.follower import Follower, Mirror
 from broker.relay.generation import ALL, NOTHING, Generation
 from broker.relay.journal import Journal
 from broker.relay.kept import Kept
+from broker.relay.loops import keep_running
 from broker.relay.membership import Membership
 from broker.relay.settling import Settler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
 
     from broker.core.density import Sample
     from broker.core.replay import Batch
@@ -68,12 +70,14 @@ class Limits(NamedTuple):
     Attributes:
         max_streams: generations at once, and as many viewers.
         session_ttl: seconds that a prepared session waits.
+        running_ttl: seconds that a claimed one is kept at most.
         resume_ttl: seconds that a finished one is kept; 0 streams each session once.
         journal_interval: seconds that a journal may lag.
     """
 
     max_streams: int
     session_ttl: int
+    running_ttl: int
     resume_ttl: int
     journal_interval: float
 
@@ -156,7 +160,7 @@ class Registry:
             sessions,
             accounts,
             worker=workers.worker,
-            give_up_after=limits.session_ttl,
+            give_up_after=limits.session_ttl + limits.running_ttl,
             begin=self._begin,
             spawn=self._spawn,
         )
@@ -167,15 +171,18 @@ class Registry:
 
     def start(self) -> None:
         """Begin to live among the other workers."""
-        self._loops = [
-            asyncio.create_task(self._membership.run()),
-            asyncio.create_task(self._membership.listen(self._hear)),
-            asyncio.create_task(self._journal.run(self)),
-            asyncio.create_task(self._follower.run()),
-            asyncio.create_task(
-                self._bookkeeper.run(lambda: [g.reservation for g in self._running.values()])
-            ),
-        ]
+        loops: dict[str, Callable[[], Awaitable[object]]] = {
+            "lease": self._membership.run,
+            "bell": partial(self._membership.listen, self._hear),
+            "writing anew": self._membership.write_anew,
+            "journal": partial(self._journal.run, self),
+            "mirrors": self._follower.run,
+            "reservations": partial(self._bookkeeper.run, self._reservations),
+        }
+        self._loops = [asyncio.create_task(keep_running(name, loop)) for name, loop in loops.items()]
+
+    def _reservations(self) -> list[Reservation]:
+        return [generation.reservation for generation in self._running.values()]
 
     # Watching
 

@@ -7,6 +7,7 @@ upstream's books are asked and ours corrected.
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -79,13 +80,17 @@ class Settler:
         """
         if not asked:
             return Spent()
-        usage = answer.usage or estimated_usage(answer, reservation, prompt_tokens)
+        told = has_counts(answer.usage)
+        usage = {
+            **(answer.usage or {}),
+            **({} if told else estimated_usage(answer, reservation, prompt_tokens)),
+        }
         cost = cost_of(usage, None)
         if cost is None:
             model = reservation.model
             prices = await self._prices_of(answer.model or model) or await self._prices_of(model)
-            cost = cost_of(usage, prices)
-        return spent_of(usage, cost, estimated=answer.usage is None)
+            cost = cost_of(usage, prices, minute_of_day=_minute_of_day())
+        return spent_of(usage, cost, estimated=not told and to_nano(usage.get("cost")) is None)
 
     async def settle(self, reservation: Reservation, spent: Spent, state: State) -> None:
         """Book it. Whoever comes after somebody who could only estimate, and knows better, corrects that.
@@ -125,6 +130,17 @@ class Settler:
                 await asyncio.sleep(RETRY)
             else:
                 return
+
+
+def has_counts(usage: Mapping[str, Any] | None) -> bool:
+    """Whether an upstream's usage says how many tokens there were."""
+    counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")] if usage else [None]
+    return all(count_of(count) is not None for count in counts)
+
+
+def _minute_of_day() -> int:
+    now = dt.datetime.now(dt.UTC)
+    return now.hour * 60 + now.minute
 
 
 def estimated_usage(answer: Answer, reservation: Reservation, prompt_tokens: int) -> dict[str, int]:

@@ -59,11 +59,15 @@ class WorkerStore:
         """Renew this worker's lease and return the marker, made where there was none."""
         async with bounded_call():
             pipe = self._store.redis.pipeline(transaction=False)
-            pipe.set(self._lease(self.worker), "1", px=LEASE_MS)
-            pipe.set(self._marker, secrets.token_hex(8), nx=True, ex=MARKER_TTL)
+            pipe.pexpire(self._lease(self.worker), LEASE_MS)  # which a full Redis does not refuse
             pipe.getex(self._marker, ex=MARKER_TTL)
-            marker: bytes = (await pipe.execute())[2]
-            return marker.decode()
+            renewed, marker = await pipe.execute()
+            if not renewed or marker is None:
+                pipe.set(self._lease(self.worker), "1", px=LEASE_MS)
+                pipe.set(self._marker, secrets.token_hex(8), nx=True, ex=MARKER_TTL)
+                pipe.getex(self._marker, ex=MARKER_TTL)
+                marker = (await pipe.execute())[2]
+            return str(marker.decode())
 
     async def resign(self) -> None:
         """Give the lease back: this worker owns nothing any more."""

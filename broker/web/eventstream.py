@@ -35,7 +35,7 @@ class EventStream(EventSourceResponse):
         self._stall_timeout = send_timeout
         self._transport: asyncio.Transport | None = None
         self._writer: AbstractStreamWriter | None = None
-        self._chunked = False
+        self._chunks = False
 
     async def open(self, request: web.Request, retry_ms: int) -> None:
         """Send the headers, the reconnection time and a comment, at once and in one write.

@@ -1,0 +1,458 @@
+"""Who may do how much: identity and limits at /prepare, slots and budgets at the claim."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from broker.web import keys
+from tests.broker import QUESTION, Answer, Broker, running
+from tests.money import NANO, PRICE, ledger, open_reservations, price_list, slots, until
+from tests.system.harness import running_valkey
+
+if TYPE_CHECKING:
+    from broker.store.connection import Store
+    from tests.events import Event
+    from tests.scripted import Call, ScriptedUpstream
+
+ANN = {"Authorization": "Bearer one"}
+BOB = {"Authorization": "Bearer two"}
+KEYS = "ann:one,bob:two"
+CURL = {"Accept": "*/*"}
+WORST = 60
+"""Tokens that a small request may take at most, and not much less."""
+
+
+def plain(call: Call) -> None:
+    call.open()
+    call.chunk("Hello", finish="stop")
+    call.usage(cost=0.000015)
+    call.done()
+
+
+def small(**fields: Any) -> dict[str, Any]:
+    return {**QUESTION, "max_tokens": 20, **fields}
+
+
+async def worst_of(broker: Broker) -> int:
+    """Tokens that a small request may take at most."""
+    answer = await broker.post(small())
+    await broker.cancel(answer.json["sessionId"])
+    return int(answer.json["promptTokens"]) + 20
+
+
+async def session_of(broker: Broker, headers: dict[str, str] | None = None, **fields: Any) -> str:
+    answer = await broker.post(small(**fields), headers or {})
+    assert answer.status == 201, answer.text
+    return str(answer.json["sessionId"])
+
+
+def dollars(nano: int) -> str:
+    return f"{nano / NANO:.9f}"
+
+
+def until_midnight() -> float:
+    now = dt.datetime.now(dt.UTC)
+    return 86_400 - (now - now.replace(hour=0, minute=0, second=0, microsecond=0)).total_seconds()
+
+
+def check_refused(answer: Answer, code: str) -> int:
+    """Make sure that this is a refusal of a limit, and return the seconds to wait."""
+    assert (answer.status, answer.code) == (429, code), answer.text
+    return int(answer.headers["Retry-After"])
+
+
+def check_waits(events: list[Event], blocks: list[bytes], code: str, retry: int) -> None:
+    """Make sure that an EventSource was told to stay and wait its turn."""
+    [event] = events
+    assert (event.kind, event.id) == ("error", None)
+    assert (event.json["code"], event.json["final"], event.json["retryable"]) == (code, False, True)
+    assert blocks[0].startswith(b"retry: %d" % retry)
+
+
+# Who
+
+
+@pytest.mark.parametrize("shown", [{}, {"Authorization": "Bearer three"}, {"Authorization": "Basic b25l"}])
+async def test_where_keys_are_set_up_one_is_needed(
+    valkey_url: str, upstream: ScriptedUpstream, shown: dict[str, str]
+) -> None:
+    upstream.models = price_list()
+    async with running(valkey_url, upstream, api_keys=KEYS) as broker:
+        for answer in (
+            await broker.post(headers=shown),
+            await broker.ask("GET", "/models", headers=shown),
+            await broker.ask("GET", "/usage", headers=shown),
+        ):
+            assert (answer.status, answer.code) == (401, "unauthorized")
+            assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+        assert (await broker.post(headers=ANN)).status == 201
+        assert (await broker.ask("GET", "/models", headers=ANN)).status == 200
+        assert (await broker.ask("GET", "/usage", headers=ANN)).status == 200
+
+
+async def test_a_session_needs_no_identity_but_its_id(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    upstream.replies = [plain]
+    async with running(valkey_url, upstream, api_keys=KEYS) as broker:
+        assert [e.kind for e in await broker.read(await session_of(broker, ANN))][-1] == "done"
+        assert (await broker.cancel(await session_of(broker, ANN))).status == 202
+        assert (await broker.ask("GET", "/health/ready")).status == 200
+        asked = {"Origin": "http://localhost:9", "Access-Control-Request-Method": "POST"}
+        assert (await broker.ask("OPTIONS", "/prepare", headers=asked)).status in (200, 204)
+
+
+async def test_the_upstream_is_told_a_hash_of_the_client(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    upstream.replies = [plain]
+    async with running(valkey_url, upstream, api_keys=KEYS) as broker:
+        for headers in (ANN, ANN, BOB):
+            await broker.read(await session_of(broker, headers))
+        await broker.read(await session_of(broker, ANN, user="page-4"))
+        ann, again, bob, own = [call.body["user"] for call in upstream.calls]
+        assert ann == again != bob
+        assert "ann" not in ann
+        assert "one" not in ann
+        assert own == "page-4"
+
+
+# The rate
+
+
+async def test_the_rate_is_told_and_kept(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    async with running(valkey_url, upstream, rate_limit="2/minute", api_keys=KEYS) as broker:
+        first = await broker.post(headers=ANN)
+        assert first.headers["RateLimit-Policy"] == '"prepare";q=2;w=60'
+        assert first.headers["RateLimit"].startswith('"prepare";r=1;')
+        assert (await broker.post(headers=ANN)).status == 201
+        refused = await broker.post(headers=ANN)
+        assert 0 < check_refused(refused, "rate_limited") <= 60
+        assert refused.headers["RateLimit"].startswith('"prepare";r=0;')
+        assert (await broker.post(headers=BOB)).status == 201
+
+
+async def test_all_workers_count_the_same_rate(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    async with (
+        running(valkey_url, upstream, rate_limit="2/minute") as one,
+        running(valkey_url, upstream, rate_limit="2/minute") as other,
+    ):
+        assert [(await each.post()).status for each in (one, other, one, other)] == [201, 201, 429, 429]
+
+
+# Sessions that wait
+
+
+async def test_so_many_sessions_wait_and_a_cancel_frees_the_place(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    async with running(valkey_url, upstream, max_prepared=2, api_keys=KEYS) as broker:
+        first = await session_of(broker, ANN)
+        await session_of(broker, ANN)
+        assert check_refused(await broker.post(headers=ANN), "too_many_streams") > 0
+        await session_of(broker, BOB)
+        for _ in range(2):
+            await broker.cancel(first)
+        await session_of(broker, ANN)
+        check_refused(await broker.post(headers=ANN), "too_many_streams")
+
+
+async def test_a_claim_frees_the_place(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    async with running(valkey_url, upstream, max_prepared=1) as broker:
+        async with broker.stream(await session_of(broker)):
+            await upstream.call()
+            await session_of(broker)
+            check_refused(await broker.post(), "too_many_streams")
+
+
+async def test_expiry_frees_the_place(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    async with running(valkey_url, upstream, max_prepared=1, session_ttl=1) as broker:
+        await session_of(broker)
+        assert check_refused(await broker.post(), "too_many_streams") == 1
+
+        async def free() -> bool:
+            return (await broker.post()).status == 201
+
+        await until(free, within=3)
+
+
+async def test_a_refused_session_takes_no_place(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    async with running(valkey_url, upstream, max_prepared=1, daily_tokens=100) as broker:
+        check_refused(await broker.post({**QUESTION, "max_tokens": 4000}), "budget_exceeded")
+        await session_of(broker)
+
+
+async def test_a_repeated_key_takes_one_place(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    async with running(valkey_url, upstream, max_prepared=2) as broker:
+        answers = await asyncio.gather(*(broker.post(headers={"Idempotency-Key": "k"}) for _ in range(2)))
+        assert len({answer.json["sessionId"] for answer in answers}) == 1
+        repeated = await broker.post(headers={"Idempotency-Key": "k"})
+        assert repeated.status == 200
+        await session_of(broker)
+        check_refused(await broker.post(), "too_many_streams")
+
+
+async def test_a_repeated_key_is_answered_though_the_budget_is_used_up(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    upstream.replies = [plain]
+    async with running(valkey_url, upstream, daily_tokens=WORST) as broker:
+        first = await broker.post(small(), {"Idempotency-Key": "k"})
+        await broker.read(first.json["sessionId"])
+        check_refused(await broker.post({**QUESTION, "max_tokens": 1000}), "budget_exceeded")
+        again = await broker.post(small(), {"Idempotency-Key": "k"})
+        assert (again.status, again.json["sessionId"]) == (200, first.json["sessionId"])
+
+
+# Budgets at the door
+
+
+async def test_the_door_of_the_token_budget(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    """15 tokens are spent by each answer; what a request may take at most must fit into what is left."""
+    upstream.replies = [plain]
+    async with running(valkey_url, upstream, api_keys=KEYS) as broker:
+        worst = int((await broker.post(small(), ANN)).json["promptTokens"]) + 20
+    async with running(valkey_url, upstream, api_keys=KEYS, daily_tokens=worst + 15) as broker:
+        for _ in range(2):
+            await broker.read(await session_of(broker, ANN))
+        refused = await broker.post(small(), ANN)
+        assert abs(check_refused(refused, "budget_exceeded") - until_midnight()) < 3
+        assert (await broker.post({**QUESTION, "max_tokens": 4}, ANN)).status == 201
+        await session_of(broker, BOB)
+
+
+async def test_the_door_of_the_cost_budget(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    upstream.models, upstream.replies = price_list(), [plain]
+    async with running(valkey_url, upstream, api_keys=KEYS) as broker:
+        worst = int((await broker.post(small(), ANN)).json["promptTokens"]) + 20
+    limit = dollars(worst * PRICE + 14_999)
+    async with running(valkey_url, upstream, api_keys=KEYS, daily_cost=limit) as broker:
+        await broker.read(await session_of(broker, ANN))
+        check_refused(await broker.post(small(), ANN), "budget_exceeded")
+        await session_of(broker, BOB)
+
+
+async def test_the_door_of_everyones_budget(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    upstream.models, upstream.replies = price_list(), [plain]
+    async with running(valkey_url, upstream, api_keys=KEYS) as broker:
+        worst = int((await broker.post(small(), ANN)).json["promptTokens"]) + 20
+    limit = dollars(worst * PRICE + 14_999)
+    async with running(valkey_url, upstream, api_keys=KEYS, total_daily_cost=limit) as broker:
+        await broker.read(await session_of(broker, ANN))
+        check_refused(await broker.post(small(), BOB), "budget_exceeded")
+
+
+async def test_what_others_have_reserved_does_not_count_at_the_door(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    async with running(valkey_url, upstream, daily_tokens=WORST) as broker:
+        async with broker.stream(await session_of(broker)):
+            await upstream.call()
+            await session_of(broker)
+
+
+async def test_a_model_without_a_price_is_refused_where_money_is_counted(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    upstream.models = price_list(**{"scripted/varies": {"prompt": "-1", "completion": "-1"}})
+    async with running(valkey_url, upstream, daily_cost="1") as broker:
+        for fields in ({"model": "scripted/unknown"}, {"model": "scripted/varies"}, {"models": ["scripted/varies"]}):
+            answer = await broker.post(small(**fields))
+            assert (answer.status, answer.code) == (403, "model_not_allowed")
+        await session_of(broker)
+    async with running(valkey_url, upstream, daily_cost="1", unpriced_models=True) as broker:
+        await session_of(broker, model="scripted/unknown")
+    async with running(valkey_url, upstream, daily_tokens=1000) as broker:
+        await session_of(broker, model="scripted/unknown")
+
+
+@pytest.mark.parametrize(
+    ("own", "sent"),
+    [
+        (None, {"prompt": 2.0, "completion": 3.0}),
+        ({"max_price": {"prompt": 0.5, "completion": 9}}, {"prompt": 0.5, "completion": 3.0}),
+        ({"max_price": {"prompt": "1.5", "image": 4}}, {"prompt": 1.5, "completion": 3.0, "image": 4}),
+    ],
+)
+async def test_the_upstream_is_held_to_the_price_that_was_reserved(
+    valkey_url: str, upstream: ScriptedUpstream, own: dict[str, Any] | None, sent: dict[str, float]
+) -> None:
+    """The dearest of all models that the request can reach."""
+    upstream.models = price_list(**{"scripted/dear": {"prompt": "0.000002", "completion": "0.000003"}})
+    upstream.replies = [plain]
+    async with running(valkey_url, upstream, daily_cost="1") as broker:
+        fields: dict[str, Any] = {"models": ["scripted/dear"]}
+        if own is not None:
+            fields["provider"] = {"order": ["Scripted"], **own}
+        await broker.read(await session_of(broker, **fields))
+        provider = upstream.calls[0].body["provider"]
+        assert provider["max_price"] == sent
+        assert provider.get("order") == (["Scripted"] if own else None)
+
+
+async def test_without_a_budget_of_money_no_price_is_sent(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    upstream.models, upstream.replies = price_list(), [plain]
+    async with running(valkey_url, upstream, daily_tokens=100_000) as broker:
+        await broker.read(await session_of(broker))
+        assert "max_price" not in upstream.calls[0].body.get("provider", {})
+
+
+async def test_prepare_without_redis_is_refused(upstream: ScriptedUpstream) -> None:
+    async with running_valkey() as valkey, running(valkey.url, upstream) as broker:
+        await session_of(broker)
+        valkey.kill()
+        answer = await broker.post(small())
+        assert (answer.status, answer.code) == (503, "store_unavailable")
+        assert int(answer.headers["Retry-After"]) > 0
+        usage = await broker.ask("GET", "/usage")
+        assert (usage.status, usage.code) == (503, "store_unavailable")
+        await valkey.start()
+
+
+# The claim
+
+
+async def test_a_page_waits_for_a_slot_and_gets_it(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    async with running(valkey_url, upstream, max_concurrent_streams=1) as broker:
+        first, second = await session_of(broker), await session_of(broker)
+        async with broker.stream(first) as running_line:
+            call = await upstream.call()
+            async with broker.stream(second) as line:
+                check_waits(await line.rest(), line.blocks, "too_many_streams", 5000)
+            curl = await broker.ask("GET", f"/stream/{second}", headers=CURL)
+            assert check_refused(curl, "too_many_streams") == 5
+            plain(call)
+            await running_line.rest()
+        upstream.replies = [plain]
+        assert [event.kind for event in await broker.read(second)] == ["chunk", "chunk", "done"]
+        assert len(upstream.calls) == 2
+
+
+async def test_a_page_waits_for_a_budget_and_gets_it(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    async with running(valkey_url, upstream) as broker:
+        worst = await worst_of(broker)
+    async with running(valkey_url, upstream, daily_tokens=worst * 2 - 1) as broker:
+        first, second = await session_of(broker), await session_of(broker)
+        async with broker.stream(first):
+            await upstream.call()
+            async with broker.stream(second) as line:
+                check_waits(await line.rest(), line.blocks, "budget_exceeded", 30_000)
+            curl = await broker.ask("GET", f"/stream/{second}", headers=CURL)
+            assert check_refused(curl, "budget_exceeded") == 30
+            await broker.cancel(first)
+        upstream.replies = [plain]
+        assert [event.kind for event in await broker.read(second)][-1] == "done"
+
+
+async def test_a_refused_claim_leaves_the_session_to_be_cancelled(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    async with running(valkey_url, upstream, max_concurrent_streams=1, max_prepared=1) as broker:
+        first = await session_of(broker)
+        async with broker.stream(first):
+            await upstream.call()
+            second = await session_of(broker)
+            await broker.read(second)
+            check_refused(await broker.post(), "too_many_streams")  # it still waits
+            assert (await broker.cancel(second)).json == {"state": "cancelled"}
+            await session_of(broker)
+
+
+async def test_slots_are_those_of_whoever_prepared(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    """Nobody shows a key to /stream, and both come from one address."""
+    async with running(valkey_url, upstream, max_concurrent_streams=1, api_keys=KEYS) as broker:
+        of_ann, of_bob, more_of_ann = [await session_of(broker, who) for who in (ANN, BOB, ANN)]
+        async with broker.stream(of_ann), broker.stream(of_bob):
+            await upstream.call(2)
+            async with broker.stream(more_of_ann, headers=BOB) as line:
+                [event] = await line.rest()
+                assert event.json["code"] == "too_many_streams"
+
+
+async def test_many_viewers_of_one_session_take_one_slot(
+    valkey_url: str, upstream: ScriptedUpstream, store: Store
+) -> None:
+    async with running(valkey_url, upstream, max_concurrent_streams=1) as broker:
+        session = await session_of(broker)
+        readers = [asyncio.create_task(broker.read(session)) for _ in range(10)]
+        call = await upstream.call()
+        assert await slots(store.redis) == await open_reservations(store.redis) == 1
+        plain(call)
+        assert {events[-1].kind for events in await asyncio.gather(*readers)} == {"done"}
+        assert len(upstream.calls) == 1
+        assert await slots(store.redis) == 0
+        assert (await ledger(store.redis)).reserved_tokens == 0
+
+
+async def test_a_claim_that_comes_too_late_takes_nothing(
+    valkey_url: str, upstream: ScriptedUpstream, store: Store
+) -> None:
+    async with running(valkey_url, upstream) as one, running(valkey_url, upstream) as other:
+        session = await session_of(one)
+        readers = [asyncio.create_task(each.read(session)) for each in (one, other) * 5]
+        call = await upstream.call()
+
+        async def alone() -> bool:
+            return await slots(store.redis) == await open_reservations(store.redis) == 1
+
+        await until(alone)
+        plain(call)
+        assert {events[-1].kind for events in await asyncio.gather(*readers)} == {"done"}
+        assert len(upstream.calls) == 1
+        assert await ledger(store.redis) == (1, 0, 15, 15_000, 0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["slots", "tokens", "cost", "total"])
+async def test_of_many_claims_at_once_as_many_run_as_there_is_room_for(
+    valkey_url: str, upstream: ScriptedUpstream, store: Store, limit: str
+) -> None:
+    upstream.models = price_list()
+    free = {"max_prepared": 1000, "max_concurrent_streams": 1000, "rate_limit": "100000/minute"}
+    async with running(valkey_url, upstream, **free) as broker:
+        worst = await worst_of(broker)
+    room = {
+        "slots": {"max_concurrent_streams": 37},
+        "tokens": {"daily_tokens": worst * 38 - 1},
+        "cost": {"daily_cost": dollars(worst * 38 * PRICE - 1)},
+        "total": {"total_daily_cost": dollars(worst * 38 * PRICE - 1)},
+    }[limit]
+    settings = {**free, **room}
+    async with running(valkey_url, upstream, **settings) as one, running(valkey_url, upstream, **settings) as other:
+        sessions = [await session_of(one) for _ in range(500)]
+        codes: list[str] = []
+
+        async def claim(number: int, session: str) -> None:
+            async with (one, other)[number % 2].stream(session) as line:
+                event = await line.event()
+                assert event is not None
+                codes.append("ran" if event.kind == "chunk" else event.json["code"])
+                if event.kind == "chunk":
+                    await line.rest()
+
+        claims = [asyncio.create_task(claim(*numbered)) for numbered in enumerate(sessions)]
+        await until(lambda: asyncio.sleep(0, len(codes) == 500 - 37), within=15)
+        for call in [await upstream.call(number) for number in range(1, 38)]:
+            plain(call)
+        await asyncio.gather(*claims)
+        refusal = "too_many_streams" if limit == "slots" else "budget_exceeded"
+        assert (codes.count("ran"), codes.count(refusal)) == (37, 463)
+        assert len(upstream.calls) == 37
+        assert await ledger(store.redis) == (37, 0, 37 * 15, 37 * 15_000, 0, 0)
+        assert await slots(store.redis) == await open_reservations(store.redis) == 0
+
+
+async def test_a_claim_whose_reply_is_lost_runs_once_and_is_paid_once(upstream: ScriptedUpstream) -> None:
+    async with running_valkey() as valkey, running(valkey.url, upstream) as broker:
+        upstream.replies = [plain]
+        session = await session_of(broker)
+        valkey.freeze()
+        async with broker.stream(session) as line:
+            assert await line.rest() == []
+        valkey.thaw()
+        await upstream.call()
+        assert [event.kind for event in await broker.read(session)] == ["chunk", "chunk", "done"]
+        assert len(upstream.calls) == 1
+        redis = broker.app[keys.STORE].redis
+        assert await ledger(redis) == (1, 0, 15, 15_000, 0, 0)
+        assert await slots(redis) == 0
