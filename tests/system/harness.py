@@ -65,10 +65,15 @@ class RunningBroker:
 
 @dataclass
 class ValkeyProcess:
-    """A Valkey on a TCP port of 127.0.0.1 that keeps nothing on disk."""
+    """A Valkey on a TCP port of 127.0.0.1.
+
+    Attributes:
+        keeps: it has all it knew when it starts again; else it keeps nothing on disk.
+    """
 
     port: int
     directory: Path
+    keeps: bool = False
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     @property
@@ -77,9 +82,10 @@ class ValkeyProcess:
         return f"redis://127.0.0.1:{self.port}/0"
 
     async def start(self) -> None:
-        """Start it, empty, and wait until it answers."""
+        """Start it, empty unless it keeps what it knew, and wait until it answers."""
         assert self.process is None, "it is running"
-        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        options += ["--appendonly", "yes", "--appendfsync", "always"] if self.keeps else ["--appendonly", "no"]
         log_path = self.directory / "log"
         self.process = _spawn([valkey_binary(), *options], os.environ, self.directory, log_path)
         await _poll(self._answers, self.process, log_path)
@@ -149,10 +155,10 @@ async def running_broker(
 
 
 @asynccontextmanager
-async def running_valkey() -> AsyncIterator[ValkeyProcess]:
-    """Run a Valkey of its own until the block ends."""
+async def running_valkey(*, keeps: bool = False) -> AsyncIterator[ValkeyProcess]:
+    """Run a Valkey of its own until the block ends; with ``keeps`` it survives a power cut."""
     with tempfile.TemporaryDirectory(prefix="broker-test-") as name:
-        valkey = ValkeyProcess(free_port(), Path(name))
+        valkey = ValkeyProcess(free_port(), Path(name), keeps)
         try:
             await valkey.start()
             yield valkey

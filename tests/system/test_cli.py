@@ -187,12 +187,12 @@ async def test_flags_win_over_the_environment() -> None:
 
 
 async def test_what_has_no_effect_and_what_is_unknown_is_warned_of() -> None:
-    async with running_broker(env={"BROKER_DAILY_COST": "5", "BROKER_HEARTBEET": "5"}) as broker:
+    async with running_broker(env={"BROKER_WORKERS": "2", "BROKER_HEARTBEET": "5"}) as broker:
         warned = [
             (line["event"], line["name"]) for line in events(broker.log()) if line["level"] == "warning"
         ]
     assert ("unknown setting", "BROKER_HEARTBEET (did you mean BROKER_HEARTBEAT?)") in warned
-    assert ("setting has no effect in this release", "BROKER_DAILY_COST") in warned
+    assert ("setting has no effect in this release", "BROKER_WORKERS above 1") in warned
 
 
 async def test_sessions_are_kept_in_the_redis_that_is_named() -> None:

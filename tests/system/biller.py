@@ -1,0 +1,155 @@
+"""An upstream that bills: it answers well or badly by chance, and knows what each of its answers cost.
+
+Its bills never exceed what a broker must have reserved: the prompt is counted low, and the answer keeps to its cap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tests.money import NANO, PRICE, price_list
+from tests.scripted import chunk
+
+if TYPE_CHECKING:
+    from random import Random
+
+    from tests.scripted import Call, ScriptedUpstream
+
+MAX_TOKENS = 100
+"""What a session of the run asks for."""
+
+PROMPT = 10
+"""Tokens billed for every prompt."""
+
+PER_CHUNK = 5
+"""Tokens of a chunk, which has 20 bytes."""
+
+REFUSALS = (401, 402, 404, 429, 503)
+ENDINGS = ("usage", "usage", "usage", "silent", "secret", "cut", "reset", "error", "late error", "hang", "refuse")
+"""How answers end: with a bill; without one, which the books tell or do not tell; in all kinds of faults."""
+
+
+@dataclass
+class Bill:
+    """One call and its price.
+
+    Attributes:
+        generation: its name.
+        tokens: of prompt and answer; 0 for what was refused.
+        told: the answer carried its usage.
+        recorded: the books tell it.
+        over: nothing is added any more.
+    """
+
+    generation: str
+    tokens: int = 0
+    told: bool = False
+    recorded: bool = False
+    over: bool = False
+
+    @property
+    def cost(self) -> int:
+        """Nano-USD."""
+        return self.tokens * PRICE
+
+
+@dataclass
+class Biller:
+    """Answers every call of a scripted upstream.
+
+    Attributes:
+        bills: by prompt, of every call that was ever made.
+    """
+
+    scripted: ScriptedUpstream
+    random: Random
+    bills: dict[str, list[Bill]] = field(default_factory=lambda: defaultdict(list))
+    _playing: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.scripted.models = price_list()
+        self.scripted.generations["none"] = None  # there are books
+        self.scripted.replies = [self._answer]
+
+    async def close(self) -> None:
+        """Stop answering."""
+        for task in self._playing:
+            task.cancel()
+        await asyncio.gather(*self._playing, return_exceptions=True)
+
+    def _answer(self, call: Call) -> None:
+        bills = self.bills[call.body["messages"][-1]["content"]]
+        bill = Bill(f"gen-{id(bills)}-{len(bills)}")
+        bills.append(bill)
+        ending = self.random.choice(ENDINGS)
+        if ending == "refuse":
+            status = self.random.choice(REFUSALS)
+            bill.over = True
+            call.reply(status, {"error": {"code": status, "message": "No."}}, {"Retry-After": "0"})
+            return
+        task = asyncio.create_task(self._play(call, bill, ending))
+        self._playing.add(task)
+        task.add_done_callback(self._playing.discard)
+
+    async def _play(self, call: Call, bill: Bill, ending: str) -> None:
+        self.scripted.generations[bill.generation] = None
+        bill.tokens = PROMPT
+        chunks, pause = self.random.randrange(MAX_TOKENS // PER_CHUNK + 1), self.random.uniform(0, 0.15)
+        if self.random.random() < 0.7:
+            call.open(x_generation_id=bill.generation)
+        else:
+            call.open()
+        for _ in range(chunks):
+            if await self._gone(call, pause):
+                break
+            bill.tokens += PER_CHUNK
+            self._send(call, bill, chunk("x" * 20))
+        else:
+            await self._end(call, bill, ending)
+        bill.over = True
+        bill.recorded = ending != "secret"
+        if bill.recorded:
+            self.scripted.generations[bill.generation] = {
+                "total_cost": bill.cost / NANO,
+                "native_tokens_prompt": PROMPT,
+                "native_tokens_completion": bill.tokens - PROMPT,
+            }
+
+    async def _end(self, call: Call, bill: Bill, ending: str) -> None:
+        if ending in ("usage", "late error"):
+            bill.told = True
+            self._send(call, bill, self._usage(bill))
+        if ending in ("usage", "silent", "secret"):
+            self._send(call, bill, chunk(finish="stop"))
+            call.done()
+        elif ending in ("error", "late error"):
+            call.event(json.dumps({"error": {"code": 502, "message": "It broke."}}).encode())
+            call.close()
+        elif ending == "cut":
+            call.close()
+        elif ending == "reset":
+            call.reset()
+        else:
+            await call.gone.wait()
+
+    def _usage(self, bill: Bill) -> dict[str, Any]:
+        usage = {"prompt_tokens": PROMPT, "completion_tokens": bill.tokens - PROMPT, "total_tokens": bill.tokens}
+        return chunk(choices=[], usage={**usage, "cost": bill.cost / NANO})
+
+    @staticmethod
+    def _send(call: Call, bill: Bill, data: dict[str, Any]) -> None:
+        call.event(json.dumps({**data, "id": bill.generation}).encode())
+
+    @staticmethod
+    async def _gone(call: Call, within: float) -> bool:
+        """Whether the reader goes before the pause is over."""
+        try:
+            async with asyncio.timeout(within):
+                await call.gone.wait()
+        except TimeoutError:
+            return False
+        return True

@@ -1,0 +1,250 @@
+"""Many pages that spend while workers and Redis are hurt, and the judgement of the accounts during and after it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+from redis.exceptions import RedisError
+
+from tests.events import Broken
+from tests.money import PRICE, Ledger, ledger
+from tests.system.biller import MAX_TOKENS
+from tests.system.cluster import Session, question
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from random import Random
+
+    from redis.asyncio import Redis
+
+    from tests.system.biller import Biller, Bill
+    from tests.system.cluster import Cluster, Worker
+
+AWAY = (OSError, TimeoutError, aiohttp.ClientError, Broken, asyncio.IncompleteReadError)
+LOOKS_LAST = 12.0
+"""Seconds in which the upstream's books are asked after an end."""
+
+
+@dataclass
+class Spender:
+    """A page: one session to its end, or until it has had enough."""
+
+    cluster: Cluster
+    random: Random
+    session: Session | None = None
+    prompt: int = 0
+    refused: int = 0
+
+    async def run(self) -> None:
+        try:
+            await self._prepare()
+        except AWAY:
+            return
+        if self.session is None:
+            return
+        leaves_after = self.random.choice([0, 1, 5, 1000, 1000, 1000])
+        if self.random.random() < 0.25:
+            await asyncio.gather(self._watch(leaves_after), self._cancel(self.random.uniform(0, 2)))
+        else:
+            await self._watch(leaves_after)
+
+    def _worker(self) -> Worker:
+        return self.random.choice(self.cluster.workers)
+
+    async def _prepare(self) -> None:
+        marker = self.cluster.marker()
+        answer = await self.cluster.ask(
+            "POST",
+            self._worker(),
+            "/prepare",
+            json={**question(marker), "max_tokens": MAX_TOKENS},
+            headers={"Authorization": f"Bearer {self.random.choice(['one', 'two', 'three'])}"},
+        )
+        if answer.status == 201:
+            self.session = Session(self.cluster, answer.json["sessionId"], marker)
+            self.prompt = answer.json["promptTokens"]
+        else:
+            assert answer.status in (429, 503), answer
+            self.refused += 1
+
+    async def _watch(self, leaves_after: int) -> None:
+        assert self.session is not None
+        cursor: str | None = None
+        for _ in range(40):
+            try:
+                async with self.session.stream(self._worker(), cursor) as line:
+                    while leaves_after >= 0 and (event := await line.event()) is not None:
+                        leaves_after -= 1
+                        if event.kind == "done" or (event.kind == "error" and event.json["final"]):
+                            return
+                        self.refused += event.kind == "error"
+                    cursor = line.last_id or cursor
+            except AWAY:
+                pass
+            if leaves_after < 0:
+                return
+            await asyncio.sleep(self.random.uniform(0.1, 0.8))
+
+    async def _cancel(self, after: float) -> None:
+        assert self.session is not None
+        await asyncio.sleep(after)
+        try:
+            await self.session.cancel(self._worker())
+        except AWAY:
+            pass
+
+
+@dataclass
+class Spenders:
+    """A run.
+
+    Attributes:
+        limits: the most that accounts may hold, in nano-USD, by a part of their keys.
+        findings: what was wrong while it ran.
+    """
+
+    cluster: Cluster
+    biller: Biller
+    random: Random
+    limits: Mapping[str, int]
+    pages: list[Spender] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    troubles: Counter[str] = field(default_factory=Counter)
+    highest: int = 0
+
+    async def run(self, seconds: float) -> None:
+        """Spend and hurt for so long, then heal and let everybody come to an end."""
+        watching = asyncio.create_task(self._watch_the_law())
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + seconds
+        hurting = asyncio.create_task(self._hurt(ends_at))
+        running: set[asyncio.Task[None]] = set()
+        while loop.time() < ends_at:
+            await asyncio.sleep(self.random.uniform(0, 0.15))
+            running = {task for task in running if not task.done()}
+            if len(running) < 30:
+                self.pages.append(Spender(self.cluster, self.random))
+                running.add(asyncio.create_task(self.pages[-1].run()))
+        await hurting
+        if running:
+            _, late = await asyncio.wait(running, timeout=40)
+            for task in late:
+                task.cancel()
+            self.findings += [f"{error!r}" for error in await asyncio.gather(*running, return_exceptions=True) if error]
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+    async def _hurt(self, ends_at: float) -> None:
+        loop = asyncio.get_running_loop()
+        faults: list[Callable[[], Any]] = [self._kill, self._freeze, self._restart_redis, self._freeze_redis]
+        while loop.time() < ends_at - 5:
+            await asyncio.sleep(self.random.uniform(1, 4))
+            fault = self.random.choice(faults)
+            self.troubles[fault.__name__.strip("_")] += 1
+            await fault()
+
+    async def _kill(self) -> None:
+        worker = self.random.choice(self.cluster.workers)
+        await worker.kill()
+        await asyncio.sleep(self.random.uniform(0, 2))
+        await worker.start(ready="/health/live")
+
+    async def _freeze(self) -> None:
+        worker = self.random.choice(self.cluster.workers)
+        worker.freeze()
+        await asyncio.sleep(self.random.choice([0.5, 2, 7]))
+        worker.thaw()
+
+    async def _restart_redis(self) -> None:
+        self.cluster.valkey.kill()
+        await asyncio.sleep(self.random.uniform(0, 2))
+        await self.cluster.valkey.start()
+
+    async def _freeze_redis(self) -> None:
+        self.cluster.valkey.freeze()
+        await asyncio.sleep(self.random.choice([0.2, 1.5, 5]))
+        self.cluster.valkey.thaw()
+
+    async def _watch_the_law(self) -> None:
+        """Each account is one key, so that each look is of one moment."""
+        while True:
+            await asyncio.sleep(0.02)
+            try:
+                async with asyncio.timeout(1), self.cluster.redis() as redis:
+                    for key in await redis.keys("*:{accounts}:*"):
+                        for part, limit in self.limits.items():
+                            if f"{{accounts}}:{part}" in key.decode():
+                                self._check(key.decode(), limit, await redis.hgetall(key))
+            except (RedisError, OSError, TimeoutError):
+                continue
+
+    def _check(self, key: str, limit: int, fields: dict[bytes, bytes]) -> None:
+        held = sum(int(value) for name, value in fields.items() if name.endswith((b"spent_cost", b"reserved_cost")))
+        self.highest = max(self.highest, held)
+        if held > limit:
+            self.findings.append(f"{key} holds {held} of {limit}")
+
+    # Afterwards
+
+    async def corrected(self, redis: Redis) -> None:
+        """Give the upstream's books their time."""
+        await asyncio.sleep(LOOKS_LAST)
+
+    async def judge(self, redis: Redis) -> list[str]:
+        """Hold every account against the bills."""
+        findings = [*dict.fromkeys(self.findings)]
+        records = await _settled(redis)
+        total = 0
+        for page in self.pages:
+            if page.session is None:
+                continue
+            found = records.pop(page.session.id, [])
+            total += sum(int(record["was_cost"]) for record in found)
+            findings += self._judge(page, found, self.biller.bills.get(page.session.marker, []))
+        findings += [f"{session} is nobody's" for session in records]
+        account = await ledger(redis)
+        if account.spent_cost != total:
+            findings.append(f"{account.spent_cost} is spent, and the sessions together are {total}")
+        if account.reserved_cost or account.reserved_tokens:
+            findings.append(f"{account} is still reserved")
+        return findings
+
+    def _judge(self, page: Spender, records: list[dict[str, str]], bills: list[Bill]) -> list[str]:
+        assert page.session is not None
+        name = page.session.marker
+        if len(records) > 1:
+            return [f"{name} was settled {len(records)} times"]
+        if not records:
+            return [f"{name} was asked for and never settled"] if bills else []
+        [record] = records
+        cost, was_estimated = int(record["was_cost"]), record["estimated"] == "1"
+        billed = sum(bill.cost for bill in bills)
+        if sum(bill.tokens > 0 for bill in bills) > 1:
+            return [f"{name} was generated more than once"]
+        if not was_estimated:
+            return [] if cost == billed else [f"{name}: {cost} is booked and {billed} was billed"]
+        if cost != (int(record["was_prompt"]) + int(record["was_completion"])) * PRICE or cost < page.prompt * PRICE:
+            return [f"{name}: an estimate of {cost} for a prompt of {page.prompt}"]
+        self.troubles["estimates left"] += 1
+        if any(bill.recorded for bill in bills):
+            self.troubles["of those in the books"] += 1
+        return []
+
+    def summary(self, account: Ledger) -> str:
+        """What happened, in a line."""
+        refused = sum(page.refused for page in self.pages)
+        return f"{len(self.pages)} pages, {refused} refusals, {account}, {dict(self.troubles)}, at most {self.highest}"
+
+
+async def _settled(redis: Redis) -> dict[str, list[dict[str, str]]]:
+    """The settled reservations, by session."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for key in await redis.keys("*:{accounts}:reservation:*"):
+        record = {name.decode(): value.decode() for name, value in (await redis.hgetall(key)).items()}
+        if record["state"] == "settled":
+            found.setdefault(record["session"], []).append(record)
+    return found

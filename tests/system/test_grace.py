@@ -1,0 +1,191 @@
+"""Nobody watching: a session waits for its page, on whichever worker that comes back, and not for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+import pytest_asyncio
+
+from tests.events import opened
+from tests.system.cluster import Cluster, Script, check_chunks, check_whole, running_cluster
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.events import Event, Line
+    from tests.system.cluster import NumberedCall, Session
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
+
+GRACE = 2
+LEFT = 5.5
+"""Seconds for which a worker counts as watching after it last said so, and a little."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster() -> AsyncIterator[Cluster]:
+    async with running_cluster(3, disconnect_grace=GRACE) as cluster:
+        yield cluster
+
+
+async def begin(session: Session, line: Line, chunks: int = 2) -> NumberedCall:
+    call = await session.call()
+    call.chunks(chunks)
+    check_chunks(await line.take(chunks), session.marker)
+    return call
+
+
+async def gone(call: NumberedCall, within: float) -> float:
+    """Wait until the upstream was let go, and tell how long that took."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    async with asyncio.timeout(within):
+        await call.call.gone.wait()
+    return loop.time() - began
+
+
+def is_abandoned(end: Event) -> bool:
+    return end.kind == "error" and end.json["code"] == "abandoned"
+
+
+@pytest.mark.parametrize("where", [0, 1])
+async def test_whoever_comes_back_in_time_goes_on(cluster: Cluster, where: int) -> None:
+    session = await cluster.prepare(cluster.workers[0])
+    async with session.stream(cluster.workers[0]) as line:
+        call = await begin(session, line)
+    async with session.stream(cluster.workers[where], "1-2") as line:
+        with pytest.raises(TimeoutError):
+            await gone(call, GRACE * 2)
+        call.chunks(1)
+        check_chunks(await line.take(1), session.marker, after=2)
+        call.done()
+        assert check_whole(await line.rest(), session.marker, after=3).kind == "done"
+    assert session.calls == 1
+
+
+async def test_where_nobody_comes_it_is_abandoned_for_all(cluster: Cluster) -> None:
+    session = await cluster.prepare(cluster.workers[0])
+    async with session.stream(cluster.workers[0]) as line:
+        call = await begin(session, line)
+    assert await gone(call, GRACE + 1.5) > GRACE - 0.5
+    ends = [check_whole(await session.read(worker), session.marker) for worker in cluster.workers]
+    assert len(set(ends)) == 1
+    assert is_abandoned(ends[0])
+    assert session.calls == 1
+
+
+async def test_a_page_that_never_came_back_for_its_claim_is_not_waited_for(cluster: Cluster) -> None:
+    session = await cluster.prepare(cluster.workers[0])
+    async with session.stream(cluster.workers[0]):
+        call = await session.call()
+    await gone(call, GRACE + 1.5)
+    assert is_abandoned(check_whole(await session.read(cluster.workers[1]), session.marker))
+
+
+async def test_a_viewer_elsewhere_keeps_it_alive_and_its_leaving_ends_it(cluster: Cluster) -> None:
+    owner, *others = cluster.workers
+    session = await cluster.prepare(owner)
+    async with session.stream(owner) as line:
+        call = await begin(session, line)
+        first = others[0]
+        async with session.stream(first) as far:
+            await far.take(2)
+            line.cut()
+            with pytest.raises(TimeoutError):
+                await gone(call, GRACE + LEFT)
+            async with session.stream(others[1]) as farther:
+                await farther.take(2)
+                far.cut()
+                with pytest.raises(TimeoutError):
+                    await gone(call, GRACE + LEFT)
+        took = await gone(call, GRACE + LEFT)
+    assert took > GRACE - 0.5
+    assert took < GRACE + 2, "a viewer that leaves says so"
+    assert is_abandoned((await session.read(first))[-1])
+
+
+async def test_a_viewer_elsewhere_whose_worker_dies_is_forgotten(cluster: Cluster) -> None:
+    owner, other, _ = cluster.workers
+    session = await cluster.prepare(owner)
+    async with session.stream(owner) as line, session.stream(other) as far:
+        call = await begin(session, line)
+        await far.take(2)
+        line.cut()
+        await other.kill()
+        assert await gone(call, GRACE + LEFT + 1.5) > GRACE
+    await other.start()
+    assert is_abandoned((await session.read(other))[-1])
+
+
+async def test_while_redis_is_away_viewers_last_seen_elsewhere_count_as_present(cluster: Cluster) -> None:
+    owner, other, _ = cluster.workers
+    session = await cluster.prepare(owner)
+    async with session.stream(owner) as line, session.stream(other) as far:
+        call = await begin(session, line)
+        await far.take(2)
+        cluster.valkey.freeze()
+        try:
+            line.cut()
+            with pytest.raises(TimeoutError):
+                await gone(call, GRACE + LEFT)
+        finally:
+            cluster.valkey.thaw()
+        call.done()
+        check_whole(await far.rest(), session.marker, after=2)
+
+
+async def test_without_redis_and_without_viewers_it_is_abandoned(cluster: Cluster) -> None:
+    session = await cluster.prepare(cluster.workers[0])
+    async with session.stream(cluster.workers[0]) as line:
+        call = await begin(session, line)
+        await cluster.journaled(session, 2)
+        cluster.valkey.freeze()
+    try:
+        await gone(call, GRACE + 1.5)
+        [end] = await session.read(cluster.workers[0], "1-2")
+        assert is_abandoned(end)
+    finally:
+        cluster.valkey.thaw()
+    for worker in cluster.workers:
+        assert check_whole(await session.read(worker), session.marker) == end
+
+
+async def test_grace_of_one_session_is_not_another_s(cluster: Cluster) -> None:
+    owner = cluster.workers[0]
+    left, watched = await cluster.prepare(owner), await cluster.prepare(owner)
+    async with watched.stream(owner) as stays, left.stream(owner) as leaves:
+        watched_call, left_call = await begin(watched, stays), await begin(left, leaves)
+        leaves.cut()
+        await gone(left_call, GRACE + 1.5)
+        watched_call.done()
+        assert check_whole(await stays.rest(), watched.marker, after=2).kind == "done"
+
+
+async def test_without_grace_leaving_ends_it_at_once() -> None:
+    async with running_cluster(2, disconnect_grace=0) as cluster:
+        owner, other = cluster.workers
+        session = await cluster.prepare(owner)
+        async with session.stream(owner) as line:
+            call = await begin(session, line)
+        assert await gone(call, 1)
+        assert is_abandoned((await session.read(other))[-1])
+        session = await cluster.prepare(owner)
+        async with session.stream(owner) as line, session.stream(other) as far:
+            call = await begin(session, line)
+            await far.take(2)
+            line.cut()
+            call.done()
+            assert check_whole(await far.rest(), session.marker, after=2).kind == "done"
+
+
+async def test_a_line_that_takes_nothing_is_no_viewer_for_ever() -> None:
+    """A peer that has vanished without a word: what is sent piles up until the line is cut, and grace begins."""
+    async with running_cluster(1, disconnect_grace=1, send_timeout=1, max_response="64MiB") as cluster:
+        [worker] = cluster.workers
+        session = await cluster.prepare(worker, Script(chunks=4000, pause=0.001, size=10_000))
+        async with opened(worker.url, f"/stream/{session.id}", receive_buffer=4096):
+            call = await cluster.upstream.call(session.marker)
+            await gone(call, 20)
+        assert is_abandoned((await session.read(worker))[-1])

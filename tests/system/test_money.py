@@ -1,0 +1,226 @@
+"""The law of money among real workers that die, freeze and lose their Redis: nothing is paid twice, and nothing lost."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from contextlib import asynccontextmanager
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from broker.store.accounts import LEASE
+from tests.money import NANO, PRICE, Ledger, ledger, open_reservations, price_list, slots, until
+from tests.system.biller import MAX_TOKENS, Biller
+from tests.system.cluster import Session, question, running_cluster
+from tests.system.spenders import Spenders
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from redis.asyncio import Redis
+
+    from tests.system.cluster import Cluster, NumberedCall, Worker
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+SETTLED = LEASE + 30
+"""Seconds within which the sessions of a dead worker are settled by another."""
+
+
+@asynccontextmanager
+async def running_bank(
+    workers: int = 2, *, keeps: bool = False, **settings: object
+) -> AsyncIterator[tuple[Cluster, Redis]]:
+    """A cluster whose upstream has prices."""
+    async with running_cluster(workers, keeps=keeps, **settings) as cluster, cluster.redis() as redis:
+        cluster.upstream.scripted.models = price_list()
+        yield cluster, redis
+
+
+async def prepared(cluster: Cluster, worker: Worker, **fields: Any) -> tuple[Session, int]:
+    """A new session, and the estimate of its prompt."""
+    marker = cluster.marker()
+    answer = await cluster.ask("POST", worker, "/prepare", json={**question(marker), **fields})
+    assert answer.status == 201, answer
+    return Session(cluster, answer.json["sessionId"], marker), answer.json["promptTokens"]
+
+
+def bill(call: NumberedCall, cost: float) -> None:
+    """End an answer with its usage: 15 tokens."""
+    call.call.usage(cost=cost)
+    call.done()
+
+
+async def all_closed(redis: Redis) -> bool:
+    account = await ledger(redis)
+    return (
+        account.reserved_tokens == account.reserved_cost == 0
+        and await open_reservations(redis) == await slots(redis) == 0
+    )
+
+
+async def test_of_many_claims_at_once_on_two_workers_as_many_run_as_there_is_room_for() -> None:
+    async with running_bank(total_daily_cost="0.0037") as (cluster, redis):
+        sessions = []
+        for number in range(500):
+            session, prompt = await prepared(cluster, cluster.workers[number % 2], max_tokens=100 - 30)
+            sessions.append(session)
+        room = 3_700_000 // ((prompt + 70) * PRICE)
+        codes: list[str] = []
+
+        async def claim(number: int, session: Session) -> None:
+            async with session.stream(cluster.workers[(number // 2) % 2]) as line:
+                event = await line.event()
+                assert event is not None
+                codes.append("ran" if event.kind == "chunk" else event.json["code"])
+
+        claims = [asyncio.create_task(claim(*numbered)) for numbered in enumerate(sessions)]
+        await until(lambda: asyncio.sleep(0, len(codes) == 500 - room), within=30)
+        assert set(codes) == {"budget_exceeded"}
+        account = await ledger(redis)
+        assert account.reserved_cost == room * (prompt + 70) * PRICE <= 3_700_000
+        calls = [session for session in sessions if session.calls]
+        assert len(calls) == room
+        for session in calls:
+            assert session.calls == 1
+            (await session.call()).done()
+        await asyncio.gather(*claims)
+        assert codes.count("ran") == room
+        await until(lambda: all_closed(redis))
+        assert await ledger(redis) == Ledger(room, 0, room * 15, room * 15 * PRICE)
+
+
+async def test_a_killed_owners_session_is_settled_by_another_from_the_journal() -> None:
+    async with running_bank(daily_cost="1", max_concurrent_streams=2) as (cluster, redis):
+        owner, other = cluster.workers
+        silent, prompt = await prepared(cluster, owner)
+        told, _ = await prepared(cluster, owner)
+        async with silent.stream(owner) as line, told.stream(owner) as other_line:
+            call = await silent.call()
+            call.chunks(3, size=10)
+            await line.take(3)
+            call = await told.call()
+            call.chunks(1)
+            call.finish()
+            call.call.usage(cost=0.0005)
+            await other_line.take(3)
+            await cluster.journaled(silent, 3)
+            await cluster.journaled(told, 3)
+            await owner.kill()
+        waiting, _ = await prepared(cluster, other)
+        async with waiting.stream(other) as line:
+            [event] = await line.rest()
+            assert event.json["code"] == "too_many_streams"
+        await until(lambda: all_closed(redis), within=SETTLED)
+        assert await ledger(redis) == Ledger(2, 1, prompt + 10 + 15, (prompt + 10) * PRICE + 500_000)
+        async with waiting.stream(other) as line:
+            bill(await waiting.call(), 0.001)
+            assert (await line.rest())[-1].kind == "done"
+        assert silent.calls == told.calls == 1
+
+
+async def test_the_books_of_the_upstream_correct_what_was_estimated_for_the_dead() -> None:
+    async with running_bank() as (cluster, redis):
+        owner, _ = cluster.workers
+        cluster.upstream.scripted.generations["gen-chunk"] = {
+            "total_cost": 0.0007,
+            "native_tokens_prompt": 4,
+            "native_tokens_completion": 3,
+        }
+        session, _ = await prepared(cluster, owner)
+        async with session.stream(owner) as line:
+            call = await session.call()
+            call.chunks(1)
+            await line.take(1)
+            await cluster.journaled(session, 1)
+            await owner.kill()
+
+        async def corrected() -> bool:
+            return await ledger(redis) == Ledger(1, 0, 7, 700_000)
+
+        await until(corrected, within=SETTLED)
+
+
+async def test_a_frozen_owner_that_wakes_puts_the_truth_in_place_of_an_estimate() -> None:
+    async with running_bank(daily_cost="1") as (cluster, redis):
+        owner, _ = cluster.workers
+        session, _ = await prepared(cluster, owner)
+        async with session.stream(owner) as line:
+            call = await session.call()
+            call.chunks(2)
+            await line.take(2)
+            owner.freeze()
+            bill(call, 0.000_9)  # what it will find when it wakes
+
+            async def estimated() -> bool:
+                return (await ledger(redis)).estimated == 1
+
+            await until(estimated, within=SETTLED)
+            assert await all_closed(redis)
+            owner.thaw()
+
+            async def corrected() -> bool:
+                return await ledger(redis) == Ledger(1, 0, 15, 900_000)
+
+            await until(corrected)
+            assert await all_closed(redis)
+
+
+async def test_a_long_freeze_of_redis_kills_nobody_and_frees_no_slot() -> None:
+    """Longer than the leases of workers and of reservations."""
+    async with running_bank(daily_cost="1", max_concurrent_streams=4) as (cluster, redis):
+        sessions = [(await prepared(cluster, worker))[0] for worker in cluster.workers * 2]
+        lines = [session.stream(worker) for session, worker in zip(sessions, cluster.workers * 2, strict=True)]
+        async with lines[0] as a, lines[1] as b, lines[2] as c, lines[3] as d:
+            calls = [await session.call() for session in sessions]
+            cluster.valkey.freeze()
+            await asyncio.sleep(LEASE + 2)  # as long as that is
+            cluster.valkey.thaw()
+
+            async def renewed() -> bool:
+                now, _ = await redis.time()
+                [key] = await redis.keys("*:{accounts}:open")
+                return await redis.zcount(key, now * 1000, "+inf") == 4
+
+            await until(renewed)
+            assert await slots(redis) == 4
+            await asyncio.sleep(12)  # several rounds of the bookkeepers, which must not find anybody dead
+            for call in calls:
+                bill(call, 0.001)
+            for line in (a, b, c, d):
+                assert (await line.rest())[-1].kind == "done"
+        assert await all_closed(redis)
+        assert await ledger(redis) == Ledger(4, 0, 60, 4_000_000)
+
+
+async def test_the_law_holds_whatever_happens() -> None:
+    """At no time more than the limit is spent and reserved; in the end each session has cost what it was billed."""
+    seed = secrets.randbelow(2**32)
+    print(f"seed {seed}")
+    random = Random(seed)
+    limit = NANO * 15 // 1000
+    async with running_bank(
+        keeps=True,
+        api_keys="ann:one,bob:two,cyd:three",
+        total_daily_cost=f"{limit / NANO}",
+        daily_cost=f"{limit * 0.4 / NANO}",
+        max_concurrent_streams=6,
+        disconnect_grace=1,
+        first_data_timeout=3,
+        idle_timeout=3,
+    ) as (cluster, redis):
+        biller = Biller(cluster.upstream.scripted, Random(random.random()))
+        spenders = Spenders(cluster, biller, random, {"everyone": limit, "account:": limit * 4 // 10})
+        try:
+            await spenders.run(50.0)
+            await until(lambda: all_closed(redis), within=SETTLED + 15)
+            await spenders.corrected(redis)
+            findings = await spenders.judge(redis)
+        finally:
+            await biller.close()
+        print(spenders.summary(await ledger(redis)))
+        assert findings == [], f"seed {seed}"
+        assert len(biller.bills) > 100
+        assert MAX_TOKENS * PRICE < limit
