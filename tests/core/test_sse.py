@@ -52,11 +52,7 @@ def test_any_cut_gives_the_same_frames(places: list[int]) -> None:
 
 
 @given(
-    st.lists(
-        st.sampled_from(
-            PIECES
-        )
-    ),
+    st.lists(st.sampled_from(PIECES)),
     st.lists(st.integers(0, 500)),
 )
 def test_any_cut_of_any_stream_gives_the_same_frames(parts: list[bytes], places: list[int]) -> None:

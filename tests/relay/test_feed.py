@@ -121,11 +121,30 @@ def test_in_a_pause_nothing_new_is_shown() -> None:
     assert feed.after(1, ALL) == batch(2, 3)
 
 
-def test_what_an_end_finds_in_a_pause_is_dropped() -> None:
+def test_two_pauses_end_with_the_second() -> None:
+    feed = filled(batch(1, 1))
+    feed.pause()
+    feed.pause()
+    feed.add(batch(2, 3), 0.0)
+    feed.resume()
+    assert feed.shown == 1
+    feed.resume()
+    assert feed.shown == 3
+
+
+def test_an_end_behind_what_is_held_back_shows_it() -> None:
     feed = filled(batch(1, 1))
     feed.pause()
     feed.add(batch(2, 3), 0.0)
     feed.finish(END)
+    assert (feed.last, feed.shown) == (3, 3)
+
+
+def test_what_is_held_back_and_no_part_of_the_end_is_dropped() -> None:
+    feed = filled(batch(1, 1))
+    feed.pause()
+    feed.add(batch(2, 3), 0.0)
+    feed.finish(Terminal(State.ABANDONED, "error", Cursor(1, 2, end=True), b"{}"))
     assert (feed.last, feed.shown, feed.size) == (1, 1, len(batch(1, 1).events))
     assert feed.unsaved(0, ALL) == batch(1, 1)
 

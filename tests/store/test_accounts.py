@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ async def reserved(books: AccountStore, reservation: Reservation, **kwargs: bool
 
 
 async def everyone(store: Store) -> dict[str, int]:
-    fields = await store.redis.hgetall(f"{store.prefix}:{{accounts}}:everyone")
+    fields: Any = await store.redis.hgetall(f"{store.prefix}:{{accounts}}:everyone")
     return {name.decode().partition(":")[2]: int(value) for name, value in fields.items()}
 
 

@@ -3,10 +3,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import pytest
 import pytest_asyncio
 
-from broker.core.errors import IdempotencyConflict
 from broker.store.connection import Store
 from broker.store.idempotency import IdempotencyStore
 
@@ -22,7 +20,14 @@ async def keys(store: Store) -> IdempotencyStore:
 
 async def bind(keys: IdempotencyStore, session: str, **options: Any) -> str:
     """Bind the one key of these tests; the session that it stands for now."""
-    call = {"client": "u_1", "key": "k", "digest": "d1", "answer": answer(session), "instead_of": None, **options}
+    call = {
+        "client": "u_1",
+        "key": "k",
+        "digest": "d1",
+        "answer": answer(session),
+        "instead_of": None,
+        **options,
+    }
     return (await keys.bind(**call)).session_id
 
 
@@ -66,9 +71,12 @@ async def test_a_binding_of_a_gone_session_is_replaced_once(keys: IdempotencySto
     assert await bind(keys, "s3", instead_of=gone) == "s2"
 
 
-async def test_a_binding_has_its_time_and_tells_nothing_by_its_name(store: Store, keys: IdempotencyStore) -> None:
+async def test_a_binding_has_its_time_and_tells_nothing_by_its_name(
+    store: Store, keys: IdempotencyStore
+) -> None:
     await bind(keys, "s1", client="u_client", key="my-secret-key")
-    [name] = await store.redis.keys("*")
+    names: Any = await store.redis.keys("*")
+    [name] = names
     assert await store.redis.ttl(name) == 1500
     assert name.startswith(b"test:1:idempotency:")
     assert b"client" not in name

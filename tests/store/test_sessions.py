@@ -1,4 +1,4 @@
-"""The steps of a session in a real Valkey: exactly one wins, the prompt does not outlive its use, every key has its time."""
+"""The steps of a session in a real Valkey: exactly one wins, prompts do not outlive their use, keys have their time."""
 
 from __future__ import annotations
 

@@ -29,7 +29,9 @@ BODY = b'{ "model" : "a/b",  "messages": [] }'
 
 
 @asynccontextmanager
-async def client_of(url: str, *, connect_timeout: float = 1.0, max_connections: int = 10) -> AsyncIterator[UpstreamClient]:
+async def client_of(
+    url: str, *, connect_timeout: float = 1.0, max_connections: int = 10
+) -> AsyncIterator[UpstreamClient]:
     client = UpstreamClient(
         base_url=url,
         api_key=KEY,
@@ -113,7 +115,9 @@ async def test_a_connection_whose_answer_was_read_is_used_again(
     assert (len(upstream.calls), upstream.connections) == (3, 1)
 
 
-async def test_a_connection_whose_answer_was_left_is_not(client: UpstreamClient, upstream: ScriptedUpstream) -> None:
+async def test_a_connection_whose_answer_was_left_is_not(
+    client: UpstreamClient, upstream: ScriptedUpstream
+) -> None:
     asking = asyncio.create_task(ask(client))
     call = (await upstream.call()).open()
     await (await asking).aclose()

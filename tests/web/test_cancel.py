@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.broker import Answer, Broker, running
-from tests.scripted import Call, ScriptedUpstream
+from tests.scripted import Call, Reply, ScriptedUpstream
 
 if TYPE_CHECKING:
     from tests.events import Event
@@ -31,6 +32,7 @@ async def by_beacon(broker: Broker, session: str) -> Answer:
     return await broker.ask("POST", f"/stream/{session}/cancel", data="bye", headers=headers)
 
 
+Way = Callable[[Broker, str], Awaitable[Answer]]
 WAYS = pytest.mark.parametrize("cancel", [by_delete, by_post, by_beacon])
 
 
@@ -45,7 +47,7 @@ def assert_cancelled(event: Event, event_id: str) -> None:
 
 @WAYS
 async def test_a_prepared_session_can_no_longer_be_claimed(
-    broker: Broker, upstream: ScriptedUpstream, cancel: type[by_delete]
+    broker: Broker, upstream: ScriptedUpstream, cancel: Way
 ) -> None:
     session = await broker.prepare()
     assert accepted(await cancel(broker, session))
@@ -58,7 +60,7 @@ async def test_a_prepared_session_can_no_longer_be_claimed(
 
 @WAYS
 async def test_a_running_session_ends_for_all_its_viewers(
-    broker: Broker, upstream: ScriptedUpstream, cancel: type[by_delete]
+    broker: Broker, upstream: ScriptedUpstream, cancel: Way
 ) -> None:
     session = await broker.prepare()
     async with broker.stream(session) as line, broker.stream(session) as other:
@@ -93,7 +95,7 @@ def refusing(call: Call) -> None:
 
 @pytest.mark.parametrize("reply", [silent, thinking])
 async def test_a_session_can_be_stopped_before_its_first_token(
-    broker: Broker, upstream: ScriptedUpstream, reply: type[silent]
+    broker: Broker, upstream: ScriptedUpstream, reply: Reply
 ) -> None:
     upstream.replies = [reply]
     session = await broker.prepare()
@@ -165,7 +167,7 @@ def ends_badly(call: Call) -> None:
 
 @pytest.mark.parametrize(("reply", "state"), [(ends_well, "done"), (ends_badly, "failed")])
 async def test_a_finished_session_stays_as_it_is(
-    broker: Broker, upstream: ScriptedUpstream, reply: type[ends_well], state: str
+    broker: Broker, upstream: ScriptedUpstream, reply: Reply, state: str
 ) -> None:
     upstream.replies = [reply]
     session = await broker.prepare()
@@ -177,9 +179,7 @@ async def test_a_finished_session_stays_as_it_is(
 
 @pytest.mark.parametrize("session", [UNKNOWN, "malformed"])
 @WAYS
-async def test_an_unknown_session_cannot_be_cancelled(
-    broker: Broker, session: str, cancel: type[by_delete]
-) -> None:
+async def test_an_unknown_session_cannot_be_cancelled(broker: Broker, session: str, cancel: Way) -> None:
     answer = await cancel(broker, session)
     assert (answer.status, answer.code) == (404, "session_not_found")
 

@@ -1,4 +1,4 @@
-"""How a session ends when the upstream refuses, breaks, stalls or talks nonsense: one `error`, and what was paid for once."""
+"""How a session ends when the upstream refuses, breaks, stalls or talks nonsense: one `error`, paid for once."""
 
 from __future__ import annotations
 

@@ -61,7 +61,9 @@ async def test_a_broker_that_drains_is_not_ready(broker: Broker) -> None:
         ("GET", "/%00", 404, "not_found"),
     ],
 )
-async def test_an_error_is_json_of_one_shape(broker: Broker, method: str, path: str, status: int, code: str) -> None:
+async def test_an_error_is_json_of_one_shape(
+    broker: Broker, method: str, path: str, status: int, code: str
+) -> None:
     answer = await broker.ask(method, path)
     assert (answer.status, answer.code) == (status, code)
     assert answer.headers["Content-Type"].startswith("application/json")

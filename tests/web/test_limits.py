@@ -256,7 +256,11 @@ async def test_a_model_without_a_price_is_refused_where_money_is_counted(
 ) -> None:
     upstream.models = price_list(**{"scripted/varies": {"prompt": "-1", "completion": "-1"}})
     async with running(valkey_url, upstream, daily_cost="1") as broker:
-        for fields in ({"model": "scripted/unknown"}, {"model": "scripted/varies"}, {"models": ["scripted/varies"]}):
+        for fields in (
+            {"model": "scripted/unknown"},
+            {"model": "scripted/varies"},
+            {"models": ["scripted/varies"]},
+        ):
             answer = await broker.post(small(**fields))
             assert (answer.status, answer.code) == (403, "model_not_allowed")
         await session_of(broker)
@@ -290,7 +294,9 @@ async def test_the_upstream_is_held_to_the_price_that_was_reserved(
         assert provider.get("order") == (["Scripted"] if own else None)
 
 
-async def test_without_a_budget_of_money_no_price_is_sent(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_without_a_budget_of_money_no_price_is_sent(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
     upstream.models, upstream.replies = price_list(), [plain]
     async with running(valkey_url, upstream, daily_tokens=100_000) as broker:
         await broker.read(await session_of(broker))
@@ -418,7 +424,10 @@ async def test_of_many_claims_at_once_as_many_run_as_there_is_room_for(
         "total": {"total_daily_cost": dollars(worst * 38 * PRICE - 1)},
     }[limit]
     settings = {**free, **room}
-    async with running(valkey_url, upstream, **settings) as one, running(valkey_url, upstream, **settings) as other:
+    async with (
+        running(valkey_url, upstream, **settings) as one,
+        running(valkey_url, upstream, **settings) as other,
+    ):
         sessions = [await session_of(one) for _ in range(500)]
         codes: list[str] = []
 

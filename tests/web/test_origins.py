@@ -54,7 +54,9 @@ async def test_a_listed_page_may_come_with_credentials(listing: Broker) -> None:
     assert allows(answer, PAGE, credentials=True)
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "http://localhost:5173", "null", "http://[::1", "*"])
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "http://localhost:5173", "null", "http://[::1", "*"]
+)
 @pytest.mark.parametrize(
     ("method", "path"),
     [("POST", "/prepare"), ("GET", UNKNOWN), ("DELETE", UNKNOWN), ("GET", "/models"), ("GET", "/nothing")],
@@ -126,7 +128,11 @@ async def test_a_stream_echoes_an_allowed_origin(listing: Broker, upstream: Scri
 
 @pytest.mark.parametrize("path", ["/prepare", UNKNOWN, f"{UNKNOWN}/cancel", "/models", "/usage"])
 async def test_a_preflight_tells_what_is_allowed(listing: Broker, path: str) -> None:
-    headers = {"Origin": PAGE, "Access-Control-Request-Method": "DELETE", "Access-Control-Request-Headers": "x"}
+    headers = {
+        "Origin": PAGE,
+        "Access-Control-Request-Method": "DELETE",
+        "Access-Control-Request-Headers": "x",
+    }
     answer = await listing.ask("OPTIONS", path, headers=headers)
     assert answer.status == 204
     assert allows(answer, PAGE, credentials=True)
@@ -151,7 +157,9 @@ async def test_an_options_that_is_no_preflight_is_a_wrong_method(broker: Broker)
 # DNS rebinding
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:3000", "127.0.0.1.evil.example", "", "[::1", "a:b:c"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:3000", "127.0.0.1.evil.example", "", "[::1", "a:b:c"]
+)
 @pytest.mark.parametrize("path", ["/prepare", UNKNOWN, "/health/live", "/"])
 async def test_on_the_loopback_another_name_is_refused(broker: Broker, host: str, path: str) -> None:
     answer = await broker.ask("GET", path, headers={"Host": host})
@@ -173,6 +181,8 @@ async def test_the_host_of_a_listed_origin_is_answered_to(listing: Broker) -> No
     assert (await listing.post(headers={"Host": "chat.example"})).status == 201
 
 
-async def test_a_broker_that_all_can_reach_answers_to_any_name(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_a_broker_that_all_can_reach_answers_to_any_name(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
     async with running(valkey_url, upstream, host="0.0.0.0") as broker:
         assert (await broker.post(headers={"Host": "broker.example"})).status == 201

@@ -52,7 +52,10 @@ async def test_what_was_asked_goes_upstream_with_our_key(broker: Broker, upstrea
     assert call.headers["authorization"] == f"Bearer {KEY}"
     assert call.headers["x-title"] == call.headers["x-openrouter-title"] == "Session Broker"
     assert "http-referer" not in call.headers
-    body = {name: call.body[name] for name in ("model", "messages", "temperature", "stop", "stream", "stream_options")}
+    body = {
+        name: call.body[name]
+        for name in ("model", "messages", "temperature", "stop", "stream", "stream_options")
+    }
     assert body == {
         **QUESTION,
         "temperature": 0.5,
@@ -66,7 +69,12 @@ async def test_what_was_asked_goes_upstream_with_our_key(broker: Broker, upstrea
 async def test_the_upstream_learns_nothing_of_the_client(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.replies = [plain]
     session = await broker.prepare()
-    headers = {"Cookie": "a=b", "Authorization": "Bearer mine", "X-Forwarded-For": "10.1.2.3", "User-Agent": "secret"}
+    headers = {
+        "Cookie": "a=b",
+        "Authorization": "Bearer mine",
+        "X-Forwarded-For": "10.1.2.3",
+        "User-Agent": "secret",
+    }
     async with broker.stream(session, headers=headers) as line:
         await line.rest()
     call = upstream.calls[0]
@@ -77,7 +85,9 @@ async def test_the_upstream_learns_nothing_of_the_client(broker: Broker, upstrea
     assert "127.0.0.1" not in json.dumps(call.body)
 
 
-async def test_the_pages_origin_is_the_referer(valkey_url: str, broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_the_pages_origin_is_the_referer(
+    valkey_url: str, broker: Broker, upstream: ScriptedUpstream
+) -> None:
     upstream.replies = [plain]
     answer = await broker.post(headers={"Origin": "http://localhost:5173"})
     await broker.read(answer.json["sessionId"])
@@ -134,7 +144,9 @@ async def test_a_conversation_that_is_too_long_loses_its_oldest_turns(
         (b'{"model": "m", "messages": []}', 422, "invalid_request"),
     ],
 )
-async def test_a_body_that_is_no_request_is_refused(broker: Broker, body: bytes, status: int, code: str) -> None:
+async def test_a_body_that_is_no_request_is_refused(
+    broker: Broker, body: bytes, status: int, code: str
+) -> None:
     answer = await broker.post(body)
     assert (answer.status, answer.code) == (status, code)
 
@@ -168,7 +180,14 @@ async def test_a_model_that_is_not_allowed_is_refused(valkey_url: str, upstream:
 
 
 @pytest.mark.parametrize(
-    "kind", ["text/plain", "text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data", ""]
+    "kind",
+    [
+        "text/plain",
+        "text/plain;charset=UTF-8",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+        "",
+    ],
 )
 async def test_only_json_is_taken(broker: Broker, kind: str) -> None:
     answer = await broker.post(headers={"Content-Type": kind})
@@ -246,7 +265,11 @@ async def test_a_session_that_has_begun_is_still_the_keys(broker: Broker, upstre
     first = await broker.post(headers={"Idempotency-Key": "k"})
     events = await broker.read(first.json["sessionId"])
     second = await broker.post(headers={"Idempotency-Key": "k"})
-    assert (second.status, second.json["sessionId"], second.json["expiresIn"]) == (200, first.json["sessionId"], 0)
+    assert (second.status, second.json["sessionId"], second.json["expiresIn"]) == (
+        200,
+        first.json["sessionId"],
+        0,
+    )
     assert await broker.read(second.json["sessionId"]) == events
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -15,6 +15,7 @@ from tests.system.harness import ValkeyProcess, running_valkey
 
 UNKNOWN = "00000000-1111-4222-8333-444444444444"
 
+Hurt = Callable[[ValkeyProcess], None]
 HURTS = pytest.mark.parametrize("hurt", [ValkeyProcess.freeze, ValkeyProcess.kill])
 
 
@@ -63,9 +64,7 @@ async def is_asked_to_come_again(broker: Broker, session: str, cursor: str | Non
 
 
 @HURTS
-async def test_prepare_is_refused_in_time(
-    broker: Broker, valkey: ValkeyProcess, hurt: type[ValkeyProcess.freeze]
-) -> None:
+async def test_prepare_is_refused_in_time(broker: Broker, valkey: ValkeyProcess, hurt: Hurt) -> None:
     hurt(valkey)
     clock = Clock()
     for answer in await asyncio.gather(broker.post(), broker.post(headers={"Idempotency-Key": "k"})):
@@ -74,9 +73,7 @@ async def test_prepare_is_refused_in_time(
 
 
 @HURTS
-async def test_a_session_may_be_known_later(
-    broker: Broker, valkey: ValkeyProcess, hurt: type[ValkeyProcess.freeze]
-) -> None:
+async def test_a_session_may_be_known_later(broker: Broker, valkey: ValkeyProcess, hurt: Hurt) -> None:
     hurt(valkey)
     clock = Clock()
     *told, plain, cancelled = await asyncio.gather(
@@ -142,7 +139,7 @@ async def test_two_workers_that_both_lost_the_reply_are_one_generation(
 
 @HURTS
 async def test_a_page_that_watches_notices_nothing(
-    broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream, hurt: type[ValkeyProcess.freeze]
+    broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream, hurt: Hurt
 ) -> None:
     session = await broker.prepare()
     async with broker.stream(session) as line:

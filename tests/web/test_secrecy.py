@@ -1,4 +1,4 @@
-"""What no log may carry: our key, a prompt, an answer, a whole session id. At the most talkative level, in good and bad."""
+"""What no log may carry: our key, a prompt, an answer, a whole session id. In good times and bad."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import structlog
 
 from broker.logs import configure_logs
 from tests.broker import KEY, QUESTION, Broker, running
-from tests.scripted import Call, ScriptedUpstream, chunk
+from tests.scripted import Call, Reply, ScriptedUpstream, chunk
 from tests.system.harness import running_valkey
 
 PROMPT = "Quetzalcoatl"
@@ -86,7 +86,7 @@ def check(log: io.StringIO, *sessions: str) -> None:
 
 @pytest.mark.parametrize("reply", [good, refusing, failing, nonsense, a_page, breaking, busy, odd])
 async def test_whatever_the_upstream_does(
-    broker: Broker, upstream: ScriptedUpstream, log: io.StringIO, reply: type[good]
+    broker: Broker, upstream: ScriptedUpstream, log: io.StringIO, reply: Reply
 ) -> None:
     upstream.replies = [reply]
     answer = await broker.post(ASKED, {"Idempotency-Key": PROMPT})

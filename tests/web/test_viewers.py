@@ -79,7 +79,9 @@ async def test_one_page_may_leave_while_another_stays(valkey_url: str, upstream:
 # Nobody watches
 
 
-async def test_a_page_that_leaves_for_good_ends_its_session(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_a_page_that_leaves_for_good_ends_its_session(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
     async with running(valkey_url, upstream, disconnect_grace=0.5) as broker:
         session = await broker.prepare()
         async with broker.stream(session) as line:
@@ -154,7 +156,10 @@ async def test_an_answer_that_ends_in_the_time_of_grace_is_there_for_who_comes_l
 
 
 async def test_pages_that_leave_at_once_do_no_harm(
-    valkey_url: str, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    valkey_url: str,
+    upstream: ScriptedUpstream,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     async with running(valkey_url, upstream, disconnect_grace=0) as broker:
         host, port = broker.url.removeprefix("http://").split(":")
@@ -192,7 +197,9 @@ async def test_a_page_that_stops_reading_is_cut_off(valkey_url: str, upstream: S
             await call.wait_gone()  # for its only viewer counts as gone
 
 
-async def test_a_page_that_stops_reading_slows_nobody_else(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_a_page_that_stops_reading_slows_nobody_else(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
     upstream.replies = [torrent]
     async with running(valkey_url, upstream, send_timeout=0.5) as broker:
         session = await broker.prepare()
@@ -208,7 +215,9 @@ async def test_a_page_that_stops_reading_slows_nobody_else(valkey_url: str, upst
     assert len(upstream.calls) == 1
 
 
-async def test_a_page_that_only_reads_slowly_gets_everything(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_a_page_that_only_reads_slowly_gets_everything(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
     upstream.replies = [torrent]
     async with running(valkey_url, upstream, send_timeout=2) as broker:
         session = await broker.prepare()

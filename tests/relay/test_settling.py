@@ -1,0 +1,512 @@
+"""What each way to end is paid: once, before the end is told, and as near to the truth as can be had."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from broker.core.accounts import Allowances, Spent, Worst
+from broker.core.answer import Answer
+from broker.core.pricing import NANO
+from broker.core.session import State
+from broker.relay.settling import LOOKS, estimated_usage, spent_in_record
+from broker.store.accounts import AccountStore, Reservation
+from broker.web import keys
+from tests.broker import Broker, running
+from tests.money import MODEL, PRICE, Ledger, ledger, open_reservations, price_list, slots, until
+from tests.system.harness import ValkeyProcess, running_valkey
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from broker.store.connection import Store
+    from tests.scripted import Call, ScriptedUpstream
+
+GENERATION = "gen-chunk"
+RECORD = {
+    "total_cost": 0.000123,
+    "native_tokens_prompt": 11,
+    "native_tokens_completion": 7,
+    "native_tokens_cached": 3,
+}
+
+
+async def prepared(broker: Broker, **fields: Any) -> tuple[str, int]:
+    """A new session, and the estimate of its prompt."""
+    answer = await broker.post(
+        {"model": MODEL, "messages": [{"role": "user", "content": "Say it."}], **fields}
+    )
+    assert answer.status == 201, answer.text
+    return answer.json["sessionId"], answer.json["promptTokens"]
+
+
+async def counts(broker: Broker) -> dict[str, int]:
+    """The only line of the books."""
+    _, [line] = await broker.app[keys.ACCOUNTS].books(None)
+    return line.counts
+
+
+async def booked(broker: Broker) -> Ledger:
+    """Everyone's account, where nothing may be left reserved."""
+    redis = broker.app[keys.STORE].redis
+    account = await ledger(redis)
+    assert (account.reserved_tokens, account.reserved_cost) == (0, 0)
+    assert await slots(redis) == await open_reservations(redis) == 0
+    return account
+
+
+def answer_with(*usage: Mapping[str, Any], text: str = "Hello") -> Callable[[Call], None]:
+    """An answer that ends well, with a usage or none."""
+
+    def reply(call: Call) -> None:
+        call.open()
+        call.chunk(text, finish="stop")
+        for each in usage:
+            call.usage(**each)
+        call.done()
+
+    return reply
+
+
+# The upstream's word
+
+
+async def test_the_bill_of_the_upstream_is_booked_before_the_end_is_told(
+    broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    details = {
+        "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 2},
+    }
+    upstream.replies = [answer_with({"cost": 0.0000015, **details})]
+    session, _ = await prepared(broker)
+    async with broker.stream(session) as line:
+        *_, end = await line.take(3)
+        assert await booked(broker) == Ledger(1, 0, 15, 1500)
+    assert (end.json["cost"], end.json["estimated"]) == (0.0000015, False)
+    assert end.json["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
+    counted = await counts(broker)
+    assert counted == {
+        **dict.fromkeys(counted, 0),
+        "requests": 1,
+        "prompt": 10,
+        "completion": 5,
+        "cached": 4,
+        "reasoning": 2,
+        "cost": 1500,
+    }
+
+
+async def test_zero_is_zero_and_no_estimate(broker: Broker, upstream: ScriptedUpstream) -> None:
+    upstream.replies = [
+        answer_with({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0, "cost": 0})
+    ]
+    session, _ = await prepared(broker)
+    end = (await broker.read(session))[-1]
+    assert (end.json["cost"], end.json["estimated"]) == (0, False)
+    assert await booked(broker) == Ledger(1)
+    assert upstream.looks == []
+
+
+CACHE = {
+    "prompt": "0.000002",
+    "completion": "0.000003",
+    "input_cache_read": "0.000001",
+    "request": "0.000005",
+}
+THOUGHT = {"prompt": "0", "completion": "0.000003", "internal_reasoning": "0.000004"}
+LONG = {**CACHE, "overrides": [{"min_prompt_tokens": 9, "prompt": "0.000007"}]}
+
+
+@pytest.mark.parametrize(
+    ("pricing", "nano"),
+    [
+        (CACHE, 6 * 2000 + 4 * 1000 + 5 * 3000 + 5000),
+        (THOUGHT, 3 * 3000 + 2 * 4000),
+        (LONG, 6 * 7000 + 4 * 1000 + 5 * 3000 + 5000),
+        ({"prompt": "0", "completion": "0"}, 0),
+    ],
+)
+async def test_a_bill_without_a_cost_is_priced_by_the_list(
+    valkey_url: str, upstream: ScriptedUpstream, pricing: dict[str, Any], nano: int
+) -> None:
+    """10 tokens of prompt, 4 of them cached; 5 of the answer, 2 of them thought."""
+    details = {
+        "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 2},
+    }
+    upstream.models, upstream.replies = price_list(**{MODEL: pricing}), [answer_with(details)]
+    async with running(valkey_url, upstream) as broker:
+        session, _ = await prepared(broker)
+        end = (await broker.read(session))[-1]
+        assert (end.json["cost"], end.json["estimated"]) == (nano / NANO, False)
+        assert await booked(broker) == Ledger(1, 0, 15, nano)
+
+
+@pytest.mark.parametrize("pricing", [None, {"prompt": "-1", "completion": "-1"}])
+async def test_what_nobody_can_price_is_null_and_counted_as_such(
+    valkey_url: str, upstream: ScriptedUpstream, pricing: dict[str, str] | None
+) -> None:
+    upstream.models, upstream.replies = price_list(**{MODEL: pricing}), [answer_with({})]
+    async with running(valkey_url, upstream) as broker:
+        session, _ = await prepared(broker)
+        assert (await broker.read(session))[-1].json["cost"] is None
+        assert await booked(broker) == Ledger(1, 0, 15, 0)
+        assert (await counts(broker))["unpriced"] == 1
+
+
+async def test_a_bill_above_its_reservation_is_booked_whole(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    upstream.models = price_list()
+    upstream.replies = [answer_with({"prompt_tokens": 1000, "completion_tokens": 2000, "cost": 0.5})]
+    async with running(valkey_url, upstream, daily_cost="0.0001", daily_tokens=100) as broker:
+        session, _ = await prepared(broker, max_tokens=20)
+        await broker.read(session)
+        assert await booked(broker) == Ledger(1, 0, 3000, NANO // 2)
+        usage = (await broker.ask("GET", "/usage")).json
+        assert usage["limits"] == {"tokens": {"limit": 100, "left": 0}, "cost": {"limit": 0.0001, "left": 0}}
+
+
+# Our own count
+
+
+async def test_an_answer_without_usage_is_estimated(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    upstream.models, upstream.replies = price_list(), [answer_with(text="é" * 30)]
+    async with running(valkey_url, upstream) as broker:
+        session, prompt = await prepared(broker)
+        end = (await broker.read(session))[-1]
+        assert (end.json["usage"], end.json["estimated"]) == (None, True)
+        assert end.json["cost"] == (prompt + 20) * PRICE / NANO
+        assert await booked(broker) == Ledger(1, 1, prompt + 20, (prompt + 20) * PRICE)
+
+
+async def test_an_estimate_is_no_more_than_was_reserved(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    """The upstream was told how much it may write, and its tokens may be longer than ours."""
+    upstream.models, upstream.replies = price_list(), [answer_with(text="x" * 600)]
+    async with running(valkey_url, upstream) as broker:
+        session, prompt = await prepared(broker, max_tokens=100)
+        await broker.read(session)
+        assert (await booked(broker)).spent_tokens == prompt + 100
+
+
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 413, 422, 429, 502, 503, 529])
+async def test_what_was_refused_costs_nothing(
+    valkey_url: str, upstream: ScriptedUpstream, status: int
+) -> None:
+    upstream.models = price_list()
+    upstream.replies = [lambda call: call.reply(status, {"error": {"code": status, "message": "No."}})]
+    async with running(valkey_url, upstream, max_retries=0) as broker:
+        session, _ = await prepared(broker)
+        assert (await broker.read(session))[-1].kind == "error"
+        assert await booked(broker) == Ledger(1)
+        counted = await counts(broker)
+        assert (counted["failed"], counted["estimated"], counted["unpriced"]) == (1, 0, 0)
+
+
+async def test_an_upstream_that_is_not_there_costs_nothing(valkey_url: str) -> None:
+    async with running(valkey_url, "http://127.0.0.1:9/v1", max_retries=0) as broker:
+        session, _ = await prepared(broker)
+        assert (await broker.read(session))[-1].json["code"] == "upstream_unavailable"
+        assert await booked(broker) == Ledger(1)
+
+
+@pytest.mark.parametrize("status", [408, 500, 504, 524])
+async def test_where_something_may_be_billed_the_prompt_is(
+    valkey_url: str, upstream: ScriptedUpstream, status: int
+) -> None:
+    upstream.models = price_list()
+    upstream.replies = [lambda call: call.reply(status, {"error": {"code": status, "message": "No."}})]
+    async with running(valkey_url, upstream) as broker:
+        session, prompt = await prepared(broker)
+        await broker.read(session)
+        assert await booked(broker) == Ledger(1, 1, prompt, prompt * PRICE)
+        assert len(upstream.calls) == 1
+
+
+def cut(call: Call) -> None:
+    call.open()
+    call.chunk("x" * 30)
+    call.close()
+
+
+def broken(call: Call) -> None:
+    call.open()
+    call.chunk("x" * 30)
+    call.event(json.dumps({"error": {"code": 502, "message": "It broke."}}).encode())
+    call.end()
+
+
+def hung_up(call: Call) -> None:
+    call.close()
+
+
+@pytest.mark.parametrize(
+    ("reply", "written", "code"),
+    [(cut, 10, "upstream_interrupted"), (broken, 10, "upstream_error"), (hung_up, 0, "upstream_interrupted")],
+)
+async def test_a_failure_is_paid_for_as_far_as_it_got(
+    valkey_url: str, upstream: ScriptedUpstream, reply: Callable[[Call], None], written: int, code: str
+) -> None:
+    upstream.models, upstream.replies = price_list(), [reply]
+    async with running(valkey_url, upstream) as broker:
+        session, prompt = await prepared(broker)
+        assert (await broker.read(session))[-1].json["code"] == code
+        assert await booked(broker) == Ledger(1, 1, prompt + written, (prompt + written) * PRICE)
+        assert (await counts(broker))["failed"] == 1
+
+
+async def test_a_failure_after_the_bill_is_paid_by_the_bill(
+    broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    def reply(call: Call) -> None:
+        call.open()
+        call.chunk("Hello")
+        call.usage(cost=0.001)
+        call.close()
+
+    upstream.replies = [reply]
+    session, _ = await prepared(broker)
+    assert (await broker.read(session))[-1].kind == "error"
+    assert await booked(broker) == Ledger(1, 0, 15, 1_000_000)
+
+
+async def test_a_cancelled_answer_is_paid_for_as_far_as_it_got(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    upstream.models = price_list()
+    async with running(valkey_url, upstream) as broker:
+        session, prompt = await prepared(broker)
+        async with broker.stream(session) as line:
+            call = (await upstream.call()).open()
+            call.chunk("x" * 30)
+            await line.take(1)
+            assert (await broker.cancel(session)).status == 202
+            assert await booked(broker) == Ledger(1, 1, prompt + 10, (prompt + 10) * PRICE)
+            [end] = await line.rest()
+        assert (end.json["finishReason"], end.json["estimated"]) == ("cancelled", True)
+        counted = await counts(broker)
+        assert (counted["cancelled"], counted["failed"]) == (1, 0)
+
+
+async def test_a_cancel_before_the_claim_costs_nothing_and_is_no_request(broker: Broker) -> None:
+    session, _ = await prepared(broker)
+    await broker.cancel(session)
+    await broker.read(session)
+    assert await booked(broker) == Ledger()
+    _, lines = await broker.app[keys.ACCOUNTS].books(None)
+    assert lines == []
+
+
+async def test_a_page_that_leaves_pays_for_what_was_written(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    upstream.models = price_list()
+    async with running(valkey_url, upstream, disconnect_grace=0) as broker:
+        session, prompt = await prepared(broker)
+        async with broker.stream(session) as line:
+            call = (await upstream.call()).open()
+            call.chunk("x" * 30)
+            await line.take(1)
+        await call.wait_gone()
+        redis = broker.app[keys.STORE].redis
+        await until(lambda: _settled(redis))
+        assert await booked(broker) == Ledger(1, 1, prompt + 10, (prompt + 10) * PRICE)
+        assert (await counts(broker))["failed"] == 1
+
+
+async def _settled(redis: Any) -> bool:
+    return (await ledger(redis)).requests > 0
+
+
+async def test_a_page_that_leaves_early_pays_the_bill_of_an_answer_that_goes_on(
+    broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    session, _ = await prepared(broker)
+    async with broker.stream(session):
+        call = await upstream.call()
+    answer_with({"cost": 0.002})(call)
+    await until(lambda: _settled(broker.app[keys.STORE].redis))
+    assert await booked(broker) == Ledger(1, 0, 15, 2_000_000)
+
+
+# The upstream's books
+
+
+async def estimated(broker: Broker, upstream: ScriptedUpstream) -> int:
+    """End a session without usage; returns what was estimated, in tokens."""
+    upstream.replies = [answer_with()]
+    session, _ = await prepared(broker)
+    await broker.read(session)
+    account = await ledger(broker.app[keys.STORE].redis)
+    assert account.estimated == 1
+    return account.spent_tokens
+
+
+async def test_an_estimate_is_corrected_by_the_books_of_the_upstream(
+    broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    upstream.generations[GENERATION] = RECORD
+    await estimated(broker, upstream)
+
+    async def corrected() -> bool:
+        return (await ledger(broker.app[keys.STORE].redis)).estimated == 0
+
+    await until(corrected)
+    assert await booked(broker) == Ledger(1, 0, 18, 123_000)
+    counted = await counts(broker)
+    assert (counted["requests"], counted["cached"], counted["estimated"], counted["unpriced"]) == (1, 3, 0, 0)
+    assert upstream.looks == [GENERATION]
+
+
+@pytest.mark.slow
+async def test_books_that_are_late_are_asked_again(broker: Broker, upstream: ScriptedUpstream) -> None:
+    upstream.generations[GENERATION] = None
+    began = asyncio.get_running_loop().time()
+    await estimated(broker, upstream)
+    await until(lambda: asyncio.sleep(0, len(upstream.looks) == 1))
+    upstream.generations[GENERATION] = RECORD
+
+    async def corrected() -> bool:
+        return (await ledger(broker.app[keys.STORE].redis)).estimated == 0
+
+    await until(corrected)
+    assert LOOKS[1] <= asyncio.get_running_loop().time() - began < LOOKS[1] + 1
+    assert await booked(broker) == Ledger(1, 0, 18, 123_000)
+
+
+@pytest.mark.slow
+async def test_books_that_never_come_leave_the_estimate(broker: Broker, upstream: ScriptedUpstream) -> None:
+    upstream.generations[GENERATION] = None
+    tokens = await estimated(broker, upstream)
+    await until(lambda: asyncio.sleep(0, len(upstream.looks) == len(LOOKS)), within=LOOKS[-1] + 2)
+    assert await booked(broker) == Ledger(1, 1, tokens)
+
+
+@pytest.mark.slow
+async def test_an_upstream_without_books_is_asked_once_and_never_again(
+    broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    await estimated(broker, upstream)
+    await until(lambda: asyncio.sleep(0, len(upstream.looks) == 1))
+    session, _ = await prepared(broker)
+    await broker.read(session)
+    await asyncio.sleep(LOOKS[1] + 0.5)  # nothing happens in this time, for either of them
+    assert upstream.looks == [GENERATION]
+    assert (await booked(broker)).estimated == 2
+
+
+async def test_a_bill_that_was_told_is_not_asked_for(broker: Broker, upstream: ScriptedUpstream) -> None:
+    upstream.generations[GENERATION] = RECORD
+    upstream.replies = [answer_with({"cost": 0.001})]
+    session, _ = await prepared(broker)
+    await broker.read(session)
+    await asyncio.sleep(LOOKS[0] + 0.2)  # nothing happens in this time
+    assert upstream.looks == []
+
+
+# Redis away at the end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hurt", [ValkeyProcess.freeze, ValkeyProcess.kill])
+async def test_what_ends_while_redis_is_away_is_settled_once_when_it_is_back(
+    upstream: ScriptedUpstream, hurt: Callable[[ValkeyProcess], None]
+) -> None:
+    """Killed, it comes back empty, and has forgotten the reservation too."""
+    async with running_valkey() as valkey, running(valkey.url, upstream) as broker:
+        session, _ = await prepared(broker)
+        async with broker.stream(session) as line:
+            call = await upstream.call()
+            hurt(valkey)
+            answer_with({"cost": 0.002})(call)
+            assert [event.kind for event in await line.rest()] == ["chunk", "chunk", "done"]
+        if valkey.process is None:
+            await valkey.start()
+        valkey.thaw()
+        await until(lambda: _settled(broker.app[keys.STORE].redis), within=10)
+        await asyncio.sleep(2)  # long enough for a second try, should there be one
+        assert await booked(broker) == Ledger(1, 0, 15, 2_000_000)
+
+
+@pytest.mark.slow
+async def test_a_reservation_that_redis_forgot_is_taken_again_and_settled_once(
+    upstream: ScriptedUpstream,
+) -> None:
+    upstream.models = price_list()
+    async with running_valkey() as valkey, running(valkey.url, upstream, daily_cost="1") as broker:
+        session, prompt = await prepared(broker, max_tokens=50)
+        async with broker.stream(session) as line:
+            call = await upstream.call()
+            valkey.kill()
+            await valkey.start()
+            redis = broker.app[keys.STORE].redis
+
+            async def reserved() -> bool:
+                return await ledger(redis) == Ledger(
+                    reserved_tokens=prompt + 50, reserved_cost=(prompt + 50) * PRICE
+                )
+
+            await until(reserved)
+            assert await slots(redis) == await open_reservations(redis) == 1
+            answer_with({"cost": 0.000002})(call)
+            assert (await line.rest())[-1].kind == "done"
+        assert await booked(broker) == Ledger(1, 0, 15, 2000)
+        assert (await broker.ask("GET", "/health/ready")).json["status"] != "degraded"
+
+
+# Without a service
+
+
+@pytest.mark.parametrize(
+    ("record", "spent"),
+    [
+        (RECORD, Spent(11, 7, 3, 0, 123_000)),
+        ({"total_cost": 0, "tokens_prompt": 1, "tokens_completion": 2}, Spent(1, 2)),
+        (
+            {
+                "total_cost": 0,
+                "native_tokens_prompt": 4,
+                "native_tokens_completion": 3,
+                "native_tokens_reasoning": 9,
+            },
+            Spent(4, 3, 0, 3),
+        ),
+        (
+            {"total_cost": 0, "native_tokens_prompt": None, "tokens_prompt": 1, "tokens_completion": 2},
+            Spent(1, 2),
+        ),
+        ({"total_cost": None, "tokens_prompt": 1, "tokens_completion": 2}, None),
+        ({"total_cost": -1, "tokens_prompt": 1, "tokens_completion": 2}, None),
+        ({"total_cost": 0, "tokens_prompt": 1}, None),
+        ({}, None),
+    ],
+)
+def test_a_record_is_read_by_its_native_counts(record: dict[str, Any], spent: Spent | None) -> None:
+    assert spent_in_record(record) == spent
+
+
+def test_an_estimate_keeps_to_what_was_reserved() -> None:
+    answer = Answer()
+    answer.text_bytes = 31
+    for reserved, written in ((50, 11), (21, 1), (20, 0), (10, 0)):
+        reservation = Reservation("t", "s", "c", "m", Worst(reserved, 0))
+        usage = {"prompt_tokens": 20, "completion_tokens": written}
+        assert estimated_usage(answer, reservation, 20) == usage
+
+
+async def test_the_truth_is_not_replaced_and_an_estimate_is_by_whoever_knows_better(store: Store) -> None:
+    """A worker that was frozen wakes after another has estimated for it."""
+    accounts = AccountStore(store, Allowances(0, 1, 0, 0, 0))
+    wanted = Reservation("t", "s", "c", "m", Worst(100, 100))
+    reservation = replace(wanted, day=await accounts.reserve(wanted))
+    await accounts.settle(reservation, Spent(9, 9, cost=9, estimated=True), State.LOST)
+    await accounts.settle(reservation, Spent(5, 5, cost=50, estimated=True), State.LOST)
+    assert await ledger(store.redis) == Ledger(1, 1, 18, 9)
+    await accounts.settle(reservation, Spent(5, 5, cost=50), State.LOST)
+    await accounts.settle(reservation, Spent(6, 6, cost=60), State.LOST)
+    assert await ledger(store.redis) == Ledger(1, 0, 10, 50)
