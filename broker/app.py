@@ -16,9 +16,9 @@ from broker.core.accounts import Allowances
 from broker.core.origins import Origins
 from broker.core.pricing import to_nano
 from broker.density import Densities
-from broker.relay.loops import keep_running
-from broker.relay.reading import Bounds
-from broker.relay.registry import Limits, Money, Registry
+from broker.relay.registry import Registry
+from broker.relay.tasks import keep_running
+from broker.relay.terms import Bounds, Limits, Money
 from broker.relay.ticker import tick
 from broker.store.accounts import AccountStore
 from broker.store.catalog import CatalogStore

@@ -34,13 +34,14 @@ from broker.core.pricing import to_usd
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Step, Terminal, advance, short
 from broker.relay.feed import Feed
-from broker.relay.reading import Bounds, Reading
+from broker.relay.reading import Reading
 from broker.store.sessions import Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from broker.relay.settling import Settler
+    from broker.relay.terms import Bounds
     from broker.store.accounts import Reservation
     from broker.store.sessions import Prepared, SessionStore
     from broker.upstream.client import UpstreamClient
@@ -270,8 +271,6 @@ class Generation:
         if self._abandoning is not None:
             await asyncio.wait([self._abandoning])
         end = await self._end(step, failure)
-        if end.id.n > self.feed.last:  # else another's, and what was held back is no part of it
-            self.feed.resume()
         self.state = end.state
         self.feed.finish(end)
         log.info("session ended", session=short(self.session_id), state=end.state, events=self.feed.last)

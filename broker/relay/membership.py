@@ -32,12 +32,10 @@ class Membership:
 
     Args:
         workers: where.
-        wiped: is awaited when Redis has come back empty.
     """
 
-    def __init__(self, workers: WorkerStore, wiped: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, workers: WorkerStore) -> None:
         self._workers = workers
-        self._wiped = wiped
         self._marker: str | None = None
         self._unwritten = asyncio.Event()
         self._born_without = False
@@ -72,13 +70,13 @@ class Membership:
             self._unwritten.set()
         self._marker = marker
 
-    async def write_anew(self) -> NoReturn:
+    async def write_anew(self, write: Callable[[], Awaitable[None]]) -> NoReturn:
         """Have everything written again each time that Redis came back empty; the lease is renewed meanwhile."""
         while True:
             await self._unwritten.wait()
             self._unwritten.clear()
             try:
-                await self._wiped()
+                await write()
             except StoreUnavailable:
                 self._unwritten.set()
                 await asyncio.sleep(BEAT)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import random
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
@@ -22,6 +21,7 @@ from broker.core.sse import Decoder, EventTooLarge
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from broker.relay.terms import Bounds
     from broker.store.sessions import Prepared
     from broker.upstream.client import UpstreamClient, UpstreamStream
 
@@ -32,18 +32,6 @@ QUIET_END = 5.0
 
 LINGER = 1.0
 """Seconds to wait for an upstream's end of stream after its last event, so that the connection can be used again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """What one generation may take: seconds, bytes, and tries."""
-
-    first_data_timeout: float
-    idle_timeout: float
-    deadline: float
-    grace: float
-    max_response: int
-    max_retries: int
 
 
 class Reading:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
@@ -23,25 +23,24 @@ from broker.core.errors import (
     StoreUnavailable,
 )
 from broker.core.events import cancelled_before_start
-from broker.core.session import Cursor, State, Terminal, short
+from broker.core.session import Cursor, State, Terminal
 from broker.relay.bookkeeper import Bookkeeper
 from broker.relay.claims import Claims
 from broker.relay.follower import Follower, Mirror
-from broker.relay.generation import ALL, NOTHING, Generation
+from broker.relay.generation import Generation
+from broker.relay.holding import Holding
 from broker.relay.journal import Journal
 from broker.relay.kept import Kept
-from broker.relay.loops import keep_running
 from broker.relay.membership import Membership
 from broker.relay.settling import Settler
+from broker.relay.tasks import Tasks
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterator
+    from collections.abc import Iterator
 
-    from broker.core.density import Sample
     from broker.core.replay import Batch
     from broker.relay.feed import Feed
-    from broker.relay.reading import Bounds
-    from broker.relay.settling import FetchGeneration, PricesOf
+    from broker.relay.terms import Bounds, Limits, Money
     from broker.relay.viewer import Viewer
     from broker.store.accounts import AccountStore, Reservation
     from broker.store.journal import JournalStore
@@ -51,49 +50,11 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-FREEZE = 1.5
-"""Seconds without a tick after which this process must have been frozen: others may have buried it meanwhile."""
-
-CONFIRM_TIMEOUT = 0.3
-"""Seconds that viewers of a worker that was frozen wait for Redis to confirm it."""
-
 END_RETRY = 1.0
 """Seconds between two tries to write an end that Redis could not be told of."""
 
 SHUTDOWN_TIMEOUT = 3.0
 """Seconds that stopped generations have for their ends."""
-
-
-class Limits(NamedTuple):
-    """Numbers that the registry keeps to.
-
-    Attributes:
-        max_streams: generations at once, and as many viewers.
-        session_ttl: seconds that a prepared session waits.
-        running_ttl: seconds that a claimed one is kept at most.
-        resume_ttl: seconds that a finished one is kept; 0 streams each session once.
-        journal_interval: seconds that a journal may lag.
-    """
-
-    max_streams: int
-    session_ttl: int
-    running_ttl: int
-    resume_ttl: int
-    journal_interval: float
-
-
-class Money(NamedTuple):
-    """What settling needs to know of the outside.
-
-    Attributes:
-        prices_of: what models cost.
-        fetch_generation: the upstream's own books.
-        learn: is given what an answer teaches of its model's tokenizer.
-    """
-
-    prices_of: PricesOf
-    fetch_generation: FetchGeneration
-    learn: Callable[[Sample], Coroutine[Any, Any, None]]
 
 
 class Cancelled(NamedTuple):
@@ -145,41 +106,51 @@ class Registry:
         self._limits = limits
         self._running: dict[str, Generation] = {}
         self._kept = Kept(limits.resume_ttl)
-        self._corrections: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks()
         self._settler = Settler(
             accounts,
             prices_of=money.prices_of,
             fetch=money.fetch_generation,
-            spawn=self._spawn_correction,
+            spawn=self._tasks.spawn_extra,
         )
-        self._work: set[asyncio.Task[Any]] = set()
-        self._loops: list[asyncio.Task[Any]] = []
         self._loop = asyncio.get_running_loop()
-        self._ticked_at = self._loop.time()
         self._claims = Claims(
             sessions,
             accounts,
             worker=workers.worker,
             give_up_after=limits.session_ttl + limits.running_ttl,
             begin=self._begin,
-            spawn=self._spawn,
+            spawn=self._tasks.spawn,
         )
-        self._membership = Membership(workers, self._write_anew)
+        self._membership = Membership(workers)
         self._journal = Journal(journal, interval=limits.journal_interval)
+        self._holding = Holding(
+            self._running,
+            self._kept,
+            worker=workers.worker,
+            sessions=sessions,
+            accounts=accounts,
+            reads=journal,
+            writes=self._journal,
+            membership=self._membership,
+            resuming=limits.resume_ttl > 0,
+            spawn=self._tasks.spawn,
+        )
         self._bookkeeper = Bookkeeper(accounts, sessions, journal, workers, self._settler)
         self._follower = Follower(journal, sessions, workers, self._membership.is_gone, self._let_go)
 
     def start(self) -> None:
         """Begin to live among the other workers."""
-        loops: dict[str, Callable[[], Awaitable[object]]] = {
-            "lease": self._membership.run,
-            "bell": partial(self._membership.listen, self._hear),
-            "writing anew": self._membership.write_anew,
-            "journal": partial(self._journal.run, self),
-            "mirrors": self._follower.run,
-            "reservations": partial(self._bookkeeper.run, self._reservations),
-        }
-        self._loops = [asyncio.create_task(keep_running(name, loop)) for name, loop in loops.items()]
+        self._tasks.keep_running(
+            {
+                "lease": self._membership.run,
+                "bell": partial(self._membership.listen, self._hear),
+                "writing anew": partial(self._membership.write_anew, self._holding.write_anew),
+                "journal": partial(self._journal.run, self._holding),
+                "mirrors": self._follower.run,
+                "reservations": partial(self._bookkeeper.run, self._reservations),
+            }
+        )
 
     def _reservations(self) -> list[Reservation]:
         return [generation.reservation for generation in self._running.values()]
@@ -286,31 +257,27 @@ class Registry:
         self._running[session_id] = generation
         self._journal.add(generation)
         task = generation.start()
-        self._work.add(task)
-        task.add_done_callback(lambda task: self._ended(generation, task))
+        task.add_done_callback(lambda _: self._ended(generation))
+        self._tasks.adopt(task)
         return generation
 
     def _took(self, generation: Generation, now: float) -> None:
         """A generation has read events and is about to show them."""
-        if now - self._ticked_at > FREEZE:
-            self._thaw(now)
+        self._holding.look_for_freeze(now)
         if generation.watched_elsewhere:
             self._journal.hurry(generation)
 
-    def _ended(self, generation: Generation, task: asyncio.Task[None]) -> None:
-        self._work.discard(task)
+    def _ended(self, generation: Generation) -> None:
         self._running.pop(generation.session_id, None)
         self._journal.remove(generation)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("generation broke", session=short(generation.session_id), exc_info=error)
         if (sample := generation.sample()) is not None:
-            self._spawn_correction(self._learn(sample))
+            self._tasks.spawn_extra(self._learn(sample))
         if generation.feed.end is not None and not generation.fenced:
             self._kept.add(generation, self._loop.time())
 
     def _write_later(self, generation: Generation, end: Terminal) -> None:
         """Redis could not be told of an end: go on trying for as long as anybody could ask for it."""
-        self._spawn(self._write_end(generation, end))
+        self._tasks.spawn(self._write_end(generation, end))
 
     async def _write_end(self, generation: Generation, end: Terminal) -> None:
         give_up_at = self._loop.time() + max(self._limits.resume_ttl, SHUTDOWN_TIMEOUT)
@@ -360,77 +327,18 @@ class Registry:
     def _hear(self, ring: Ring) -> None:
         generation = self._running.get(ring.session_id)
         if ring.kind == "cancel" and generation is not None:
-            self._spawn(generation.cancel())
+            self._tasks.spawn(generation.cancel())
         elif ring.kind == "watched" and generation is not None:
             generation.note_elsewhere(watched=True)
             self._journal.hurry(generation)
         elif ring.kind in ("news", "ended"):
             self._follower.hear(ring.session_id, ring.batch)
 
-    async def lost_hold(self, generation: Generation) -> None:
-        """Redis does not have a running session as ours: write it anew if all was lost, else it is another's."""
-        try:
-            gone = await self._membership.is_gone()
-            standing = await self._journal_store.look(generation.session_id)
-            ours = standing.worker == self._workers.worker
-            if ours and (standing.end is None or standing.end.id.epoch == 1):
-                return  # it is there, or has ended by our own word meanwhile
-            if standing.state is State.GONE and not gone:
-                await self._restore(generation)
-                return
-        except StoreUnavailable:
-            return  # asked again with the next write
-        log.warning("fenced", session=short(generation.session_id), state=standing.state)
-        generation.fence(standing.end)
-
-    async def _write_anew(self) -> None:
-        """Redis came back empty: write every session that is held here."""
-        for generation in (*self._running.values(), *self._kept.values()):
-            await self._restore(generation)
-
-    async def _restore(self, generation: Generation) -> None:
-        if generation.state is State.RUNNING:
-            await self._accounts.reserve(generation.reservation, force=True)
-        held = generation.feed.unsaved(0, ALL) if self._limits.resume_ttl else NOTHING
-        await self._sessions.restore(
-            generation.session_id,
-            generation.token,
-            self._workers.worker,
-            generation.prepared,
-            state=generation.state,
-            held=held,
-            end=generation.feed.end,
-        )
-        generation.saved = held.last
-
-    def _thaw(self, now: float) -> None:
-        """This process was frozen. Nothing is shown until Redis has confirmed that the sessions are still ours."""
-        self._ticked_at = now
-        frozen = list(self._running.values())
-        if frozen:
-            log.warning("was frozen", sessions=len(frozen))
-            for generation in frozen:
-                generation.feed.pause()
-            self._spawn(self._confirm(frozen))
-
-    async def _confirm(self, frozen: list[Generation]) -> None:
-        try:
-            async with asyncio.timeout(CONFIRM_TIMEOUT):
-                await self._journal.confirm(frozen, self)
-        except TimeoutError:
-            log.warning("not confirmed in time")
-        finally:
-            for generation in frozen:
-                if not generation.fenced:
-                    generation.feed.resume()
-
     # Time and shutdown
 
     def check(self, now: float) -> None:
         """Look at the timers of every generation, and drop what has been kept long enough."""
-        if now - self._ticked_at > FREEZE:
-            self._thaw(now)
-        self._ticked_at = now
+        self._holding.tick(now)
         for generation in tuple(self._running.values()):
             generation.check(now)
         self._kept.expire(now)
@@ -441,40 +349,15 @@ class Registry:
         for viewer in tuple(self.viewers):
             if self._follower.has(viewer.feed):
                 viewer.release()
-        await self._finish(timeout)
+        await self._tasks.finish(timeout)
         for generation in tuple(self._running.values()):
             generation.stop(ServerShutdown())
-        await self._finish(SHUTDOWN_TIMEOUT)
-
-    async def _finish(self, timeout: float) -> None:
-        """Wait until nothing is at work that ends by itself, for ``timeout`` seconds at most."""
-        deadline = self._loop.time() + timeout
-        while self._work and (left := deadline - self._loop.time()) > 0:
-            await asyncio.wait(self._work, timeout=left)
+        await self._tasks.finish(SHUTDOWN_TIMEOUT)
 
     async def close(self) -> None:
         """Cancel whatever is left, and give the lease back."""
-        tasks = (*self._loops, *self._work, *self._corrections)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.close()
         try:
             await self._workers.resign()
         except StoreUnavailable:
             log.info("the lease ends by itself")
-
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
-        task = asyncio.create_task(work)
-        self._work.add(task)
-        task.add_done_callback(self._reap)
-
-    def _spawn_correction(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Work that no drain waits for: it only makes the books better."""
-        task = asyncio.create_task(work)
-        self._corrections.add(task)
-        task.add_done_callback(self._corrections.discard)
-
-    def _reap(self, task: asyncio.Task[Any]) -> None:
-        self._work.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("background work broke", exc_info=error)

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from broker.core.accounts import Spent, spent_of
 from broker.core.errors import StoreUnavailable, UpstreamError
-from broker.core.pricing import Prices, cost_of, count_of, to_nano
+from broker.core.pricing import cost_of, count_of, to_nano
 from broker.core.session import short
 from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, estimate_text
 from broker.upstream.generations import NoSuchPath
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+
     from broker.core.answer import Answer
     from broker.core.session import State
+    from broker.relay.terms import FetchGeneration, PricesOf
     from broker.store.accounts import AccountStore, Reservation
 
 log = structlog.get_logger(__name__)
@@ -35,12 +37,6 @@ RETRY = 1.0
 
 RETRIES = 600
 """Tries before a settlement is given up for lost."""
-
-PricesOf = Callable[[str], Awaitable[Prices | None]]
-"""Looks up what a model costs; None where that is not known. Does not wait for long."""
-
-FetchGeneration = Callable[[str], Awaitable[Mapping[str, Any] | None]]
-"""Asks the upstream's books about a generation: `upstream.generations.fetch_generation`."""
 
 
 class Settler:

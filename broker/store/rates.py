@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from limits import RateLimitItemPerSecond
@@ -23,6 +22,8 @@ from limits.aio.storage.redis.bridge import RedisBridge
 from broker.store.connection import Script
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from broker.store.connection import Call, Store
 
 _HIT = """

@@ -9,9 +9,8 @@ Nothing of openai, httpx2 or aiohttp leaves this folder: `map_errors` turns all 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import httpx2
@@ -26,6 +25,9 @@ from broker.core.errors import (
     UpstreamUnreachable,
 )
 from broker.core.faults import fault_in_body, fault_of_status, parse_retry_after
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
 
 KEEPALIVE = 15.0
 """Seconds that an idle connection is kept. Servers close theirs at some time, and a request that meets that moment is

@@ -1,0 +1,140 @@
+"""What this worker owns, and making sure that it still does: after a freeze, and after Redis has lost everything."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from broker.core.errors import StoreUnavailable
+from broker.core.session import State, short
+from broker.relay.generation import ALL, NOTHING, Generation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+
+    from broker.relay.journal import Journal
+    from broker.relay.kept import Kept
+    from broker.relay.membership import Membership
+    from broker.store.accounts import AccountStore
+    from broker.store.journal import JournalStore
+    from broker.store.sessions import SessionStore
+
+log = structlog.get_logger(__name__)
+
+FREEZE = 1.5
+"""Seconds without a tick after which this process must have been frozen: others may have buried it meanwhile."""
+
+CONFIRM_TIMEOUT = 0.3
+"""Seconds that viewers of a worker that was frozen wait for Redis to confirm it."""
+
+
+class Holding:
+    """The sessions of this worker, and Redis's word on whose they are.
+
+    Args:
+        running: what runs here.
+        kept: what has ended here.
+        worker: this worker's id.
+        sessions: where they stand.
+        accounts: where their reservations are.
+        reads: where to look.
+        writes: this worker's journal, by which Redis confirms.
+        membership: knows whether Redis came back empty.
+        resuming: events are journaled.
+        spawn: runs work in the background and owns its task.
+    """
+
+    def __init__(
+        self,
+        running: Mapping[str, Generation],
+        kept: Kept,
+        *,
+        worker: str,
+        sessions: SessionStore,
+        accounts: AccountStore,
+        reads: JournalStore,
+        writes: Journal,
+        membership: Membership,
+        resuming: bool,
+        spawn: Callable[[Coroutine[Any, Any, Any]], None],
+    ) -> None:
+        self._running = running
+        self._kept = kept
+        self._worker = worker
+        self._sessions = sessions
+        self._accounts = accounts
+        self._reads = reads
+        self._writes = writes
+        self._membership = membership
+        self._resuming = resuming
+        self._spawn = spawn
+        self._ticked_at = asyncio.get_running_loop().time()
+
+    async def lost_hold(self, generation: Generation) -> None:
+        """Redis does not have a running session as ours: write it anew if all was lost, else it is another's."""
+        try:
+            gone = await self._membership.is_gone()
+            standing = await self._reads.look(generation.session_id)
+            ours = standing.worker == self._worker
+            if ours and (standing.end is None or standing.end.id.epoch == 1):
+                return  # it is there, or has ended by our own word meanwhile
+            if standing.state is State.GONE and not gone:
+                await self._restore(generation)
+                return
+        except StoreUnavailable:
+            return  # asked again with the next write
+        log.warning("fenced", session=short(generation.session_id), state=standing.state)
+        generation.fence(standing.end)
+
+    async def write_anew(self) -> None:
+        """Redis came back empty: write every session that is held here."""
+        for generation in (*self._running.values(), *self._kept.values()):
+            await self._restore(generation)
+
+    async def _restore(self, generation: Generation) -> None:
+        if generation.state is State.RUNNING:
+            await self._accounts.reserve(generation.reservation, force=True)
+        held = generation.feed.unsaved(0, ALL) if self._resuming else NOTHING
+        await self._sessions.restore(
+            generation.session_id,
+            generation.token,
+            self._worker,
+            generation.prepared,
+            state=generation.state,
+            held=held,
+            end=generation.feed.end,
+        )
+        generation.saved = held.last
+
+    def look_for_freeze(self, now: float) -> None:
+        """Find out whether this process stood still; asked before anything is shown."""
+        if now - self._ticked_at > FREEZE:
+            self._thaw()
+            self._ticked_at = now
+
+    def tick(self, now: float) -> None:
+        """Time goes by."""
+        self.look_for_freeze(now)
+        self._ticked_at = now
+
+    def _thaw(self) -> None:
+        """Nothing is shown until Redis has confirmed that the sessions are still ours."""
+        frozen = list(self._running.values())
+        if frozen:
+            log.warning("was frozen", sessions=len(frozen))
+            for generation in frozen:
+                generation.feed.pause()
+            self._spawn(self._confirm(frozen))
+
+    async def _confirm(self, frozen: list[Generation]) -> None:
+        try:
+            async with asyncio.timeout(CONFIRM_TIMEOUT):
+                await self._writes.confirm(frozen, self)
+        except TimeoutError:
+            log.warning("not confirmed in time")
+        finally:
+            for generation in frozen:
+                if not generation.fenced:
+                    generation.feed.resume()

@@ -1,0 +1,62 @@
+"""What the relay is told of the outside: its bounds, and whom to ask about money."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from broker.core.density import Sample
+    from broker.core.pricing import Prices
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What one generation may take: seconds, bytes, and tries."""
+
+    first_data_timeout: float
+    idle_timeout: float
+    deadline: float
+    grace: float
+    max_response: int
+    max_retries: int
+
+
+class Limits(NamedTuple):
+    """What one worker keeps to.
+
+    Attributes:
+        max_streams: generations at once, and as many viewers.
+        session_ttl: seconds that a prepared session waits.
+        running_ttl: seconds that a claimed one is kept at most.
+        resume_ttl: seconds that a finished one is kept; 0 streams each session once.
+        journal_interval: seconds that a journal may lag.
+    """
+
+    max_streams: int
+    session_ttl: int
+    running_ttl: int
+    resume_ttl: int
+    journal_interval: float
+
+
+PricesOf = Callable[[str], "Awaitable[Prices | None]"]
+"""Looks up what a model costs; None where that is not known. Does not wait for long."""
+
+FetchGeneration = Callable[[str], Awaitable[Mapping[str, Any] | None]]
+"""Asks the upstream's books about a generation: `upstream.generations.fetch_generation`."""
+
+
+class Money(NamedTuple):
+    """Whom to ask about money.
+
+    Attributes:
+        prices_of: what models cost.
+        fetch_generation: the upstream's own books.
+        learn: is given what an answer teaches of its model's tokenizer.
+    """
+
+    prices_of: PricesOf
+    fetch_generation: FetchGeneration
+    learn: Callable[[Sample], Coroutine[Any, Any, None]]
