@@ -76,7 +76,8 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
             response.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
         return response
     except ConnectionError:
-        raise
+        # The client has left, so nobody gets this; raised, aiohttp would tell of it as of an error of ours.
+        return web.Response(status=499, reason="Client Closed Request")
     except Exception:
         log.exception("internal error", request_id=request[REQUEST_ID])
         return error_response(
