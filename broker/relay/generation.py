@@ -289,6 +289,7 @@ class Generation:
         """Relay the whole answer and tell how it ended."""
         failure = await self._read()
         self._open = False
+        self.feed.pause()  # what is held back now is shown with the end, where that counts it
         answer = self._reading.answer
         if isinstance(self._stop, SessionError):
             failure = self._stop

@@ -29,7 +29,19 @@ PER_CHUNK = 5
 """Tokens of a chunk, which has 20 bytes."""
 
 REFUSALS = (401, 402, 404, 429, 503)
-ENDINGS = ("usage", "usage", "usage", "silent", "secret", "cut", "reset", "error", "late error", "hang", "refuse")
+ENDINGS = (
+    "usage",
+    "usage",
+    "usage",
+    "silent",
+    "secret",
+    "cut",
+    "reset",
+    "error",
+    "late error",
+    "hang",
+    "refuse",
+)
 """How answers end: with a bill; without one, which the books tell or do not tell; in all kinds of faults."""
 
 
@@ -42,14 +54,17 @@ class Bill:
         tokens: of prompt and answer; 0 for what was refused.
         told: the answer carried its usage.
         recorded: the books tell it.
-        over: nothing is added any more.
+        named: the broker was told the generation's name.
+        began_at, over_at: when, by the loop's clock; nothing is added any more.
     """
 
     generation: str
     tokens: int = 0
     told: bool = False
     recorded: bool = False
-    over: bool = False
+    named: bool = False
+    began_at: float = 0.0
+    over_at: float = float("inf")
 
     @property
     def cost(self) -> int:
@@ -83,12 +98,11 @@ class Biller:
 
     def _answer(self, call: Call) -> None:
         bills = self.bills[call.body["messages"][-1]["content"]]
-        bill = Bill(f"gen-{id(bills)}-{len(bills)}")
+        bill = Bill(f"gen-{id(bills)}-{len(bills)}", began_at=asyncio.get_running_loop().time())
         bills.append(bill)
         ending = self.random.choice(ENDINGS)
         if ending == "refuse":
             status = self.random.choice(REFUSALS)
-            bill.over = True
             call.reply(status, {"error": {"code": status, "message": "No."}}, {"Retry-After": "0"})
             return
         task = asyncio.create_task(self._play(call, bill, ending))
@@ -101,6 +115,7 @@ class Biller:
         chunks, pause = self.random.randrange(MAX_TOKENS // PER_CHUNK + 1), self.random.uniform(0, 0.15)
         if self.random.random() < 0.7:
             call.open(x_generation_id=bill.generation)
+            bill.named = True
         else:
             call.open()
         for _ in range(chunks):
@@ -110,7 +125,7 @@ class Biller:
             self._send(call, bill, chunk("x" * 20))
         else:
             await self._end(call, bill, ending)
-        bill.over = True
+        bill.over_at = asyncio.get_running_loop().time()
         bill.recorded = ending != "secret"
         if bill.recorded:
             self.scripted.generations[bill.generation] = {
@@ -137,12 +152,17 @@ class Biller:
             await call.gone.wait()
 
     def _usage(self, bill: Bill) -> dict[str, Any]:
-        usage = {"prompt_tokens": PROMPT, "completion_tokens": bill.tokens - PROMPT, "total_tokens": bill.tokens}
+        usage = {
+            "prompt_tokens": PROMPT,
+            "completion_tokens": bill.tokens - PROMPT,
+            "total_tokens": bill.tokens,
+        }
         return chunk(choices=[], usage={**usage, "cost": bill.cost / NANO})
 
     @staticmethod
     def _send(call: Call, bill: Bill, data: dict[str, Any]) -> None:
         call.event(json.dumps({**data, "id": bill.generation}).encode())
+        bill.named = True
 
     @staticmethod
     async def _gone(call: Call, within: float) -> bool:

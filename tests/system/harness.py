@@ -85,7 +85,9 @@ class ValkeyProcess:
         """Start it, empty unless it keeps what it knew, and wait until it answers."""
         assert self.process is None, "it is running"
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        options += ["--appendonly", "yes", "--appendfsync", "always"] if self.keeps else ["--appendonly", "no"]
+        options += (
+            ["--appendonly", "yes", "--appendfsync", "always"] if self.keeps else ["--appendonly", "no"]
+        )
         log_path = self.directory / "log"
         self.process = _spawn([valkey_binary(), *options], os.environ, self.directory, log_path)
         await _poll(self._answers, self.process, log_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from redis.asyncio import Redis
 
-    from tests.system.biller import Biller, Bill
+    from tests.system.biller import Bill, Biller
     from tests.system.cluster import Cluster, Worker
 
 AWAY = (OSError, TimeoutError, aiohttp.ClientError, Broken, asyncio.IncompleteReadError)
@@ -92,10 +93,8 @@ class Spender:
     async def _cancel(self, after: float) -> None:
         assert self.session is not None
         await asyncio.sleep(after)
-        try:
+        with suppress(*AWAY):
             await self.session.cancel(self._worker())
-        except AWAY:
-            pass
 
 
 @dataclass
@@ -103,8 +102,12 @@ class Spenders:
     """A run.
 
     Attributes:
-        limits: the most that accounts may hold, in nano-USD, by a part of their keys.
+        limits: the most that accounts may hold, in nano-USD, by the ends of their keys.
         findings: what was wrong while it ran.
+        troubles: how many there were of each kind.
+        kills: when workers were killed, by the loop's clock.
+        estimates: sessions whose true price nobody learned.
+        highest: the most that an account held.
     """
 
     cluster: Cluster
@@ -114,6 +117,8 @@ class Spenders:
     pages: list[Spender] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
     troubles: Counter[str] = field(default_factory=Counter)
+    kills: list[float] = field(default_factory=list)
+    estimates: int = 0
     highest: int = 0
 
     async def run(self, seconds: float) -> None:
@@ -134,7 +139,9 @@ class Spenders:
             _, late = await asyncio.wait(running, timeout=40)
             for task in late:
                 task.cancel()
-            self.findings += [f"{error!r}" for error in await asyncio.gather(*running, return_exceptions=True) if error]
+            self.findings += [
+                f"{error!r}" for error in await asyncio.gather(*running, return_exceptions=True) if error
+            ]
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
 
@@ -150,6 +157,7 @@ class Spenders:
     async def _kill(self) -> None:
         worker = self.random.choice(self.cluster.workers)
         await worker.kill()
+        self.kills.append(asyncio.get_running_loop().time())
         await asyncio.sleep(self.random.uniform(0, 2))
         await worker.start(ready="/health/live")
 
@@ -175,15 +183,17 @@ class Spenders:
             await asyncio.sleep(0.02)
             try:
                 async with asyncio.timeout(1), self.cluster.redis() as redis:
-                    for key in await redis.keys("*:{accounts}:*"):
-                        for part, limit in self.limits.items():
-                            if f"{{accounts}}:{part}" in key.decode():
-                                self._check(key.decode(), limit, await redis.hgetall(key))
+                    for name, limit in self.limits.items():
+                        keys: Any = await redis.keys(f"*:{{accounts}}:{name}")
+                        for key in keys:
+                            self._check(key.decode(), limit, await redis.hgetall(key))
             except (RedisError, OSError, TimeoutError):
                 continue
 
-    def _check(self, key: str, limit: int, fields: dict[bytes, bytes]) -> None:
-        held = sum(int(value) for name, value in fields.items() if name.endswith((b"spent_cost", b"reserved_cost")))
+    def _check(self, key: str, limit: int, fields: Any) -> None:
+        held = sum(
+            int(value) for name, value in fields.items() if name.endswith((b"spent_cost", b"reserved_cost"))
+        )
         self.highest = max(self.highest, held)
         if held > limit:
             self.findings.append(f"{key} holds {held} of {limit}")
@@ -227,24 +237,35 @@ class Spenders:
             return [f"{name} was generated more than once"]
         if not was_estimated:
             return [] if cost == billed else [f"{name}: {cost} is booked and {billed} was billed"]
-        if cost != (int(record["was_prompt"]) + int(record["was_completion"])) * PRICE or cost < page.prompt * PRICE:
+        if (
+            cost != (int(record["was_prompt"]) + int(record["was_completion"])) * PRICE
+            or cost < page.prompt * PRICE
+        ):
             return [f"{name}: an estimate of {cost} for a prompt of {page.prompt}"]
-        self.troubles["estimates left"] += 1
-        if any(bill.recorded for bill in bills):
-            self.troubles["of those in the books"] += 1
-        return []
+        self.estimates += 1
+        late = [bill for bill in bills if bill.recorded and bill.named and not self._hurt_by_a_kill(bill)]
+        return [f"{name} was never corrected: {record}" for _ in late]
+
+    def _hurt_by_a_kill(self, bill: Bill) -> bool:
+        """What a killed worker wanted to ask is asked by nobody."""
+        return any(bill.began_at <= at <= bill.over_at + LOOKS_LAST for at in self.kills)
 
     def summary(self, account: Ledger) -> str:
         """What happened, in a line."""
         refused = sum(page.refused for page in self.pages)
-        return f"{len(self.pages)} pages, {refused} refusals, {account}, {dict(self.troubles)}, at most {self.highest}"
+        return (
+            f"{len(self.pages)} pages, {refused} refusals, {self.estimates} estimates left, {account},"
+            f" {dict(self.troubles)}, at most {self.highest}"
+        )
 
 
 async def _settled(redis: Redis) -> dict[str, list[dict[str, str]]]:
     """The settled reservations, by session."""
     found: dict[str, list[dict[str, str]]] = {}
-    for key in await redis.keys("*:{accounts}:reservation:*"):
-        record = {name.decode(): value.decode() for name, value in (await redis.hgetall(key)).items()}
+    keys: Any = await redis.keys("*:{accounts}:reservation:*")
+    for key in keys:
+        fields: Any = await redis.hgetall(key)
+        record = {name.decode(): value.decode() for name, value in fields.items()}
         if record["state"] == "settled":
             found.setdefault(record["session"], []).append(record)
     return found

@@ -414,16 +414,20 @@ async def test_of_many_claims_at_once_as_many_run_as_there_is_room_for(
     valkey_url: str, upstream: ScriptedUpstream, store: Store, limit: str
 ) -> None:
     upstream.models = price_list()
-    free = {"max_prepared": 1000, "max_concurrent_streams": 1000, "rate_limit": "100000/minute"}
+    free: dict[str, Any] = {
+        "max_prepared": 1000,
+        "max_concurrent_streams": 1000,
+        "rate_limit": "100000/minute",
+    }
     async with running(valkey_url, upstream, **free) as broker:
         worst = await worst_of(broker)
-    room = {
+    room: dict[str, dict[str, Any]] = {
         "slots": {"max_concurrent_streams": 37},
         "tokens": {"daily_tokens": worst * 38 - 1},
         "cost": {"daily_cost": dollars(worst * 38 * PRICE - 1)},
         "total": {"total_daily_cost": dollars(worst * 38 * PRICE - 1)},
-    }[limit]
-    settings = {**free, **room}
+    }
+    settings = {**free, **room[limit]}
     async with (
         running(valkey_url, upstream, **settings) as one,
         running(valkey_url, upstream, **settings) as other,

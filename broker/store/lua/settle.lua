@@ -38,8 +38,14 @@ for _, account in ipairs({KEYS[3], KEYS[4]}) do
   redis.call('HINCRBY', account, day .. ':prompt', prompt - was.prompt)
   redis.call('HINCRBY', account, day .. ':completion', completion - was.completion)
   redis.call('HINCRBY', account, day .. ':estimated', estimated - was.estimated)
-  if not correct then
-    redis.call('HINCRBY', account, day .. ':requests', 1)
+  if not correct and redis.call('HINCRBY', account, day .. ':requests', 1) == 1 then
+    -- The key of who comes every day never expires. Who stays away for three days has none, so older days are gone.
+    for old = day - 7, day - 4 do
+      for _, name in ipairs({'requests', 'prompt', 'completion', 'estimated', 'spent_tokens', 'spent_cost',
+          'reserved_tokens', 'reserved_cost'}) do
+        redis.call('HDEL', account, old .. ':' .. name)
+      end
+    end
   end
   redis.call('EXPIRE', account, 259200)
 end

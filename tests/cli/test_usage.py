@@ -1,0 +1,167 @@
+"""`broker usage`: the books as the operator reads them, from a real Redis."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import pytest_asyncio
+
+from broker.cli.usage import summed
+from broker.core.accounts import Allowances, Spent, Worst
+from broker.core.session import State
+from broker.store.accounts import METRICS, AccountStore, Line, Reservation
+from broker.store.connection import Store
+from tests.system.harness import clean_environment, free_port
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+THIRTY_FIVE_DAYS = 35 * 86_400
+
+
+@pytest_asyncio.fixture
+async def accounts(valkey_url: str) -> AsyncIterator[AccountStore]:
+    """The accounts of a service with the default key prefix."""
+    store = Store(valkey_url, "broker")
+    yield AccountStore(store, Allowances(0, 1000, 0, 0, 0))
+    await store.close()
+
+
+async def book(
+    accounts: AccountStore, token: str, client: str, model: str, spent: Spent, state: State = State.DONE
+) -> int:
+    """Settle one session; returns its day."""
+    wanted = Reservation(token, f"session-{token}", client, model, Worst(100, 100))
+    reservation = replace(wanted, day=await accounts.reserve(wanted))
+    await accounts.settle(reservation, spent, state)
+    return reservation.day
+
+
+@pytest_asyncio.fixture
+async def day(accounts: AccountStore) -> str:
+    """A day with some use; its date."""
+    await book(accounts, "1", "key:ann", "a/one", Spent(1000, 200, 300, 40, 2_500_000))
+    await book(accounts, "2", "key:ann", "b/two", Spent(10, 5, cost=None, estimated=True), State.CANCELLED)
+    await book(accounts, "3", "key:bob", "a/one", Spent(1, 2, cost=7_000_000), State.FAILED)
+    number = await book(accounts, "4", "key:bob", "a/one", Spent(0, 0, cost=0), State.LOST)
+    return (dt.date(1970, 1, 1) + dt.timedelta(days=number)).isoformat()
+
+
+def run(tmp_path: Path, redis_url: str, *args: str) -> subprocess.CompletedProcess[str]:
+    env = {"REDIS_URL": redis_url, "COLUMNS": "160"} if redis_url else {}
+    return subprocess.run(
+        [sys.executable, "-m", "broker", "usage", *args],
+        cwd=tmp_path,
+        env=clean_environment(env),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+def rows(found: subprocess.CompletedProcess[str]) -> Any:
+    assert (found.returncode, found.stderr) == (0, "")
+    return json.loads(found.stdout)
+
+
+async def test_the_books_by_client(tmp_path: Path, valkey_url: str, day: str) -> None:
+    zeros = dict.fromkeys(METRICS, 0)
+    ann = {"requests": 2, "prompt": 1010, "completion": 205, "cached": 300, "reasoning": 40, "cost": 0.0025}
+    assert rows(run(tmp_path, valkey_url, "--json")) == {
+        "day": day,
+        "by": "client",
+        "rows": [
+            {
+                "client": "key:bob",
+                **zeros,
+                "requests": 2,
+                "prompt": 1,
+                "completion": 2,
+                "cost": 0.007,
+                "failed": 2,
+            },
+            {"client": "key:ann", **zeros, **ann, "estimated": 1, "unpriced": 1, "cancelled": 1},
+        ],
+    }
+
+
+async def test_the_books_by_model(tmp_path: Path, valkey_url: str, day: str) -> None:
+    found = rows(run(tmp_path, valkey_url, "--by", "model", "--day", day, "--json"))
+    assert [(row["model"], row["requests"], row["cost"]) for row in found["rows"]] == [
+        ("a/one", 3, 0.0095),
+        ("b/two", 1, 0.0),
+    ]
+
+
+async def test_the_table_has_the_same(tmp_path: Path, valkey_url: str, day: str) -> None:
+    found = run(tmp_path, valkey_url)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert day in found.stdout
+    [bob] = [line for line in found.stdout.splitlines() if "key:bob" in line]
+    [ann] = [line for line in found.stdout.splitlines() if "key:ann" in line]
+    assert [cell.strip() for cell in bob.strip("│").split("│")][1:] == [
+        "2",
+        "1",
+        "2",
+        "0",
+        "0",
+        "0.007000",
+        "0%",
+        "0",
+        "2",
+    ]
+    assert [cell.strip() for cell in ann.strip("│").split("│")][1:] == [
+        *("2", "1,010", "205", "300", "40", "0.002500 +?", "50%", "1", "0")
+    ]
+
+
+async def test_a_day_without_use_is_empty(tmp_path: Path, valkey_url: str, day: str) -> None:
+    assert rows(run(tmp_path, valkey_url, "--day", "2020-02-29", "--json")) == {
+        "day": "2020-02-29",
+        "by": "client",
+        "rows": [],
+    }
+    assert run(tmp_path, valkey_url, "--day", "2020-02-29").returncode == 0
+
+
+async def test_the_books_are_kept_for_thirty_five_days(store: Store, day: str) -> None:
+    keys: Any = await store.redis.keys("*:books:*")
+    [key] = keys
+    assert key.decode().endswith(day)
+    assert THIRTY_FIVE_DAYS - 60 < await store.redis.ttl(key) <= THIRTY_FIVE_DAYS
+
+
+@pytest.mark.parametrize("day", ["yesterday", "2026-13-01", "20", ""])
+def test_a_day_that_is_none_is_refused_in_one_line(tmp_path: Path, valkey_url: str, day: str) -> None:
+    found = run(tmp_path, valkey_url, "--day", day)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.count("\n") == 1
+    assert "--day" in found.stderr
+
+
+def test_without_a_redis_there_are_no_books(tmp_path: Path) -> None:
+    found = run(tmp_path, "")
+    assert (found.returncode, found.stdout) == (2, "")
+    assert "REDIS_URL" in found.stderr
+
+
+def test_a_redis_that_is_away_is_told_in_one_line(tmp_path: Path) -> None:
+    found = run(tmp_path, f"redis://127.0.0.1:{free_port()}/0")
+    assert (found.returncode, found.stdout) == (1, "")
+    assert found.stderr.count("\n") == 1
+
+
+def test_the_dearest_come_first_then_the_busiest_then_by_name() -> None:
+    def line(client: str, cost: int, requests: int) -> Line:
+        return Line(client, "m", {**dict.fromkeys(METRICS, 0), "cost": cost, "requests": requests})
+
+    found = summed([line("d", 0, 1), line("c", 0, 1), line("b", 0, 5), line("a", 1, 1)], "client")
+    assert [row["client"] for row in found] == ["a", "b", "c", "d"]

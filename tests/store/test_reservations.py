@@ -1,0 +1,144 @@
+"""Reservations as leases: renewed, expired, taken again, and found by others, against a real Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from broker.core.accounts import Allowances, Spent, Worst
+from broker.core.errors import BudgetExceeded, Overloaded
+from broker.core.session import State
+from broker.store.accounts import AccountStore, Reservation
+from tests.money import Ledger, ledger, open_reservations, slots
+
+if TYPE_CHECKING:
+    from broker.store.connection import Store
+
+FREE = Allowances(waiting=50, streams=2, daily_tokens=0, daily_cost=0, total_daily_cost=0)
+
+
+def wanted(token: str, client: str = "c") -> Reservation:
+    return Reservation(token, f"session-{token}", client, "model", Worst(10, 100))
+
+
+async def reserved(accounts: AccountStore, token: str) -> Reservation:
+    return replace(wanted(token), day=await accounts.reserve(wanted(token)))
+
+
+async def expire(store: Store) -> None:
+    """Let every lease be over, as a long outage does."""
+    for pattern in ("*:{accounts}:slots:*", "*:{accounts}:open"):
+        keys: Any = await store.redis.keys(pattern)
+        for key in keys:
+            tokens: Any = await store.redis.zrange(key, 0, -1)
+            await store.redis.zadd(key, dict.fromkeys(tokens, 1))
+
+
+async def test_only_what_nobody_renews_is_found(store: Store) -> None:
+    accounts = AccountStore(store, FREE)
+    kept, left = await reserved(accounts, "1"), await reserved(accounts, "2")
+    assert await accounts.orphans(10) == []
+    await expire(store)
+    assert await accounts.hold([kept]) == []
+    assert await accounts.orphans(10) == [left]
+
+
+async def test_a_slot_whose_lease_ran_out_in_an_outage_is_held_again(store: Store) -> None:
+    accounts = AccountStore(store, FREE)
+    running = [await reserved(accounts, "1"), await reserved(accounts, "2")]
+    await expire(store)
+    await accounts.reserve(wanted("3"))  # comes first, and finds both gone
+    assert await slots(store.redis) == 1
+    await accounts.hold(running)
+    assert await slots(store.redis) == 3
+
+
+async def test_reserving_again_renews(store: Store) -> None:
+    accounts = AccountStore(store, FREE)
+    await reserved(accounts, "1")
+    await expire(store)
+    await accounts.reserve(wanted("1"))
+    assert await accounts.orphans(10) == []
+    assert await ledger(store.redis) == Ledger(reserved_tokens=10, reserved_cost=100)
+
+
+async def test_a_generation_whose_reservation_was_given_back_takes_it_again(store: Store) -> None:
+    accounts = AccountStore(store, replace(FREE, streams=3, daily_cost=150))
+    reservation = await reserved(accounts, "1")
+    await accounts.release("1", "c")
+    await accounts.reserve(wanted("2"))
+    with pytest.raises(Overloaded):
+        await accounts.reserve(wanted("1"))
+    assert await accounts.hold([reservation]) == [reservation]
+    for _ in range(2):
+        assert await accounts.reserve(reservation, force=True) == reservation.day
+    assert await ledger(store.redis) == Ledger(reserved_tokens=20, reserved_cost=200)
+    with pytest.raises(BudgetExceeded):
+        await accounts.reserve(wanted("3"))
+    await accounts.settle(reservation, Spent(1, 1, cost=7), State.DONE)
+    assert await ledger(store.redis) == Ledger(1, 0, 2, 7, 10, 100)
+
+
+async def test_what_is_settled_is_not_taken_again(store: Store) -> None:
+    """Redis came back empty while a generation was ending: its end may be written before its reservation is."""
+    accounts = AccountStore(store, FREE)
+    reservation = await reserved(accounts, "1")
+    await accounts.settle(reservation, Spent(1, 1, cost=7), State.DONE)
+    assert await accounts.hold([reservation]) == [reservation]
+    assert await accounts.reserve(reservation, force=True) == reservation.day
+    assert await ledger(store.redis) == Ledger(1, 0, 2, 7)
+    assert await slots(store.redis) == await open_reservations(store.redis) == 0
+
+
+async def test_what_ran_although_it_was_given_back_is_paid(store: Store) -> None:
+    accounts = AccountStore(store, FREE)
+    reservation = await reserved(accounts, "1")
+    await accounts.release("1", "c")
+    for _ in range(2):
+        await accounts.settle(reservation, Spent(1, 1, cost=7), State.DONE)
+    assert await ledger(store.redis) == Ledger(1, 0, 2, 7)
+
+
+async def test_what_redis_forgot_is_taken_again_on_its_own_day(store: Store) -> None:
+    """The day of the claim, though midnight has passed."""
+    accounts = AccountStore(store, FREE)
+    yesterday = await reserved(accounts, "1")
+    yesterday = replace(yesterday, day=yesterday.day - 1)
+    await store.redis.flushall()
+    assert await accounts.hold([yesterday]) == [yesterday]
+    assert await accounts.reserve(yesterday, force=True) == yesterday.day
+    fields = await store.redis.hgetall(f"{store.prefix}:{{accounts}}:account:c")
+    assert fields[f"{yesterday.day}:reserved_cost".encode()] == b"100"
+    await accounts.settle(yesterday, Spent(1, 1, cost=7), State.DONE)
+    fields = await store.redis.hgetall(f"{store.prefix}:{{accounts}}:account:c")
+    assert fields[f"{yesterday.day}:spent_cost".encode()] == b"7"
+    assert (await accounts.day("c")).requests == 0
+
+
+async def test_of_settling_giving_back_and_reserving_at_once_one_counts(store: Store) -> None:
+    accounts = AccountStore(store, FREE)
+    reservation = await reserved(accounts, "1")
+    await asyncio.gather(
+        *(accounts.settle(reservation, Spent(1, 1, cost=7), State.DONE) for _ in range(5)),
+        *(accounts.reserve(reservation, force=True) for _ in range(5)),
+        *(accounts.settle(reservation, Spent(2, 2, cost=9, estimated=True), State.LOST) for _ in range(5)),
+    )
+    assert await ledger(store.redis) == Ledger(1, 0, 2, 7)
+    assert await slots(store.redis) == await open_reservations(store.redis) == 0
+
+
+async def test_days_that_are_long_over_leave_an_account_that_is_used_every_day(store: Store) -> None:
+    accounts = AccountStore(store, FREE)
+    today = (await reserved(accounts, "now")).day
+    await accounts.release("now", "c")
+    for ago in range(12, -1, -1):
+        reservation = replace(wanted(str(ago)), day=today - ago)
+        await accounts.reserve(reservation, force=True)
+        await accounts.settle(reservation, Spent(1, 1, cost=1), State.DONE)
+    for name in ("account:c", "everyone"):
+        fields: Any = await store.redis.hgetall(f"{store.prefix}:{{accounts}}:{name}")
+        assert {int(field.partition(b":")[0]) for field in fields} == {today - ago for ago in range(4)}
+    assert (await accounts.day("c")).requests == 1
