@@ -13,12 +13,11 @@ import asyncio
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
 
-from broker.core.accounts import Spent
-from broker.core.density import Sample, sample_of
 from broker.core.errors import (
     Abandoned,
     DeadlineExceeded,
@@ -29,10 +28,10 @@ from broker.core.errors import (
     UpstreamTimeout,
     WorkerLost,
 )
-from broker.core.events import chunk_events, done_data, error_data
-from broker.core.pricing import to_usd
+from broker.core.events import chunk_events, error_data
 from broker.core.replay import Batch
-from broker.core.session import Cursor, State, Step, Terminal, advance, short
+from broker.core.session import Cursor, State, Step, Terminal, short
+from broker.relay.ending import ALL, DECIDE_TIMEOUT, NOTHING, Ending
 from broker.relay.feed import Feed
 from broker.relay.reading import Reading
 from broker.store.sessions import Refusal
@@ -48,20 +47,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-DECIDE_TIMEOUT = 0.3
-"""Seconds that Redis has for deciding the end; without its word, the owner's stands."""
-
 FIRST_VIEWER = 1.0
 """Seconds that a new generation waits for its first viewer at least, however short the grace."""
-
-ALL = 1 << 62
-"""More bytes than there are."""
-
-END_TRIES = 4
-"""Answers that an end may be given before it is left for later; each changes what is proposed."""
-
-NOTHING = Batch(1, 0, b"")
-"""No events."""
 
 
 class Halt(Enum):
@@ -94,7 +81,7 @@ class Generation:
         watched_elsewhere: a viewer on another worker was registered when Redis was last asked.
         fenced: the session is no longer this worker's.
         was_watched: a viewer of this worker has come.
-        spent: what it took, once it is over.
+        ending: what it took, and which end stands.
     """
 
     def __init__(
@@ -114,24 +101,31 @@ class Generation:
         self.session_id = session_id
         self.reservation = reservation
         self.token = reservation.token
-        self.prepared = replace(
-            prepared, request=b""
-        )  # only the reading needs the prompt, and only until it is sent
+        # Only the reading needs the prompt, and only until it is sent.
+        self.prepared = replace(prepared, request=b"")
         self.feed = Feed()
         self.state = State.RUNNING
         self.saved = 0
         self.watched_elsewhere = False
         self.fenced = False
         self.was_watched = False
-        self.spent = Spent()
         self._sessions = sessions
         self._bounds = bounds
-        self._settler = settler
         self._journaled = journaled
         self._write_later = write_later
         self._took = took
         self._loop = asyncio.get_running_loop()
         self._reading = Reading(prepared, upstream=upstream, bounds=bounds, take=self._take)
+        self.ending = Ending(
+            reservation,
+            self.prepared,
+            feed=self.feed,
+            reading=self._reading,
+            unsaved=self.unsaved,
+            sessions=sessions,
+            settler=settler,
+            write_later=partial(write_later, self),
+        )
         self._started_at = self._loop.time()
         self._viewers = 0
         self._unwatched_since: float | None = self._started_at + max(0.0, FIRST_VIEWER - bounds.grace)
@@ -270,20 +264,11 @@ class Generation:
         step, failure = await self._read_all()
         if self._abandoning is not None:
             await asyncio.wait([self._abandoning])
-        end = await self._end(step, failure)
+        end = await self.ending.decide(self._decided, step, failure)
         self.state = end.state
         self.feed.finish(end)
         log.info("session ended", session=short(self.session_id), state=end.state, events=self.feed.last)
         await self._reading.let_go()
-
-    async def _end(self, step: Step, failure: SessionError | None) -> Terminal:
-        """Count and decide. Whatever goes wrong here, the session ends."""
-        try:
-            self.spent = await self._count()
-            return await self._decide(self._decided or self._terminal(step, failure))
-        except Exception:
-            log.exception("end failed", session=short(self.session_id))
-            return await self._decide(self._decided or self._terminal(Step.FAIL, GenerationFailed()))
 
     async def _read_all(self) -> tuple[Step, SessionError | None]:
         """Relay the whole answer and tell how it ended."""
@@ -322,88 +307,3 @@ class Generation:
         first = self.feed.last + 1
         self._took(self, now)
         self.feed.add(Batch(first, first + len(chunks) - 1, chunk_events(chunks, first)), now)
-
-    async def _decide(self, end: Terminal) -> Terminal:
-        """The end that stands, ours unless another was written first. What it took is booked before that is told."""
-        try:
-            async with asyncio.timeout(DECIDE_TIMEOUT):
-                if self._decided is None:
-                    written = await self.write_end(end)
-                    if written is None:  # Redis came back empty, and this may just be written anew as running
-                        self._write_later(self, end)
-                    end = written or end
-                await self.settle(end.state)
-        except (StoreUnavailable, TimeoutError):
-            self._write_later(self, end)
-        return end
-
-    async def settle(self, state: State) -> None:
-        """Book what it took; again does no harm.
-
-        Raises:
-            StoreUnavailable: it could not be booked now.
-        """
-        await self._settler.settle(self.reservation, self.spent, state)
-        if self.spent.estimated:
-            self._settler.correct(self.reservation, self._reading.answer.generation_id, state)
-
-    def sample(self) -> Sample | None:
-        """What this answer teaches of its model's tokenizer, if it does."""
-        answer = self._reading.answer
-        return sample_of(
-            model=self.prepared.model,
-            answered=answer.model,
-            client=self.prepared.client,
-            size=self.prepared.teaches,
-            usage=answer.usage,
-        )
-
-    async def _count(self) -> Spent:
-        return await self._settler.count(
-            self._reading.answer,
-            self.reservation,
-            prompt_tokens=self.prepared.prompt_tokens,
-            asked=self._reading.asked,
-        )
-
-    async def write_end(self, proposed: Terminal) -> Terminal | None:
-        """Write an end to Redis, with what is left to be journaled.
-
-        Returns:
-            The end that counts, or None where Redis has no such session.
-
-        Raises:
-            StoreUnavailable: it could not be written now.
-        """
-        rest = self.unsaved()
-        for _ in range(END_TRIES):
-            answer = await self._sessions.end(self.session_id, self.token, proposed, rest)
-            if not isinstance(answer, Refusal):
-                return answer.end
-            if answer.kind == "cancel":
-                proposed = self._terminal(Step.CANCEL, None)
-            else:  # behind: send from where the journal is, or end it with a hole that readers see
-                rest = self.feed.unsaved(answer.last, ALL)
-                if rest.first > answer.last + 1:
-                    rest = NOTHING
-        raise StoreUnavailable
-
-    def _terminal(self, step: Step, failure: SessionError | None) -> Terminal:
-        state = advance(State.RUNNING, step)
-        at = Cursor(1, self.feed.last + 1, end=True)
-        if failure is not None:
-            return Terminal(state, "error", at, error_data(failure))
-        answer = self._reading.answer
-        data = done_data(
-            answer,
-            finish_reason="cancelled" if step is Step.CANCEL else answer.finish_reason or "stop",
-            model=self.prepared.model,
-            cost=None if self.spent.cost is None else to_usd(self.spent.cost),
-            estimated=self.spent.estimated,
-            ttft_ms=self._milliseconds(self._reading.first_chunk_at),
-            total_ms=self._milliseconds(self._loop.time()),
-        )
-        return Terminal(state, "done", at, data)
-
-    def _milliseconds(self, at: float | None) -> int | None:
-        return None if at is None else round((at - self._started_at) * 1000)

@@ -9,11 +9,12 @@ import structlog
 
 from broker.core.errors import StoreUnavailable
 from broker.core.session import State, short
-from broker.relay.generation import ALL, NOTHING, Generation
+from broker.relay.ending import ALL, NOTHING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
+    from broker.relay.generation import Generation
     from broker.relay.journal import Journal
     from broker.relay.kept import Kept
     from broker.relay.membership import Membership

@@ -17,7 +17,8 @@ import structlog
 
 from broker.core.errors import StoreUnavailable
 from broker.core.session import State, short
-from broker.relay.generation import NOTHING, Halt
+from broker.relay.ending import NOTHING
+from broker.relay.generation import Halt
 from broker.store.journal import Append, Appended, JournalStore
 
 if TYPE_CHECKING:

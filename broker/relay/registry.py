@@ -270,7 +270,7 @@ class Registry:
     def _ended(self, generation: Generation) -> None:
         self._running.pop(generation.session_id, None)
         self._journal.remove(generation)
-        if (sample := generation.sample()) is not None:
+        if (sample := generation.ending.sample()) is not None:
             self._tasks.spawn_extra(self._learn(sample))
         if generation.feed.end is not None and not generation.fenced:
             self._kept.add(generation, self._loop.time())
@@ -285,10 +285,10 @@ class Registry:
         while self._loop.time() < give_up_at:
             await asyncio.sleep(END_RETRY)
             try:
-                standing = await generation.write_end(end)
+                standing = await generation.ending.write(end)
                 if standing is None and not await self._membership.is_gone():
                     continue
-                await generation.settle((standing or end).state)
+                await generation.ending.settle((standing or end).state)
             except StoreUnavailable:
                 continue
             if standing not in (None, end):

@@ -1,0 +1,187 @@
+"""The end of one generation: what it took, which end is proposed, and which one stands.
+
+The end is decided in Redis by whoever writes it first, in the step that also writes the events not yet journaled. What
+it took is booked before it is told. Where Redis does not answer in time, the owner's word stands and is written later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import structlog
+
+from broker.core.accounts import Spent
+from broker.core.density import Sample, sample_of
+from broker.core.errors import GenerationFailed, SessionError, StoreUnavailable
+from broker.core.events import done_data, error_data
+from broker.core.pricing import to_usd
+from broker.core.replay import Batch
+from broker.core.session import Cursor, State, Step, Terminal, advance, short
+from broker.store.sessions import Refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from broker.relay.feed import Feed
+    from broker.relay.reading import Reading
+    from broker.relay.settling import Settler
+    from broker.store.accounts import Reservation
+    from broker.store.sessions import Prepared, SessionStore
+
+log = structlog.get_logger(__name__)
+
+DECIDE_TIMEOUT = 0.3
+"""Seconds that Redis has for deciding the end; without its word, the owner's stands."""
+
+END_TRIES = 4
+"""Answers that an end may be given before it is left for later; each changes what is proposed."""
+
+ALL = 1 << 62
+"""More bytes than there are."""
+
+NOTHING = Batch(1, 0, b"")
+"""No events."""
+
+
+class Ending:
+    """Proposes, decides and books the end of one generation.
+
+    Args:
+        reservation: what it has taken from the accounts, under the token of its claim.
+        prepared: what was asked.
+        feed: its events.
+        reading: its answer.
+        unsaved: gives the events that are not journaled yet.
+        sessions: where the end is decided.
+        settler: who books what it took.
+        write_later: takes over an end that Redis could not be told of in time.
+
+    Attributes:
+        spent: what it took, once `decide` has counted.
+    """
+
+    def __init__(
+        self,
+        reservation: Reservation,
+        prepared: Prepared,
+        *,
+        feed: Feed,
+        reading: Reading,
+        unsaved: Callable[[], Batch],
+        sessions: SessionStore,
+        settler: Settler,
+        write_later: Callable[[Terminal], None],
+    ) -> None:
+        self.spent = Spent()
+        self._reservation = reservation
+        self._prepared = prepared
+        self._feed = feed
+        self._reading = reading
+        self._unsaved = unsaved
+        self._sessions = sessions
+        self._settler = settler
+        self._write_later = write_later
+        self._loop = asyncio.get_running_loop()
+        self._started_at = self._loop.time()
+
+    async def decide(self, decided: Terminal | None, step: Step, failure: SessionError | None) -> Terminal:
+        """Count, decide and book. Whatever goes wrong here, the session ends.
+
+        Args:
+            decided: the end, where it stands already.
+            step: how it ended.
+            failure: why, where that is a failure.
+        """
+        try:
+            self.spent = await self._count()
+            return await self._decide(decided, decided or self.terminal(step, failure))
+        except Exception:
+            log.exception("end failed", session=short(self._reservation.session_id))
+            return await self._decide(decided, decided or self.terminal(Step.FAIL, GenerationFailed()))
+
+    async def _decide(self, decided: Terminal | None, end: Terminal) -> Terminal:
+        """The end that stands, ours unless another was written first. What it took is booked before that is told."""
+        try:
+            async with asyncio.timeout(DECIDE_TIMEOUT):
+                if decided is None:
+                    written = await self.write(end)
+                    if written is None:  # Redis came back empty, and this may just be written anew as running
+                        self._write_later(end)
+                    end = written or end
+                await self.settle(end.state)
+        except (StoreUnavailable, TimeoutError):
+            self._write_later(end)
+        return end
+
+    async def write(self, proposed: Terminal) -> Terminal | None:
+        """Write an end to Redis, with what is left to be journaled.
+
+        Returns:
+            The end that counts, or None where Redis has no such session.
+
+        Raises:
+            StoreUnavailable: it could not be written now.
+        """
+        reservation, rest = self._reservation, self._unsaved()
+        for _ in range(END_TRIES):
+            answer = await self._sessions.end(reservation.session_id, reservation.token, proposed, rest)
+            if not isinstance(answer, Refusal):
+                return answer.end
+            if answer.kind == "cancel":
+                proposed = self.terminal(Step.CANCEL, None)
+            else:  # behind: send from where the journal is, or end it with a hole that readers see
+                rest = self._feed.unsaved(answer.last, ALL)
+                if rest.first > answer.last + 1:
+                    rest = NOTHING
+        raise StoreUnavailable
+
+    async def settle(self, state: State) -> None:
+        """Book what it took; again does no harm.
+
+        Raises:
+            StoreUnavailable: it could not be booked now.
+        """
+        await self._settler.settle(self._reservation, self.spent, state)
+        if self.spent.estimated:
+            self._settler.correct(self._reservation, self._reading.answer.generation_id, state)
+
+    def sample(self) -> Sample | None:
+        """What this answer teaches of its model's tokenizer, if it does."""
+        answer = self._reading.answer
+        return sample_of(
+            model=self._prepared.model,
+            answered=answer.model,
+            client=self._prepared.client,
+            size=self._prepared.teaches,
+            usage=answer.usage,
+        )
+
+    async def _count(self) -> Spent:
+        return await self._settler.count(
+            self._reading.answer,
+            self._reservation,
+            prompt_tokens=self._prepared.prompt_tokens,
+            asked=self._reading.asked,
+        )
+
+    def terminal(self, step: Step, failure: SessionError | None) -> Terminal:
+        """The end that is proposed for a step of the session."""
+        state = advance(State.RUNNING, step)
+        at = Cursor(1, self._feed.last + 1, end=True)
+        if failure is not None:
+            return Terminal(state, "error", at, error_data(failure))
+        answer = self._reading.answer
+        data = done_data(
+            answer,
+            finish_reason="cancelled" if step is Step.CANCEL else answer.finish_reason or "stop",
+            model=self._prepared.model,
+            cost=None if self.spent.cost is None else to_usd(self.spent.cost),
+            estimated=self.spent.estimated,
+            ttft_ms=self._milliseconds(self._reading.first_chunk_at),
+            total_ms=self._milliseconds(self._loop.time()),
+        )
+        return Terminal(state, "done", at, data)
+
+    def _milliseconds(self, at: float | None) -> int | None:
+        return None if at is None else round((at - self._started_at) * 1000)
