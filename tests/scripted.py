@@ -11,7 +11,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 PATIENCE = 5.0
 """Seconds after which a test that waits for a fact has failed."""
@@ -238,9 +238,8 @@ class _Connection(asyncio.Protocol):
         self._call: Call | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self._upstream.made(transport)
+        self._transport = cast("asyncio.Transport", transport)
+        self._upstream.made(self._transport)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data

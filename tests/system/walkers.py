@@ -183,8 +183,9 @@ class Walk:
         ends = {page.end for page in ended}
         redis_hurt = bool(happened & {"redis killed", "redis frozen"})
         worker_hurt = bool(happened & {"worker killed", "worker frozen for long", "worker drained"})
-        # A worker that could not ask Redis gives its own word, and may die before it is written.
-        if len(ends) > 1 and not (redis_hurt and worker_hurt):
+        # A worker that could not ask Redis gives its own word. It may die before that is written, or find then that
+        # a cancel was accepted elsewhere.
+        if len(ends) > 1 and not (redis_hurt and (worker_hurt or self.cancel_sent)):
             yield f"ends differ: {sorted(str(end) for end in ends)}"
         for page in ended:
             yield from self._judge_end(page, happened, grace)
@@ -196,7 +197,7 @@ class Walk:
         other_epoch = (end.id or "").startswith("2-")
         if page.seen < last or (page.seen > last and not other_epoch):
             yield f"{end.id} ({code}) after {page.seen} chunks"
-        if self.cancel_accepted and code != "cancelled" and "redis killed" not in happened:
+        if self.cancel_accepted and code != "cancelled" and not happened & {"redis killed", "redis frozen"}:
             yield f"{code} although a cancel was accepted"
         if code == "stop" and (last != self.script.events or self.script.ending not in ("done", "silent")):
             yield f"done after {last} of {self.script.events} chunks that end in {self.script.ending}"

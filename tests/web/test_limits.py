@@ -438,7 +438,9 @@ async def test_of_many_claims_at_once_as_many_run_as_there_is_room_for(
         async def claim(number: int, session: str) -> None:
             async with (one, other)[number % 2].stream(session) as line:
                 event = await line.event()
-                assert event is not None
+                if event is None:  # Redis was busy: the page comes again
+                    await claim(number, session)
+                    return
                 codes.append("ran" if event.kind == "chunk" else event.json["code"])
                 if event.kind == "chunk":
                     await line.rest()
