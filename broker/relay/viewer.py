@@ -61,7 +61,17 @@ class Viewer:
         written_at: monotonic time of the last write, for the heartbeat.
     """
 
-    __slots__ = ("_epoch", "_line", "_n", "_read_journal", "_released", "_woken", "feed", "written_at")
+    __slots__ = (
+        "_epoch",
+        "_halfway",
+        "_line",
+        "_n",
+        "_read_journal",
+        "_released",
+        "_woken",
+        "feed",
+        "written_at",
+    )
 
     def __init__(
         self, feed: Feed, read_journal: ReadJournal, line: Line, cursor: Cursor | None, now: float
@@ -73,6 +83,7 @@ class Viewer:
         self._epoch, self._n, _ = cursor or START
         self._woken = asyncio.Event()
         self._released = False
+        self._halfway = False
 
     def push(self, batch: Batch, now: float) -> None:
         """Write what the feed has just got."""
@@ -95,9 +106,9 @@ class Viewer:
         self._woken.set()
 
     def beat(self, block: bytes, now: float) -> None:
-        """Write a heartbeat, unless the line has enough to do with what was written before."""
+        """Write a heartbeat, unless the line is in the middle of an event or has enough to do with what came before."""
         self.written_at = now
-        if self._line.backlog() <= MAX_BACKLOG:
+        if not self._halfway and self._line.backlog() <= MAX_BACKLOG:
             self._line.write_now(block)
 
     def release(self) -> None:
@@ -156,9 +167,11 @@ class Viewer:
 
     async def _write(self, batch: Batch) -> None:
         """Write events in parts, so that however many come at once, few wait in this process."""
+        self._halfway = True  # a part may end within an event
         for start in range(0, len(batch.events), MAX_BLOCK):
             self._line.write_now(batch.events[start : start + MAX_BLOCK])
             await self._line.drain()
+        self._halfway = False
         self._n = batch.last
 
     def _tell_gap(self) -> None:

@@ -328,3 +328,19 @@ async def test_a_line_with_enough_to_do_gets_no_heartbeat() -> None:
     line.write_now(b"x" * (MAX_BACKLOG + 1))
     watching.beat(b": beat\n\n", 5.0)
     assert line.backlog() == MAX_BACKLOG + 1
+
+
+async def test_no_heartbeat_comes_within_an_event_that_is_written_in_parts() -> None:
+    """A line that waits has no backlog between two parts, and silence enough for a heartbeat."""
+
+    class BeatenLine(QuickLine):
+        async def drain(self) -> None:
+            watching.beat(b": beat\n\n", 5.0)
+            await asyncio.sleep(0)
+
+    whole, line = batch(1, 3, 200_000), BeatenLine()
+    feed = filled(whole)
+    feed.finish(end(4))
+    watching = viewer(feed, line)
+    await watching.follow()
+    assert line.bytes.replace(b"\n\n: beat", b"").startswith(whole.events)
