@@ -209,6 +209,10 @@ class Generation:
         """Events that the journal does not have yet and should."""
         return self.feed.unsaved(self.saved, limit) if self._journaled else NOTHING
 
+    def has_unsaved(self) -> bool:
+        """Whether there are any."""
+        return self._journaled and self.saved < self.feed.last
+
     # Nobody watches
 
     def _note_watchers(self) -> None:

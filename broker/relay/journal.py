@@ -122,7 +122,7 @@ class Journal:
         urgent, self._urgent = self._urgent, set()
         due = list(urgent)
         for generation in slot:
-            unsaved = generation.unsaved(1).events
+            unsaved = generation.has_unsaved()
             if generation not in urgent and (unsaved or now - self._asked_at[generation] >= ASK_AFTER):
                 due.append(generation)
         return due

@@ -171,7 +171,8 @@ class Script:
     def __init__(self, store: Store, text: str) -> None:
         self.text = text
         self._store = store
-        self._sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest().encode()
+        sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        self._head = f"$7\r\nEVALSHA\r\n$40\r\n{sha}\r\n".encode()
 
     async def __call__(
         self, keys: Sequence[str], args: Sequence[Any], *, timeout: float = CALL_TIMEOUT
@@ -186,11 +187,11 @@ class Script:
 
     def call(self, keys: Sequence[str], args: Sequence[Any]) -> Call:
         """The script with its arguments, to be run by `Store.run` together with others."""
-        words = [b"EVALSHA", self._sha, b"%d" % len(keys), *(key.encode() for key in keys)]
+        words = [b"%d" % len(keys), *[key.encode() for key in keys]]
         words += [arg if isinstance(arg, bytes) else str(arg).encode() for arg in args]
         # https://valkey.io/topics/protocol/
         packed = b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
-        return Call(self, b"*%d\r\n%b" % (len(words), packed))
+        return Call(self, b"*%d\r\n%b%b" % (len(words) + 2, self._head, packed))
 
 
 class Call(NamedTuple):
