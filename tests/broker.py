@@ -94,6 +94,7 @@ class Broker:
 @asynccontextmanager
 async def running(redis_url: str, upstream: ScriptedUpstream | str, **settings: Any) -> AsyncIterator[Broker]:
     """Run a broker until the block ends, and take it down as the service does: without time to finish.
+    A block that raises takes it down without a word to what runs.
 
     Args:
         redis_url: its Redis.

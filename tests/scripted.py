@@ -58,8 +58,9 @@ class Call:
         self._chunked = False
 
     def write(self, data: bytes) -> None:
-        """Send these bytes as they are."""
-        self._transport.write(data)
+        """Send these bytes as they are; a client that has gone gets none."""
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
     def head(self, status: int = 200, headers: Mapping[str, str] = NOTHING) -> None:
         """Send a status and headers, and nothing else."""

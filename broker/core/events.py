@@ -72,7 +72,7 @@ def done_data(
 
     Args:
         answer: what its chunks told.
-        finish_reason: the upstream's word, or ours where it gave none.
+        finish_reason: the upstream's word, or ours for a cancel.
         model: what was asked for, where the upstream named none.
         cost: USD.
         estimated: the cost rests on our count and not on the upstream's usage.

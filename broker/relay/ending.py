@@ -174,7 +174,7 @@ class Ending:
         answer = self._reading.answer
         data = done_data(
             answer,
-            finish_reason="cancelled" if step is Step.CANCEL else answer.finish_reason or "stop",
+            finish_reason="cancelled" if step is Step.CANCEL else answer.finish_reason,
             model=self._prepared.model,
             cost=None if self.spent.cost is None else to_usd(self.spent.cost),
             estimated=self.spent.estimated,

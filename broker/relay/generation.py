@@ -265,14 +265,16 @@ class Generation:
 
     async def _run(self) -> None:
         self._begun = True
-        step, failure = await self._read_all()
-        if self._abandoning is not None:
-            await asyncio.wait([self._abandoning])
-        end = await self.ending.decide(self._decided, step, failure)
-        self.state = end.state
-        self.feed.finish(end)
-        log.info("session ended", session=short(self.session_id), state=end.state, events=self.feed.last)
-        await self._reading.let_go()
+        try:
+            step, failure = await self._read_all()
+            if self._abandoning is not None:
+                await asyncio.wait([self._abandoning])
+            end = await self.ending.decide(self._decided, step, failure)
+            self.state = end.state
+            self.feed.finish(end)
+            log.info("session ended", session=short(self.session_id), state=end.state, events=self.feed.last)
+        finally:
+            await self._reading.let_go()
 
     async def _read_all(self) -> tuple[Step, SessionError | None]:
         """Relay the whole answer and tell how it ended."""

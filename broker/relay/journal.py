@@ -65,7 +65,9 @@ class Journal:
 
     def __init__(self, store: JournalStore, *, interval: float) -> None:
         self._store = store
-        interval = min(interval, ASK_AFTER)  # a cancel must be found in time, however seldom events are written
+        interval = min(
+            interval, ASK_AFTER
+        )  # a cancel must be found in time, however seldom events are written
         self._pause = min(SLOT, interval)
         self._slots: list[dict[Generation, None]] = [{} for _ in range(max(1, round(interval / self._pause)))]
         self._slot_of: dict[Generation, int] = {}

@@ -19,7 +19,7 @@ from broker.core.faults import may_have_generated, retry_delay
 from broker.core.sse import Decoder, EventTooLarge
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from broker.relay.terms import Bounds
     from broker.store.sessions import Prepared
@@ -70,7 +70,7 @@ class Reading:
         self._decoder = Decoder(bounds.max_response)
         self._relayed = 0
         self._stream: UpstreamStream | None = None
-        self._blocks: AsyncIterator[bytes] | None = None
+        self._blocks: AsyncGenerator[bytes] | None = None
         self.data_due = self._loop.time() + bounds.first_data_timeout
 
     async def run(self) -> None:
@@ -104,6 +104,8 @@ class Reading:
             pass
         finally:
             with suppress(UpstreamError):
+                if self._blocks is not None:
+                    await self._blocks.aclose()
                 await stream.aclose()
 
     async def _open(self) -> UpstreamStream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 
 import pytest
@@ -175,6 +176,21 @@ async def test_pages_that_leave_at_once_do_no_harm(
         assert (await broker.read(await broker.prepare()))[-1].kind == "done"
     told = caplog.text + "".join(capfd.readouterr())
     assert "rror" not in told.replace("errors=0", "")
+
+
+async def test_a_broker_that_falls_over_leaves_no_line_open(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    async def fall_over() -> None:
+        async with running(valkey_url, upstream) as broker, broker.stream(await broker.prepare()) as line:
+            (await upstream.call()).open().chunk("one")
+            await line.take(1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fall_over()
+    await upstream.calls[0].wait_gone()
+    gc.collect()  # a line that nobody closed warns when it is found
 
 
 # Slow readers
