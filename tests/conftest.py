@@ -14,7 +14,6 @@ from broker.store.connection import Store
 from tests.broker import Broker, running
 from tests.scripted import ScriptedUpstream, scripted_upstream
 
-
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so every program that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
