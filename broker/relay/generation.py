@@ -205,6 +205,15 @@ class Generation:
         elif self._unwatched_since is not None and now >= self._unwatched_since + self._bounds.grace:
             self._abandon()
 
+    def excuse(self, seconds: float) -> None:
+        """Move the timers by the time that this process stood still.
+
+        Whoever was not listened to meanwhile, upstream or page, was not silent. The deadline stays.
+        """
+        self._reading.data_due += seconds
+        if self._unwatched_since is not None:
+            self._unwatched_since += seconds
+
     def unsaved(self, limit: int = ALL) -> Batch:
         """Events that the journal does not have yet and should."""
         return self.feed.unsaved(self.saved, limit) if self._journaled else NOTHING

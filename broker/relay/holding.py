@@ -111,8 +111,9 @@ class Holding:
 
     def look_for_freeze(self, now: float) -> None:
         """Find out whether this process stood still; asked before anything is shown."""
-        if now - self._ticked_at > FREEZE:
-            self._thaw()
+        stood_still = now - self._ticked_at
+        if stood_still > FREEZE:
+            self._thaw(stood_still)
             self._ticked_at = now
 
     def tick(self, now: float) -> None:
@@ -120,13 +121,14 @@ class Holding:
         self.look_for_freeze(now)
         self._ticked_at = now
 
-    def _thaw(self) -> None:
+    def _thaw(self, stood_still: float) -> None:
         """Nothing is shown until Redis has confirmed that the sessions are still ours."""
         frozen = list(self._running.values())
         if frozen:
-            log.warning("was frozen", sessions=len(frozen))
+            log.warning("was frozen", sessions=len(frozen), seconds=round(stood_still, 1))
             for generation in frozen:
                 generation.feed.pause()
+                generation.excuse(stood_still)
             self._spawn(self._confirm(frozen))
 
     async def _confirm(self, frozen: list[Generation]) -> None:

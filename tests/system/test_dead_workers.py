@@ -199,6 +199,23 @@ async def test_a_freeze_longer_than_the_silence_allowed_ends_no_answer_that_goes
         assert end.kind == "done", end
 
 
+async def test_a_freeze_longer_than_the_wait_for_the_first_word_ends_no_answer_that_has_begun() -> None:
+    """The head of the answer takes a few steps to be read, which the timers must not overtake."""
+    async with running_cluster(1, first_data_timeout=2) as cluster:
+        [owner] = cluster.workers
+        session = await cluster.prepare(owner)
+        async with session.stream(owner) as line:
+            call = await cluster.upstream.call(session.marker)
+            owner.freeze()
+            call.call.open()
+            call.chunks(3)
+            await asyncio.sleep(3)  # as long as that is
+            owner.thaw()
+            check_chunks(await line.take(3), session.marker)
+            call.done()
+            assert check_whole(await line.rest(), session.marker, after=3).kind == "done"
+
+
 async def test_all_workers_die_and_new_ones_tell_the_end() -> None:
     async with running_cluster(2) as cluster:
         session = await cluster.prepare(cluster.workers[0])
