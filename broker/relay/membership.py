@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 import structlog
 
 from broker.core.errors import StoreUnavailable
+from broker.store.workers import WIPED_FOR
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -19,9 +20,6 @@ log = structlog.get_logger(__name__)
 
 BEAT = 0.5
 """Seconds between two renewals of the lease; one that fails takes a second at most, and is tried again."""
-
-WIPED_FOR = 10.0
-"""Seconds after Redis came back empty in which its owners may still be writing their sessions anew."""
 
 LISTEN_AGAIN = 0.5
 """Seconds before a broken subscription is made again."""
@@ -40,6 +38,7 @@ class Membership:
         self._unwritten = asyncio.Event()
         self._born_without = False
         self._wiped_at = float("-inf")
+        self._told_wiped = False
         self._loop = asyncio.get_running_loop()
 
     async def is_gone(self) -> bool:
@@ -49,7 +48,7 @@ class Membership:
             StoreUnavailable: Redis cannot be reached.
         """
         await self.renew()
-        return self._loop.time() - self._wiped_at >= WIPED_FOR
+        return not self._told_wiped and self._loop.time() - self._wiped_at >= WIPED_FOR
 
     async def renew(self) -> None:
         """Renew the lease; where Redis turns out to have come back empty, have everything written anew.
@@ -58,15 +57,17 @@ class Membership:
             StoreUnavailable: Redis cannot be reached.
         """
         try:
-            marker = await self._workers.renew()
+            marker, wiped = await self._workers.renew()
         except StoreUnavailable:
             self._born_without = self._born_without or self._marker is None
             raise
+        self._told_wiped = wiped
         if self._marker is None and self._born_without:
             self._wiped_at = self._loop.time()  # it may have come back empty, and who owns what will say so
         if self._marker not in (None, marker):
-            log.warning("redis came back empty")
             self._wiped_at = self._loop.time()
+            await self._workers.tell_wiped()
+            log.warning("redis came back empty")
             self._unwritten.set()
         self._marker = marker
 

@@ -25,6 +25,9 @@ LEASE_MS = 4000
 MARKER_TTL = 86_400
 """Seconds that the marker is kept after any worker last looked at it."""
 
+WIPED_FOR = 10
+"""Seconds after Redis came back empty in which its owners may still be writing their sessions anew."""
+
 LISTEN_TIMEOUT = 5.0
 """Seconds of silence after which a subscription is asked whether it lives."""
 
@@ -43,6 +46,18 @@ class Ring(NamedTuple):
     batch: Batch | None
 
 
+class Renewed(NamedTuple):
+    """What a renewal tells.
+
+    Attributes:
+        marker: the word that all workers know, until Redis loses it.
+        wiped: some worker has found lately that Redis came back empty.
+    """
+
+    marker: str
+    wiped: bool
+
+
 class WorkerStore:
     """Leases, the marker and bells. Methods raise `StoreUnavailable` where Redis cannot be reached.
 
@@ -55,19 +70,25 @@ class WorkerStore:
         self.worker = worker
         self._store = store
 
-    async def renew(self) -> str:
-        """Renew this worker's lease and return the marker, made where there was none."""
+    async def renew(self) -> Renewed:
+        """Renew this worker's lease and tell the marker, made where there was none."""
         async with bounded_call():
             pipe = self._store.redis.pipeline(transaction=False)
             pipe.pexpire(self._lease(self.worker), LEASE_MS)  # which a full Redis does not refuse
             pipe.getex(self._marker, ex=MARKER_TTL)
-            renewed, marker = await pipe.execute()
+            pipe.exists(self._wiped)
+            renewed, marker, wiped = await pipe.execute()
             if not renewed or marker is None:
                 pipe.set(self._lease(self.worker), "1", px=LEASE_MS)
                 pipe.set(self._marker, secrets.token_hex(8), nx=True, ex=MARKER_TTL)
                 pipe.getex(self._marker, ex=MARKER_TTL)
                 marker = (await pipe.execute())[2]
-            return str(marker.decode())
+            return Renewed(marker.decode(), bool(wiped))
+
+    async def tell_wiped(self) -> None:
+        """Tell all workers, those too that are only starting, that Redis came back empty."""
+        async with bounded_call():
+            await self._store.redis.set(self._wiped, "1", ex=WIPED_FOR)
 
     async def resign(self) -> None:
         """Give the lease back: this worker owns nothing any more."""
@@ -103,6 +124,10 @@ class WorkerStore:
     @property
     def _marker(self) -> str:
         return f"{self._store.prefix}:marker"
+
+    @property
+    def _wiped(self) -> str:
+        return f"{self._store.prefix}:wiped"
 
 
 async def _messages(pubsub: PubSub) -> AsyncIterator[bytes]:

@@ -52,17 +52,23 @@ async def test_a_worker_that_resigns_is_absent_at_once(store: Store) -> None:
 
 
 async def test_all_workers_know_the_same_marker(store: Store) -> None:
-    marker = await worker(store).renew()
-    assert await worker(store, "two").renew() == marker
-    assert await worker(store).renew() == marker
+    marker, _ = await worker(store).renew()
+    assert await worker(store, "two").renew() == (marker, False)
+    assert await worker(store).renew() == (marker, False)
 
 
 async def test_a_redis_that_came_back_empty_has_another_marker(store: Store) -> None:
-    marker = await worker(store).renew()
+    marker, _ = await worker(store).renew()
     await store.redis.flushall()
-    after = await worker(store, "two").renew()
+    after, _ = await worker(store, "two").renew()
     assert after != marker
-    assert await worker(store).renew() == after
+    assert await worker(store).renew() == (after, False)
+
+
+async def test_that_it_came_back_empty_is_told_to_workers_that_could_not_know(store: Store) -> None:
+    await worker(store).tell_wiped()
+    assert (await worker(store, "two").renew()).wiped
+    assert 9000 < await store.redis.pttl(f"{store.prefix}:wiped") <= 10_000
 
 
 async def test_leases_and_marker_have_their_time(store: Store) -> None:

@@ -122,6 +122,36 @@ async def test_a_worker_that_starts_into_the_outage_does_not_declare_sessions_lo
         assert session.calls == 1
 
 
+async def test_a_worker_that_starts_after_the_loss_is_told_of_it_by_the_others() -> None:
+    async with running_cluster(3) as cluster:
+        owner, _, late = cluster.workers
+        session = await cluster.prepare(owner)
+        async with session.stream(owner) as line:
+            call = await session.call()
+            call.chunks(3)
+            await line.take(3)
+            await late.kill()
+            owner.freeze()
+            cluster.valkey.kill()
+            await cluster.valkey.start()
+            await until_wiped(cluster)
+            await late.start()
+            async with session.stream(late, "1-2") as far:
+                assert await came_again(far)
+            owner.thaw()
+            await until_there(session, late)
+            call.done()
+            check_whole(await line.rest(), session.marker, after=3)
+        assert session.calls == 1
+
+
+async def until_wiped(cluster: Cluster) -> None:
+    """Wait until somebody has found that Redis came back empty."""
+    async with asyncio.timeout(10), cluster.redis() as client:
+        while not await client.exists("broker:1:wiped"):  # noqa: ASYNC110 - it happens in another process
+            await asyncio.sleep(POLL_INTERVAL)
+
+
 async def until_ok(cluster: Cluster, worker: Worker) -> None:
     async with asyncio.timeout(10):
         while await status(cluster, worker) != "ok":  # noqa: ASYNC110 - it happens in another process
