@@ -60,6 +60,11 @@ async def open_reservations(redis: Redis) -> int:
     return sum([await redis.zcard(key) for key in await redis.keys("*:{accounts}:open")])
 
 
+async def unasked(redis: Redis) -> int:
+    """Estimates for whose truth the upstream is still to be asked."""
+    return sum([await redis.zcard(key) for key in await redis.keys("*:{accounts}:estimates")])
+
+
 async def until(happened: Callable[[], Awaitable[object]], within: float = 5.0) -> None:
     """Wait until something has happened that only Redis knows."""
     async with asyncio.timeout(within):

@@ -1,4 +1,4 @@
-"""Keeps reservations alive, and settles those whose worker died.
+"""Keeps reservations alive, settles those whose worker died, and asks what a worker did not live to ask.
 
 Every worker renews the leases of its own, and looks among all open ones for leases that nobody renews: whoever finds
 one settles it from what was journaled. Two that find the same do no harm, for a reservation is settled once.
@@ -95,6 +95,8 @@ class Bookkeeper:
         dead = await self._dead({session.worker for _, session in found if session is not None})
         for orphan, session in found:
             await self._look_after(orphan, session, dead)
+        for reservation, generation_id in await self._accounts.unasked(AT_ONCE):
+            self._settler.ask_again(reservation, generation_id)
 
     async def _dead(self, owners: set[str]) -> set[str]:
         """Those of these workers whose lease was absent in so many rounds in a row."""
@@ -123,10 +125,8 @@ class Bookkeeper:
     async def _settle(self, orphan: Reservation, session: Described, state: State) -> None:
         answer = await self._read(orphan.session_id)
         spent = await self._settler.count(answer, orphan, prompt_tokens=session.prompt_tokens, asked=True)
-        await self._settler.settle(orphan, spent, state)
+        await self._settler.settle(orphan, spent, state, answer.generation_id)
         log.warning("settled for a dead worker", session=short(orphan.session_id), estimated=spent.estimated)
-        if spent.estimated:
-            self._settler.correct(orphan, answer.generation_id, state)
 
     async def _read(self, session_id: str) -> Answer:
         """What the journal tells of an answer."""

@@ -142,9 +142,8 @@ class Ending:
         Raises:
             StoreUnavailable: it could not be booked now.
         """
-        await self._settler.settle(self._reservation, self.spent, state)
-        if self.spent.estimated:
-            self._settler.correct(self._reservation, self._reading.answer.generation_id, state)
+        generation_id = self._reading.answer.generation_id
+        await self._settler.settle(self._reservation, self.spent, state, generation_id)
 
     def sample(self) -> Sample | None:
         """What this answer teaches of its model's tokenizer, if it does."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -20,7 +21,7 @@ from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, estimate_text
 from broker.upstream.generations import NoSuchPath
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from broker.core.answer import Answer
     from broker.core.session import State
@@ -88,40 +89,48 @@ class Settler:
             cost = cost_of(usage, prices, minute_of_day=_minute_of_day())
         return spent_of(usage, cost, estimated=not told and to_nano(usage.get("cost")) is None)
 
-    async def settle(self, reservation: Reservation, spent: Spent, state: State) -> None:
-        """Book it. Whoever comes after somebody who could only estimate, and knows better, corrects that.
+    async def settle(
+        self, reservation: Reservation, spent: Spent, state: State, generation_id: str | None
+    ) -> None:
+        """Book it, and have an estimate corrected in the background.
+
+        Whoever comes after somebody who could only estimate, and knows better, corrects that.
 
         Raises:
             StoreUnavailable: it could not be booked now.
         """
-        await self._accounts.settle(reservation, spent, state)
+        ask = spent.estimated and self._has_books and generation_id is not None
+        await self._accounts.settle(reservation, spent, state, generation_id=generation_id if ask else None)
+        if ask and generation_id is not None:
+            self._spawn(self._correct(reservation, generation_id, LOOKS))
 
-    def correct(self, reservation: Reservation, generation_id: str | None, state: State) -> None:
-        """Have an estimate corrected in the background."""
-        if self._has_books and generation_id is not None:
-            self._spawn(self._correct(reservation, generation_id, state))
+    def ask_again(self, reservation: Reservation, generation_id: str) -> None:
+        """Ask for the truth behind an estimate whose worker has not."""
+        self._spawn(self._correct(reservation, generation_id, LOOKS[:1]))
 
-    async def _correct(self, reservation: Reservation, generation_id: str, state: State) -> None:
+    async def _correct(self, reservation: Reservation, generation_id: str, looks: Sequence[float]) -> None:
         waited = 0.0
-        for after in LOOKS:
+        for after in looks:
             await asyncio.sleep(after - waited)
             waited = after
             try:
                 record = await self._fetch(generation_id)
             except NoSuchPath:
                 self._has_books = False
-                return
+                break
             except UpstreamError as error:
                 log.info("generation not told", session=short(reservation.session_id), code=error.code)
                 continue
             if record is not None and (spent := spent_in_record(record)) is not None:
-                await self._book(reservation, spent, state)
+                await self._persist(partial(self._accounts.correct, reservation, spent))
                 return
+        await self._persist(partial(self._accounts.asked, reservation.token))
 
-    async def _book(self, reservation: Reservation, spent: Spent, state: State) -> None:
+    @staticmethod
+    async def _persist(step: Callable[[], Coroutine[Any, Any, None]]) -> None:
         for _ in range(RETRIES):
             try:
-                await self._accounts.settle(reservation, spent, state, correct=True)
+                await step()
             except StoreUnavailable:
                 await asyncio.sleep(RETRY)
             else:

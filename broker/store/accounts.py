@@ -26,6 +26,9 @@ LEASE = 15.0
 RECORD = 3600
 """Seconds that a closed reservation is remembered, so that late repeats change nothing."""
 
+ASKED_AFTER = 16.0
+"""Seconds after which anybody asks for the truth behind an estimate: whoever settled it has asked by then, or died."""
+
 BUDGET_RETRY = 30.0
 """Seconds after which a page that waits for a budget comes again."""
 
@@ -152,17 +155,56 @@ class AccountStore:
         await self._release(self._keys(token, client), [token, RECORD])
 
     async def settle(
-        self, reservation: Reservation, spent: Spent, state: State, *, correct: bool = False
+        self, reservation: Reservation, spent: Spent, state: State, *, generation_id: str | None = None
     ) -> None:
-        """Book what a generation took, once, or put the truth in place of an estimate; with ``correct``, only that."""
+        """Book what a generation took, once, or put the truth in place of an estimate.
+
+        Args:
+            reservation: which is settled.
+            spent: what it took.
+            state: how it ended.
+            generation_id: by which the upstream can be asked for the truth behind an estimate.
+        """
+        await self._book(reservation, spent, state=state, generation_id=generation_id or "")
+
+    async def correct(self, reservation: Reservation, spent: Spent) -> None:
+        """Put the truth in place of an estimate, and do nothing else."""
+        await self._book(reservation, spent, state="", generation_id="")
+
+    async def _book(self, reservation: Reservation, spent: Spent, *, state: str, generation_id: str) -> None:
+        keys = self._keys(reservation.token, reservation.client)
         await self._settle(
-            [*self._keys(reservation.token, reservation.client), self._books(_date(reservation.day))],
+            [*keys, self._books(_date(reservation.day)), self._estimates],
             [
                 *(reservation.token, reservation.client, reservation.model, state),
                 *(spent.prompt, spent.completion, spent.cached, spent.reasoning, spent.cost or 0),
-                *(int(spent.cost is not None), int(spent.estimated), int(correct), reservation.day, RECORD),
+                *(int(spent.cost is not None), int(spent.estimated), int(not state), reservation.day, RECORD),
+                *(generation_id, round(ASKED_AFTER * 1000)),
             ],
         )
+
+    async def asked(self, token: str) -> None:
+        """The truth behind an estimate has been asked for, and is not to be had."""
+        async with bounded_call():
+            await self._store.redis.zrem(self._estimates, token)
+
+    async def unasked(self, limit: int) -> list[tuple[Reservation, str]]:
+        """Estimates for whose truth nobody has asked in time, each with the upstream's name for its generation.
+
+        Whoever gets one should ask; should that come to nothing, others get it after the same time again.
+        """
+        async with bounded_call():
+            tokens = await self._due(self._estimates, limit)
+            found = []
+            for token in tokens:
+                fields: Any = await self._store.redis.hgetall(self._key("reservation", token))
+                if fields.get(b"estimated") == b"1":
+                    later = await self._now() + round(ASKED_AFTER * 1000)
+                    await self._store.redis.zadd(self._estimates, {token: later}, xx=True)
+                    found.append((_reservation(token, fields), fields[b"generation"].decode()))
+                else:
+                    await self._store.redis.zrem(self._estimates, token)
+        return found
 
     async def hold(self, reservations: Sequence[Reservation]) -> list[Reservation]:
         """Renew the leases of generations that run here; returns those that are not open (any more)."""
@@ -177,18 +219,26 @@ class AccountStore:
     async def orphans(self, limit: int) -> list[Reservation]:
         """Open reservations that nobody has renewed in time."""
         async with bounded_call():
-            now, _ = await self._store.redis.time()
-            tokens: Any = await self._store.redis.zrangebyscore(
-                self._open, "-inf", int(now) * 1000, start=0, num=limit
-            )
             found = []
-            for token in tokens:
-                fields: Any = await self._store.redis.hgetall(self._key("reservation", token.decode()))
+            for token in await self._due(self._open, limit):
+                fields: Any = await self._store.redis.hgetall(self._key("reservation", token))
                 if fields.get(b"state") == b"open":
-                    found.append(_reservation(token.decode(), fields))
+                    found.append(_reservation(token, fields))
                 else:
                     await self._store.redis.zrem(self._open, token)
         return found
+
+    async def _due(self, key: str, limit: int) -> list[str]:
+        """Tokens of a set whose time has come."""
+        tokens: Any = await self._store.redis.zrangebyscore(
+            key, "-inf", await self._now(), start=0, num=limit
+        )
+        return [token.decode() for token in tokens]
+
+    async def _now(self) -> int:
+        """Milliseconds since 1970, by Redis's clock."""
+        seconds, micros = await self._store.redis.time()
+        return int(seconds) * 1000 + int(micros) // 1000
 
     async def day(self, client: str) -> Day:
         """A client's day so far."""
@@ -233,6 +283,10 @@ class AccountStore:
     @property
     def _open(self) -> str:
         return f"{self._store.prefix}:{{accounts}}:open"
+
+    @property
+    def _estimates(self) -> str:
+        return f"{self._store.prefix}:{{accounts}}:estimates"
 
 
 def check_admitted(reply: list[Any]) -> None:

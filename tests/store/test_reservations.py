@@ -142,3 +142,60 @@ async def test_days_that_are_long_over_leave_an_account_that_is_used_every_day(s
         fields: Any = await store.redis.hgetall(f"{store.prefix}:{{accounts}}:{name}")
         assert {int(field.partition(b":")[0]) for field in fields} == {today - ago for ago in range(4)}
     assert (await accounts.day("c")).requests == 1
+
+
+# Estimates
+
+
+async def due(store: Store) -> None:
+    """Let the time of every estimate have come."""
+    [key] = await store.redis.keys("*:{accounts}:estimates")
+    tokens: Any = await store.redis.zrange(key, 0, -1)
+    await store.redis.zadd(key, dict.fromkeys(tokens, 1))
+
+
+async def test_an_estimate_is_asked_for_by_anybody_once_its_worker_had_its_time(store: Store) -> None:
+    accounts = AccountStore(store, FREE)
+    reservation = await reserved(accounts, "1")
+    await accounts.settle(
+        reservation, Spent(1, 1, cost=7, estimated=True), State.CANCELLED, generation_id="gen-1"
+    )
+    assert await accounts.unasked(10) == []
+    await due(store)
+    assert await accounts.unasked(10) == [(reservation, "gen-1")]
+    assert await accounts.unasked(10) == [], "who was told has its time, too"
+    await due(store)
+    assert await accounts.unasked(10) == [(reservation, "gen-1")]
+    assert await store.redis.ttl((await store.redis.keys("*:{accounts}:estimates"))[0]) > 0
+
+
+async def test_an_estimate_that_was_corrected_or_asked_for_is_asked_for_no_more(store: Store) -> None:
+    accounts = AccountStore(store, FREE)
+    for token in ("1", "2", "3"):
+        reservation = await reserved(accounts, token)
+        await accounts.settle(
+            reservation, Spent(1, 1, cost=7, estimated=True), State.LOST, generation_id="gen"
+        )
+        await accounts.settle(reservation, Spent(1, 1, cost=7, estimated=True), State.LOST)
+    await due(store)
+    await accounts.correct(wanted("1"), Spent(1, 1, cost=8))
+    await accounts.asked("2")
+    assert [reservation.token for reservation, _ in await accounts.unasked(10)] == ["3"]
+
+
+async def test_whoever_knows_the_name_of_a_generation_adds_it_to_an_estimate(store: Store) -> None:
+    accounts = AccountStore(store, FREE)
+    reservation = await reserved(accounts, "1")
+    guess = Spent(1, 1, cost=7, estimated=True)
+    await accounts.settle(reservation, guess, State.LOST)
+    await accounts.settle(reservation, guess, State.LOST, generation_id="gen-1")
+    await due(store)
+    assert await accounts.unasked(10) == [(reservation, "gen-1")]
+
+
+async def test_nothing_is_asked_where_the_truth_is_known_or_no_name_is(store: Store) -> None:
+    accounts = AccountStore(store, FREE)
+    known, unnamed = await reserved(accounts, "1"), await reserved(accounts, "2")
+    await accounts.settle(known, Spent(1, 1, cost=7), State.DONE, generation_id="gen")
+    await accounts.settle(unnamed, Spent(1, 1, cost=7, estimated=True), State.LOST)
+    assert await store.redis.keys("*:{accounts}:estimates") == []

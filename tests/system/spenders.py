@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from tests.system.cluster import Cluster, Worker
 
 AWAY = (OSError, TimeoutError, aiohttp.ClientError, Broken, asyncio.IncompleteReadError)
-LOOKS_LAST = 12.0
-"""Seconds in which the upstream's books are asked after an end."""
+NOT_YET_JOURNALED = 1.0
+"""Seconds for which what a worker has learned may be in its memory alone."""
 
 
 @dataclass
@@ -200,10 +200,6 @@ class Spenders:
 
     # Afterwards
 
-    async def corrected(self, redis: Redis) -> None:
-        """Give the upstream's books their time."""
-        await asyncio.sleep(LOOKS_LAST)
-
     async def judge(self, redis: Redis) -> list[str]:
         """Hold every account against the bills."""
         findings = [*dict.fromkeys(self.findings)]
@@ -247,8 +243,8 @@ class Spenders:
         return [f"{name} was never corrected: {record}" for _ in late]
 
     def _hurt_by_a_kill(self, bill: Bill) -> bool:
-        """What a killed worker wanted to ask is asked by nobody."""
-        return any(bill.began_at <= at <= bill.over_at + LOOKS_LAST for at in self.kills)
+        """By what name to ask, a worker that was killed while it ran may not have told anybody."""
+        return any(bill.began_at <= at <= bill.over_at + NOT_YET_JOURNALED for at in self.kills)
 
     def summary(self, account: Ledger) -> str:
         """What happened, in a line."""

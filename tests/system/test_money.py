@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from broker.store.accounts import LEASE
-from tests.money import NANO, PRICE, Ledger, ledger, open_reservations, price_list, slots, until
+from broker.store.accounts import ASKED_AFTER, LEASE
+from tests.money import NANO, PRICE, Ledger, ledger, open_reservations, price_list, slots, unasked, until
 from tests.system.biller import Biller
 from tests.system.cluster import Session, came_again, question, running_cluster
 from tests.system.spenders import Spenders
@@ -27,6 +27,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 SETTLED = LEASE + 30
 """Seconds within which the sessions of a dead worker are settled by another."""
+
+
+ASKED = ASKED_AFTER + 10
+"""Seconds within which the upstream's books have been asked about everything that was estimated."""
 
 
 @asynccontextmanager
@@ -61,6 +65,10 @@ async def all_closed(redis: Redis) -> bool:
         account.reserved_tokens == account.reserved_cost == 0
         and await open_reservations(redis) == await slots(redis) == 0
     )
+
+
+async def all_asked(redis: Redis) -> bool:
+    return await unasked(redis) == 0
 
 
 async def test_of_many_claims_at_once_on_two_workers_as_many_run_as_there_is_room_for() -> None:
@@ -147,6 +155,29 @@ async def test_the_books_of_the_upstream_correct_what_was_estimated_for_the_dead
         await until(corrected, within=SETTLED)
 
 
+async def test_what_a_killed_owner_did_not_live_to_ask_is_asked_by_another() -> None:
+    async with running_bank() as (cluster, redis):
+        owner, other = cluster.workers
+        generations = cluster.upstream.scripted.generations
+        generations["gen-chunk"] = None  # not yet
+        session, prompt = await prepared(cluster, owner)
+        async with session.stream(owner) as line:
+            call = await session.call()
+            call.chunks(1)
+            await line.take(1)
+            assert (await session.cancel(other)).status == 202
+            assert (await line.rest())[-1].kind == "done"
+            await owner.kill()
+        assert (await ledger(redis)).estimated == await unasked(redis) == 1
+        generations["gen-chunk"] = {
+            "total_cost": 0.0007,
+            "native_tokens_prompt": 4,
+            "native_tokens_completion": 3,
+        }
+        await until(lambda: all_asked(redis), within=ASKED)
+        assert await ledger(redis) == Ledger(1, 0, 7, 700_000) != Ledger(1, 0, prompt, prompt * PRICE)
+
+
 async def test_a_frozen_owner_that_wakes_puts_the_truth_in_place_of_an_estimate() -> None:
     async with running_bank(daily_cost="1") as (cluster, redis):
         owner, _ = cluster.workers
@@ -228,7 +259,7 @@ async def test_the_law_holds_whatever_happens() -> None:
         try:
             await spenders.run(50.0)
             await until(lambda: all_closed(redis), within=SETTLED + 15)
-            await spenders.corrected(redis)
+            await until(lambda: all_asked(redis), within=ASKED)
             findings = await spenders.judge(redis)
         finally:
             await biller.close()

@@ -1,10 +1,10 @@
 -- settle: turns a reservation into what was spent, exactly once; or puts the truth in place of an estimate that was
 -- settled before. What was given back by mistake and ran all the same is paid.
 -- KEYS[1] reservation, [2] the client's slots, [3] the client's account, [4] everyone's account, [5] all open ones,
---     [6] the books of the reservation's day
+--     [6] the books of the reservation's day, [7] estimates whose truth is still to be asked for
 -- ARGV: token, client, model, the end's state, prompt tokens, completion tokens, cached tokens, reasoning tokens, cost,
 --       '1' where the cost is known, '1' where it is an estimate, '1' to correct and nothing else, day,
---       seconds to keep the record
+--       seconds to keep the record, the upstream's name for the generation or '', ms after which anybody may ask by it
 -- Returns 1 where it changed something.
 local held = redis.call('HMGET', KEYS[1], 'state', 'tokens', 'cost', 'day', 'estimated')
 local state, day = held[1], held[4] or ARGV[13]
@@ -14,8 +14,21 @@ local cached, reasoning, estimated = tonumber(ARGV[7]), tonumber(ARGV[8]), tonum
 local was = {prompt = 0, completion = 0, cached = 0, reasoning = 0, cost = 0, estimated = 0, unpriced = 0}
 local is = {prompt = prompt, completion = completion, cached = cached, reasoning = reasoning, cost = cost,
   estimated = estimated, unpriced = ARGV[10] == '1' and 0 or 1}
+local function note_estimate()
+  if estimated == 0 then
+    redis.call('ZREM', KEYS[7], ARGV[1])
+  elseif ARGV[15] ~= '' then
+    local now = redis.call('TIME')
+    redis.call('HSET', KEYS[1], 'generation', ARGV[15])
+    redis.call('ZADD', KEYS[7], 'NX', now[1] * 1000 + math.floor(now[2] / 1000) + ARGV[16], ARGV[1])
+    redis.call('EXPIRE', KEYS[7], ARGV[14])
+  end
+end
 if correct then
   if held[5] ~= '1' or estimated == 1 then
+    if held[5] == '1' then
+      note_estimate()  -- whoever settled it first may not have known by which name to ask
+    end
     return 0
   end
   for name, _ in pairs(was) do
@@ -64,4 +77,5 @@ end
 redis.call('EXPIRE', KEYS[6], 3024000)
 redis.call('HSET', KEYS[1], 'state', 'settled', 'estimated', ARGV[11], 'day', day)
 redis.call('EXPIRE', KEYS[1], ARGV[14])
+note_estimate()
 return 1
