@@ -112,7 +112,7 @@ class Claims:
     async def _try(self, pursuit: _Pursuit) -> Generation | Standing:
         """Take slot and budget first, then the session; each step can be asked for again with the same token."""
         if pursuit.reservation is None:
-            described = await self._sessions.describe(pursuit.session_id)
+            described = await self._sessions.describe_for_claim(pursuit.session_id)
             if described is None:
                 return Standing(State.GONE)
             if described.state is not State.PREPARED:

@@ -15,7 +15,7 @@ from broker.core.events import cancelled_before_start
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
 from broker.store.connection import CALL_TIMEOUT, MAX_CONNECTIONS, Store
-from broker.store.sessions import MIN_KEPT, Prepared, Refusal, SessionStore, Standing
+from broker.store.sessions import MIN_KEPT, REMEMBERED, Prepared, Refusal, SessionStore, Standing
 from tests.system.harness import running_valkey
 
 if TYPE_CHECKING:
@@ -68,6 +68,30 @@ async def test_a_session_waits_for_its_time(store: Store, sessions: SessionStore
 
 async def test_a_key_carries_prefix_version_and_a_tag(store: Store, prepared: str) -> None:
     assert await store.redis.keys("*") == [f"test:1:session:{{{prepared}}}".encode()]
+
+
+async def test_what_a_claim_costs_is_known_where_it_was_prepared_and_asked_for_elsewhere(
+    store: Store, sessions: SessionStore, prepared: str
+) -> None:
+    described = await sessions.describe(prepared)
+    assert described is not None
+    assert (described.state, described.client, described.worst) == (
+        State.PREPARED,
+        PREPARED.client,
+        PREPARED.worst,
+    )
+    assert await sessions_in(store).describe_for_claim(prepared) == described
+    await store.redis.flushall()
+    assert await sessions.describe_for_claim(prepared) == described, "remembered"
+    assert await sessions.describe_for_claim(prepared) is None, "once"
+
+
+async def test_only_so_many_are_remembered(store: Store, sessions: SessionStore) -> None:
+    first, *others = [str(uuid4()) for _ in range(REMEMBERED + 1)]
+    for session in (first, *others):
+        sessions.preparing(session, PREPARED)  # not run: nothing is in Redis
+    assert await sessions.describe_for_claim(first) is None
+    assert await sessions.describe_for_claim(others[0]) is not None
 
 
 async def test_an_unknown_session_has_no_time(sessions: SessionStore) -> None:
