@@ -8,8 +8,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aiohttp import web
-
 from broker.admission import Admission
 from broker.catalog import Catalog
 from broker.core.accounts import Allowances
@@ -39,14 +37,19 @@ from broker.web.routes import build_web
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Mapping
 
+    from aiohttp import web
+
     from broker.core.pricing import Prices
     from broker.settings import Settings
 
 AFTER_DEADLINE = 60
 """Seconds that a running session's keys outlive its deadline and its journal."""
 
-KEEPALIVE = 75.0
-"""Seconds that a connection may stay open with no request under way, one whose head never comes to its end included."""
+PRICES_TIMEOUT = 0.3
+"""Seconds that the end of an answer waits for the prices of a worker that has no list yet."""
+
+NO_KEY = "rehearsal-key-that-opens-nothing"
+"""What stands for the upstream's key where none is needed. Keys are struck out of messages: no common word."""
 
 SPARE_CONNECTIONS = 20
 """Connections to the upstream beside those of the streams: the list of models, streams that are just ending."""
@@ -63,6 +66,7 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         stack.push_async_callback(upstream.close)
         catalog = app[keys.CATALOG] = _catalog(settings, store, upstream, upstream_url)
         stack.push_async_callback(catalog.close)
+        await catalog.known((), timeout=0)  # a worker that only ever streams needs the prices too
         densities = Densities(DensityStore(store, upstream_url))
         stack.push_async_callback(densities.close)
         running_ttl = int(settings.deadline) + settings.resume_ttl + AFTER_DEADLINE
@@ -108,26 +112,10 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         yield app
 
 
-def runner_of(app: web.Application) -> web.AppRunner:
-    """What serves the application.
-
-    A handler whose client leaves is cancelled, which is not aiohttp's default, and no body is decompressed: we take
-    none that is, and the library trips over a broken one even after it was refused.
-    """
-    return web.AppRunner(
-        app,
-        handler_cancellation=True,
-        auto_decompress=False,
-        keepalive_timeout=KEEPALIVE,
-        access_log=None,
-        shutdown_timeout=1.0,
-    )
-
-
 def _upstream(settings: Settings, url: str) -> UpstreamClient:
     return UpstreamClient(
         base_url=url,
-        api_key=_upstream_key(settings) or "rehearsal",
+        api_key=_upstream_key(settings) or NO_KEY,
         title=settings.x_title,
         connect_timeout=settings.connect_timeout,
         max_connections=settings.max_streams + SPARE_CONNECTIONS,
@@ -156,7 +144,7 @@ def _allowances(settings: Settings) -> Allowances:
 
 def _money(catalog: Catalog, upstream: UpstreamClient, densities: Densities) -> Money:
     async def prices_of(model: str) -> Prices | None:
-        found = (await catalog.known([model], timeout=0)).get(model)
+        found = (await catalog.known([model], timeout=PRICES_TIMEOUT)).get(model)
         return found.prices if found is not None else None
 
     async def fetch(generation_id: str) -> Mapping[str, Any] | None:

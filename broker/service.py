@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import structlog
 from aiohttp import web
 
-from broker.app import build, runner_of
+from broker.app import build
 from broker.core.errors import StoreUnavailable
 from broker.web import keys
+from broker.web.server import Runner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,7 +58,7 @@ async def _serve(settings: Settings, redis_url: str, *, rehearsal: bool) -> int:
             upstream_url = await stack.enter_async_context(rehearsal_beside())
         app = await stack.enter_async_context(build(settings, redis_url, upstream_url))
         registry = app[keys.REGISTRY]
-        runner = runner_of(app)
+        runner = Runner(app)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         site = web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)

@@ -11,9 +11,10 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from broker.app import build, runner_of
+from broker.app import build
 from broker.settings import Settings
 from broker.web import keys
+from broker.web.server import Runner
 from tests.events import Event, Line, opened
 from tests.scripted import NOTHING, PATIENCE, ScriptedUpstream
 
@@ -107,7 +108,7 @@ async def running(redis_url: str, upstream: ScriptedUpstream | str, **settings: 
         build(chosen, redis_url, upstream_url) as app,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(PATIENCE)) as http,
     ):
-        runner = runner_of(app)
+        runner = Runner(app)
         await runner.setup()
         try:
             await web.TCPSite(runner, "127.0.0.1", 0).start()

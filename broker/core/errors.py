@@ -51,6 +51,11 @@ class InvalidJson(RequestError):
     default_message = "The body is not valid JSON."
 
 
+class MalformedRequest(RequestError):
+    code = "invalid_request"
+    default_message = "This is no valid HTTP request."
+
+
 class InvalidCursor(RequestError):
     code = "invalid_cursor"
     default_message = "The cursor is malformed."

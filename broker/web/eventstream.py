@@ -32,6 +32,7 @@ class EventStream(EventSourceResponse):
         super().__init__(sep="\n", send_timeout=send_timeout, ping_interval=NEVER)
         self.headers[hdrs.CONTENT_TYPE] = "text/event-stream; charset=utf-8"
         self.headers[hdrs.CACHE_CONTROL] = "no-cache, no-transform"
+        del self.headers[hdrs.CONNECTION]  # whether it is kept is for the connection itself to say
         self._stall_timeout = send_timeout
         self._transport: asyncio.Transport | None = None
         self._writer: AbstractStreamWriter | None = None
@@ -45,6 +46,8 @@ class EventStream(EventSourceResponse):
         """
         if request.transport is None:  # the library asserts it
             raise ConnectionResetError("the client left before its stream began")
+        if request.version < (1, 1):
+            self.force_close()  # without chunks, only the close tells where the stream ends
         self._writer = await self.prepare(request)
         self._transport = request.transport
         self._chunks = request.version >= (1, 1)

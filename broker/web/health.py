@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import hdrs
 
-from broker.core.errors import StoreUnavailable
+from broker.core.errors import BrokerError, Draining, StoreUnavailable
 from broker.web.errors import RETRY_AFTER, json_response
 from broker.web.keys import REGISTRY, STORE, STORE_SEEN
 
@@ -26,19 +26,21 @@ async def ready(request: web.Request) -> web.Response:
     and a proxy that took all of them out would cut every stream; so that is told and is still a 200.
     """
     if request.app[REGISTRY].draining:
-        return _not_ready("draining", "shutting down")
+        return _not_ready("draining", Draining(), "shutting down")
     seen = request.app[STORE_SEEN]
     try:
         await request.app[STORE].ping()
     except StoreUnavailable:
         if seen.is_set():
             return json_response({"status": "degraded", "reason": "redis cannot be reached"})
-        return _not_ready("starting", "redis has not answered yet")
+        return _not_ready("starting", StoreUnavailable(), "redis has not answered yet")
     seen.set()
     return json_response({"status": "ok"})
 
 
-def _not_ready(status: str, reason: str) -> web.Response:
+def _not_ready(status: str, error: BrokerError, reason: str) -> web.Response:
     return json_response(
-        {"status": status, "reason": reason}, status=503, headers={hdrs.RETRY_AFTER: str(RETRY_AFTER)}
+        {"status": status, "reason": reason, "error": {"code": error.code, "message": error.message}},
+        status=error.status,
+        headers={hdrs.RETRY_AFTER: str(RETRY_AFTER)},
     )

@@ -90,7 +90,8 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     headers = response.headers
     if request.app[REGISTRY].draining:
         response.force_close()
-    headers["X-Request-Id"] = request.get(REQUEST_ID, "")
+        headers[hdrs.CONNECTION] = "close"  # the library has written its own before it asks us
+    headers["X-Request-Id"] = request.get(REQUEST_ID) or new_request_id()
     origin = request.headers.get(hdrs.ORIGIN)
     headers.add(hdrs.VARY, "Origin")
     if origin is None:
@@ -124,7 +125,12 @@ def _is_preflight(request: web.Request) -> bool:
 
 def _request_id(request: web.Request) -> str:
     given = request.headers.get("X-Request-Id", "")
-    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+    return given if _REQUEST_ID.fullmatch(given) else new_request_id()
+
+
+def new_request_id() -> str:
+    """The id of a request that brought none."""
+    return secrets.token_hex(8)
 
 
 def _shown_path(path: str) -> str:
@@ -132,4 +138,4 @@ def _shown_path(path: str) -> str:
     head, _, rest = path.removeprefix("/stream/").partition("/")
     if not path.startswith("/stream/"):
         return path[:100]
-    return f"/stream/{short(head)}" + (f"/{rest[:20]}" if rest else "")
+    return f"/stream/{short(head)}" + (f"/{short(rest)}" if rest else "")

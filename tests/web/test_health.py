@@ -26,6 +26,7 @@ async def test_a_broker_is_not_ready_until_redis_has_answered(upstream: Scripted
         assert (await broker.ask("GET", "/health/live")).status == 200
         answer = await broker.ask("GET", "/health/ready")
         assert answer.status == 503
+        assert (answer.json["status"], answer.code) == ("starting", "store_unavailable")
         assert answer.headers["Retry-After"]
 
 
@@ -43,7 +44,7 @@ async def test_a_redis_that_goes_away_later_is_told_and_takes_nobody_out(upstrea
 async def test_a_broker_that_drains_is_not_ready(broker: Broker) -> None:
     await broker.app[keys.REGISTRY].drain(0)
     answer = await broker.ask("GET", "/health/ready")
-    assert answer.status == 503
+    assert (answer.status, answer.json["status"], answer.code) == (503, "draining", "draining")
     assert (await broker.ask("GET", "/health/live")).status == 200
 
 

@@ -1,0 +1,85 @@
+"""What lies below the application: connections, and answers to what is no HTTP request and so never reaches it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+
+from broker.core.errors import MalformedRequest
+from broker.web.errors import error_response
+from broker.web.middleware import new_request_id
+
+if TYPE_CHECKING:
+    from aiohttp.web_request import BaseRequest
+
+log = structlog.get_logger(__name__)
+
+KEEPALIVE = 75.0
+"""Seconds that a connection may stay open with no request under way, one whose head never comes to its end included."""
+
+MAX_LINE = 32 * 1024
+"""Bytes of a request line, and of a header. A browser sends the cookies of a host to each of its ports, and on a
+developer's localhost there are many."""
+
+
+class Runner(web.AppRunner):
+    """Serves an application.
+
+    A handler whose client leaves is cancelled, which is not aiohttp's default, and no body is decompressed: we take
+    none that is, and the library trips over a broken one even after it was refused.
+    """
+
+    def __init__(self, app: web.Application) -> None:
+        super().__init__(
+            app,
+            handler_cancellation=True,
+            auto_decompress=False,
+            keepalive_timeout=KEEPALIVE,
+            max_line_size=MAX_LINE,
+            max_field_size=MAX_LINE,
+            access_log=None,
+            shutdown_timeout=1.0,
+        )
+
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        return _Server(
+            made.request_handler,
+            request_factory=made.request_factory,
+            handler_cancellation=made.handler_cancellation,
+            **made._kwargs,  # noqa: SLF001 - there is no other way to choose the class of its connections
+        )
+
+
+class _Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class _Connection(web.RequestHandler):
+    """One connection. Of what it cannot read it tells nothing: such bytes may be anything, a key for one."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what could not be read, in the one shape that errors have, and close."""
+        if not isinstance(exc, HttpProcessingError) or request.writer.output_size > 0:
+            return super().handle_error(request, status, exc, message)
+        too_long = isinstance(exc, LineTooLong)
+        response = error_response(
+            MalformedRequest(f"A line of the request is longer than {MAX_LINE} bytes." if too_long else "")
+        )
+        request_id = response.headers["X-Request-Id"] = new_request_id()
+        response.headers[hdrs.VARY] = hdrs.ORIGIN
+        response.force_close()
+        log.info("request not understood", why=type(exc).__name__, request_id=request_id)
+        return response
