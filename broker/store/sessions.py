@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 REMEMBERED = 4096
 """Sessions prepared here that are remembered without their prompts, until they are claimed or crowded out."""
 
-MIN_KEPT = 60
-"""Seconds that an end is kept at least, so that a late GET learns that the session was streamed."""
+KEPT_WITHOUT_RESUMING = 60
+"""Seconds that an end is kept where resuming is off, so that a late GET learns that the session was streamed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +103,14 @@ class SessionStore:
         store: the connection.
         session_ttl: seconds that a prepared session waits.
         running_ttl: seconds that the keys of a running one are kept.
-        resume_ttl: seconds that an ended one is kept.
+        resume_ttl: seconds that an ended one is kept; 0 where resuming is off.
     """
 
     def __init__(self, store: Store, *, session_ttl: int, running_ttl: int, resume_ttl: int) -> None:
         self._store = store
         self._session_ttl = session_ttl
         self._running_ttl = running_ttl
-        self._kept = max(resume_ttl, MIN_KEPT)
+        self._kept = resume_ttl or KEPT_WITHOUT_RESUMING
         self._prepared_here: dict[str, Described] = {}
         self._prepare = store.script("prepare")
         self._claim = store.script("claim")
@@ -262,13 +262,16 @@ class SessionStore:
         await self._restore(self._keys(session_id)[:2], args)
 
     async def remaining(self, session_id: str) -> int | None:
-        """Whole seconds for which a session can still be claimed, 0 once it was; None where there is no session."""
+        """Whole seconds for which a session can still be claimed, 0 once it was.
+
+        None where there is no session, or one that was cancelled before anybody claimed it.
+        """
         async with bounded_call():
             pipe = self._store.redis.pipeline(transaction=False)
-            pipe.hmget(self._key(session_id), ["state", "until"])
+            pipe.hmget(self._key(session_id), ["state", "until", "worker"])
             pipe.time()
-            (state, until), (now, microseconds) = await pipe.execute()
-        if state is None:
+            (state, until, worker), (now, microseconds) = await pipe.execute()
+        if state is None or (state == b"cancelled" and not worker):
             return None
         return (
             max(0, (int(until or 0) - now * 1000 - microseconds // 1000) // 1000)

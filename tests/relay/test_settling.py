@@ -293,6 +293,21 @@ async def test_a_cancelled_answer_is_paid_for_as_far_as_it_got(
         assert (counted["cancelled"], counted["failed"]) == (1, 0)
 
 
+async def test_a_worker_that_never_prepared_knows_the_prices_too(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    upstream.models = price_list()
+    async with running(valkey_url, upstream) as one, running(valkey_url, upstream) as another:
+        session, prompt = await prepared(one)
+        async with another.stream(session) as line:
+            call = (await upstream.call()).open()
+            call.chunk("x" * 30)
+            await line.take(1)
+            await one.cancel(session)
+            [end] = await line.rest()
+        assert end.json["cost"] == (prompt + 10) * PRICE / NANO
+
+
 async def test_a_cancel_before_the_claim_costs_nothing_and_is_no_request(broker: Broker) -> None:
     session, _ = await prepared(broker)
     await broker.cancel(session)

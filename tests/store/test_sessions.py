@@ -15,7 +15,7 @@ from broker.core.events import cancelled_before_start
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
 from broker.store.connection import CALL_TIMEOUT, MAX_CONNECTIONS, Store
-from broker.store.sessions import MIN_KEPT, REMEMBERED, Prepared, Refusal, SessionStore, Standing
+from broker.store.sessions import KEPT_WITHOUT_RESUMING, REMEMBERED, Prepared, Refusal, SessionStore, Standing
 from tests.system.harness import running_valkey
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ async def test_a_cancelled_session_can_no_longer_be_claimed(
     assert await sessions.claim(prepared, "token", "w1") == Standing(State.CANCELLED, "", CANCELLED)
     assert b"request" not in await held(store)
     assert await times(store) == [300]
-    assert await sessions.remaining(prepared) == 0
+    assert await sessions.remaining(prepared) is None
 
 
 async def test_cancelling_again_tells_the_end(sessions: SessionStore, prepared: str) -> None:
@@ -228,7 +228,15 @@ async def test_without_resuming_an_end_is_kept_for_a_minute(store: Store) -> Non
     await sessions.prepare(session, PREPARED)
     await sessions.claim(session, "token", "w1")
     await sessions.end(session, "token", DONE, NOTHING)
-    assert await times(store) == [MIN_KEPT]
+    assert await times(store) == [KEPT_WITHOUT_RESUMING]
+
+
+async def test_an_end_is_kept_for_as_long_as_it_can_be_resumed(store: Store) -> None:
+    sessions, session = sessions_in(store, resume_ttl=2), str(uuid4())
+    await sessions.prepare(session, PREPARED)
+    await sessions.claim(session, "token", "w1")
+    await sessions.end(session, "token", DONE, Batch(1, 1, b"event"))
+    assert await times(store) == [2, 2]
 
 
 # Redis itself

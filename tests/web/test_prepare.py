@@ -319,6 +319,25 @@ async def test_the_key_of_a_session_that_is_gone_is_free(
         assert again.json["sessionId"] != first.json["sessionId"]
 
 
+async def test_the_key_of_a_session_that_was_cancelled_before_its_claim_is_free(
+    broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    key = {"Idempotency-Key": "k"}
+    first = (await broker.post(headers=key)).json["sessionId"]
+    await broker.cancel(first)
+    again = await broker.post(headers=key)
+    assert again.status == 201
+    second = again.json["sessionId"]
+    assert second != first
+    async with broker.stream(second) as line:
+        (await upstream.call()).open().chunk("Hello")
+        await line.take(1)
+        await broker.cancel(second)
+        await line.rest()
+    late = await broker.post(headers=key)
+    assert (late.status, late.json["sessionId"], late.json["expiresIn"]) == (200, second, 0)
+
+
 @pytest.mark.parametrize("key", ["", " ", "a b", "x" * 256, "é", "\t"])
 async def test_a_malformed_key_is_refused(broker: Broker, key: str) -> None:
     answer = await broker.post(headers={"Idempotency-Key": key})

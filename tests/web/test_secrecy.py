@@ -83,6 +83,7 @@ def check(log: io.StringIO, *sessions: str) -> None:
         assert secret not in text
     for session in sessions:
         assert session[:8] in text
+        assert session[:10] not in text
 
 
 @pytest.mark.parametrize("reply", [good, refusing, failing, nonsense, a_page, breaking, busy, odd])
