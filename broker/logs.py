@@ -1,7 +1,8 @@
 """What is logged, and how: every line of ours and of our libraries through one chain, to standard error.
 
 Before a line is written it is cleaned: no secret, and of a session id, which is a bearer secret, the first eight
-characters. That holds for texts, for whatever lies inside lists and mappings, and for the words of exceptions.
+characters. That holds for texts, for whatever lies inside lists and mappings, and for the words of exceptions. Only
+the id of a request is told whole, though a client may choose it to look like one of a session: its answer carries it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _TALKATIVE: Final = ("openai", "httpx2", "httpcore2")
 _SESSION_ID: Final = re.compile(
     r"\b([0-9a-f]{8})-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\b", re.IGNORECASE
 )
+_REQUEST_ID: Final = "request_id"
 _SHORTEST_SECRET: Final = 4  # to replace a shorter one would make every line unreadable and hide nothing
 _DEEPEST: Final = 6
 _FIRST: Final = ("timestamp", "level", "event", "logger")
@@ -83,10 +85,11 @@ def censor(secrets: Iterable[str]) -> Callable[[Any, str, EventDict], EventDict]
     known = sorted({secret for secret in secrets if len(secret) >= _SHORTEST_SECRET}, key=len, reverse=True)
     anywhere = re.compile("|".join(map(re.escape, known))) if known else None
 
+    def without_secrets(text: str) -> str:
+        return text if anywhere is None else anywhere.sub("***", text)
+
     def clean_text(text: str) -> str:
-        if anywhere is not None:
-            text = anywhere.sub("***", text)
-        return _SESSION_ID.sub(r"\1…", text)
+        return _SESSION_ID.sub(r"\1…", without_secrets(text))
 
     def clean(value: Any, depth: int = 0) -> Any:
         match value:
@@ -101,7 +104,10 @@ def censor(secrets: Iterable[str]) -> Callable[[Any, str, EventDict], EventDict]
         return clean_text(repr(value))
 
     def processor(_logger: Any, _method: str, event: EventDict) -> EventDict:
-        return {key: clean(value) for key, value in event.items()}
+        cleaned = {key: clean(value) for key, value in event.items()}
+        if isinstance(request_id := event.get(_REQUEST_ID), str):
+            cleaned[_REQUEST_ID] = without_secrets(request_id)
+        return cleaned
 
     return processor
 

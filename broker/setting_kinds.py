@@ -18,6 +18,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 _A_YEAR = 366 * 24 * 3600
 _UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 24 * 3600}
 _SIZES = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+# What stands in public: as the secret it would let everybody who knows it sign tokens. Public keys come in armour, as
+# a line, as JSON, where they are published, or as bare base64 of DER: a long one of RSA, else those of curves.
+_PUBLIC = re.compile(
+    r"""-----BEGIN\ | ^(ssh|ecdsa)- | "kty" | ^https?://
+    | ^MI[IG][A-Za-z0-9+/=\s]{180,}$ | ^M(FkwEwYHKoZIzj|HYwEAYHKoZIzj|CowBQYDK2Vw)""",
+    re.VERBOSE,
+)
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 LATER_REDIS_SCHEMES = ("redis+sentinel", "redis+cluster")
 
@@ -47,7 +54,11 @@ class ApiKey(NamedTuple):
 def _listed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    return tuple(item for item in (part.strip() for part in value.split(",")) if item)
+    items = tuple(item for item in (part.strip() for part in value.split(",")) if item)
+    if value and not items:
+        # Somebody meant to list something. As an empty list it would count as unset, and so open a door.
+        raise ValueError(value)
+    return items
 
 
 def _size(value: Any) -> Any:
@@ -88,8 +99,7 @@ def _api_keys(value: Any) -> Any:
 
 def _signing_secret(value: SecretStr) -> SecretStr:
     secret = value.get_secret_value()
-    # A public key as the secret would let everybody who knows it sign tokens.
-    if not secret or re.search(r'-----BEGIN |^(ssh|ecdsa)-|"kty"', secret):
+    if _PUBLIC.search(secret) or not any(char.isprintable() and not char.isspace() for char in secret):
         raise ValueError("secret")
     return value
 
@@ -170,7 +180,10 @@ Size = Annotated[
     int, BeforeValidator(_size), Field(ge=1, le=1 << 40), Expects("a size such as 65536, 512KiB or 1MiB")
 ]
 Money = Annotated[
-    Decimal, Field(ge=0, le=10**9, allow_inf_nan=False), Expects("an amount in USD such as 2.50, 0 or more")
+    Decimal,
+    # What is beyond these bounds cannot be counted in nano-USD, and would end up as no budget at all.
+    Field(ge=0, le=10**6, max_digits=30, allow_inf_nan=False),
+    Expects("an amount in USD such as 2.50, from 0 to 1000000"),
 ]
 Flag = Annotated[bool, Expects("true or false")]
 RatePerTime = Annotated[

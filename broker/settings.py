@@ -36,7 +36,15 @@ _WITHOUT_PREFIX = frozenset({"openrouter_api_key", "referer", "x_title", "redis_
 _SECRETS = frozenset({"openrouter_api_key", "redis_url", "api_keys", "jwt_secret"})
 # URLs may carry a password where somebody put it in the wrong place.
 _NEVER_SHOWN = _SECRETS | {"upstream_url", "jwks_url"}
+# Left out, each of these lets more people in, or to more, so nothing but spaces is a mistake there and not unset.
+_NEVER_BLANK = frozenset(
+    {
+        *("api_keys", "jwt_secret", "jwks_url", "jwt_audience", "jwt_issuer"),
+        *("allowed_models", "daily_tokens", "daily_cost", "total_daily_cost"),
+    }
+)
 _LARGEST_SECRET_FILE = 64 * 1024
+_LONGEST_DOTENV = 1024 * 1024
 _LONGEST_SHOWN = 60
 
 
@@ -170,7 +178,6 @@ class _Given(NamedTuple):
     name: str
 
 
-# Set by the user and understood, but not acted upon yet. The start says so of each.
 def setting_name(field: str) -> str:
     """Return the environment variable of an attribute of `Settings`."""
     return field.upper() if field in _WITHOUT_PREFIX else f"BROKER_{field.upper()}"
@@ -248,19 +255,31 @@ def _from_variables(variables: Mapping[str, str], where: str = "") -> dict[str, 
     found = {}
     for field in Settings.model_fields:
         name = setting_name(field)
-        value = variables.get(name, "").strip()
-        path = variables.get(f"{name}_FILE", "").strip() if field in _SECRETS else ""
+        may_be_blank = field not in _NEVER_BLANK
+        value = _written(variables, name, where, may_be_blank=may_be_blank)
+        in_file = variables if field in _SECRETS else {}
+        path = _written(in_file, f"{name}_FILE", where, may_be_blank=may_be_blank)
         if value and path:
             raise SettingsError(f"{name} and {name}_FILE are both given{where}; leave one out")
         if path:
             name = f"{name}_FILE"
             value = _read_secret(Path(path), f"{name}{where}")
-        if value:
+            if not value and field != "api_keys":  # keys may come into their file later
+                raise SettingsError(f"{name}{where} must name a file that is not empty")
+        if value or path:
             found[field] = _Given(value, f"{name}{where}")
     if "api_keys" in found:
         # A file that a weaker place names does not belong to keys that a stronger one gives.
         found.setdefault("api_keys_file", _Given(None, "BROKER_API_KEYS_FILE"))
     return found
+
+
+def _written(variables: Mapping[str, str], name: str, where: str, *, may_be_blank: bool) -> str:
+    written = variables.get(name, "")
+    value = written.strip()
+    if written and not value and not may_be_blank:
+        raise SettingsError(f"{name}{where} must not be blank")
+    return value
 
 
 def _read_secret(path: Path, name: str) -> str:
@@ -278,16 +297,23 @@ def _read_secret(path: Path, name: str) -> str:
 
 
 def _read_dotenv() -> dict[str, str]:
-    """Read `.env`. A `$` in it is just that: a secret may contain one."""
+    """Read `.env`. A `$` in it is just that: a secret may contain one. Of lines for one name the last counts."""
     try:
         with DOTENV.open(encoding="utf-8-sig") as file:
-            return dict(_bindings(file.read(1024 * 1024)))
+            text = file.read(_LONGEST_DOTENV + 1)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise SettingsError(f".env cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise SettingsError(".env must be UTF-8 text") from None
+    if len(text) > _LONGEST_DOTENV:
+        raise SettingsError(f".env must have at most {_LONGEST_DOTENV} characters")
+    found: dict[str, str] = {}
+    for name, value in _bindings(text):
+        if value or name not in found:  # empty is unset, and undoes nothing
+            found[name] = value
+    return found
 
 
 def _bindings(text: str) -> Iterator[tuple[str, str]]:

@@ -212,6 +212,30 @@ def test_of_a_session_id_only_the_beginning_stays(value: Any, expected: str) -> 
     assert clean(value) == expected
 
 
+def test_the_id_of_a_request_is_told_whole_and_nothing_else_of_that_form() -> None:
+    out = io.StringIO()
+    configure_logs("info", "json", secrets=[KEY], out=out)
+    logger().info(
+        f"request {SESSION}",
+        request_id=SESSION,
+        session=SESSION,
+        extra={"request_id": SESSION},
+        request=SESSION,
+    )
+    (line,) = lines(out)
+    assert line["request_id"] == SESSION
+    assert {line["event"], line["session"], line["extra"]["request_id"], line["request"]} == {
+        "request 3f2b8c1e…",
+        "3f2b8c1e…",
+    }
+
+
+def test_the_id_of_a_request_holds_no_secret_either() -> None:
+    clean_line = censor([KEY])
+    assert clean_line(None, "info", {"request_id": f"{SESSION}.{KEY}"}) == {"request_id": f"{SESSION}.***"}
+    assert clean_line(None, "info", {"request_id": [SESSION, KEY]}) == {"request_id": ["3f2b8c1e…", "***"]}
+
+
 def test_a_uuid_of_another_version_is_no_session_id() -> None:
     assert clean("3f2b8c1e-9a4d-1e6f-8b7a-1c2d3e4f5a6b") == "3f2b8c1e-9a4d-1e6f-8b7a-1c2d3e4f5a6b"
 

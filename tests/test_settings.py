@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from broker.core.pricing import to_nano
 from broker.setting_kinds import ApiKey, Rate
 from broker.settings import (
     Settings,
@@ -72,6 +73,46 @@ def test_empty_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_settings()
     assert settings.model_fields_set == {"port"}
     assert settings.port == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BROKER_API_KEYS",
+        "BROKER_API_KEYS_FILE",
+        "BROKER_JWT_SECRET",
+        "BROKER_JWT_SECRET_FILE",
+        "BROKER_JWKS_URL",
+        "BROKER_JWT_AUDIENCE",
+        "BROKER_JWT_ISSUER",
+        "BROKER_ALLOWED_MODELS",
+        "BROKER_DAILY_TOKENS",
+        "BROKER_DAILY_COST",
+        "BROKER_TOTAL_DAILY_COST",
+    ],
+)
+def test_nothing_but_spaces_is_no_way_to_unset_what_guards_the_door(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert complaint(monkeypatch, name, " \t") == f"{name} must not be blank"
+    monkeypatch.setenv(name, "")
+    assert load_settings().model_fields_set == set()
+    Path(".env").write_text(f"{name}='  '\n")
+    with pytest.raises(SettingsError, match=rf"^{name} in \.env must not be blank$"):
+        load_settings()
+
+
+def test_an_empty_line_of_dotenv_does_not_undo_another() -> None:
+    Path(".env").write_text(
+        "BROKER_JWT_ISSUER=a\nBROKER_JWT_ISSUER=b\nBROKER_JWT_ISSUER=\nBROKER_JWT_ISSUER\n"
+    )
+    assert load_settings().jwt_issuer == "b"
+
+
+def test_a_dotenv_is_read_to_its_end_or_not_at_all() -> None:
+    Path(".env").write_text("#" * (1 << 20) + "\nBROKER_API_KEYS=a:one\n")
+    with pytest.raises(SettingsError, match=r"^\.env must have at most 1048576 characters$"):
+        load_settings()
 
 
 def test_names_of_others_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,9 +216,29 @@ def test_only_secrets_come_from_files(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded(monkeypatch, "PORT_FILE", "port").port == 3000
 
 
-def test_an_empty_file_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("secret").write_text("\n")
-    assert loaded(monkeypatch, "OPENROUTER_API_KEY_FILE", "secret").openrouter_api_key is None
+@pytest.mark.parametrize("name", ["OPENROUTER_API_KEY_FILE", "REDIS_URL_FILE", "BROKER_JWT_SECRET_FILE"])
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xef\xbb\xbf\r\n"])
+def test_a_secret_file_that_holds_nothing_ends_the_start(
+    name: str, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("secret").write_bytes(content)
+    assert complaint(monkeypatch, name, "secret") == f"{name} must name a file that is not empty"
+
+
+def test_an_empty_secret_file_of_dotenv_ends_the_start_too() -> None:
+    Path("secret").touch()
+    Path(".env").write_text("BROKER_JWT_SECRET_FILE=secret\n")
+    with pytest.raises(
+        SettingsError, match=r"^BROKER_JWT_SECRET_FILE in \.env must name a file that is not "
+    ):
+        load_settings()
+
+
+def test_a_byte_order_mark_and_the_end_of_the_line_are_no_part_of_a_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("secret").write_bytes(b"\xef\xbb\xbf" + SECRET.encode() + b"\r\n")
+    assert loaded(monkeypatch, "BROKER_JWT_SECRET_FILE", "secret").jwt_secret == SecretStr(SECRET)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +301,16 @@ def test_a_value_is_understood(name: str, value: str, expected: Any, monkeypatch
     assert getattr(settings, name.removeprefix("BROKER_").lower()) == expected
 
 
+@pytest.mark.parametrize("amount", ["1000000", "0.000000001", f"0.{'0' * 40}1", f"1.{'1' * 60}"])
+def test_no_budget_that_is_taken_comes_to_none(amount: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BROKER_DAILY_COST", amount)
+    try:
+        settings = load_settings()
+    except SettingsError:
+        return
+    assert to_nano(settings.daily_cost)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
@@ -261,8 +332,19 @@ def test_a_value_is_understood(name: str, value: str, expected: Any, monkeypatch
         ("BROKER_RATE_LIMIT", "30", "a rate such as 30/minute, not '30'"),
         ("BROKER_RATE_LIMIT", "0/minute", "a rate such as 30/minute, not '0/minute'"),
         ("BROKER_RATE_LIMIT", "3/0 minutes", "a rate such as 30/minute, not '3/0 minutes'"),
-        ("BROKER_DAILY_COST", "-1", "an amount in USD such as 2.50, 0 or more, not '-1'"),
-        ("BROKER_DAILY_COST", "NaN", "an amount in USD such as 2.50, 0 or more, not 'NaN'"),
+        ("BROKER_DAILY_COST", "-1", "an amount in USD such as 2.50, from 0 to 1000000, not '-1'"),
+        ("BROKER_DAILY_COST", "NaN", "an amount in USD such as 2.50, from 0 to 1000000, not 'NaN'"),
+        (
+            "BROKER_TOTAL_DAILY_COST",
+            "1000001",
+            "an amount in USD such as 2.50, from 0 to 1000000, not '1000001'",
+        ),
+        ("BROKER_ALLOWED_MODELS", " , ", "a comma list of names, not ','"),
+        (
+            "BROKER_CORS_ORIGINS",
+            ",,",
+            "a comma list of origins such as https://example.com, or *, not ',,'",
+        ),
         ("BROKER_PAGE", "perhaps", "true or false, not 'perhaps'"),
         ("BROKER_HOST", "http://x", "an address or a host name, not 'http://x'"),
         ("X_TITLE", "a\nb", r"printable ASCII characters, not 'a\nb'"),
@@ -294,6 +376,10 @@ def test_a_bad_value_is_named_with_what_is_expected(
         ("OPENROUTER_API_KEY", f"{SECRET} {SECRET}"),
         ("BROKER_API_KEYS", SECRET),
         ("BROKER_API_KEYS", f"{SECRET}:"),
+        ("BROKER_API_KEYS", f"a:one,{SECRET}: ,"),
+        ("BROKER_API_KEYS", ","),
+        ("BROKER_API_KEYS", " ,, ,"),
+        ("BROKER_API_KEYS", "\ufeff"),
         ("REDIS_URL", f"http://:{SECRET}@host"),
         ("REDIS_URL", f"redis://:{SECRET}@host:99999"),
         ("BROKER_UPSTREAM_URL", f"https://user:{SECRET}@host"),

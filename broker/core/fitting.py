@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from broker.core.density import teaching_size
-from broker.core.errors import PromptTooLong
+from broker.core.errors import InvalidRequest, PromptTooLong
 from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, Size, measure_frame, measure_message
 from broker.core.trimming import trim
 
@@ -95,11 +95,14 @@ def fit(
         bytes_per_token: what was learned, by model; the densest of the reachable ones decides.
 
     Raises:
+        InvalidRequest: the answer that is asked for leaves no room for a prompt.
         PromptTooLong: even after trimming; the detail has both figures, in tokens.
     """
     known = [_of_model(models, model, ModelLimits()) for model in request.reachable_models]
     contexts = [limits.context_length for limits in known if limits.context_length]
     cap = _output_cap(request.parameters, known, contexts, rules.max_output_tokens)
+    if contexts and cap >= min(contexts):
+        raise _no_room(request.parameters, cap, min(contexts))
     limit = _prompt_limit(contexts, cap, rules.max_prompt_tokens)
     density = min(
         _of_model(bytes_per_token or {}, m, DEFAULT_BYTES_PER_TOKEN) for m in request.reachable_models
@@ -111,7 +114,7 @@ def fit(
     kept = trim(request.messages, costs, limit - frame.tokens(density))
     prompt_tokens = frame.tokens(density) + sum(costs[index] for index in kept)
     if prompt_tokens > limit:
-        raise _too_long(prompt_tokens, max(0, int(limit)))
+        raise _too_long(prompt_tokens, int(limit))
     messages = [request.messages[index] for index in kept]
     return FittedChat(
         body=_body(request, messages, cap, rules),
@@ -144,6 +147,14 @@ def _prompt_limit(contexts: Sequence[int], cap: int, most: int) -> float:
     if most > 0:
         limits.append(most)
     return min(limits, default=math.inf)
+
+
+def _no_room(parameters: Mapping[str, Any], cap: int, context: int) -> InvalidRequest:
+    """Of an answer as long as the context. The request named such a length: no default of ours reaches it."""
+    asked, field = min((parameters[field], field) for field in _CAP_FIELDS if field in parameters)
+    allowed = f" ({cap} are allowed)" if cap < asked else ""
+    sentence = f"An answer of up to {asked} tokens{allowed} leaves no room for the question in a context of {context}."
+    return InvalidRequest(details=[{"field": field, "message": sentence}])
 
 
 def _too_long(prompt_tokens: int, limit: int) -> PromptTooLong:

@@ -11,7 +11,7 @@ import jwt
 import orjson
 import structlog
 
-from broker.core.errors import Unauthorized
+from broker.core.errors import Overloaded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,7 +97,7 @@ class PublishedKeys:
         that is cancelled leaves the fetch to the others.
 
         Raises:
-            Unauthorized: no keys could be fetched yet.
+            Overloaded: the key is not known and keys cannot be fetched now, so nobody can say whether it is good.
         """
         key = self._match(algorithm, kid)
         age = self._clock() - self._born
@@ -107,8 +107,12 @@ class PublishedKeys:
         if fetch is not None and (key is None or age >= OLD_AFTER):
             await asyncio.wait({fetch})
             key = self._match(algorithm, kid)
-        if not self._keys:
-            raise Unauthorized("Tokens cannot be checked right now; try again in a moment.")
+        if key is None and (self._trouble or not self._keys):
+            # Not the caller's fault: told that a token is bad, a page would log its user out.
+            raise Overloaded(
+                "The keys that tokens are checked with cannot be fetched right now.",
+                retry_after=max(1.0, self._next_fetch - self._clock()),
+            )
         return key
 
     def _match(self, algorithm: str, kid: str | None) -> jwt.PyJWK | None:

@@ -63,7 +63,8 @@ class Tokens:
         """Whom a good token is about.
 
         Raises:
-            Unauthorized: it is not good, or cannot be checked now.
+            Unauthorized: it is not good.
+            Overloaded: it cannot be checked now.
         """
         if len(token) > MAX_TOKEN or _FORM.fullmatch(token) is None:
             raise Unauthorized(INVALID)

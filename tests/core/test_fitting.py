@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import orjson
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from broker.core.chat import ChatRequest, ChatRules, parse_chat
 from broker.core.document import parse_json
-from broker.core.errors import PromptTooLong
+from broker.core.errors import InvalidRequest, PromptTooLong
 from broker.core.fitting import FitRules, FittedChat, ModelLimits, fit
 from broker.core.tokens import estimate_prompt
 from broker.core.trimming import droppable_units
@@ -86,7 +87,7 @@ def test_the_cap_is_the_least_of_what_is_known(
 def fit_anyway(asked: ChatRequest, models: dict[str, ModelLimits], using: FitRules) -> FittedChat | None:
     try:
         return fit(asked, models, using)
-    except PromptTooLong:
+    except (InvalidRequest, PromptTooLong):
         return None
 
 
@@ -195,10 +196,45 @@ def test_what_cannot_fit_is_refused_with_both_figures() -> None:
     }
 
 
-def test_a_context_smaller_than_the_cap_leaves_no_room_at_all() -> None:
+@pytest.mark.parametrize(
+    ("asked", "ours", "completion", "told"),
+    [
+        ({"max_tokens": 4096}, 4096, None, "4096 tokens"),
+        ({"max_tokens": 2048}, 4096, None, "2048 tokens"),
+        ({"max_completion_tokens": 3000}, 4096, None, "3000 tokens"),
+        ({"max_tokens": 3000, "max_completion_tokens": 2500}, 4096, None, "2500 tokens"),
+        ({"max_tokens": 2500, "max_completion_tokens": 3000}, 4096, 9000, "2500 tokens"),
+        ({"max_tokens": 9000}, 4096, None, "9000 tokens (4096 are allowed)"),
+        ({"max_completion_tokens": 9000}, 4096, 2048, "9000 tokens (2048 are allowed)"),
+    ],
+)
+def test_an_answer_as_long_as_the_context_is_told_to_be_too_long_and_not_the_question(
+    asked: dict[str, Any], ours: int, completion: int | None, told: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        fit(request(**asked), known(2048, completion), rules(output=ours))
+    field = min(asked, key=lambda name: asked[name])
+    sentence = f"An answer of up to {told} leaves no room for the question in a context of 2048."
+    assert caught.value.details == [{"field": field, "message": sentence}]
+
+
+def test_a_context_that_another_model_has_is_told() -> None:
+    models = {"a/b": ModelLimits(128_000, None), "c/d": ModelLimits(2048, None)}
+    with pytest.raises(InvalidRequest, match="not valid") as caught:
+        fit(request(models=["c/d"], max_tokens=2048), models, RULES)
+    assert "a context of 2048" in caught.value.details[0]["message"]
+
+
+def test_a_context_that_leaves_any_room_calls_the_conversation_too_long() -> None:
     with pytest.raises(PromptTooLong) as caught:
-        fit(request(max_tokens=4000), known(1000), RULES)
-    assert caught.value.details[0]["limit"] == 0
+        fit(request(max_tokens=2047), known(2048), RULES)
+    assert caught.value.details[0]["limit"] == 1
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 100, 4096])
+def test_who_names_no_length_is_never_told_that_it_is_too_long(context: int) -> None:
+    with suppress(PromptTooLong):
+        assert fit(request(), known(context, 10**6), rules(output=10**6)).max_output_tokens <= context // 2
 
 
 def test_the_densest_reachable_model_decides_the_estimate() -> None:

@@ -98,7 +98,7 @@ def test_an_emptied_file_lets_nobody_in(keys: ApiKeys, path: Path, clock: Clock)
 
 
 @pytest.mark.parametrize(
-    "text", ["gibberish-s3cret", "ann:", ":three", "ann:a b", "a,b:c", "a:one\nb:one", "é:one"]
+    "text", ["gibberish-s3cret", "ann:", ":three", "ann:a b", "a,b:c", "a:one\nb:one", "é:one", ",\n"]
 )
 def test_a_broken_file_leaves_the_old_keys_and_is_told_of_once(
     text: str, keys: ApiKeys, path: Path, clock: Clock, log: io.StringIO

@@ -15,7 +15,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.core.errors import Unauthorized
+from broker.core.errors import Overloaded
 from broker.identity.jwks import (
     MAX_KEYS,
     MAX_SIZE,
@@ -30,7 +30,7 @@ from broker.identity.jwks import (
 from tests.identity.issuer import Clock, KeyServer, key_server, key_set, member, private_key, serving
 
 OLD, NEW = member("RSA", kid="old"), member("RSA other", kid="new")
-LATER = "Tokens cannot be checked right now; try again in a moment."
+LATER = "The keys that tokens are checked with cannot be fetched right now."
 
 
 @asynccontextmanager
@@ -166,8 +166,9 @@ async def test_without_any_keys_tokens_cannot_be_checked_for_a_moment(clock: Clo
         server.status = 500
         async with keys_of(server, clock) as keys:
             for _ in range(3):
-                with pytest.raises(Unauthorized, match=LATER):
+                with pytest.raises(Overloaded, match=LATER) as error:
                     await has(keys)
+                assert error.value.retry_after == PAUSE_WITHOUT_KEYS
             assert server.fetches == 1
             server.status, server.body = 200, key_set(OLD)
             clock.now += PAUSE_WITHOUT_KEYS
@@ -197,8 +198,24 @@ async def test_keys_stay_while_the_answer_is_no_good(answer: dict[str, Any], clo
             setattr(server, name, value)
         clock.now += OLD_AFTER
         assert await has(keys, "old")
-        assert not await has(keys, "new")
+        with pytest.raises(Overloaded, match=LATER):
+            await has(keys, "new")
         assert server.fetches == 2
+
+
+async def test_a_key_that_is_not_known_is_only_put_off_until_a_fetch_succeeds(clock: Clock) -> None:
+    async with key_server(OLD) as server, keys_of(server, clock) as keys:
+        assert not await has(keys, "new")
+        server.status = 500
+        clock.now += PAUSE
+        for passed in (0.0, 10.0):
+            clock.now += passed
+            with pytest.raises(Overloaded) as error:
+                await has(keys, "new")
+            assert error.value.retry_after == PAUSE - passed
+        server.status = 200
+        clock.now += PAUSE
+        assert not await has(keys, "new")
 
 
 async def test_an_answer_of_the_largest_size_is_taken(clock: Clock) -> None:
@@ -223,7 +240,7 @@ async def test_a_server_that_does_not_answer_is_given_up(clock: Clock) -> None:
     async with key_server(OLD) as server:
         server.hold.clear()
         async with keys_of(server, clock, timeout=0.05) as keys:
-            with pytest.raises(Unauthorized, match=LATER):
+            with pytest.raises(Overloaded, match=LATER):
                 await has(keys)
             server.hold.set()
             clock.now += PAUSE_WITHOUT_KEYS
@@ -239,7 +256,7 @@ async def test_a_server_that_drips_is_given_up(clock: Clock) -> None:
             await asyncio.sleep(0.01)
 
     async with serving(drip) as url, PublishedKeys(url, timeout=0.1, clock=clock) as keys:
-        with pytest.raises(Unauthorized, match=LATER):
+        with pytest.raises(Overloaded, match=LATER):
             await has(keys)
 
 
@@ -249,7 +266,7 @@ async def test_the_end_does_not_wait_for_a_fetch(clock: Clock) -> None:
         async with asyncio.timeout(2), keys_of(server, clock, timeout=60) as keys:
             waiting = asyncio.create_task(has(keys))
             await server.asked(1)
-        with pytest.raises(Unauthorized):
+        with pytest.raises(Overloaded):
             await waiting
         assert not [task for task in asyncio.all_tasks() if task.get_name() == "token keys"]
 
@@ -260,7 +277,8 @@ async def test_trouble_is_told_once_and_without_the_url(clock: Clock, log: io.St
         for status in (500, 500, 503, 200):
             server.status = status
             clock.now += PAUSE
-            await has(keys, "unknown")
+            with suppress(Overloaded):
+                await has(keys, "unknown")
     told = [json.loads(line) for line in log.getvalue().splitlines() if '"broker.' in line]
     assert [(line["event"], line.get("reason")) for line in told] == [
         ("token keys cannot be fetched", "status 500"),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import textwrap
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import SecretStr, ValidationError
 
 from broker.setting_kinds import ApiKey
 from broker.settings import Settings, SettingsError, load_settings, not_yet_served
-from tests.identity.issuer import SECRET
+from tests.identity.issuer import SECRET, private_key
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +43,28 @@ def test_an_empty_file_of_keys_still_asks_for_one(monkeypatch: pytest.MonkeyPatc
     assert settings.needs_identity
 
 
+def test_an_empty_file_of_keys_wins_over_the_keys_of_dotenv(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("keys").touch()
+    Path(".env").write_text("BROKER_API_KEYS=ann:one\n")
+    monkeypatch.setenv("BROKER_API_KEYS_FILE", "keys")
+    settings = load_settings()
+    assert settings.api_keys == ()
+    assert settings.needs_identity
+
+
+def test_a_file_of_separators_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("keys").write_text(",\n,\n")
+    monkeypatch.setenv("BROKER_API_KEYS_FILE", "keys")
+    with pytest.raises(SettingsError, match=r"^BROKER_API_KEYS_FILE must be a comma list of name:key pairs"):
+        load_settings()
+
+
+@pytest.mark.parametrize("keys", [",", ",,", " , ", "\n", "\n,\n"])
+def test_separators_without_a_pair_are_refused(keys: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(api_keys=keys)
+
+
 def test_keys_of_the_environment_are_not_replaced_by_a_file_of_dotenv(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -64,6 +89,9 @@ def test_a_key_may_have_any_visible_character_but_a_comma(key: str) -> None:
         "ann",
         ":one",
         "ann:",
+        "ann: ,",
+        "bob:two,ann:",
+        "\ufeffann:one",
         "a b:one",
         "ann:o ne",
         "ann:é",
@@ -87,11 +115,32 @@ def test_a_pair_that_cannot_be_used_is_refused(keys: str) -> None:
         "ssh-rsa AAAA",
         "ecdsa-sha2-nistp256 AAAA",
         '{"kty": "oct", "k": "AAAA"}',
+        "https://login.example/.well-known/jwks.json",
     ],
 )
-def test_a_public_key_is_refused_as_the_secret(secret: str) -> None:
+def test_what_everybody_may_know_is_refused_as_the_secret(secret: str) -> None:
     with pytest.raises(ValidationError):
         Settings(jwt_secret=secret)
+
+
+@pytest.mark.parametrize("kind", ["RSA", "RSA-1024", "P-256", "P-384", "Ed25519"])
+@pytest.mark.parametrize("width", [64, 10_000])
+def test_a_public_key_is_refused_as_the_secret_without_its_first_line_too(kind: str, width: int) -> None:
+    public = private_key(kind).public_key()
+    shown = b64encode(public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).decode()
+    with pytest.raises(ValidationError):
+        Settings(jwt_secret="\n".join(textwrap.wrap(shown, width)))
+
+
+@pytest.mark.parametrize("secret", [" ", "\t\n", "\0", "\0" * 64, "\ufeff", "\u200b\u00a0"])
+def test_a_secret_that_shows_nothing_is_refused(secret: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(jwt_secret=secret)
+
+
+@pytest.mark.parametrize("secret", ["two words", "schlüssel", "MIIBfairly-short", "M" * 300, "x\0"])
+def test_any_other_text_is_a_secret(secret: str) -> None:
+    assert Settings(jwt_secret=secret).secrets == (secret,)
 
 
 def test_a_refused_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

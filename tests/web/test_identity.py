@@ -12,9 +12,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from broker.core.errors import Unauthorized
+from broker.core.errors import BrokerError
 from broker.identity.api_keys import LOOK_EVERY
-from broker.identity.jwks import PAUSE
+from broker.identity.jwks import PAUSE, PAUSE_WITHOUT_KEYS
 from broker.settings import Settings
 from broker.web.errors import error_response, json_response
 from broker.web.identity import Identifier
@@ -55,6 +55,13 @@ class Asker:
     async def refused(self, token: str) -> str:
         return await self.refusal(("Authorization", f"Bearer {token}"))
 
+    async def answer(self, token: str) -> tuple[int, str, dict[str, str | None]]:
+        """Status, code, and the headers that say what to do next."""
+        async with self._http.get(self._url, headers={"Authorization": f"Bearer {token}"}) as response:
+            code = (await response.json()).get("error", {}).get("code", "")
+            names = ("Retry-After", "WWW-Authenticate")
+            return response.status, code, {name: response.headers.get(name) for name in names}
+
     async def _ask(self, headers: tuple[tuple[str, str], ...]) -> tuple[int, Any]:
         async with self._http.get(self._url, headers=headers) as response:
             return response.status, await response.json()
@@ -71,7 +78,7 @@ async def asking(
         async def who(request: web.Request) -> web.Response:
             try:
                 return json_response(asdict(await identifier.identify(request)))
-            except Unauthorized as error:
+            except BrokerError as error:
                 return error_response(error)
 
         app = web.Application()
@@ -250,8 +257,21 @@ async def test_published_keys_are_fetched_and_followed() -> None:
         assert await asker.refused(signed("P-256", "ES256", "old")) == INVALID
 
 
-async def test_while_no_keys_can_be_fetched_that_is_said() -> None:
-    async with key_server() as server, asking(jwks_url=server.url, api_keys="ann:one") as asker:
-        told = await asker.refused(signed("P-256", "ES256", "old"))
-        assert told == "Tokens cannot be checked right now; try again in a moment."
+async def test_while_no_keys_can_be_fetched_a_token_is_asked_to_come_again_and_not_called_bad() -> None:
+    clock = Clock()
+    token = signed("P-256", "ES256", "old")
+    async with key_server() as server, asking(jwks_url=server.url, api_keys="ann:one", clock=clock) as asker:
+        later = {"Retry-After": "2", "WWW-Authenticate": None}
+        assert await asker.answer(token) == (503, "overloaded", later)
         assert await asker.shown("one") == "key:ann"
+        assert await asker.refusal() == NEEDED
+        assert await asker.refused("two") == INVALID
+        server.body = key_set(member("P-256", kid="old"))
+        clock.now += PAUSE_WITHOUT_KEYS
+        assert (await asker.shown(token)).startswith("sub:")
+
+
+async def test_a_token_of_an_unknown_key_is_bad_once_the_keys_were_fetched() -> None:
+    async with key_server(member("P-256", kid="old")) as server, asking(jwks_url=server.url) as asker:
+        refused = {"Retry-After": None, "WWW-Authenticate": "Bearer"}
+        assert await asker.answer(signed("P-256", "ES256", "new")) == (401, "unauthorized", refused)
