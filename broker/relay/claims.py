@@ -128,6 +128,9 @@ class Claims:
             if described is not None and described.state not in (State.PREPARED, State.GONE):
                 return Standing(described.state, described.worker)
             raise
+        if self._loop.time() >= pursuit.reserved_at + LEASE / 2:
+            # This process stood still meanwhile, and others may have given it back.
+            reservation = await self._reserve(pursuit, reservation)
         outcome = await self._sessions.claim(pursuit.session_id, pursuit.token, self._worker)
         if isinstance(outcome, Prepared):
             return self._begin(pursuit.session_id, reservation, outcome)

@@ -82,6 +82,7 @@ class Ending:
         self._sessions = sessions
         self._settler = settler
         self._write_later = write_later
+        self._proposed: Terminal | None = None
         self._loop = asyncio.get_running_loop()
         self._started_at = self._loop.time()
 
@@ -102,17 +103,18 @@ class Ending:
 
     async def _decide(self, decided: Terminal | None, end: Terminal) -> Terminal:
         """The end that stands, ours unless another was written first. What it took is booked before that is told."""
+        self._proposed = end
         try:
             async with asyncio.timeout(DECIDE_TIMEOUT):
                 if decided is None:
                     written = await self.write(end)
                     if written is None:  # Redis came back empty, and this may just be written anew as running
-                        self._write_later(end)
-                    end = written or end
-                await self.settle(end.state)
+                        self._write_later(self._proposed)
+                    self._proposed = written or self._proposed
+                await self.settle(self._proposed.state)
         except (StoreUnavailable, TimeoutError):
-            self._write_later(end)
-        return end
+            self._write_later(self._proposed)
+        return self._proposed
 
     async def write(self, proposed: Terminal) -> Terminal | None:
         """Write an end to Redis, with what is left to be journaled.
@@ -129,7 +131,7 @@ class Ending:
             if not isinstance(answer, Refusal):
                 return answer.end
             if answer.kind == "cancel":
-                proposed = self.terminal(Step.CANCEL, None)
+                proposed = self._proposed = self.terminal(Step.CANCEL, None)
             else:  # behind: send from where the journal is, or end it with a hole that readers see
                 rest = self._feed.unsaved(answer.last, ALL)
                 if rest.first > answer.last + 1:
