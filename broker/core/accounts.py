@@ -68,6 +68,11 @@ class Spent(NamedTuple):
         return self.prompt + self.completion
 
 
+def spent_at_worst(worst: Worst) -> Spent:
+    """What to book where nothing is known any more of a generation that ran: all that it may have taken."""
+    return Spent(prompt=worst.tokens, cost=worst.cost or None, estimated=True)
+
+
 def spent_of(usage: Mapping[str, Any], cost: int | None, *, estimated: bool) -> Spent:
     """Read an upstream's usage, whatever it holds."""
     prompt = count_of(usage.get("prompt_tokens")) or 0

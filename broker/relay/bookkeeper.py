@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 import structlog
 
+from broker.core.accounts import spent_at_worst
 from broker.core.answer import Answer
 from broker.core.errors import StoreUnavailable, UpstreamError, WorkerLost
 from broker.core.events import cancelled_unseen, error_data
@@ -83,6 +85,9 @@ class Bookkeeper:
             except StoreUnavailable:
                 self._absent.clear()
                 pause = AWAY_ROUND
+                continue
+            with suppress(StoreUnavailable):
+                await self._ask()
 
     async def _hold(self, running: Sequence[Reservation]) -> None:
         for closed in await self._accounts.hold(running):
@@ -95,6 +100,8 @@ class Bookkeeper:
         dead = await self._dead({session.worker for _, session in found if session is not None})
         for orphan, session in found:
             await self._look_after(orphan, session, dead)
+
+    async def _ask(self) -> None:
         for reservation, generation_id in await self._accounts.unasked(AT_ONCE):
             self._settler.ask_again(reservation, generation_id)
 
@@ -106,8 +113,11 @@ class Bookkeeper:
         return {worker for worker, rounds in self._absent.items() if rounds > ABSENT_ROUNDS}
 
     async def _look_after(self, orphan: Reservation, session: Described | None, dead: set[str]) -> None:
-        if session is None or session.token != orphan.token:
-            # The claim was never made, or was another's; a session that is gone was settled while it was there.
+        if session is None and orphan.ran:
+            # All workers were away for longer than its journal is kept. The most that it can have cost is safe.
+            await self._settler.settle(orphan, spent_at_worst(orphan.worst), State.LOST, None)
+            return
+        if session is None or session.token != orphan.token:  # the claim was never made, or was another's
             await self._accounts.release(orphan.token, orphan.client)
             return
         state = session.state

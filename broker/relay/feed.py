@@ -120,6 +120,11 @@ class Feed:
             del self._batches[:dropped]
             self.first = self._batches[0].first if self._batches else self.last + 1
 
+    @property
+    def live(self) -> int:
+        """Viewers that have everything that is shown."""
+        return len(self._live)
+
     def go_live(self, viewer: LiveViewer) -> None:
         """From now on push to this viewer, which has everything that is shown."""
         self._live.add(viewer)

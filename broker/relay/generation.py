@@ -216,7 +216,12 @@ class Generation:
 
     def unsaved(self, limit: int = ALL) -> Batch:
         """Events that the journal does not have yet and should."""
-        return self.feed.unsaved(self.saved, limit) if self._journaled else NOTHING
+        if not self._journaled:
+            return NOTHING
+        if self._abandoning is not None or self._decided is not None:
+            # Its end has its number already, and what came since must not take that.
+            return self.feed.after(max(self.saved, self.feed.first - 1), limit)
+        return self.feed.unsaved(self.saved, limit)
 
     def has_unsaved(self) -> bool:
         """Whether there are any."""
@@ -243,11 +248,14 @@ class Generation:
         end = Terminal(
             State.ABANDONED, "error", Cursor(1, self.feed.shown + 1, end=True), error_data(failure)
         )
-        # What comes during the pause is not part of it.
-        rest = self.feed.after(max(self.saved, self.feed.first - 1), ALL) if self._journaled else NOTHING
         try:
             answer = await self._sessions.end(
-                self.session_id, self.token, end, rest, timeout=DECIDE_TIMEOUT, only_if_unwatched=True
+                self.session_id,
+                self.token,
+                end,
+                self.unsaved(),
+                timeout=DECIDE_TIMEOUT,
+                only_if_unwatched=True,
             )
         except StoreUnavailable:
             self._decided = end  # and no other one: Redis may yet write it
@@ -322,3 +330,5 @@ class Generation:
         first = self.feed.last + 1
         self._took(self, now)
         self.feed.add(Batch(first, first + len(chunks) - 1, chunk_events(chunks, first)), now)
+        if not self._journaled and self.feed.live == self._viewers > 0:
+            self.feed.trim(self.feed.last)  # nobody will ask for it again

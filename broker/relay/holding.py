@@ -95,6 +95,7 @@ class Holding:
             await self._restore(generation)
 
     async def _restore(self, generation: Generation) -> None:
+        self._writes.doubt()
         if generation.state is State.RUNNING:
             await self._accounts.reserve(generation.reservation, force=True)
         held = generation.feed.unsaved(0, ALL) if self._resuming else NOTHING

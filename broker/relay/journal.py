@@ -44,6 +44,10 @@ MAX_WRITE = 256 * 1024
 MAX_SESSIONS = 64
 """Sessions that one round trip carries at most: what they cost must not hold up a chunk."""
 
+REGISTER_AGAIN = 2.0
+"""Seconds after Redis was away, or came back empty, in which viewers elsewhere may not be registered again yet: two of
+their workers' looks, and a call that is slow. Until then nobody is missed."""
+
 MAX_HELD = 256 * 1024 * 1024
 """Bytes of events that all generations of a worker hold in memory; over it, what is not journaled is dropped."""
 
@@ -74,6 +78,7 @@ class Journal:
         self._asked_at: dict[Generation, float] = {}
         self._urgent: set[Generation] = set()
         self._added = 0
+        self._doubted_until = float("-inf")
         self._wanted = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
@@ -120,6 +125,10 @@ class Journal:
         """Ask Redis at once whether these are still this worker's; whether it answered."""
         return await self._write(list(generations), owner)
 
+    def doubt(self) -> None:
+        """Redis was away or came back empty."""
+        self._doubted_until = self._loop.time() + REGISTER_AGAIN
+
     def _due(self, slot: Collection[Generation]) -> list[Generation]:
         now = self._loop.time()
         urgent, self._urgent = self._urgent, set()
@@ -135,6 +144,7 @@ class Journal:
         try:
             answers = await self._store.append(appends)
         except StoreUnavailable:
+            self.doubt()
             self._hold_back()
             await asyncio.sleep(TICK)
             return False
@@ -151,7 +161,8 @@ class Journal:
             return
         generation.saved = answer.last
         generation.feed.trim(answer.last)
-        generation.note_elsewhere(watched=answer.watched > 0)
+        if answer.watched > 0 or self._loop.time() >= self._doubted_until:
+            generation.note_elsewhere(watched=answer.watched > 0)
         if answer.cancel:
             generation.stop(Halt.CANCELLED)
         left = len(self._batch_of(generation).events)

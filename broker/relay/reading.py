@@ -80,7 +80,6 @@ class Reading:
             SessionError: it ended otherwise. Chunks that came before have been taken.
         """
         self._stream = await self._open()
-        self._request = b""  # a prompt may be large, and a finished session is kept for replay
         self.answer.generation_id = self._stream.generation_id
         self._blocks = self._stream.blocks()
         async for block in self._blocks:
@@ -92,6 +91,8 @@ class Reading:
 
     async def let_go(self) -> None:
         """Close the upstream's stream; one that has said its last word gets a moment to end by itself."""
+        # A finished session is kept for replay, and with it whatever is held here.
+        self._request, self._decoder = b"", Decoder(self._bounds.max_response)
         stream, self._stream = self._stream, None
         if stream is None:
             return

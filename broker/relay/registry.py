@@ -53,6 +53,10 @@ log = structlog.get_logger(__name__)
 END_RETRY = 1.0
 """Seconds between two tries to write an end that Redis could not be told of."""
 
+END_FOR = 86_400.0
+"""Seconds for which that is tried: money must be booked, however long Redis was away. No new session begins meanwhile,
+so no more of them wait than ran."""
+
 SHUTDOWN_TIMEOUT = 3.0
 """Seconds that stopped generations have for their ends."""
 
@@ -105,6 +109,7 @@ class Registry:
         self._learn = money.learn
         self._limits = limits
         self._running: dict[str, Generation] = {}
+        self._unsettled: dict[str, Reservation] = {}
         self._kept = Kept(limits.resume_ttl)
         self._tasks = Tasks()
         self._settler = Settler(
@@ -153,7 +158,8 @@ class Registry:
         )
 
     def _reservations(self) -> list[Reservation]:
-        return [generation.reservation for generation in self._running.values()]
+        running = (generation.reservation for generation in self._running.values())
+        return list({each.token: each for each in (*running, *self._unsettled.values())}.values())
 
     # Watching
 
@@ -276,11 +282,19 @@ class Registry:
             self._kept.add(generation, self._loop.time())
 
     def _write_later(self, generation: Generation, end: Terminal) -> None:
-        """Redis could not be told of an end: go on trying for as long as anybody could ask for it."""
+        """Redis could not be told of an end, or of what it cost: go on trying."""
+        # Its reservation stays ours, or others would settle it by the journal, or give it back.
+        self._unsettled[generation.token] = generation.reservation
         self._tasks.spawn(self._write_end(generation, end))
 
     async def _write_end(self, generation: Generation, end: Terminal) -> None:
-        give_up_at = self._loop.time() + max(self._limits.resume_ttl, SHUTDOWN_TIMEOUT)
+        try:
+            await self._try_to_write_end(generation, end)
+        finally:
+            self._unsettled.pop(generation.token, None)
+
+    async def _try_to_write_end(self, generation: Generation, end: Terminal) -> None:
+        give_up_at = self._loop.time() + END_FOR
         await generation.ended()
         while self._loop.time() < give_up_at:
             await asyncio.sleep(END_RETRY)

@@ -8,7 +8,7 @@ is a lease: its worker renews it, and when that dies others find it among the op
 from __future__ import annotations
 
 import datetime as dt
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from broker.core.accounts import Allowances, Spent, Worst
@@ -53,6 +53,7 @@ class Reservation:
         model: which it asked for.
         worst: what is reserved.
         day: days since 1970, of the claim.
+        ran: its generation was seen to run; told of those that are found.
     """
 
     token: str
@@ -61,6 +62,7 @@ class Reservation:
     model: str
     worst: Worst
     day: int = 0
+    ran: bool = field(default=False, compare=False)
 
 
 class Day(NamedTuple):
@@ -193,18 +195,17 @@ class AccountStore:
 
         Whoever gets one should ask; should that come to nothing, others get it after the same time again.
         """
+        found = await self._due(self._estimates, limit)
+        later = await self._now() + round(ASKED_AFTER * 1000) if found else 0
+        due = {token: fields for token, fields in found.items() if fields.get(b"estimated") == b"1"}
         async with bounded_call():
-            tokens = await self._due(self._estimates, limit)
-            found = []
-            for token in tokens:
-                fields: Any = await self._store.redis.hgetall(self._key("reservation", token))
-                if fields.get(b"estimated") == b"1":
-                    later = await self._now() + round(ASKED_AFTER * 1000)
-                    await self._store.redis.zadd(self._estimates, {token: later}, xx=True)
-                    found.append((_reservation(token, fields), fields[b"generation"].decode()))
-                else:
-                    await self._store.redis.zrem(self._estimates, token)
-        return found
+            if due:
+                await self._store.redis.zadd(self._estimates, dict.fromkeys(due, later), xx=True)
+            if gone := found.keys() - due.keys():
+                await self._store.redis.zrem(self._estimates, *gone)
+        return [
+            (_reservation(token, fields), fields[b"generation"].decode()) for token, fields in due.items()
+        ]
 
     async def hold(self, reservations: Sequence[Reservation]) -> list[Reservation]:
         """Renew the leases of generations that run here; returns those that are not open (any more)."""
@@ -218,26 +219,27 @@ class AccountStore:
 
     async def orphans(self, limit: int) -> list[Reservation]:
         """Open reservations that nobody has renewed in time."""
-        async with bounded_call():
-            found = []
-            for token in await self._due(self._open, limit):
-                fields: Any = await self._store.redis.hgetall(self._key("reservation", token))
-                if fields.get(b"state") == b"open":
-                    found.append(_reservation(token, fields))
-                else:
-                    await self._store.redis.zrem(self._open, token)
-        return found
+        found = await self._due(self._open, limit)
+        if closed := [token for token, fields in found.items() if fields.get(b"state") != b"open"]:
+            async with bounded_call():
+                await self._store.redis.zrem(self._open, *closed)
+        return [_reservation(token, fields) for token, fields in found.items() if token not in closed]
 
-    async def _due(self, key: str, limit: int) -> list[str]:
-        """Tokens of a set whose time has come."""
-        tokens: Any = await self._store.redis.zrangebyscore(
-            key, "-inf", await self._now(), start=0, num=limit
-        )
-        return [token.decode() for token in tokens]
+    async def _due(self, key: str, limit: int) -> dict[str, dict[bytes, bytes]]:
+        """The records of reservations in a set whose time has come, by token."""
+        now = await self._now()
+        async with bounded_call():
+            tokens: Any = await self._store.redis.zrangebyscore(key, "-inf", now, start=0, num=limit)
+            pipe = self._store.redis.pipeline(transaction=False)
+            for token in tokens:
+                pipe.hgetall(self._key("reservation", token.decode()))
+            records = await pipe.execute()
+        return {token.decode(): fields for token, fields in zip(tokens, records, strict=True)}
 
     async def _now(self) -> int:
         """Milliseconds since 1970, by Redis's clock."""
-        seconds, micros = await self._store.redis.time()
+        async with bounded_call():
+            seconds, micros = await self._store.redis.time()
         return int(seconds) * 1000 + int(micros) // 1000
 
     async def day(self, client: str) -> Day:
@@ -316,7 +318,8 @@ def _raise_refusal(reply: list[Any], budget_retry: float | None = None) -> None:
 def _reservation(token: str, fields: dict[bytes, bytes]) -> Reservation:
     text = {name.decode(): value.decode() for name, value in fields.items()}
     worst = Worst(int(text["tokens"]), int(text["cost"]))
-    return Reservation(token, text["session"], text["client"], text["model"], worst, int(text["day"]))
+    day, ran = int(text["day"]), "ran" in text
+    return Reservation(token, text["session"], text["client"], text["model"], worst, day, ran)
 
 
 def _date(day: int) -> dt.date:

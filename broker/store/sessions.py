@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 REMEMBERED = 4096
 """Sessions prepared here that are remembered without their prompts, until they are claimed or crowded out."""
 
-KEPT_WITHOUT_RESUMING = 60
-"""Seconds that an end is kept where resuming is off, so that a late GET learns that the session was streamed."""
+MIN_KEPT = 60
+"""Seconds that an end is known at least, however soon it can no longer be replayed: a late GET without resuming learns
+that the session was streamed, and whoever settles for a dead worker, how it ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,8 @@ class SessionStore:
         self._store = store
         self._session_ttl = session_ttl
         self._running_ttl = running_ttl
-        self._kept = resume_ttl or KEPT_WITHOUT_RESUMING
+        self._kept = max(resume_ttl, MIN_KEPT)
+        self._replayed = resume_ttl
         self._prepared_here: dict[str, Described] = {}
         self._prepare = store.script("prepare")
         self._claim = store.script("claim")
@@ -223,7 +225,7 @@ class SessionStore:
         """
         args = [
             *(token, end.state, end.event, str(end.id), end.data, self._kept),
-            *(rest.first, rest.last, rest.events, int(only_if_unwatched), self._store.bells),
+            *(rest.first, rest.last, rest.events, int(only_if_unwatched), self._store.bells, self._replayed),
         ]
         reply = await self._end(self._keys(session_id), args, timeout=timeout)
         kind = reply[0].decode()

@@ -69,21 +69,13 @@ class WorkerStore:
     def __init__(self, store: Store, *, worker: str) -> None:
         self.worker = worker
         self._store = store
+        self._renew = store.script("renew")
 
     async def renew(self) -> Renewed:
         """Renew this worker's lease and tell the marker, made where there was none."""
-        async with bounded_call():
-            pipe = self._store.redis.pipeline(transaction=False)
-            pipe.pexpire(self._lease(self.worker), LEASE_MS)  # which a full Redis does not refuse
-            pipe.getex(self._marker, ex=MARKER_TTL)
-            pipe.exists(self._wiped)
-            renewed, marker, wiped = await pipe.execute()
-            if not renewed or marker is None:
-                pipe.set(self._lease(self.worker), "1", px=LEASE_MS)
-                pipe.set(self._marker, secrets.token_hex(8), nx=True, ex=MARKER_TTL)
-                pipe.getex(self._marker, ex=MARKER_TTL)
-                marker = (await pipe.execute())[2]
-            return Renewed(marker.decode(), bool(wiped))
+        keys = [self._lease(self.worker), self._marker, self._wiped]
+        marker, wiped = await self._renew(keys, [LEASE_MS, MARKER_TTL, secrets.token_hex(8)])
+        return Renewed(marker.decode(), bool(wiped))
 
     async def tell_wiped(self) -> None:
         """Tell all workers, those too that are only starting, that Redis came back empty."""

@@ -235,7 +235,15 @@ async def test_a_new_worker_knows_what_others_have_learned(density: DensityStore
     learner = worker(density)
     for _ in range(20):
         await learner.learn(sample(5.0))
-    assert await worker(density).of(["a/b"]) == {"a/b": 5.0}
+    assert await read(worker(density), "a/b") == 5.0
+
+
+async def read(densities: Densities, model: str) -> float:
+    """What there is to know of a model: on a busy machine, reading it may take longer than a request waits."""
+    async with asyncio.timeout(5):
+        while not (found := await densities.of([model])):
+            pass
+    return found[model]
 
 
 async def test_other_workers_know_a_little_later(gated: Gated, worker: Worker, clock: Clock) -> None:
@@ -426,8 +434,7 @@ async def test_after_twenty_answers_every_worker_is_near_the_truth(
     for number in range(20):
         told = truth * noise.uniform(0.85, 1.15)
         await workers[number % 3].learn(sample(told, f"c{number % clients}"))
-    found = await worker(density).of(["a/b"])
-    assert found["a/b"] == pytest.approx(truth, rel=0.1)
+    assert await read(worker(density), "a/b") == pytest.approx(truth, rel=0.1)
 
 
 @pytest.mark.parametrize("odd", [1.0, 2.0, 6.0, 8.0])

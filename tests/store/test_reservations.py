@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from broker.core.accounts import Allowances, Spent, Worst
-from broker.core.errors import BudgetExceeded, Overloaded
+from broker.core.errors import BudgetExceeded, Overloaded, TooManyStreams
 from broker.core.session import State
 from broker.store.accounts import AccountStore, Reservation
 from tests.money import Ledger, ledger, open_reservations, slots
@@ -46,14 +46,24 @@ async def test_only_what_nobody_renews_is_found(store: Store) -> None:
     assert await accounts.orphans(10) == [left]
 
 
-async def test_a_slot_whose_lease_ran_out_in_an_outage_is_held_again(store: Store) -> None:
+async def test_a_slot_whose_lease_ran_out_in_an_outage_is_nobody_elses(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     running = [await reserved(accounts, "1"), await reserved(accounts, "2")]
     await expire(store)
-    await accounts.reserve(wanted("3"))  # comes first, and finds both gone
-    assert await slots(store.redis) == 1
+    with pytest.raises(TooManyStreams):
+        await accounts.reserve(wanted("3"))  # comes before their worker has renewed them
     await accounts.hold(running)
-    assert await slots(store.redis) == 3
+    await accounts.settle(running[0], Spent(1, 1, cost=7), State.DONE)
+    await accounts.reserve(wanted("3"))
+    assert await slots(store.redis) == 2
+
+
+async def test_what_was_seen_to_run_is_told_of_orphans(store: Store) -> None:
+    accounts = AccountStore(store, FREE)
+    await accounts.hold([await reserved(accounts, "1")])
+    await reserved(accounts, "2")
+    await expire(store)
+    assert {orphan.token: orphan.ran for orphan in await accounts.orphans(10)} == {"1": True, "2": False}
 
 
 async def test_reserving_again_renews(store: Store) -> None:

@@ -15,7 +15,8 @@ from broker.core.events import cancelled_before_start
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
 from broker.store.connection import CALL_TIMEOUT, MAX_CONNECTIONS, Store
-from broker.store.sessions import KEPT_WITHOUT_RESUMING, REMEMBERED, Prepared, Refusal, SessionStore, Standing
+from broker.store.journal import JournalStore
+from broker.store.sessions import MIN_KEPT, REMEMBERED, Prepared, Refusal, SessionStore, Standing
 from tests.system.harness import running_valkey
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ async def test_without_resuming_an_end_is_kept_for_a_minute(store: Store) -> Non
     await sessions.prepare(session, PREPARED)
     await sessions.claim(session, "token", "w1")
     await sessions.end(session, "token", DONE, NOTHING)
-    assert await times(store) == [KEPT_WITHOUT_RESUMING]
+    assert await times(store) == [MIN_KEPT]
 
 
 async def test_an_end_is_kept_for_as_long_as_it_can_be_resumed(store: Store) -> None:
@@ -236,7 +237,9 @@ async def test_an_end_is_kept_for_as_long_as_it_can_be_resumed(store: Store) -> 
     await sessions.prepare(session, PREPARED)
     await sessions.claim(session, "token", "w1")
     await sessions.end(session, "token", DONE, Batch(1, 1, b"event"))
-    assert await times(store) == [2, 2]
+    session_key, events_key, _ = JournalStore(store, worker="w1", running_ttl=960).keys(session)
+    assert await store.redis.ttl(events_key) == 2
+    assert await store.redis.ttl(session_key) == MIN_KEPT
 
 
 # Redis itself

@@ -10,17 +10,18 @@ last = tonumber(last or 0)
 if state ~= 'running' or token ~= ARGV[1] then
   return redis.status_reply((state == 'running' and 'lost' or state or 'gone') .. ' ' .. string.format('%.0f', last) .. ' 0 0')
 end
-redis.call('HDEL', KEYS[1], 'request')
 local first, newest = tonumber(ARGV[2]), tonumber(ARGV[3])
 local fresh = newest >= first and first <= last + 1 and newest > last
 if fresh then
+  -- The first of all writes: a full Redis refuses it and with it the rest, and nothing else here would be refused.
   redis.call('XADD', KEYS[2], '1-' .. ARGV[3], 'first', ARGV[2], 'events', ARGV[4])
   redis.call('HSET', KEYS[1], 'last', ARGV[3])
-  if last == 0 then
+  if redis.call('XLEN', KEYS[2]) == 1 then
     redis.call('EXPIRE', KEYS[2], ARGV[5])
   end
   last = newest
 end
+redis.call('HDEL', KEYS[1], 'request')
 local now = redis.call('TIME')
 local viewers = redis.call('ZRANGEBYSCORE', KEYS[3], now[1] * 1000 + math.floor(now[2] / 1000), '+inf')
 if fresh then

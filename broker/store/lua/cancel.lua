@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- cancel: prepared -> cancelled; a running session is marked, and its owner told, so that it can end in nothing else.
 -- KEYS[1] session; ARGV: seconds to keep its end, end event, end id, end data, prefix of the bells
 -- Returns {state before, worker, end event, end id, end data}.

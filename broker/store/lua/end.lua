@@ -3,7 +3,7 @@
 -- KEYS[1] session, [2] events, [3] viewers
 -- ARGV: token, state, end event, end id, end data, seconds to keep it,
 --       number of the first event, number of the last, the events, '1' to refuse while anybody watches elsewhere,
---       prefix of the bells
+--       prefix of the bells, seconds to keep the journal
 -- Returns {state, '', end event, end id, end data} as it stands now, {'cancel'} where a cancel was accepted and
 -- another end proposed, {'watched'}, {'behind', last journaled} where events are missing before the first, or {'gone'}.
 local state, token, last, cancel = unpack(redis.call('HMGET', KEYS[1], 'state', 'token', 'last', 'cancel'))
@@ -32,7 +32,7 @@ if state == 'running' and token == ARGV[1] then
   redis.call('HDEL', KEYS[1], 'request')
   redis.call('HSET', KEYS[1], 'state', state, 'end_event', ARGV[3], 'end_id', ARGV[4], 'end_data', ARGV[5])
   redis.call('EXPIRE', KEYS[1], ARGV[6])
-  redis.call('EXPIRE', KEYS[2], ARGV[6])
+  redis.call('EXPIRE', KEYS[2], ARGV[12])
   redis.call('DEL', KEYS[3])
   for _, worker in ipairs(viewers) do
     redis.call('PUBLISH', ARGV[11] .. worker, 'ended ' .. string.match(KEYS[1], '{(.-)}'))

@@ -1,11 +1,13 @@
+#!lua flags=allow-oom
 -- follow: reads where a session stands and what its journal holds, and registers a worker whose viewers watch it.
 -- KEYS[1] session, [2] events, [3] viewers
 -- ARGV: worker ('' registers nobody), ms that the registration holds, number after which to read, entries at most,
 --       bytes after which to stop, prefix of the bells
 -- Returns {state or 'gone', worker, end event, end id, end data, last journaled, entries}.
 local got = redis.call('HMGET', KEYS[1], 'state', 'worker', 'end_event', 'end_id', 'end_data', 'last')
-if not got[1] then
-  return {'gone'}
+local ended = got[3]
+if not got[1] or ended and tonumber(got[6] or 0) > 0 and redis.call('EXISTS', KEYS[2]) == 0 then
+  return {'gone'}  -- an end is known for longer than it can be replayed
 end
 if got[1] == 'running' and ARGV[1] ~= '' then
   local now = redis.call('TIME')

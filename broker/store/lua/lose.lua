@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- lose: running -> lost, by another worker, for an owner that is dead; -> cancelled where a cancel was accepted before.
 -- The entry of epoch 2 in the journal makes Redis itself refuse whatever the owner, should it live, adds later.
 -- KEYS[1] session, [2] events, [3] viewers

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- release: gives an open reservation back; nothing was spent. The record stays, so that a late reserve changes nothing.
 -- KEYS[1] reservation, [2] the client's slots, [3] the client's account, [4] everyone's account, [5] all open ones
 -- ARGV: token, seconds to keep the record

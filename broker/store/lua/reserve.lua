@@ -26,8 +26,9 @@ end
 local tokens, cost = tonumber(ARGV[5]), tonumber(ARGV[6])
 local max_streams, max_tokens = tonumber(ARGV[8]), tonumber(ARGV[9])
 local max_cost, max_total = tonumber(ARGV[10]), tonumber(ARGV[11])
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', ms)
 if not runs then
+  -- A slot whose lease ran out counts until its reservation is settled or given back: after an outage of Redis its
+  -- worker lives, and only had nobody to renew it with.
   local until_tomorrow = (day + 1) * 86400 - now[1]
   if redis.call('ZCARD', KEYS[2]) >= max_streams then
     return {'streams', 5}

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- settle: turns a reservation into what was spent, exactly once; or puts the truth in place of an estimate that was
 -- settled before. What was given back by mistake and ran all the same is paid.
 -- KEYS[1] reservation, [2] the client's slots, [3] the client's account, [4] everyone's account, [5] all open ones,
