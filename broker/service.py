@@ -64,7 +64,7 @@ async def _serve(settings: Settings, redis_url: str, *, rehearsal: bool) -> int:
         site = web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)
         await site.start()
         _tell_where(runner, settings, rehearsal=rehearsal)
-        await _warn_of_eviction(app[keys.STORE])
+        await _warn_of_redis(app[keys.STORE])
         _calm_collector()
         await stopping.wait()
         log.info("draining", seconds=settings.drain_timeout)
@@ -151,8 +151,13 @@ def _what_is_on(settings: Settings) -> dict[str, str]:
     return {name: value for name, value in limits.items() if value}
 
 
-async def _warn_of_eviction(store: Store) -> None:
+async def _warn_of_redis(store: Store) -> None:
     try:
+        if await store.may_go_back():
+            log.warning(
+                "redis may come back with sessions as they were at its last snapshot, which would run a second time:"
+                " turn snapshots off (save '') or the append-only file on"
+            )
         if await store.may_evict():
             log.warning("redis may throw sessions away: set its maxmemory-policy to noeviction")
     except StoreUnavailable:

@@ -154,6 +154,20 @@ class Store:
             memory: dict[str, Any] = await self.redis.info("memory")
         return bool(memory.get("maxmemory_policy", "noeviction") != "noeviction")
 
+    async def may_go_back(self) -> bool:
+        """Whether Redis would start again from an old snapshot, and take for new what had happened since.
+
+        Raises:
+            StoreUnavailable: it cannot be asked.
+        """
+        async with bounded_call():
+            persistence: dict[str, Any] = await self.redis.info("persistence")
+            try:
+                snapshots: Any = await self.redis.config_get("save")
+            except ResponseError:  # a hosted Redis that does not tell
+                return False
+        return bool(snapshots.get("save")) and not persistence.get("aof_enabled")
+
     async def close(self) -> None:
         """Close all connections."""
         await self.redis.aclose()
