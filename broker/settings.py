@@ -226,6 +226,9 @@ def unknown_settings(environ: Mapping[str, str] | None = None) -> list[str]:
     """
     known = [setting_name(field) for field in Settings.model_fields]
     known += [f"{setting_name(field)}_FILE" for field in _SECRETS]
+    known.append(
+        "BROKER_TOKEN"
+    )  # what the client commands show; it may well be set where the service is started
     written = {**_read_dotenv(), **(os.environ if environ is None else environ)}
     unknown = sorted(name for name in written if name.startswith("BROKER_") and name not in known)
     return [name + _suggestion(name, known) for name in unknown]

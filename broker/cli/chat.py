@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from rich.console import Console
 
-from broker.cli.talk import Broker, TalkError, broker_at, refusal
+from broker.cli.output import Output, OutputError, require_output, write
+from broker.cli.talk import NO_BROKER, Broker, TalkError, broker_at, refusal, whole
 from broker.cli.turn import End, Piece, Turn
-from broker.cli.words import BAD_USE, complain, printable
+from broker.cli.words import BAD_USE, complain, printable, tell
 from broker.core.sse import Decoder, EventTooLarge
 
 if TYPE_CHECKING:
@@ -28,31 +29,56 @@ LARGEST_EVENT = 64 * 1024 * 1024
 # A broker breaks every silence with a comment, every 15 s by default.
 LONGEST_SILENCE = 120.0
 CANCEL_TIMEOUT = 3.0
-INTERRUPTED = 130
 
 
-def chat(text: str, *, model: str | None, url: str) -> int:
-    """Say `text` (`-`: what standard input holds), print the answer, and return the exit status."""
+class _UnusableTextError(Exception):
+    """What standard input holds cannot be said; the text is a sentence for a person."""
+
+
+def chat(text: str, *, model: str | None, url: str, token: str | None = None) -> int:
+    """Say `text` (`-`: what standard input holds), print the answer, and return the exit status.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the session is cancelled.
+        OutputError: there is nowhere to print any more; likewise.
+    """
+    require_output()
     try:
-        said = sys.stdin.read(LONGEST_TEXT) if text == "-" else text
+        said = _standard_input() if text == "-" else text
         if not said.strip():
             return complain("there is nothing to say.", BAD_USE)
-        return asyncio.run(_chat(said, model, url))
-    except KeyboardInterrupt:
-        return INTERRUPTED
+        return asyncio.run(_chat(said, model, url, token))
+    except _UnusableTextError as error:
+        return complain(error, BAD_USE)
     except TalkError as error:
         return complain(error)
 
 
-async def _chat(text: str, model: str | None, url: str) -> int:
+def _standard_input() -> str:
+    if sys.stdin is None:
+        return ""
+    try:
+        said = sys.stdin.buffer.read(LONGEST_TEXT + 1)
+        if len(said) > LONGEST_TEXT:
+            raise _UnusableTextError(f"standard input is longer than {LONGEST_TEXT} bytes.")
+        return said.decode()
+    except UnicodeDecodeError:
+        raise _UnusableTextError("standard input is not UTF-8 text.") from None
+    except OSError as error:
+        raise _UnusableTextError(f"standard input cannot be read ({error.strerror}).") from None
+
+
+async def _chat(text: str, model: str | None, url: str, token: str | None) -> int:
     show = Show()
-    async with broker_at(url) as broker:
+    async with broker_at(url, token) as broker:
         session_id = await _prepare(broker, text, model)
-        turn = Turn()
         try:
-            end = await _follow(broker, session_id, turn, show)
-        except (asyncio.CancelledError, BrokenPipeError):
-            await _cancel(broker, session_id, show)
+            end = await _follow(broker, session_id, Turn(), show)
+        except asyncio.CancelledError:
+            show.note(await _cancel(broker, session_id))
+            raise
+        except OutputError:
+            await _cancel(broker, session_id)
             raise
     show.end(end)
     return end.status
@@ -82,14 +108,17 @@ async def _first_model(broker: Broker) -> str:
     models = _field(await broker.ask("GET", "/models"), "data")
     if not models:
         raise TalkError("This broker has no models to ask.")
-    return str(models[0]["id"])
+    try:
+        return str(models[0]["id"])
+    except (LookupError, TypeError):
+        raise TalkError(NO_BROKER) from None
 
 
 def _field(answer: bytes, name: str) -> Any:
     try:
         return orjson.loads(answer)[name]
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        raise TalkError("What answers there is not a session broker.") from None
+        raise TalkError(NO_BROKER) from None
 
 
 async def _follow(broker: Broker, session_id: str, turn: Turn, show: Show) -> End:
@@ -121,7 +150,7 @@ async def _follow_line(broker: Broker, session_id: str, turn: Turn, show: Show) 
         elif answer.content_type == "text/event-stream":
             await _read(answer.content.iter_any(), turn, show)
         else:
-            error = refusal(answer.status, await answer.content.read(LARGEST_EVENT))
+            error = refusal(answer.status, await whole(answer))
             if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise error
             turn.end = End(1, str(error))
@@ -144,21 +173,22 @@ async def _read(content: AsyncIterator[bytes], turn: Turn, show: Show) -> None:
                 return
 
 
-async def _cancel(broker: Broker, session_id: str, show: Show) -> None:
+async def _cancel(broker: Broker, session_id: str) -> str:
+    """Stop the session at the broker, and say in words how that went."""
     try:
         async with asyncio.timeout(CANCEL_TIMEOUT):
             await broker.ask("DELETE", f"/stream/{session_id}")
     except (TalkError, TimeoutError):
-        show.note("It could not be cancelled; it will stop by itself, since nobody watches.")
-    else:
-        show.note("Cancelled.")
+        return "It could not be cancelled; it will stop by itself, since nobody watches."
+    return "Cancelled."
 
 
 class Show:
     """Where the answer is printed: text to standard output, everything else to standard error."""
 
     def __init__(self) -> None:
-        self._terminal = Console(highlight=False, markup=False, emoji=False) if sys.stdout.isatty() else None
+        output = Output()
+        self._terminal = Console(file=output) if output.isatty() else None
         self._last = Piece("\n")
         self._last_note = ""
 
@@ -166,7 +196,8 @@ class Show:
         """Print some of the answer. Thoughts are for a person to see, and no part of what a program reads."""
         if self._terminal is None:
             if not piece.thought:
-                self._write(piece)
+                write(piece.text)
+                self._last = piece
             return
         if piece.thought != self._last.thought:
             self._end_line()
@@ -178,17 +209,12 @@ class Show:
         """Say something beside the answer, once."""
         if words != self._last_note:
             self._end_line()
-            print(printable(words), file=sys.stderr)
+            tell(words)
         self._last_note = words
 
     def end(self, end: End) -> None:
         """Say how it ended."""
         self.note(end.note if end.status == 0 else f"broker: {end.note}")
-
-    def _write(self, piece: Piece) -> None:
-        sys.stdout.write(piece.text)
-        sys.stdout.flush()
-        self._last = piece
 
     def _end_line(self) -> None:
         if not self._last.text.endswith("\n"):

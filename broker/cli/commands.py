@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from broker.cli.words import CREDENTIAL
+
 # Checked where all settings are, so that a bad one is told of in the same words wherever it was written.
 Host = Annotated[str | None, typer.Option(help="Address to listen on.", metavar="ADDRESS")]
 Port = Annotated[str | None, typer.Option(help="Port to listen on; 0 is any free one.", metavar="PORT")]
@@ -18,6 +20,16 @@ UpstreamUrl = Annotated[str | None, typer.Option(help="Base URL of the model ser
 LogLevel = Annotated[str | None, typer.Option(help="How much to log.", metavar="LEVEL")]
 
 Url = Annotated[str, typer.Option(help="Where the broker is.", metavar="URL")]
+
+
+def _no_flag(context: typer.Context, token: str | None) -> str | None:
+    source = context.get_parameter_source("token")
+    if source is not None and source.name == "COMMANDLINE":
+        raise typer.BadParameter(f"other users of this machine can see flags; set {CREDENTIAL} instead")
+    return token.strip() if token is not None else None
+
+
+Token = Annotated[str | None, typer.Option(envvar=CREDENTIAL, hidden=True, callback=_no_flag)]
 
 
 class By(StrEnum):
@@ -84,23 +96,30 @@ def chat(
     text: Annotated[str, typer.Argument(help="What to say; - reads standard input.")],
     model: Annotated[str | None, typer.Option(help="Which model to ask.", metavar="MODEL")] = None,
     url: Url = DEFAULT_URL,
+    token: Token = None,
 ) -> None:
-    """Say something through a running broker and print the answer as it streams. Ctrl-C cancels it."""
+    """Say something through a running broker and print the answer as it streams. Ctrl-C cancels it.
+
+    Where the broker asks who is there, set BROKER_TOKEN in the environment to an API key or a JWT.
+    """
     from broker.cli import chat as command  # noqa: PLC0415 - see the module
 
-    raise typer.Exit(command.chat(text, model=model, url=url))
+    raise typer.Exit(command.chat(text, model=model, url=url, token=token))
 
 
 @app.command()
 def usage(
     day: Annotated[
-        str | None, typer.Option(help="Which day, UTC; today if not given.", metavar="DAY")
+        str | None, typer.Option(help="Which day, UTC; today if not given.", metavar="YYYY-MM-DD")
     ] = None,
     by: Annotated[By, typer.Option(help="What to sum by.")] = By.CLIENT,
     *,
-    json: Annotated[bool, typer.Option("--json", help="For a machine.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for a program.")] = False,
 ) -> None:
-    """Print the books of a day, straight from Redis: who used what, and what it cost."""
+    """Print the books of a day, straight from Redis: who used what, and what it cost.
+
+    REDIS_URL and BROKER_KEY_PREFIX, in the environment or in .env, say where the books are.
+    """
     from broker.cli import usage as command  # noqa: PLC0415 - see the module
 
     raise typer.Exit(command.usage(day, by=by.value, as_json=json))
@@ -112,8 +131,12 @@ def models(
     *,
     free: Annotated[bool, typer.Option("--free", help="Only those that cost nothing.")] = False,
     url: Url = DEFAULT_URL,
+    token: Token = None,
 ) -> None:
-    """List the models of a running broker, with context and prices."""
+    """List the models of a running broker, with context and prices.
+
+    Where the broker asks who is there, set BROKER_TOKEN in the environment to an API key or a JWT.
+    """
     from broker.cli import models as command  # noqa: PLC0415 - see the module
 
-    raise typer.Exit(command.models(query, free=free, url=url))
+    raise typer.Exit(command.models(query, free=free, url=url, token=token))

@@ -3,46 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from rich.console import Console
 from rich.table import Table
 
-from broker.cli.talk import TalkError, broker_at
-from broker.cli.words import complain, printable
+from broker.cli.output import require_output
+from broker.cli.tables import cell, show
+from broker.cli.talk import NO_BROKER, TalkError, broker_at
+from broker.cli.words import complain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-# Away from a terminal no line is folded, so that grep finds whole ones.
-_ENDLESS = 10_000
 _MILLION = 1_000_000
 _DEAREST = Decimal(1_000)  # USD a token; more is no price
 
 
-def models(query: str, *, free: bool, url: str) -> int:
-    """Print the table and return the exit status."""
+def models(query: str, *, free: bool, url: str, token: str | None = None) -> int:
+    """Print the table and return the exit status.
+
+    Raises:
+        OutputError: there is nowhere to print it.
+    """
+    require_output()
     try:
-        entries = asyncio.run(_fetch(query, free=free, url=url))
+        entries = asyncio.run(_fetch(query, free=free, url=url, token=token))
     except TalkError as error:
         return complain(error)
     if not entries:
         return complain("no model matches.")
-    Console(width=None if sys.stdout.isatty() else _ENDLESS).print(table(entries))
+    show(table(entries))
     return 0
 
 
-async def _fetch(query: str, *, free: bool, url: str) -> list[Mapping[str, Any]]:
+async def _fetch(query: str, *, free: bool, url: str, token: str | None) -> list[Mapping[str, Any]]:
     wanted = {**({"q": query} if query else {}), **({"free": "true"} if free else {})}
-    async with broker_at(url) as broker:
+    async with broker_at(url, token) as broker:
         body = await broker.ask("GET", "/models", query=wanted)
     try:
         return [entry for entry in orjson.loads(body)["data"] if isinstance(entry, dict)]
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        raise TalkError("What answers there is not a session broker.") from None
+        raise TalkError(NO_BROKER) from None
 
 
 def table(entries: Iterable[Mapping[str, Any]]) -> Table:
@@ -54,8 +57,8 @@ def table(entries: Iterable[Mapping[str, Any]]) -> Table:
         prices = entry.get("pricing")
         known = prices if isinstance(prices, dict) else {}
         shown.add_row(
-            _text(entry.get("id")),
-            _text(entry.get("name")),
+            cell(entry.get("id")),
+            cell(entry.get("name")),
             context(entry.get("context_length")),
             per_million(known.get("prompt")),
             per_million(known.get("completion")),
@@ -81,8 +84,3 @@ def per_million(price: object) -> str:
     if a_token < 0:
         return "varies"
     return f"{(a_token * _MILLION).quantize(Decimal('0.0001')):f}".rstrip("0").rstrip(".")
-
-
-def _text(value: object) -> str:
-    # Brackets would be read as markup.
-    return printable(str(value or "")).replace("[", r"\[")

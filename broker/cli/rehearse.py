@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
+from broker.cli.output import write
 from broker.cli.words import complain
 from broker.logs import configure_logs
 from broker.rehearsal.app import rehearsal_beside
@@ -26,5 +27,5 @@ async def _rehearse(port: int) -> None:
     async with rehearsal_beside(port=port) as url:
         width = max(len(model.id) for model in MODELS)
         rows = [f"  {model.id:<{width}}  {model.description}" for model in MODELS]
-        print(url, *rows, sep="\n", flush=True)
+        write("\n".join((url, *rows, "")))
         await asyncio.Event().wait()

@@ -51,14 +51,23 @@ def require(settings: Settings, *, rehearsal: bool, embedded: bool) -> None:
     """
     if settings.openrouter_api_key is None and not rehearsal:
         raise SettingsError("OPENROUTER_API_KEY must be set, or start with --rehearsal, which needs no key")
-    if settings.redis_url is not None and urlsplit(settings.redis_url).scheme in LATER_REDIS_SCHEMES:
-        # Sessions in a store that nobody chose would be worse than no service.
-        raise SettingsError("REDIS_URL must be redis://, rediss:// or unix:// in this release")
+    require_served_store(settings)
     if settings.redis_url is None and not embedded and not settings.listens_on_loopback:
         raise SettingsError(
             f"REDIS_URL must be set to listen on {settings.host}, or start with --embedded to keep"
             " sessions in this process's own Valkey"
         )
+
+
+def require_served_store(settings: Settings) -> None:
+    """Check that this release can talk to the store that is named, if one is.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    if settings.redis_url is not None and urlsplit(settings.redis_url).scheme in LATER_REDIS_SCHEMES:
+        # Sessions in a store that nobody chose would be worse than no service.
+        raise SettingsError("REDIS_URL must be redis://, rediss:// or unix:// in this release")
 
 
 def _warn(settings: Settings, unknown: list[str]) -> None:

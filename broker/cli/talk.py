@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
+import ssl
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
 
+from broker.cli.words import CREDENTIAL
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
+NO_BROKER = "What answers there is not a session broker."
 CONNECT_TIMEOUT = 5.0
 ANSWER_TIMEOUT = 30.0
 LONGEST_ANSWER = 64 * 1024 * 1024
@@ -31,11 +37,18 @@ class TalkError(Exception):
 
 
 class Broker:
-    """A broker at a base URL. Every failure of the line is a `TalkError`."""
+    """A broker at a base URL. Every failure of the line is a `TalkError`.
 
-    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+    Args:
+        session: what shows the token, if there is one.
+        url: without a slash at the end.
+        anonymous: there is no token.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, *, anonymous: bool) -> None:
         self._session = session
         self._url = url
+        self._anonymous = anonymous
 
     async def ask(
         self, method: str, path: str, *, body: object = None, query: Mapping[str, str] | None = None
@@ -50,10 +63,13 @@ class Broker:
         async with self.open(
             method, path, data=data, headers=headers, params=query, wait=ANSWER_TIMEOUT
         ) as answer:
-            content = await answer.content.read(LONGEST_ANSWER)
+            content = await whole(answer)
             if answer.ok:
                 return content
-            raise refusal(answer.status, content)
+            error = refusal(answer.status, content)
+            if answer.status == HTTPStatus.UNAUTHORIZED and self._anonymous:
+                raise TalkError(f"{error} Put it into the environment as {CREDENTIAL}.", error.document)
+            raise error
 
     @asynccontextmanager
     async def open(
@@ -73,14 +89,30 @@ class Broker:
 
 
 @asynccontextmanager
-async def broker_at(url: str) -> AsyncIterator[Broker]:
-    """Talk to the broker at this base URL for the length of the block.
+async def broker_at(url: str, token: str | None = None) -> AsyncIterator[Broker]:
+    """Talk to the broker at this base URL for the length of the block, and show it this token.
 
     Raises:
-        TalkError: it is no URL of a web service.
+        TalkError: it is no URL of a web service, or no token.
     """
-    async with aiohttp.ClientSession() as session:
-        yield Broker(session, _base(url))
+    base = _base(url)
+    headers = {"Authorization": f"Bearer {_token(token)}"} if token else {}
+    async with aiohttp.ClientSession(headers=headers) as session:
+        yield Broker(session, base, anonymous=not token)
+
+
+async def whole(answer: aiohttp.ClientResponse) -> bytes:
+    """Read an answer to its end.
+
+    Raises:
+        TalkError: it is longer than any answer of a broker.
+    """
+    content = bytearray()
+    async for part in answer.content.iter_any():
+        content += part
+        if len(content) > LONGEST_ANSWER:
+            raise TalkError(f"The broker's answer is longer than {LONGEST_ANSWER} bytes.")
+    return bytes(content)
 
 
 def refusal(status: int, content: bytes) -> TalkError:
@@ -93,21 +125,42 @@ def refusal(status: int, content: bytes) -> TalkError:
         return TalkError(f"The broker answered with status {status} and no explanation.")
     details = error.get("details")
     if isinstance(details, list):
-        fields = [f"{at['field']}: {at['message']}" for at in details if {"field", "message"} <= set(at)]
+        fields = [
+            f"{at['field']}: {at['message']}"
+            for at in details
+            if isinstance(at, dict) and {"field", "message"} <= set(at)
+        ]
         sentence = "\n  ".join((sentence, *fields))
     return TalkError(sentence, error)
 
 
 def _base(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.netloc:
+    try:
+        parts = urlsplit(url)
+        # That a port is none is found out by asking for it.
+        plain = parts.hostname and parts.port != 0 and not parts.query and not parts.fragment
+    except ValueError:
+        plain = False
+    if not plain or parts.scheme not in {"http", "https"} or " " in url or not url.isprintable():
         raise TalkError(f"{url} is not the URL of a broker; one looks like http://127.0.0.1:3000.")
+    if "@" in parts.netloc:
+        raise TalkError(f"The URL of a broker holds no credentials; {CREDENTIAL} is for them.")
     return url.rstrip("/")
+
+
+def _token(token: str) -> str:
+    if re.fullmatch(r"[!-~]+", token) is None:
+        raise TalkError(f"{CREDENTIAL} must be visible ASCII characters, no spaces.")
+    return token
 
 
 def _why(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return "its certificate is not trusted"
+    if isinstance(error, ssl.SSLError):
+        return "it does not speak TLS"
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else None
     if cause is None:
         return "the connection broke"

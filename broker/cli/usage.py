@@ -7,19 +7,27 @@ import datetime as dt
 import json
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
+from broker.cli.output import require_output, write
+from broker.cli.serve import require_served_store
+from broker.cli.tables import cell, show
 from broker.cli.words import BAD_USE, complain
 from broker.core.accounts import Allowances
 from broker.core.errors import StoreUnavailable
 from broker.core.pricing import to_usd
+from broker.logs import configure_logs
 from broker.settings import SettingsError, load_settings
 from broker.store.accounts import METRICS, AccountStore, Line
 from broker.store.connection import Store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_HEADINGS = (
+    *("requests", "prompt", "completion", "cached", "reasoning"),
+    *("USD", "estimated", "cancelled", "failed"),
+)
 
 NOTHING = Allowances(0, 0, 0, 0, 0)
 """The books are read whatever anybody may."""
@@ -32,9 +40,14 @@ def usage(day: str | None, *, by: str, as_json: bool) -> int:
         day: ``YYYY-MM-DD``, UTC; None is today.
         by: ``client`` or ``model``.
         as_json: for a machine.
+
+    Raises:
+        OutputError: there is nowhere to print them.
     """
+    require_output()
     try:
         settings = load_settings()
+        require_served_store(settings)
         wanted = dt.date.fromisoformat(day) if day is not None else None
     except SettingsError as error:
         return complain(error, BAD_USE)
@@ -42,15 +55,16 @@ def usage(day: str | None, *, by: str, as_json: bool) -> int:
         return complain(f"--day must be a date such as 2026-11-20, not {day!r}", BAD_USE)
     if settings.redis_url is None:
         return complain("REDIS_URL must be set: the books of an embedded Valkey end with it", BAD_USE)
+    configure_logs(settings.log_level, settings.log_format, secrets=settings.secrets)
     try:
         found, lines = asyncio.run(_read(settings.redis_url, settings.key_prefix, wanted))
     except StoreUnavailable as error:
         return complain(error)
     rows = summed(lines, by)
     if as_json:
-        print(json.dumps({"day": found.isoformat(), "by": by, "rows": rows}))
+        write(json.dumps({"day": found.isoformat(), "by": by, "rows": rows}) + "\n")
     else:
-        Console().print(_table(found, by, rows))
+        show(_table(found, by, rows))
     return 0
 
 
@@ -74,26 +88,17 @@ def summed(lines: Sequence[Line], by: str) -> list[dict[str, Any]]:
 
 
 def _table(day: dt.date, by: str, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=f"Usage on {day.isoformat()} (UTC)", title_justify="left")
-    table.add_column(by.capitalize(), overflow="fold")
-    for name in (
-        "Requests",
-        "Prompt",
-        "Completion",
-        "Cached",
-        "Reasoning",
-        "USD",
-        "Estimated",
-        "Cancelled",
-        "Failed",
-    ):
-        table.add_column(name, justify="right")
+    title = f"Usage on {day.isoformat()} (UTC)"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table.add_column(by, no_wrap=True)
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         counts = (row[name] for name in ("requests", "prompt", "completion", "cached", "reasoning"))
         share = f"{row['estimated'] / row['requests']:.0%}" if row["requests"] else "-"
-        price = f"{row['cost']:.6f}" + (" +?" if row["unpriced"] else "")
+        price = f"{row['cost']:.6f}" + ("+?" if row["unpriced"] else "")
         table.add_row(
-            row[by],
+            cell(row[by]),
             *(f"{count:,}" for count in counts),
             price,
             share,

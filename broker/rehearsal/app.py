@@ -110,9 +110,12 @@ async def _perform(request: web.Request, model: Model, answer: Answer) -> web.St
 
     try:
         response = await act(script, request, answer.id, request.app[_PACE])
-    except (asyncio.CancelledError, ConnectionError):
+    except asyncio.CancelledError:
         book(cancelled=True)
         raise
+    except ConnectionError:
+        book(cancelled=True)
+        return web.Response()  # for nobody; what left would be logged as a failure of ours
     if response.status < web.HTTPBadRequest.status_code:
         book(cancelled=False)
     return response

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,18 +22,27 @@ Line = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass
 class FakeBroker:
-    """Attributes: the lines that GET /stream answers with, in order, and what came in."""
+    """Attributes: the lines that GET /stream answers with, in order, and what came in.
+
+    With ``key`` it asks who is there; ``shown`` is what /prepare and /models were shown.
+    """
 
     lines: Sequence[Line]
     prepare: list[web.Response] = field(default_factory=list)
     models: list[dict[str, Any]] = field(default_factory=list)
+    key: str = ""
+    never_cancels: bool = False
     url: str = ""
     prepared: list[dict[str, Any]] = field(default_factory=list)
     cursors: list[str | None] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
+    shown: list[str | None] = field(default_factory=list)
     streaming: asyncio.Event = field(default_factory=asyncio.Event)
+    cancelling: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def on_prepare(self, request: web.Request) -> web.StreamResponse:
+        if refusal := self._unknown(request):
+            return refusal
         self.prepared.append(await request.json())
         if self.prepare:
             return self.prepare.pop(0)
@@ -45,15 +55,29 @@ class FakeBroker:
 
     async def on_cancel(self, _request: web.Request) -> web.StreamResponse:
         self.asked.append("cancel")
+        self.cancelling.set()
+        if self.never_cancels:
+            await asyncio.Event().wait()
         return web.json_response({"state": "cancelled"}, status=202)
 
     async def on_models(self, request: web.Request) -> web.StreamResponse:
+        if refusal := self._unknown(request):
+            return refusal
         self.asked.append(f"models?{request.query_string}")
         return web.json_response({"data": self.models})
 
+    def _unknown(self, request: web.Request) -> web.Response | None:
+        self.shown.append(request.headers.get("Authorization"))
+        if not self.key or self.shown[-1] == f"Bearer {self.key}":
+            return None
+        error = {"code": "unauthorized", "message": "This needs an API key or a token."}
+        return web.json_response({"error": error}, status=401)
+
 
 @asynccontextmanager
-async def fake_broker(*lines: Line, **told: Any) -> AsyncIterator[FakeBroker]:
+async def fake_broker(
+    *lines: Line, tls: ssl.SSLContext | None = None, **told: Any
+) -> AsyncIterator[FakeBroker]:
     broker = FakeBroker(lines, **told)
     app = web.Application()
     app.router.add_post("/prepare", broker.on_prepare)
@@ -63,7 +87,7 @@ async def fake_broker(*lines: Line, **told: Any) -> AsyncIterator[FakeBroker]:
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
         await site.start()
         broker.url = site.name
         yield broker
@@ -120,7 +144,12 @@ def _event(event_id: str, event: str, data: object) -> str:
     return f"{head}event: {event}\ndata: {orjson.dumps(data).decode()}"
 
 
-async def start(*args: str, stdin: int | None = asyncio.subprocess.DEVNULL) -> asyncio.subprocess.Process:
+async def start(
+    *args: str | bytes,
+    stdin: int | None = asyncio.subprocess.DEVNULL,
+    stdout: int = asyncio.subprocess.PIPE,
+    env: Mapping[str, str] | None = None,
+) -> asyncio.subprocess.Process:
     """Start the command line as a user does."""
     return await asyncio.create_subprocess_exec(
         sys.executable,
@@ -128,23 +157,42 @@ async def start(*args: str, stdin: int | None = asyncio.subprocess.DEVNULL) -> a
         "broker",
         *args,
         stdin=stdin,
-        stdout=asyncio.subprocess.PIPE,
+        stdout=stdout,
         stderr=asyncio.subprocess.PIPE,
-        env=clean_environment({}),
+        env=clean_environment(env or {}),
     )
 
 
-async def run(*args: str, typed: str | None = None) -> tuple[int, str, str]:
+async def run(
+    *args: str | bytes,
+    typed: str | bytes | None = None,
+    stdout: int = asyncio.subprocess.PIPE,
+    env: Mapping[str, str] | None = None,
+) -> tuple[int, str, str]:
     """Run the command line to its end and give its status and both outputs."""
-    process = await start(
-        *args, stdin=asyncio.subprocess.PIPE if typed is not None else asyncio.subprocess.DEVNULL
-    )
+    stdin = asyncio.subprocess.PIPE if typed is not None else asyncio.subprocess.DEVNULL
+    process = await start(*args, stdin=stdin, stdout=stdout, env=env)
     try:
         async with asyncio.timeout(30):
-            out, err = await process.communicate(typed.encode() if typed is not None else None)
+            out, err = await process.communicate(typed.encode() if isinstance(typed, str) else typed)
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
+    assert process.returncode is not None
+    return process.returncode, (out or b"").decode(), err.decode()
+
+
+async def run_shell(script: str) -> tuple[int, str, str]:
+    """Run a line of a shell in which ``broker`` is the command line."""
+    line = f'broker() {{ "{sys.executable}" -m broker "$@"; }}; {script}'
+    process = await asyncio.create_subprocess_exec(
+        *("bash", "-o", "pipefail", "-c", line),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=clean_environment({}),
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import os
 import pty
 import signal
+import ssl
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
-from tests.cli.fake_broker import answers, chunk, done, fake_broker, refused, run, sends, start
+from tests.cli.fake_broker import answers, chunk, done, fake_broker, refused, run, run_shell, sends, start
 from tests.system.harness import clean_environment, free_port
 
 FIGURES = "5 + 7 tokens · $0.001\n"
@@ -22,6 +31,27 @@ def no_model() -> web.Response:
     return web.json_response(
         {"error": {"code": "invalid_request", "message": "Not valid.", "details": [detail]}}, status=422
     )
+
+
+def certified_by_nobody(directory: Path) -> ssl.SSLContext:
+    """What a server with a certificate of its own making has."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = dt.datetime.now(dt.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    path = directory / "pem"
+    path.write_bytes(
+        certificate.public_bytes(Encoding.PEM)
+        + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    return context
 
 
 async def test_text_goes_to_standard_output_and_figures_to_standard_error() -> None:
@@ -155,6 +185,29 @@ async def test_ctrl_c_before_the_first_word_cancels_too() -> None:
         assert broker.asked == ["cancel"]
 
 
+async def test_a_second_ctrl_c_waits_for_no_broker() -> None:
+    async with fake_broker(sends(chunk(1, "one\n"), stays=True), never_cancels=True) as broker:
+        process = await start("chat", "hi", "--url", broker.url)
+        assert process.stdout is not None
+        await process.stdout.readexactly(3)
+        process.send_signal(signal.SIGINT)
+        await broker.cancelling.wait()
+        process.send_signal(signal.SIGINT)
+        _, err = await process.communicate()
+        assert (process.returncode, err) == (130, b"")
+
+
+async def test_a_cancellation_that_nobody_answers_is_told_of() -> None:
+    async with fake_broker(sends(chunk(1, "one\n"), stays=True), never_cancels=True) as broker:
+        process = await start("chat", "hi", "--url", broker.url)
+        assert process.stdout is not None
+        await process.stdout.readexactly(3)
+        process.send_signal(signal.SIGINT)
+        _, err = await process.communicate()
+        told = b"It could not be cancelled; it will stop by itself, since nobody watches.\n"
+        assert (process.returncode, err) == (130, told)
+
+
 async def test_a_reader_that_leaves_cancels_the_session() -> None:
     async with fake_broker(sends(*(chunk(n, "word " * 1000) for n in range(1, 200)), stays=True)) as broker:
         process = await start("chat", "hi", "--url", broker.url)
@@ -164,8 +217,63 @@ async def test_a_reader_that_leaves_cancels_the_session() -> None:
         assert process.stderr is not None
         err = await process.stderr.read()
         assert await process.wait() == 1
-        assert b"Traceback" not in err
+        assert err == b""
         assert broker.asked == ["cancel"]
+
+
+async def test_a_pipe_that_closes_ends_it_without_a_word_and_cancels() -> None:
+    async with fake_broker(sends(*(chunk(n, "word " * 1000) for n in range(1, 200)), stays=True)) as broker:
+        assert await run_shell(f"broker chat hi --url {broker.url} | head -c 4") == (1, "word", "")
+        assert broker.asked == ["cancel"]
+
+
+async def test_a_full_disk_is_one_sentence_and_cancels() -> None:
+    async with fake_broker(sends(chunk(1, "one"), stays=True)) as broker:
+        told = "broker: standard output cannot be written (no space left on device).\n"
+        assert await run_shell(f"broker chat hi --url {broker.url} >/dev/full") == (1, "", told)
+        assert broker.asked == ["cancel"]
+
+
+async def test_without_an_output_nothing_is_asked() -> None:
+    async with fake_broker(sends(chunk(1, "one"), done(2))) as broker:
+        told = "broker: standard output cannot be written (it is closed).\n"
+        assert await run_shell(f"broker chat hi --url {broker.url} >&-") == (1, "", told)
+        assert broker.prepared == []
+
+
+async def test_without_a_standard_error_its_words_are_not_put_into_the_answer() -> None:
+    async with fake_broker(sends(chunk(1, "one"), done(2))) as broker:
+        assert await run_shell(f"broker chat hi --url {broker.url} 2>&-") == (0, "one\n", "")
+
+
+async def test_a_full_standard_error_changes_nothing() -> None:
+    async with fake_broker(sends(chunk(1, "one"), done(2))) as broker:
+        assert await run_shell(f"broker chat hi --url {broker.url} 2>/dev/full") == (0, "one\n", "")
+
+
+async def test_what_the_output_cannot_show_is_a_question_mark() -> None:
+    async with fake_broker(sends(chunk(1, "caf\u00e9"), done(2))) as broker:
+        _, out, _ = await run("chat", "hi", "--url", broker.url, env={"PYTHONIOENCODING": "ascii"})
+        assert out == "caf?\n"
+
+
+async def test_ctrl_c_before_there_is_a_session_ends_it_without_a_word() -> None:
+    asked = asyncio.Event()
+
+    async def nobody(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(nobody, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        for command in (["chat", "hi"], ["models"]):
+            asked.clear()
+            process = await start(*command, "--url", f"http://127.0.0.1:{port}")
+            await asked.wait()
+            process.send_signal(signal.SIGINT)
+            out, err = await process.communicate()
+            assert (process.returncode, out, err) == (130, b"", b"")
 
 
 async def test_a_dash_reads_standard_input() -> None:
@@ -173,6 +281,23 @@ async def test_a_dash_reads_standard_input() -> None:
         status, _, _ = await run("chat", "-", "--url", broker.url, typed="from\nthe pipe\n")
         assert status == 0
         assert broker.prepared[0]["messages"][0]["content"] == "from\nthe pipe\n"
+
+
+async def test_text_that_is_none_is_refused_in_one_line() -> None:
+    told = "broker: standard input is not UTF-8 text.\n"
+    assert await run("chat", "-", typed=b"\xff\xfe") == (2, "", told)
+    told = "broker: the arguments must be UTF-8 text.\n"
+    assert await run("chat", b"\xff\xfe") == (2, "", told)
+    assert await run("models", b"\xff\xfe") == (2, "", told)
+
+
+async def test_text_that_is_too_long_is_refused_and_not_cut() -> None:
+    told = "broker: standard input is longer than 16777216 bytes.\n"
+    assert await run("chat", "-", typed=b"a" * (16 * 1024 * 1024 + 1)) == (2, "", told)
+
+
+async def test_a_standard_input_that_is_closed_holds_nothing() -> None:
+    assert await run_shell("broker chat - <&-") == (2, "", "broker: there is nothing to say.\n")
 
 
 @pytest.mark.parametrize("text", ["", "  \n"])
@@ -188,9 +313,79 @@ async def test_a_broker_that_is_not_there_is_one_sentence() -> None:
     assert await run("models", "--url", url) == (1, "", told)
 
 
-async def test_a_url_that_is_none_is_one_sentence() -> None:
-    told = "broker: localhost:3000 is not the URL of a broker; one looks like http://127.0.0.1:3000.\n"
-    assert await run("chat", "hi", "--url", "localhost:3000") == (1, "", told)
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "localhost:3000",
+            "http://[::1",
+            "http://127.0.0.1:x",
+            "http://127.0.0.1:99999",
+            "http://127.0.0.1:0",
+        ),
+        *("http://:3000", "http://a b", "http://127.0.0.1:3000?a=b", "http://127.0.0.1:3000/#chat"),
+    ],
+)
+async def test_a_url_that_is_none_is_one_sentence(url: str) -> None:
+    told = f"broker: {url} is not the URL of a broker; one looks like http://127.0.0.1:3000.\n"
+    assert await run("chat", "hi", "--url", url) == (1, "", told)
+    assert await run("models", "--url", url) == (1, "", told)
+
+
+async def test_a_url_with_a_password_is_refused_without_repeating_it() -> None:
+    told = "broker: The URL of a broker holds no credentials; BROKER_TOKEN is for them.\n"
+    assert await run("chat", "hi", "--url", "http://ann:pass@127.0.0.1:3000") == (1, "", told)
+
+
+async def test_the_token_of_the_environment_is_shown() -> None:
+    async with fake_broker(sends(done(1)), key="k-1", models=[{"id": "a/b"}]) as broker:
+        env = {"BROKER_TOKEN": " k-1\n"}
+        assert (await run("chat", "hi", "--url", broker.url, env=env))[0] == 0
+        assert (await run("models", "--url", broker.url, env=env))[0] == 0
+        assert broker.shown == ["Bearer k-1", "Bearer k-1"]
+
+
+@pytest.mark.parametrize("command", [["chat", "hi"], ["models"]])
+async def test_a_broker_that_asks_who_is_there_is_told_of_with_the_way_in(command: list[str]) -> None:
+    async with fake_broker(key="k-1") as broker:
+        told = "broker: This needs an API key or a token. Put it into the environment as BROKER_TOKEN.\n"
+        for env in ({}, {"BROKER_TOKEN": ""}):
+            assert await run(*command, "--url", broker.url, env=env) == (1, "", told)
+        assert broker.shown == [None, None]
+        refused = await run(*command, "--url", broker.url, env={"BROKER_TOKEN": "k-2"})
+        assert refused == (1, "", "broker: This needs an API key or a token.\n")
+
+
+@pytest.mark.parametrize("token", ["a b", "a\nb: c", "caf\u00e9"])
+async def test_a_token_that_no_header_can_hold_is_refused_without_repeating_it(token: str) -> None:
+    told = "broker: BROKER_TOKEN must be visible ASCII characters, no spaces.\n"
+    assert await run("chat", "hi", env={"BROKER_TOKEN": token}) == (1, "", told)
+
+
+async def test_a_token_is_no_flag() -> None:
+    status, out, err = await run("chat", "hi", "--token", "k-1")
+    assert (status, out) == (2, "")
+    assert "BROKER_TOKEN" in err
+    assert "k-1" not in err
+
+
+@pytest.mark.parametrize("command", ["chat", "models"])
+async def test_the_help_tells_of_the_token(command: str) -> None:
+    status, out, _ = await run(command, "--help")
+    assert (status, "BROKER_TOKEN" in out, "--token" in out) == (0, True, False)
+
+
+async def test_a_certificate_of_nobody_is_told_of_as_that(tmp_path: Path) -> None:
+    async with fake_broker(tls=certified_by_nobody(tmp_path)) as broker:
+        told = f"broker: The broker at {broker.url} cannot be reached (its certificate is not trusted).\n"
+        assert await run("models", "--url", broker.url) == (1, "", told)
+
+
+async def test_a_broker_without_tls_is_told_of_as_that() -> None:
+    async with fake_broker() as broker:
+        url = broker.url.replace("http:", "https:")
+        told = f"broker: The broker at {url} cannot be reached (it does not speak TLS).\n"
+        assert await run("models", "--url", url) == (1, "", told)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +399,7 @@ async def test_a_url_that_is_none_is_one_sentence() -> None:
             "The broker answered with status 400 and no explanation.",
         ),
         (web.json_response({"error": {"code": "draining", "message": "Going."}}, status=503), "Going."),
+        (web.json_response({"error": {"message": "No.", "details": [5, ["field"]]}}, status=422), "No."),
     ],
 )
 async def test_an_odd_answer_to_prepare_is_one_sentence(answer: web.Response, told: str) -> None:
@@ -222,3 +418,10 @@ async def test_models_asks_the_broker_to_search() -> None:
 async def test_models_says_when_there_is_none() -> None:
     async with fake_broker() as broker:
         assert await run("models", "--url", broker.url) == (1, "", "broker: no model matches.\n")
+
+
+@pytest.mark.parametrize("models", [[5], [{}], {"a": 1}, 5])
+async def test_an_odd_list_of_models_is_one_sentence(models: Any) -> None:
+    async with fake_broker(prepare=[no_model()], models=models) as broker:
+        told = "broker: What answers there is not a session broker.\n"
+        assert await run("chat", "hi", "--url", broker.url) == (1, "", told)

@@ -1,4 +1,4 @@
-"""How `broker models` writes figures."""
+"""How `broker models` writes its table, and where."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from broker.cli.models import context, per_million, table
+from tests.cli.fake_broker import fake_broker, run, run_shell
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,11 @@ def test_a_context_is_shown_in_thousands(tokens: Any, shown: str) -> None:
 
 def test_an_entry_is_shown_as_it_is_whatever_it_holds() -> None:
     entries: list[dict[str, Any]] = [
-        {"id": "a/b", "name": "[red]B[/red]\x1b[2J", "pricing": {"prompt": "0", "completion": "-1"}},
+        {
+            "id": "a/b",
+            "name": "[red]B[/red]\\[i]\x1b[2J\n:cat:",
+            "pricing": {"prompt": "0", "completion": "-1"},
+        },
         {"id": "a/c", "pricing": "unknown"},
         {},
     ]
@@ -48,4 +53,34 @@ def test_an_entry_is_shown_as_it_is_whatever_it_holds() -> None:
     with console.capture() as capture:
         console.print(table(entries))
     lines = [line.split() for line in capture.get().splitlines()]
-    assert lines[1:] == [["a/b", "[red]B[/red][2J", "free", "varies"], ["a/c"], []]
+    assert lines[1:] == [["a/b", "[red]B[/red]\\[i][2J", ":cat:", "free", "varies"], ["a/c"], []]
+
+
+async def test_a_long_list_is_read_to_its_end() -> None:
+    entries = [{"id": f"a/{n}", "name": "name " * 50} for n in range(4000)]
+    async with fake_broker(models=entries) as broker:
+        status, out, err = await run("models", "--url", broker.url)
+    assert (status, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()[1:]] == [entry["id"] for entry in entries]
+
+
+async def test_a_table_that_nobody_takes_ends_as_an_answer_does() -> None:
+    async with fake_broker(models=[{"id": "a/b"}]) as broker:
+        command = f"broker models --url {broker.url}"
+        assert await run_shell(f"{command} | true") == (1, "", "")
+        told = "broker: standard output cannot be written (no space left on device).\n"
+        assert await run_shell(f"{command} >/dev/full") == (1, "", told)
+        asked = len(broker.asked)
+        told = "broker: standard output cannot be written (it is closed).\n"
+        assert await run_shell(f"{command} >&-") == (1, "", told)
+        assert len(broker.asked) == asked
+
+
+async def test_a_list_without_a_match_is_told_in_one_line() -> None:
+    async with fake_broker() as broker:
+        assert await run("models", "x", "--free", "--url", broker.url) == (
+            1,
+            "",
+            "broker: no model matches.\n",
+        )
+        assert broker.asked == ["models?q=x&free=true"]

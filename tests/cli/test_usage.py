@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
+import pty
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,11 +20,11 @@ from broker.core.accounts import Allowances, Spent, Worst
 from broker.core.session import State
 from broker.store.accounts import METRICS, AccountStore, Line, Reservation
 from broker.store.connection import Store
+from tests.cli.fake_broker import run_shell
 from tests.system.harness import clean_environment, free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
 THIRTY_FIVE_DAYS = 35 * 86_400
 
@@ -55,7 +58,7 @@ async def day(accounts: AccountStore) -> str:
 
 
 def run(tmp_path: Path, redis_url: str, *args: str) -> subprocess.CompletedProcess[str]:
-    env = {"REDIS_URL": redis_url, "COLUMNS": "160"} if redis_url else {}
+    env = {"REDIS_URL": redis_url, "COLUMNS": "80"} if redis_url else {}
     return subprocess.run(
         [sys.executable, "-m", "broker", "usage", *args],
         cwd=tmp_path,
@@ -65,6 +68,25 @@ def run(tmp_path: Path, redis_url: str, *args: str) -> subprocess.CompletedProce
         timeout=20,
         check=False,
     )
+
+
+def on_a_terminal(tmp_path: Path, redis_url: str, columns: int) -> list[str]:
+    """What is shown on a terminal so wide, without its colours."""
+    ours, theirs = pty.openpty()
+    try:
+        env = clean_environment({"REDIS_URL": redis_url, "COLUMNS": str(columns), "TERM": "dumb"})
+        subprocess.run(
+            [sys.executable, "-m", "broker", "usage"],
+            cwd=tmp_path,
+            env=env,
+            stdout=theirs,
+            timeout=20,
+            check=True,
+        )
+        return os.read(ours, 10_000).decode().splitlines()
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 def rows(found: subprocess.CompletedProcess[str]) -> Any:
@@ -101,26 +123,44 @@ async def test_the_books_by_model(tmp_path: Path, valkey_url: str, day: str) -> 
     ]
 
 
-async def test_the_table_has_the_same(tmp_path: Path, valkey_url: str, day: str) -> None:
+HEADINGS = [
+    "requests",
+    "prompt",
+    "completion",
+    "cached",
+    "reasoning",
+    "USD",
+    "estimated",
+    "cancelled",
+    "failed",
+]
+ANN = ["key:ann", "2", "1,010", "205", "300", "40", "0.002500+?", "50%", "1", "0"]
+BOB = ["key:bob", "2", "1", "2", "0", "0", "0.007000", "0%", "0", "2"]
+
+
+async def test_the_table_has_the_same_and_a_line_for_each_row(
+    tmp_path: Path, valkey_url: str, day: str
+) -> None:
     found = run(tmp_path, valkey_url)
     assert (found.returncode, found.stderr) == (0, "")
-    assert day in found.stdout
-    [bob] = [line for line in found.stdout.splitlines() if "key:bob" in line]
-    [ann] = [line for line in found.stdout.splitlines() if "key:ann" in line]
-    assert [cell.strip() for cell in bob.strip("│").split("│")][1:] == [
-        "2",
-        "1",
-        "2",
-        "0",
-        "0",
-        "0.007000",
-        "0%",
-        "0",
-        "2",
-    ]
-    assert [cell.strip() for cell in ann.strip("│").split("│")][1:] == [
-        *("2", "1,010", "205", "300", "40", "0.002500 +?", "50%", "1", "0")
-    ]
+    title, *lines = found.stdout.splitlines()
+    assert title.strip() == f"Usage on {day} (UTC)"
+    assert [line.split() for line in lines] == [["client", *HEADINGS], BOB, ANN]
+
+
+async def test_no_figure_and_no_name_is_cut_or_folded_on_a_narrow_terminal(
+    tmp_path: Path, valkey_url: str, day: str
+) -> None:
+    _, *lines = on_a_terminal(tmp_path, valkey_url, columns=40)
+    assert [line.split() for line in lines] == [["client", *HEADINGS], BOB, ANN]
+
+
+async def test_a_name_is_shown_as_it_is_and_on_one_line(
+    tmp_path: Path, valkey_url: str, accounts: AccountStore
+) -> None:
+    await book(accounts, "1", "key:ann", "[red]a/one[/red] :smile:\n\x1b[2J", Spent(1, 1, cost=0))
+    found = run(tmp_path, valkey_url, "--by", "model")
+    assert found.stdout.splitlines()[2].startswith("[red]a/one[/red] :smile: [2J ")
 
 
 async def test_a_day_without_use_is_empty(tmp_path: Path, valkey_url: str, day: str) -> None:
@@ -157,6 +197,26 @@ def test_a_redis_that_is_away_is_told_in_one_line(tmp_path: Path) -> None:
     found = run(tmp_path, f"redis://127.0.0.1:{free_port()}/0")
     assert (found.returncode, found.stdout) == (1, "")
     assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("url", ["redis+sentinel://x/y", "redis+cluster://x/0"])
+def test_a_redis_that_is_not_served_yet_is_told_in_one_line(tmp_path: Path, url: str) -> None:
+    found = run(tmp_path, url)
+    told = "broker: REDIS_URL must be redis://, rediss:// or unix:// in this release\n"
+    assert (found.returncode, found.stdout, found.stderr) == (2, "", told)
+
+
+async def test_a_redis_that_refuses_leaves_standard_output_alone(tmp_path: Path, valkey_socket: str) -> None:
+    found = run(tmp_path, f"unix://{valkey_socket}?db=9999", "--json")
+    assert (found.returncode, found.stdout) == (1, "")
+    assert "broker: The session store cannot be reached right now.\n" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("flag", ["", "--json"])
+async def test_a_full_disk_is_told_in_one_line(valkey_url: str, day: str, flag: str) -> None:
+    told = "broker: standard output cannot be written (no space left on device).\n"
+    assert await run_shell(f"REDIS_URL={valkey_url} broker usage {flag} >/dev/full") == (1, "", told)
 
 
 def test_the_dearest_come_first_then_the_busiest_then_by_name() -> None:

@@ -19,7 +19,7 @@ import aiohttp
 import pytest
 import redis
 
-from tests.cli.fake_broker import run, start
+from tests.cli.fake_broker import run, run_shell, start
 from tests.system.harness import clean_environment, eventually, free_port, running_broker, running_valkey
 
 if TYPE_CHECKING:
@@ -139,6 +139,16 @@ def test_a_port_that_is_taken_is_told_in_one_line(tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith(f"broker: cannot listen on 127.0.0.1:{port}: ")
     assert "Traceback" not in ended.stderr
+
+
+def test_a_closed_standard_error_does_not_end_it(tmp_path: Path) -> None:
+    # A socket that took its number would be written to, or closed, as standard error.
+    script = f'exec "{sys.executable}" -m broker rehearse --port 0 2>&-'
+    with subprocess.Popen(["bash", "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("http://127.0.0.1:")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
 
 
 # serve: a start
@@ -274,6 +284,34 @@ async def test_chat_tells_of_a_failure_in_words() -> None:
         assert err == "broker: The model service broke off before the answer was complete.\n"
 
 
+async def test_a_model_that_is_none_is_refused_by_its_name() -> None:
+    async with running_broker(env={"OPENROUTER_API_KEY": ""}) as broker:
+        status, out, err = await run("chat", "hi", "--model", "rehearsal/nosuch", "--url", broker.url)
+        assert (status, out) == (1, "")
+        assert err == "broker: rehearsal/nosuch is not a valid model ID\n"
+
+
+async def test_chat_and_models_show_their_token() -> None:
+    async with running_broker(env={"BROKER_API_KEYS": "ann:k-1234"}) as broker:
+        ask = ("chat", "hi", "--model", "rehearsal/fast", "--url", broker.url)
+        for command in (ask, ("models", "--url", broker.url)):
+            status, out, err = await run(*command)
+            assert (status, out, "BROKER_TOKEN" in err) == (1, "", True)
+            assert (await run(*command, env={"BROKER_TOKEN": "k-1234"}))[0] == 0
+            status, out, err = await run(*command, env={"BROKER_TOKEN": "k-9999"})
+            assert (status, out, len(err.splitlines()), "k-9999" in err) == (1, "", 1, False)
+
+
+async def test_a_reader_of_chat_that_leaves_is_no_failure_anywhere() -> None:
+    async with running_broker() as broker:
+        line = f"broker chat hi --model rehearsal/long --url {broker.url} | head -c 20"
+        status, out, err = await run_shell(line)
+        assert (status, len(out), err) == (1, 20, "")
+        await eventually(lambda: [line for line in events(broker.log()) if line.get("state") == "cancelled"])
+        assert [line for line in events(broker.log()) if line["level"] == "error"] == []
+        assert "Traceback" not in broker.log()
+
+
 async def test_ctrl_c_in_chat_cancels_at_the_broker() -> None:
     async with running_broker() as broker:
         process = await start("chat", "hi", "--model", "rehearsal/long", "--url", broker.url)
@@ -343,3 +381,8 @@ async def test_rehearse_says_when_its_port_is_taken() -> None:
     assert (status, out) == (1, "")
     assert err.startswith(f"broker: port {port} cannot be had: ")
     assert len(err.splitlines()) == 1
+
+
+async def test_rehearse_says_when_nobody_can_read_it() -> None:
+    told = "broker: standard output cannot be written (no space left on device).\n"
+    assert await run_shell("broker rehearse --port 0 >/dev/full") == (1, "", told)

@@ -14,12 +14,13 @@ import aiohttp
 import orjson
 import pytest
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from openai import AsyncOpenAI
 from yarl import URL
 
 from broker.rehearsal import faults, scripts, text
 from broker.rehearsal.answer import Answer, Prices
-from broker.rehearsal.app import rehearsal_beside
+from broker.rehearsal.app import build_rehearsal, rehearsal_beside
 from broker.rehearsal.ask import Ask, AskError, read_ask
 from broker.rehearsal.books import Attempts, Generations
 from broker.rehearsal.catalog import Model, catalog_entry
@@ -670,6 +671,41 @@ async def test_a_generation_whose_client_left_is_booked_as_cancelled(
     assert booked["tokens_prompt"] > 0
     assert 0 < booked["tokens_completion"] <= faults.SOME_TEXT
     assert booked["total_cost"] > 0
+
+
+async def test_a_client_that_a_write_finds_gone_is_booked_as_cancelled_and_no_failure(
+    session: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines: list[asyncio.Transport] = []
+
+    @web.middleware
+    async def remember(request: web.Request, handler: Handler) -> web.StreamResponse:
+        assert request.transport is not None
+        lines.append(request.transport)
+        return await handler(request)
+
+    def left(answer: Answer) -> Script:
+        yield answer.content("Hello")
+        lines[-1].abort()
+        yield answer.content("Nobody")
+
+    app = build_rehearsal(PACE, (Model("rehearsal/left", "Left", "Breaks its own line.", left),))
+    app.middlewares.append(remember)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        url = f"{site.name}/api/v1"
+        async with session.post(f"{url}/chat/completions", json=body_for("left")) as response:
+            generation_id = response.headers["X-Generation-Id"]
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await response.read()
+        booked = await generation_of(session, url, generation_id)
+    finally:
+        await runner.cleanup()
+    assert booked["cancelled"] is True
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_a_generation_is_not_known_right_after_its_end(session: aiohttp.ClientSession) -> None:
