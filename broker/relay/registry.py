@@ -23,7 +23,7 @@ from broker.core.errors import (
     StoreUnavailable,
 )
 from broker.core.events import cancelled_before_start
-from broker.core.session import Cursor, State, Terminal
+from broker.core.session import Cursor, State
 from broker.relay.bookkeeper import Bookkeeper
 from broker.relay.claims import Claims
 from broker.relay.follower import Follower, Mirror
@@ -31,6 +31,7 @@ from broker.relay.generation import Generation
 from broker.relay.holding import Holding
 from broker.relay.journal import Journal
 from broker.relay.kept import Kept
+from broker.relay.late_ends import LateEnds
 from broker.relay.membership import Membership
 from broker.relay.settling import Settler
 from broker.relay.tasks import Tasks
@@ -49,13 +50,6 @@ if TYPE_CHECKING:
     from broker.upstream.client import UpstreamClient
 
 log = structlog.get_logger(__name__)
-
-END_RETRY = 1.0
-"""Seconds between two tries to write an end that Redis could not be told of."""
-
-END_FOR = 86_400.0
-"""Seconds for which that is tried: money must be booked, however long Redis was away. No new session begins meanwhile,
-so no more of them wait than ran."""
 
 SHUTDOWN_TIMEOUT = 3.0
 """Seconds that stopped generations have for their ends."""
@@ -109,7 +103,6 @@ class Registry:
         self._learn = money.learn
         self._limits = limits
         self._running: dict[str, Generation] = {}
-        self._unsettled: dict[str, Reservation] = {}
         self._kept = Kept(limits.resume_ttl)
         self._tasks = Tasks()
         self._settler = Settler(
@@ -128,6 +121,7 @@ class Registry:
             spawn=self._tasks.spawn,
         )
         self._membership = Membership(workers)
+        self._late_ends = LateEnds(self._kept, self._membership, spawn=self._tasks.spawn)
         self._journal = Journal(journal, interval=limits.journal_interval)
         self._holding = Holding(
             self._running,
@@ -159,7 +153,7 @@ class Registry:
 
     def _reservations(self) -> list[Reservation]:
         running = (generation.reservation for generation in self._running.values())
-        return list({each.token: each for each in (*running, *self._unsettled.values())}.values())
+        return list({each.token: each for each in (*running, *self._late_ends.reservations())}.values())
 
     # Watching
 
@@ -257,7 +251,7 @@ class Registry:
             bounds=self._bounds,
             settler=self._settler,
             journaled=self._limits.resume_ttl > 0,
-            write_later=self._write_later,
+            write_later=self._late_ends.add,
             took=self._took,
         )
         self._running[session_id] = generation
@@ -280,34 +274,6 @@ class Registry:
             self._tasks.spawn_extra(self._learn(sample))
         if generation.feed.end is not None and not generation.fenced:
             self._kept.add(generation, self._loop.time())
-
-    def _write_later(self, generation: Generation, end: Terminal) -> None:
-        """Redis could not be told of an end, or of what it cost: go on trying."""
-        # Its reservation stays ours, or others would settle it by the journal, or give it back.
-        self._unsettled[generation.token] = generation.reservation
-        self._tasks.spawn(self._write_end(generation, end))
-
-    async def _write_end(self, generation: Generation, end: Terminal) -> None:
-        try:
-            await self._try_to_write_end(generation, end)
-        finally:
-            self._unsettled.pop(generation.token, None)
-
-    async def _try_to_write_end(self, generation: Generation, end: Terminal) -> None:
-        give_up_at = self._loop.time() + END_FOR
-        await generation.ended()
-        while self._loop.time() < give_up_at:
-            await asyncio.sleep(END_RETRY)
-            try:
-                standing = await generation.ending.write(end)
-                if standing is None and not await self._membership.is_gone():
-                    continue
-                await generation.ending.settle((standing or end).state)
-            except StoreUnavailable:
-                continue
-            if standing not in (None, end):
-                self._kept.drop(generation.session_id)  # later readers get the end that stands
-            return
 
     # Cancelling
 

@@ -1,0 +1,85 @@
+"""Ends that Redis could not be told of in time: told as soon as it can be, and what they cost booked with them.
+
+The pages have the owner's word already. Until Redis has it too, the reservation stays this worker's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from broker.core.errors import StoreUnavailable
+from broker.core.session import short
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from broker.core.session import Terminal
+    from broker.relay.generation import Generation
+    from broker.relay.kept import Kept
+    from broker.relay.membership import Membership
+    from broker.store.accounts import Reservation
+
+log = structlog.get_logger(__name__)
+
+RETRY = 1.0
+"""Seconds between two tries."""
+
+TRIED_FOR = 86_400.0
+"""Seconds for which an end is tried: money must be booked, however long Redis was away. No new session begins
+meanwhile, so no more of them wait than ran."""
+
+
+class LateEnds:
+    """Writes what could not be written.
+
+    Args:
+        kept: this worker's finished sessions.
+        membership: knows whether Redis came back empty.
+        spawn: runs work in the background and owns its task.
+    """
+
+    def __init__(
+        self, kept: Kept, membership: Membership, *, spawn: Callable[[Coroutine[Any, Any, None]], None]
+    ) -> None:
+        self._kept = kept
+        self._membership = membership
+        self._spawn = spawn
+        self._waiting: dict[str, Reservation] = {}
+        self._loop = asyncio.get_running_loop()
+
+    def reservations(self) -> list[Reservation]:
+        """Those to be held until they are settled, or others would settle them by the journal, or give them back."""
+        return list(self._waiting.values())
+
+    def add(self, generation: Generation, end: Terminal) -> None:
+        """Redis could not be told of an end, or of what it cost: go on trying."""
+        self._waiting[generation.token] = generation.reservation
+        self._spawn(self._pursue(generation, end))
+
+    async def _pursue(self, generation: Generation, end: Terminal) -> None:
+        try:
+            await generation.ended()
+            give_up_at = self._loop.time() + TRIED_FOR
+            while not await self._try(generation, end):
+                if self._loop.time() >= give_up_at:
+                    log.error("end given up, never booked", session=short(generation.session_id))
+                    return
+                await asyncio.sleep(RETRY)
+        finally:
+            self._waiting.pop(generation.token, None)
+
+    async def _try(self, generation: Generation, end: Terminal) -> bool:
+        """Whether it is written and booked now."""
+        try:
+            standing = await generation.ending.write(end)
+            if standing is None and not await self._membership.is_gone():
+                return False  # it may just be written anew as running
+            await generation.ending.settle((standing or end).state)
+        except StoreUnavailable:
+            return False
+        if standing not in (None, end):
+            self._kept.drop(generation.session_id)  # later readers get the end that stands
+        return True
