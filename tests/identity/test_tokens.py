@@ -127,7 +127,7 @@ async def test_a_claim_that_is_missing_or_wrong_is_refused(changes: dict[str, An
     assert await refusal(hs256(SECRET, **changes)) == INVALID
 
 
-@pytest.mark.parametrize("exp", [NOW - 3600, 0, -1, True])
+@pytest.mark.parametrize("exp", [NOW - 3600, 0, -1, True], ids=["an hour ago", "0", "-1", "True"])
 async def test_an_expired_token_is_told_so(exp: int) -> None:
     assert await refusal(hs256(SECRET, exp=exp)) == EXPIRED
 

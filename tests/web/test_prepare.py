@@ -230,7 +230,7 @@ async def test_a_body_without_a_length_is_held_to_the_same_limit(
             assert answer.status == status, answer.text
 
 
-@pytest.mark.parametrize("body", [gzip.compress(b"{}"), b"not gzip at all"])
+@pytest.mark.parametrize("body", [gzip.compress(b"{}", mtime=0), b"not gzip at all"])
 async def test_a_compressed_body_is_refused_unread(broker: Broker, body: bytes) -> None:
     for _ in range(2):
         answer = await broker.post(body, {"Content-Encoding": "gzip"})
