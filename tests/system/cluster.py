@@ -417,19 +417,21 @@ SETTINGS: Mapping[str, str] = {
 
 @asynccontextmanager
 async def running_cluster(
-    workers: int = 2, *, keeps: bool = False, **settings: object
+    workers: int = 2, *, keeps: bool = False, models: bytes | None = None, **settings: object
 ) -> AsyncIterator[Cluster]:
     """Run so many workers until the block ends.
 
     Args:
         workers: how many.
         keeps: their Valkey survives a power cut.
+        models: the list that their upstream gives.
         settings: of all of them, named as in the environment without ``BROKER_``, in lower case.
     """
     async with AsyncExitStack() as stack:
         valkey = await stack.enter_async_context(running_valkey(keeps=keeps))
         upstream = Upstream(await stack.enter_async_context(scripted_upstream()))
         stack.push_async_callback(upstream.close)
+        upstream.scripted.models = models
         env = {
             **SETTINGS,
             "REDIS_URL": valkey.url,

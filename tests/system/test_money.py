@@ -38,8 +38,10 @@ async def running_bank(
     workers: int = 2, *, keeps: bool = False, **settings: object
 ) -> AsyncIterator[tuple[Cluster, Redis]]:
     """A cluster whose upstream has prices."""
-    async with running_cluster(workers, keeps=keeps, **settings) as cluster, cluster.redis() as redis:
-        cluster.upstream.scripted.models = price_list()
+    async with (
+        running_cluster(workers, keeps=keeps, models=price_list(), **settings) as cluster,
+        cluster.redis() as redis,
+    ):
         yield cluster, redis
 
 
