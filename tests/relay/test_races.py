@@ -1,0 +1,416 @@
+"""What comes in between: packets that are late, a worker that stood still, one that died; and what is kept of it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from broker.core.accounts import Allowances, Spent, Worst
+from broker.core.errors import Overloaded
+from broker.core.session import State
+from broker.relay.bookkeeper import Bookkeeper
+from broker.relay.claims import Claims
+from broker.relay.feed import WINDOW
+from broker.relay.settling import Settler
+from broker.store.accounts import LEASE, AccountStore, Reservation
+from broker.store.connection import Store
+from broker.store.journal import JournalStore
+from broker.store.sessions import Prepared, SessionStore, Standing
+from broker.store.workers import WorkerStore
+from broker.web import keys
+from tests.broker import Broker, running
+from tests.money import Ledger, ledger, open_reservations, slots, until
+from tests.scripted import PATIENCE
+
+if TYPE_CHECKING:
+    from broker.relay.generation import Generation
+    from tests.scripted import Call, ScriptedUpstream
+
+FREE = Allowances(waiting=1000, streams=1000, daily_tokens=0, daily_cost=0, total_daily_cost=0)
+ENOUGH = 128 * 1024
+"""Bytes that say a piece of something is left somewhere, and not all of it."""
+
+
+class Wire:
+    """A line to Redis on which a packet can be late, or lost.
+
+    Attributes:
+        url: where it begins.
+        delay: seconds that every packet takes, either way.
+        hold: the packet to Redis with these words waits, and all behind it on its connection, until `let_go`.
+        lose: packets from Redis with these words never come.
+        held: one waits.
+        sent: all that has reached Redis.
+    """
+
+    def __init__(self, socket: str) -> None:
+        self.url = ""
+        self.delay = 0.0
+        self.hold = self.lose = b""
+        self.held = asyncio.Event()
+        self.sent: list[bytes] = []
+        self._socket = socket
+        self._free = asyncio.Event()
+        self._connections: set[asyncio.Task[None]] = set()
+
+    def let_go(self) -> None:
+        """Hold nothing back any more."""
+        self.hold = b""
+        self._free.set()
+
+    async def caught(self) -> None:
+        """Wait until a packet is held back."""
+        async with asyncio.timeout(PATIENCE):
+            await self.held.wait()
+
+    def told(self, session: str) -> int:
+        """How many packets that have reached Redis were about a session."""
+        return sum(session.encode() in packet for packet in self.sent)
+
+    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Carry one connection to its end."""
+        if (task := asyncio.current_task()) is not None:
+            self._connections.add(task)
+        far_reader, far_writer = await asyncio.open_unix_connection(self._socket)
+        await asyncio.gather(self._up(reader, far_writer), self._down(far_reader, writer))
+
+    async def _up(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async for data in _packets(reader, writer, self.delay):
+            if self.hold and self.hold in data:
+                self.held.set()
+                await self._free.wait()
+            self.sent.append(data)
+            writer.write(data)
+
+    async def _down(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async for data in _packets(reader, writer, self.delay):
+            if not self.lose or self.lose not in data:
+                writer.write(data)
+
+    async def close(self) -> None:
+        """Wait for the connections, whose ends have gone."""
+        self.let_go()
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.gather(*self._connections)
+
+
+async def _packets(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: float
+) -> AsyncIterator[bytes]:
+    """What comes on one side; the other is closed behind it."""
+    with suppress(ConnectionError):
+        while data := await reader.read(65536):
+            await asyncio.sleep(delay)
+            yield data
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
+
+
+@asynccontextmanager
+async def wire_to(valkey_url: str) -> AsyncIterator[Wire]:
+    wire = Wire(valkey_url.removeprefix("unix://"))
+    server = await asyncio.start_server(wire.connected, "127.0.0.1", 0)
+    wire.url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+    try:
+        yield wire
+    finally:
+        server.close()
+        await wire.close()
+
+
+def generation_of(broker: Broker, session: str) -> Generation:
+    return broker.app[keys.REGISTRY]._running[session]
+
+
+async def journaled(broker: Broker, session: str, n: int) -> None:
+    """Wait until event number ``n`` is in the journal."""
+    await until(lambda: asyncio.sleep(0, generation_of(broker, session).saved >= n))
+
+
+async def is_written(store: Store, session: str) -> bool:
+    """Whether Redis has an end of a session."""
+    return bool(await store.redis.hexists(store.session_key("session", session), "end_id"))
+
+
+# Late packets
+
+
+@pytest.mark.parametrize("in_time", [True, False], ids=["in time", "too late"])
+async def test_what_comes_while_an_abandoning_end_is_on_its_way_is_no_part_of_the_session(
+    valkey_url: str, upstream: ScriptedUpstream, in_time: bool
+) -> None:
+    """In time, the owner learns that it was written; too late, it goes on without, and Redis has it later."""
+    async with (
+        wire_to(valkey_url) as wire,
+        running(wire.url, upstream, disconnect_grace=0, journal_interval_ms=20) as owner,
+        running(valkey_url, upstream) as other,
+    ):
+        session = await owner.prepare()
+        async with owner.stream(session) as line:
+            call = (await upstream.call()).open()
+            call.chunk("a")
+            [first] = await line.take(1)
+            wire.hold = b"abandoned"
+        await wire.caught()
+        generation, told = generation_of(owner, session), wire.told(session)
+        call.chunk("b")
+        await until(lambda: asyncio.sleep(0, generation.feed.last == 2))
+        if in_time:  # the journal has had its turn
+            await until(lambda: asyncio.sleep(0, wire.told(session) > told or call.gone.is_set()))
+        else:
+            await generation.ended()
+        wire.let_go()
+        await until(lambda: is_written(other.app[keys.STORE], session))
+        seen = [await worker.read(session) for worker in (owner, other)]
+        assert seen[0] == seen[1]
+        assert seen[0][0] == first
+        assert [(event.kind, event.id) for event in seen[0][1:]] == [("error", "1-2.end")]
+        assert seen[0][1].json["code"] == "abandoned"
+
+
+async def test_a_cancel_that_was_accepted_elsewhere_as_the_answer_ended_is_the_end_for_all(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    """The owner's bell is dead, and what it writes once it knows is too late for its own viewers to wait for."""
+    async with (
+        wire_to(valkey_url) as wire,
+        running(wire.url, upstream) as owner,
+        running(valkey_url, upstream) as other,
+    ):
+        session = await owner.prepare()
+        async with owner.stream(session) as line:
+            call = (await upstream.call()).open()
+            call.chunk("a")
+            await line.take(1)
+            await journaled(owner, session, 1)  # so that the owner does not ask again before the end
+            wire.lose, wire.hold = b"cancel " + session.encode(), b'"finishReason":"cancelled"'
+            assert (await other.cancel(session)).status == 202
+            call.chunk("b", finish="stop")
+            call.usage()
+            call.done()
+            *_, end = await line.rest()
+        assert wire.held.is_set()
+        assert (end.kind, end.json["finishReason"]) == ("done", "cancelled")
+        wire.let_go()
+        assert [(await worker.read(session))[-1] for worker in (owner, other)] == [end, end]
+
+
+# Somebody else's reservations
+
+
+def wanted(token: str, session: str = "") -> Reservation:
+    return Reservation(token, session or f"session-{token}", "client", "model", Worst(10, 100))
+
+
+async def reserved(accounts: AccountStore, token: str) -> Reservation:
+    return replace(wanted(token), day=await accounts.reserve(wanted(token)))
+
+
+async def come(store: Store, name: str) -> None:
+    """Let the time of everything in a set have come."""
+    key = f"{store.prefix}:{{accounts}}:{name}"
+    tokens: Any = await store.redis.zrange(key, 0, -1)
+    await store.redis.zadd(key, dict.fromkeys(tokens, 1))
+
+
+@asynccontextmanager
+async def far_accounts(valkey_url: str) -> AsyncIterator[AccountStore]:
+    """The accounts as a worker sees them whose packets take 10 ms to Redis and 10 ms back."""
+    async with wire_to(valkey_url) as wire:
+        wire.delay = 0.01
+        store = Store(wire.url, "test")
+        yield AccountStore(store, FREE)
+        await store.close()
+
+
+async def test_a_hundred_orphans_are_found_by_a_worker_far_from_redis(store: Store, valkey_url: str) -> None:
+    accounts = AccountStore(store, FREE)
+    for n in range(100):
+        await accounts.reserve(wanted(str(n)))
+    await come(store, "open")
+    async with far_accounts(valkey_url) as far:
+        assert {orphan.token for orphan in await far.orphans(100)} == {str(n) for n in range(100)}
+
+
+async def test_a_hundred_estimates_are_found_by_a_worker_far_from_redis(
+    store: Store, valkey_url: str
+) -> None:
+    accounts = AccountStore(store, FREE)
+    guess = Spent(1, 1, cost=7, estimated=True)
+    for n in range(100):
+        await accounts.settle(await reserved(accounts, str(n)), guess, State.LOST, generation_id=f"gen-{n}")
+    await come(store, "estimates")
+    async with far_accounts(valkey_url) as far:
+        found = {reservation.token: name for reservation, name in await far.unasked(100)}
+        assert found == {str(n): f"gen-{n}" for n in range(100)}
+
+
+async def unknown(_: str) -> None:
+    return None
+
+
+def bookkeeper_of(store: Store, accounts: AccountStore) -> Bookkeeper:
+    def spawn(work: Coroutine[Any, Any, Any]) -> None:
+        work.close()
+        pytest.fail("there is nothing to ask the upstream")
+
+    return Bookkeeper(
+        accounts,
+        SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300),
+        JournalStore(store, worker="living", running_ttl=960),
+        WorkerStore(store, worker="living"),
+        Settler(accounts, prices_of=unknown, fetch=unknown, spawn=spawn),
+    )
+
+
+async def test_an_orphan_that_ran_and_whose_session_is_forgotten_is_booked_at_its_worst(store: Store) -> None:
+    """All workers were away for longer than its journal was kept."""
+    accounts = AccountStore(store, FREE)
+    await accounts.hold([await reserved(accounts, "ran")])
+    await come(store, "open")
+    for _ in range(2):
+        await bookkeeper_of(store, accounts)._look_around()
+        assert await ledger(store.redis) == Ledger(1, 1, 10, 100)
+    assert await slots(store.redis) == await open_reservations(store.redis) == 0
+
+
+async def test_an_orphan_that_never_ran_is_given_back(store: Store) -> None:
+    accounts = AccountStore(store, FREE)
+    await reserved(accounts, "idle")
+    await come(store, "open")
+    await bookkeeper_of(store, accounts)._look_around()
+    assert await ledger(store.redis) == Ledger()
+    assert await slots(store.redis) == await open_reservations(store.redis) == 0
+
+
+# A worker that stood still
+
+
+class StandingLoop(asyncio.SelectorEventLoop):
+    """A loop whose process can stand still: its clock goes on meanwhile, and nothing else does."""
+
+    stood_still = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.stood_still
+
+
+class FrozenAfterReserving(AccountStore):
+    """The accounts of a worker that stands still once it has reserved, for longer than that holds.
+
+    Meanwhile its reservation is found and given back, and another takes the only slot.
+    """
+
+    thawed: Reservation | None = None
+
+    async def reserve(self, reservation: Reservation, *, force: bool = False) -> int:
+        day = await super().reserve(reservation, force=force)
+        if self.thawed is None:
+            self.thawed = reservation
+            await self.release(reservation.token, reservation.client)
+            await super().reserve(wanted("another"))
+            loop = asyncio.get_running_loop()
+            assert isinstance(loop, StandingLoop)
+            loop.stood_still += LEASE
+        return day
+
+
+def test_a_worker_that_stood_still_before_its_claim_does_not_run_beyond_the_limit(valkey_url: str) -> None:
+    async def story() -> None:
+        store = Store(valkey_url, "test")
+        sessions = SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300)
+        accounts = FrozenAfterReserving(store, replace(FREE, streams=1))
+        begun: list[str] = []
+        tasks: set[asyncio.Task[None]] = set()
+
+        def begin(session: str, reservation: Reservation, prepared: Prepared) -> Any:
+            begun.append(session)
+            return Standing(State.RUNNING)
+
+        claims = Claims(
+            sessions,
+            accounts,
+            worker="frozen",
+            give_up_after=100,
+            begin=begin,
+            spawn=lambda work: tasks.add(asyncio.create_task(work)),
+        )
+        await sessions.prepare("session", Prepared(b"{}", "model", 1, "", "client", Worst(10, 100)))
+        with pytest.raises(Overloaded):
+            await claims.claim("session")
+        described = await sessions.describe("session")
+        assert described is not None
+        assert (described.state, begun) == (State.PREPARED, [])
+        assert await slots(store.redis) == await open_reservations(store.redis) == 1
+        await accounts.release("another", "client")
+        await claims.claim("session")  # as a page does that is asked to come again
+        assert begun == ["session"]
+        await asyncio.gather(*tasks)
+        await store.close()
+
+    with asyncio.Runner(loop_factory=StandingLoop) as runner:
+        runner.run(story())
+
+
+# What is kept
+
+
+def bytes_with(mark: bytes) -> int:
+    """Bytes in this process, in large pieces, that hold a mark."""
+    gc.collect()
+    found: dict[int, int] = {}
+    for piece in gc.get_referents(*gc.get_objects()):
+        # Not isinstance, which would wake modules that are loaded when they are touched.
+        if type(piece) in (bytes, bytearray) and len(piece) > 1000 and mark in piece:
+            found[id(piece)] = len(piece)
+    return sum(found.values())
+
+
+async def test_a_session_that_was_refused_keeps_no_prompt(broker: Broker, upstream: ScriptedUpstream) -> None:
+    upstream.replies = [lambda call: call.reply(400, {"error": {"code": 400, "message": "No."}})]
+    session = await broker.prepare(messages=[{"role": "user", "content": "prompt " * 100_000}])
+    assert (await broker.read(session))[-1].kind == "error"
+    await broker.ask("GET", "/health/live")  # a connection holds its last request until the next one comes
+    upstream.hang_up()
+    upstream.calls.clear()
+    await until(lambda: asyncio.sleep(0, bytes_with(b"prompt prompt") < ENOUGH))
+    assert (await broker.read(session))[-1].kind == "error", "it is kept all the same"
+
+
+async def test_a_session_that_broke_off_keeps_no_half_an_event(
+    broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    def half(call: Call) -> None:
+        call.open()
+        call.chunk("a")
+        call.send(b'data: {"x": "' + b"half " * 600_000)
+        call.close()
+
+    upstream.replies = [half]
+    session = await broker.prepare()
+    assert [event.kind for event in await broker.read(session)] == ["chunk", "error"]
+    await until(lambda: asyncio.sleep(0, bytes_with(b"half half") < ENOUGH))
+    assert [event.kind for event in await broker.read(session)] == ["chunk", "error"], (
+        "it is kept all the same"
+    )
+
+
+async def test_without_resuming_a_long_answer_does_not_stay_whole_in_memory(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    async with running(valkey_url, upstream, resume_ttl=0) as broker:
+        session = await broker.prepare()
+        async with broker.stream(session) as line:
+            call = (await upstream.call()).open()
+            for _ in range(40):
+                call.chunk("x" * 50_000)
+                await line.take(1)
+            assert generation_of(broker, session).feed.size <= WINDOW
+            call.done()

@@ -1,0 +1,180 @@
+"""A Redis that is full, against a real Valkey: nothing new begins, and what runs can be watched, ended and paid."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import pytest_asyncio
+
+from broker.core.accounts import Allowances, Spent, Worst
+from broker.core.errors import StoreUnavailable
+from broker.core.events import chunk_events
+from broker.core.replay import Batch
+from broker.core.session import Cursor, State, Terminal
+from broker.store.accounts import AccountStore, Reservation
+from broker.store.journal import Append, Appended, JournalStore
+from broker.store.sessions import Prepared, SessionStore
+from broker.store.workers import WorkerStore
+from tests.money import Ledger, ledger, open_reservations, slots
+
+if TYPE_CHECKING:
+    from broker.store.connection import Store
+
+RUNNING_TTL = 500
+PREPARED = Prepared(b'{"messages":[]}', "model", 10, "", "client", Worst(10, 100))
+NOTHING = Batch(1, 0, b"")
+ONE = Batch(1, 1, chunk_events([b"1"], 1))
+DONE = Terminal(State.DONE, "done", Cursor(1, 2, end=True), b"{}")
+CANCELLED = Terminal(State.CANCELLED, "done", Cursor(1, 1, end=True), b"{}")
+
+
+def wanted(token: str) -> Reservation:
+    return Reservation(token, f"session-{token}", "client", "model", Worst(10, 100))
+
+
+class Stage:
+    """What there was before Redis was full: a session that waits, one that runs, a reservation with a lapsed lease."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.sessions = SessionStore(store, session_ttl=600, running_ttl=RUNNING_TTL, resume_ttl=300)
+        self.journal = JournalStore(store, worker="owner", running_ttl=RUNNING_TTL)
+        self.elsewhere = JournalStore(store, worker="follower", running_ttl=RUNNING_TTL)
+        self.workers = WorkerStore(store, worker="owner")
+        self.accounts = AccountStore(store, Allowances(50, 2, 0, 0, 0))
+        self.reservation = wanted("token")
+
+    async def set(self) -> None:
+        for session in ("waiting", "running"):
+            await self.sessions.prepare(session, PREPARED)
+        await self.sessions.claim("running", "token", "owner")
+        self.reservation = replace(self.reservation, day=await self.accounts.reserve(self.reservation))
+        await self.store.redis.zadd(f"{self.store.prefix}:{{accounts}}:open", {"token": 1})
+        await self.workers.renew()
+
+    async def ask(self) -> Appended:
+        """What the owner asks that has nothing to journal."""
+        [answer] = await self.journal.append([Append("running", "token", NOTHING)])
+        return answer
+
+    async def everything(self) -> dict[object, object]:
+        """All that Redis holds."""
+        redis = self.store.redis
+        return {key: await redis.dump(key) for key in await redis.keys("*")}
+
+
+@pytest_asyncio.fixture
+async def full(store: Store) -> AsyncIterator[Stage]:
+    stage = Stage(store)
+    await stage.set()
+    await store.redis.config_set("maxmemory", 1)
+    try:
+        yield stage
+    finally:
+        await store.redis.config_set("maxmemory", 0)
+
+
+# Refused
+
+
+REFUSED: dict[str, Callable[[Stage], Awaitable[object]]] = {
+    "prepare": lambda stage: stage.sessions.prepare("new", PREPARED),
+    "reserve": lambda stage: stage.accounts.reserve(wanted("new")),
+    "claim": lambda stage: stage.sessions.claim("waiting", "new", "owner"),
+    "events": lambda stage: stage.journal.append([Append("running", "token", ONE)]),
+    "end with events": lambda stage: stage.sessions.end("running", "token", DONE, ONE),
+}
+
+
+@pytest.mark.parametrize("step", REFUSED.values(), ids=REFUSED)
+async def test_what_takes_room_is_refused_and_nothing_of_it_is_done(
+    full: Stage, step: Callable[[Stage], Awaitable[object]]
+) -> None:
+    before = await full.everything()
+    with pytest.raises(StoreUnavailable):
+        await step(full)
+    assert await full.everything() == before
+
+
+async def test_what_was_refused_can_be_done_once_there_is_room(full: Stage) -> None:
+    for step in REFUSED.values():
+        with pytest.raises(StoreUnavailable):
+            await step(full)
+    await full.store.redis.config_set("maxmemory", 0)
+    for step in REFUSED.values():
+        await step(full)
+    assert (await full.elsewhere.look("running")).end == DONE
+    assert (await full.elsewhere.read("running", 0)) == [ONE]
+
+
+# Passing
+
+
+async def test_a_viewer_elsewhere_registers(full: Stage) -> None:
+    assert (await full.elsewhere.follow("running", 0)).standing.state is State.RUNNING
+    assert (await full.ask()).watched == 1
+
+
+async def test_the_owner_learns_what_others_want(full: Stage) -> None:
+    assert await full.ask() == Appended(State.RUNNING, 0)
+    assert (await full.sessions.cancel("running", CANCELLED)).state is State.RUNNING
+    assert (await full.ask()).cancel
+
+
+async def test_a_session_that_waits_is_cancelled(full: Stage) -> None:
+    assert (await full.sessions.cancel("waiting", CANCELLED)).state is State.PREPARED
+    assert (await full.elsewhere.look("waiting")).end == CANCELLED
+
+
+async def test_a_dead_workers_session_is_ended(full: Stage) -> None:
+    lost = await full.sessions.lose("running", "owner", error=b'{"lost":1}', cancelled=b"{}")
+    assert lost.end == Terminal(State.LOST, "error", Cursor(2, 1, end=True), b'{"lost":1}')
+    assert (await full.elsewhere.look("running")).end == lost.end
+
+
+async def test_a_lease_is_renewed_also_one_that_has_lapsed(full: Stage) -> None:
+    marker = (await full.workers.renew()).marker
+    await full.store.redis.delete(f"{full.store.prefix}:worker:owner")
+    assert await full.workers.absent(["owner"]) == {"owner"}
+    assert (await full.workers.renew()).marker == marker
+    assert await full.workers.absent(["owner"]) == set()
+
+
+async def test_a_reservation_is_renewed_also_one_whose_lease_has_lapsed(full: Stage) -> None:
+    assert await full.accounts.orphans(10) == [full.reservation]
+    assert await full.accounts.hold([full.reservation]) == []
+    assert await full.accounts.orphans(10) == []
+
+
+async def test_what_was_spent_is_booked(full: Stage) -> None:
+    await full.accounts.settle(full.reservation, Spent(1, 2, cost=7), State.DONE)
+    assert await ledger(full.store.redis) == Ledger(1, 0, 3, 7)
+    assert await slots(full.store.redis) == await open_reservations(full.store.redis) == 0
+
+
+async def test_a_reservation_is_given_back(full: Stage) -> None:
+    await full.accounts.release("token", "client")
+    assert await ledger(full.store.redis) == Ledger()
+    assert await slots(full.store.redis) == await open_reservations(full.store.redis) == 0
+
+
+# Come back empty
+
+
+async def test_a_journal_that_is_born_late_has_its_time(store: Store) -> None:
+    """Redis came back empty while all events were in the journal only: it goes on with a number above one."""
+    stage = Stage(store)
+    await stage.set()
+    await stage.journal.append([Append("running", "token", Batch(1, 5, chunk_events([b"1"] * 5, 1)))])
+    await store.redis.flushall()
+    held = Batch(6, 5, b"")
+    await stage.sessions.restore(
+        "running", "token", "owner", PREPARED, state=State.RUNNING, held=held, end=None
+    )
+    sixth = Batch(6, 6, chunk_events([b"6"], 6))
+    assert await stage.journal.append([Append("running", "token", sixth)]) == [Appended(State.RUNNING, 6)]
+    assert await stage.elsewhere.read("running", 5) == [sixth]
+    assert 0 < await store.redis.ttl(store.session_key("events", "running")) <= RUNNING_TTL

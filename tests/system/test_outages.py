@@ -1,0 +1,199 @@
+"""Redis is away or full for longer than anything holds: what ended is written and paid, who watches is not missed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+from redis.asyncio import Redis
+
+from broker.store.journal import WATCH_MS
+from broker.web import keys
+from tests.broker import Broker, running
+from tests.money import Ledger, ledger, open_reservations, slots, until
+from tests.system.harness import ValkeyProcess, running_valkey
+
+if TYPE_CHECKING:
+    from broker.relay.registry import Registry
+    from broker.store.connection import Store
+    from tests.events import Event, Line
+    from tests.scripted import Call, ScriptedUpstream
+
+OUTAGE = 4.5
+"""Seconds, longer than an end is kept and than the 3 s that stopped generations have for theirs."""
+
+
+@asynccontextmanager
+async def frozen(valkey: ValkeyProcess) -> AsyncIterator[None]:
+    valkey.freeze()
+    try:
+        yield
+    finally:
+        valkey.thaw()
+
+
+@asynccontextmanager
+async def full(valkey: ValkeyProcess) -> AsyncIterator[None]:
+    async with Redis(port=valkey.port) as client:
+        await client.config_set("maxmemory", 1)
+        try:
+            yield
+        finally:
+            await client.config_set("maxmemory", 0)
+
+
+def registry_of(broker: Broker) -> Registry:
+    return broker.app[keys.REGISTRY]
+
+
+def store_of(broker: Broker) -> Store:
+    return broker.app[keys.STORE]
+
+
+async def state_of(broker: Broker, session: str) -> object:
+    """A session's state in Redis."""
+    store = store_of(broker)
+    return await store.redis.hget(store.session_key("session", session), "state")
+
+
+def of(events: list[Event]) -> list[tuple[str, str | None]]:
+    return [(event.kind, event.id) for event in events]
+
+
+def finish(call: Call) -> None:
+    call.chunk("b", finish="stop")
+    call.usage(cost=0.002)
+    call.done()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", [frozen, full])
+async def test_what_ends_in_an_outage_longer_than_ends_are_kept_is_written_and_booked_once(
+    upstream: ScriptedUpstream, trouble: Callable[[ValkeyProcess], AbstractAsyncContextManager[None]]
+) -> None:
+    """With a short time to resume, and with none."""
+    async with running_valkey() as valkey, AsyncExitStack() as stack:
+        brokers = [
+            await stack.enter_async_context(running(valkey.url, upstream, resume_ttl=ttl)) for ttl in (1, 0)
+        ]
+        sessions, lines, calls = [], [], []
+        for number, broker in enumerate(brokers, 1):
+            sessions.append(await broker.prepare())
+            lines.append(await stack.enter_async_context(broker.stream(sessions[-1])))
+            calls.append((await upstream.call(number)).open())
+            calls[-1].chunk("a")
+            await lines[-1].take(1)
+        async with trouble(valkey):
+            for line, call in zip(lines, calls, strict=True):
+                finish(call)
+                assert of(await line.rest()) == [("chunk", "1-2"), ("chunk", "1-3"), ("done", "1-4.end")]
+            await asyncio.sleep(OUTAGE)  # it is what this is about
+        redis = store_of(brokers[0]).redis
+
+        async def written() -> bool:
+            states = [await state_of(brokers[0], session) for session in sessions]
+            return states == [b"done", b"done"] and (await ledger(redis)).requests == 2
+
+        await until(written)
+        assert await ledger(redis) == Ledger(2, 0, 30, 4_000_000)
+        assert await slots(redis) == await open_reservations(redis) == 0
+
+
+# The only viewer is on another worker
+
+
+class Watched:
+    """A session that runs on one worker and is watched on another only.
+
+    Attributes:
+        call: the upstream's side of it.
+        far: the viewer's line, which has had one chunk.
+    """
+
+    def __init__(self, valkey: ValkeyProcess, store: Store, session: str, call: Call, far: Line) -> None:
+        self.valkey = valkey
+        self.call = call
+        self.far = far
+        self._store = store
+        self._session = session
+        self._viewers = store.session_key("viewers", session)
+
+    async def is_written(self) -> bool:
+        """Whether Redis has it."""
+        return bool(await self._store.redis.exists(self._store.session_key("session", self._session)))
+
+    async def is_registered(self) -> bool:
+        """Whether the other worker is registered as watching."""
+        return bool(await self._store.redis.zcard(self._viewers))
+
+    async def lapse(self) -> None:
+        """Let the time of the registration be over."""
+        await self._store.redis.delete(self._viewers)
+
+    async def stays(self, seconds: float) -> None:
+        """Make sure that the upstream's line is not closed in this time."""
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.call.gone.wait()
+
+    async def goes_on_to_its_end(self) -> None:
+        """Make sure that the viewer gets what follows on the second chunk, and a good end."""
+        assert of(await self.far.take(1)) == [("chunk", "1-2")]
+        finish(self.call)
+        assert of(await self.far.rest()) == [("chunk", "1-3"), ("chunk", "1-4"), ("done", "1-5.end")]
+
+
+@asynccontextmanager
+async def watched_elsewhere(
+    upstream: ScriptedUpstream, *, grace: float, keeps: bool = False
+) -> AsyncIterator[Watched]:
+    async with (
+        running_valkey(keeps=keeps) as valkey,
+        running(valkey.url, upstream, disconnect_grace=grace, journal_interval_ms=20) as owner,
+        running(valkey.url, upstream) as other,
+    ):
+        session = await owner.prepare()
+        async with owner.stream(session) as line, other.stream(session) as far:
+            call = (await upstream.call()).open()
+            call.chunk("a")
+            await line.take(1)
+            await far.take(1)
+            line.cut()
+            await until(lambda: asyncio.sleep(0, not registry_of(owner).viewers))
+            yield Watched(valkey, store_of(owner), session, call, far)
+
+
+@pytest.mark.slow
+async def test_who_watches_elsewhere_while_redis_is_full_is_not_missed(upstream: ScriptedUpstream) -> None:
+    async with watched_elsewhere(upstream, grace=1) as watched:
+        async with full(watched.valkey):
+            await watched.lapse()
+            await watched.stays(3.5)  # the owner's next look, the grace, and as much again
+            assert await watched.is_registered()
+            watched.call.chunk("told later")
+            await watched.stays(1.5)  # now it has something that it cannot write
+        await watched.goes_on_to_its_end()
+
+
+@pytest.mark.parametrize(
+    "keeps",
+    [
+        pytest.param(True, id="away for long", marks=pytest.mark.slow),
+        pytest.param(False, id="come back empty"),
+    ],
+)
+async def test_who_watches_elsewhere_is_not_missed_before_it_can_have_registered_again(
+    upstream: ScriptedUpstream, keeps: bool
+) -> None:
+    """Without any grace: whoever is not registered at the first look afterwards is missed at once."""
+    async with watched_elsewhere(upstream, grace=0, keeps=keeps) as watched:
+        watched.valkey.kill()
+        if keeps:
+            await asyncio.sleep(WATCH_MS / 1000 + 0.5)  # until the registration that Redis kept has lapsed
+        await watched.valkey.start()
+        await until(watched.is_written, within=10)
+        watched.call.chunk("written at once, and what Redis says to it counts")
+        await watched.goes_on_to_its_end()
