@@ -58,6 +58,14 @@ class Mirror:
         self.viewers = 0
 
 
+class _Opening:
+    """A mirror in the making: for how many viewers, and what was rung for meanwhile."""
+
+    def __init__(self) -> None:
+        self.viewers = 0
+        self.rung: list[Batch | None] = []
+
+
 class Follower:
     """Keeps the mirrors of this worker.
 
@@ -83,6 +91,7 @@ class Follower:
         self._is_gone = is_gone
         self._let_go = let_go
         self._mirrors: dict[str, Mirror] = {}
+        self._opening: dict[str, _Opening] = {}
         self._hurried: set[str] = set()
         self._left: set[str] = set()
         self._wake = asyncio.Event()
@@ -108,18 +117,31 @@ class Follower:
         Raises:
             StoreUnavailable: Redis cannot be reached.
         """
-        followed = await self._journal.follow(session_id, after)
+        with self._noting(session_id) as rung:
+            followed = await self._journal.follow(session_id, after)
         if followed.standing.state in (State.GONE, State.PREPARED):
             return followed.standing.state
         mirror = self._mirrors.get(session_id)
         if mirror is None:
             mirror = self._mirrors[session_id] = _mirror(session_id, followed, after)
         if followed.standing.end is None:
-            # What was rung for before the mirror was there went unheard.
-            self._hurry(session_id)
+            for batch in tuple(rung):  # before the mirror was there
+                self.hear(session_id, batch)
         elif mirror.feed.end is None:
             self._finish(mirror, followed)
         return mirror
+
+    @contextmanager
+    def _noting(self, session_id: str) -> Iterator[list[Batch | None]]:
+        """Note what is rung for a session whose mirror is being made, or it would need a second look."""
+        opening = self._opening.setdefault(session_id, _Opening())
+        opening.viewers += 1
+        try:
+            yield opening.rung
+        finally:
+            opening.viewers -= 1
+            if not opening.viewers:
+                del self._opening[session_id]
 
     def _hurry(self, session_id: str) -> None:
         """Look at this one at once."""
@@ -142,6 +164,8 @@ class Follower:
 
     def hear(self, session_id: str, batch: Batch | None) -> None:
         """The bell rang: here are events, or there is something to read."""
+        if (opening := self._opening.get(session_id)) is not None:
+            opening.rung.append(batch)
         mirror = self._mirrors.get(session_id)
         if mirror is None or mirror.feed.end is not None:
             return
@@ -170,11 +194,10 @@ class Follower:
                 await asyncio.sleep(LOOK)
 
     async def _say_goodbye(self) -> None:
-        left, self._left = self._left, set()
-        for session_id in left - self._mirrors.keys():
-            await self._journal.leave(session_id)
-            if session_id in self._mirrors:  # somebody came at that moment
-                self._hurried.add(session_id)
+        left, self._left = self._left - self._mirrors.keys(), set()
+        if left:
+            await self._journal.leave(left)
+            self._hurried |= left & self._mirrors.keys()  # somebody came at that moment
 
     async def _look(self, *, everything: bool) -> None:
         hurried, self._hurried = self._hurried, set()

@@ -17,7 +17,7 @@ from broker.store.connection import Store, bounded_call
 from broker.store.sessions import Standing, read_standing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 WATCH_MS = 5000
 """Milliseconds for which a worker counts as watching a session after it last said so."""
@@ -125,10 +125,13 @@ class JournalStore:
             raise StoreUnavailable
         return followed.batches
 
-    async def leave(self, session_id: str) -> None:
-        """Say that this worker no longer watches."""
+    async def leave(self, session_ids: Iterable[str]) -> None:
+        """Say that this worker no longer watches these sessions."""
         async with bounded_call():
-            await self._store.redis.zrem(self.keys(session_id)[2], self._worker)
+            pipe = self._store.redis.pipeline(transaction=False)
+            for session_id in session_ids:
+                pipe.zrem(self.keys(session_id)[2], self._worker)
+            await pipe.execute()
 
     def _follow_words(
         self, session_id: str, after: int, entries: int, register: bool

@@ -216,7 +216,7 @@ async def test_the_owner_learns_who_watches_and_that_they_have_left(running: Run
     assert (await running.append()).watched == 0
     await running.elsewhere.follow(running.id, 0)
     assert (await running.append()).watched == 1
-    await running.elsewhere.leave(running.id)
+    await running.elsewhere.leave([running.id])
     assert (await running.append()).watched == 0
 
 
@@ -282,7 +282,7 @@ async def test_grace_does_not_end_while_somebody_watches(running: Running) -> No
     await running.elsewhere.follow(running.id, 0)
     abandoned = end(1, State.ABANDONED)
     assert await running.finish(abandoned, only_if_unwatched=True) == Refusal("watched", 0)
-    await running.elsewhere.leave(running.id)
+    await running.elsewhere.leave([running.id])
     assert await running.finish(abandoned, only_if_unwatched=True) == Standing(State.ABANDONED, "", abandoned)
 
 
