@@ -111,15 +111,19 @@ class WorkerStore:
                     yield _ring(data)
 
     def _lease(self, worker: str) -> str:
-        return f"{self._store.prefix}:worker:{worker}"
+        return self._key(f"lease:{worker}")
 
     @property
     def _marker(self) -> str:
-        return f"{self._store.prefix}:marker"
+        return self._key("marker")
 
     @property
     def _wiped(self) -> str:
-        return f"{self._store.prefix}:wiped"
+        return self._key("wiped")
+
+    def _key(self, name: str) -> str:
+        """A key of the workers; the braces put all of them into one slot of a Redis Cluster."""
+        return f"{self._store.prefix}:{{workers}}:{name}"
 
 
 async def _messages(pubsub: PubSub) -> AsyncIterator[bytes]:

@@ -137,7 +137,7 @@ async def test_a_dead_workers_session_is_ended(full: Stage) -> None:
 
 async def test_a_lease_is_renewed_also_one_that_has_lapsed(full: Stage) -> None:
     marker = (await full.workers.renew()).marker
-    await full.store.redis.delete(f"{full.store.prefix}:worker:owner")
+    await full.store.redis.delete(f"{full.store.prefix}:{{workers}}:lease:owner")
     assert await full.workers.absent(["owner"]) == {"owner"}
     assert (await full.workers.renew()).marker == marker
     assert await full.workers.absent(["owner"]) == set()

@@ -34,15 +34,15 @@ async def test_nobody_is_asked_for_and_nobody_is_absent(store: Store) -> None:
 
 async def test_a_lease_ends_by_itself(store: Store) -> None:
     await worker(store).renew()
-    left = await store.redis.pttl(f"{store.prefix}:worker:one")
+    left = await store.redis.pttl(f"{store.prefix}:{{workers}}:lease:one")
     assert LEASE_MS - 1000 < left <= LEASE_MS
 
 
 async def test_renewing_prolongs_the_lease(store: Store) -> None:
     await worker(store).renew()
-    await store.redis.pexpire(f"{store.prefix}:worker:one", 100)
+    await store.redis.pexpire(f"{store.prefix}:{{workers}}:lease:one", 100)
     await worker(store).renew()
-    assert await store.redis.pttl(f"{store.prefix}:worker:one") > LEASE_MS - 1000
+    assert await store.redis.pttl(f"{store.prefix}:{{workers}}:lease:one") > LEASE_MS - 1000
 
 
 async def test_a_worker_that_resigns_is_absent_at_once(store: Store) -> None:
@@ -68,7 +68,7 @@ async def test_a_redis_that_came_back_empty_has_another_marker(store: Store) -> 
 async def test_that_it_came_back_empty_is_told_to_workers_that_could_not_know(store: Store) -> None:
     await worker(store).tell_wiped()
     assert (await worker(store, "two").renew()).wiped
-    assert 9000 < await store.redis.pttl(f"{store.prefix}:wiped") <= 10_000
+    assert 9000 < await store.redis.pttl(f"{store.prefix}:{{workers}}:wiped") <= 10_000
 
 
 async def test_leases_and_marker_have_their_time(store: Store) -> None:

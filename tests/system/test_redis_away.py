@@ -148,7 +148,7 @@ async def test_a_worker_that_starts_after_the_loss_is_told_of_it_by_the_others()
 async def until_wiped(cluster: Cluster) -> None:
     """Wait until somebody has found that Redis came back empty."""
     async with asyncio.timeout(10), cluster.redis() as client:
-        while not await client.exists("broker:1:wiped"):  # noqa: ASYNC110 - it happens in another process
+        while not await client.exists("broker:1:{workers}:wiped"):  # noqa: ASYNC110 - it happens in another process
             await asyncio.sleep(POLL_INTERVAL)
 
 
