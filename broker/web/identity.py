@@ -73,6 +73,7 @@ class Identifier:
 
         Raises:
             Unauthorized: it shows no key or token where one is needed, or one that is not good.
+            Overloaded: the keys that a token is checked with cannot be fetched now.
         """
         if not self._shown_is_needed:
             forwarded = request.headers.getall(hdrs.X_FORWARDED_FOR, ())
