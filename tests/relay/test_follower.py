@@ -1,0 +1,118 @@
+"""Mirrors of other workers' sessions: what is rung for while one is being made is neither lost nor looked for again."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import pytest
+
+from broker.core.accounts import Worst
+from broker.core.events import chunk_events
+from broker.core.replay import Batch
+from broker.core.session import State
+from broker.relay.follower import Follower, Mirror
+from broker.store.journal import Append, JournalStore
+from broker.store.sessions import Prepared, SessionStore
+from broker.store.workers import WorkerStore
+
+if TYPE_CHECKING:
+    from broker.store.connection import Store
+    from broker.store.journal import Followed
+
+PREPARED = Prepared(b"{}", "scripted/model-1", 10, "", "key:tests", Worst(110, 0))
+
+
+def batch(first: int, last: int) -> Batch:
+    return Batch(first, last, chunk_events([b"%d" % n for n in range(first, last + 1)], first))
+
+
+class Late(JournalStore):
+    """Its answers to `follow` come when they are let."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store, worker="follower", running_ttl=500)
+        self.answered = asyncio.Event()
+        self.let = asyncio.Event()
+        self.looks = 0
+
+    async def follow(self, *args: Any, **options: Any) -> Followed:
+        followed = await super().follow(*args, **options)
+        self.looks += 1
+        self.answered.set()
+        await self.let.wait()
+        return followed
+
+
+class Afar:
+    """A running session of another worker, and this one's follower."""
+
+    def __init__(self, store: Store) -> None:
+        self.id = str(uuid4())
+        self.late = Late(store)
+        self.owner = JournalStore(store, worker="owner", running_ttl=500)
+        self.sessions = SessionStore(store, session_ttl=600, running_ttl=500, resume_ttl=300)
+        self.follower = Follower(
+            self.late, self.sessions, WorkerStore(store, worker="follower"), self._never, lambda _: None
+        )
+
+    @staticmethod
+    async def _never() -> bool:
+        return False
+
+    async def start(self, events: int) -> None:
+        await self.sessions.prepare(self.id, PREPARED)
+        await self.sessions.claim(self.id, "token", "owner")
+        await self.say(batch(1, events))
+
+    async def say(self, events: Batch) -> None:
+        [answer] = await self.owner.append([Append(self.id, "token", events)])
+        assert answer.last == events.last
+
+
+@pytest.mark.parametrize("viewers", [1, 3])
+@pytest.mark.parametrize("after", [0, 2])
+async def test_news_that_comes_while_a_mirror_is_made_is_in_it(
+    store: Store, viewers: int, after: int
+) -> None:
+    afar = Afar(store)
+    await afar.start(2)
+    opening = [asyncio.create_task(afar.follower.open(afar.id, after)) for _ in range(viewers)]
+    await afar.late.answered.wait()
+    for news in (batch(3, 3), batch(4, 6)):
+        await afar.say(news)
+        afar.follower.hear(afar.id, news)
+    afar.late.let.set()
+    mirrors = await asyncio.gather(*opening)
+    assert len(set(mirrors)) == 1
+    mirror = mirrors[0]
+    assert isinstance(mirror, Mirror)
+    assert mirror.feed.last == 6
+    assert mirror.feed.after(max(after, mirror.feed.first - 1), 1 << 20).events.endswith(batch(4, 6).events)
+    assert afar.late.looks == viewers
+    assert not afar.follower._opening
+
+
+async def test_a_viewer_that_leaves_while_its_mirror_is_made_leaves_nothing(store: Store) -> None:
+    afar = Afar(store)
+    await afar.start(1)
+    leaving = asyncio.create_task(afar.follower.open(afar.id, 0))
+    staying = asyncio.create_task(afar.follower.open(afar.id, 0))
+    await afar.late.answered.wait()
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    await afar.say(batch(2, 2))
+    afar.follower.hear(afar.id, batch(2, 2))
+    afar.late.let.set()
+    mirror = await staying
+    assert isinstance(mirror, Mirror)
+    assert mirror.feed.last == 2
+    assert not afar.follower._opening
+
+
+async def test_of_a_session_that_is_not_there_nothing_is_made(store: Store) -> None:
+    afar = Afar(store)
+    afar.late.let.set()
+    assert await afar.follower.open(afar.id, 0) is State.GONE
+    assert afar.follower.get(afar.id) is None
