@@ -94,6 +94,7 @@ class Follower:
         self._opening: dict[str, _Opening] = {}
         self._hurried: set[str] = set()
         self._left: set[str] = set()
+        self._leaving: set[str] = set()
         self._wake = asyncio.Event()
         self._absent_since: dict[str, float] = {}
         self._answered_at = 0.0
@@ -124,11 +125,12 @@ class Follower:
         mirror = self._mirrors.get(session_id)
         if mirror is None:
             mirror = self._mirrors[session_id] = _mirror(session_id, followed, after)
-        if followed.standing.end is None:
-            for batch in tuple(rung):  # before the mirror was there
-                self.hear(session_id, batch)
-        elif mirror.feed.end is None:
+            for batch in rung:  # before it was there
+                self._tell(mirror, batch)
+        if followed.standing.end is not None and mirror.feed.end is None:
             self._finish(mirror, followed)
+        if session_id in self._leaving:
+            self._hurry(session_id)  # its registration may just have been taken back
         return mirror
 
     @contextmanager
@@ -164,13 +166,17 @@ class Follower:
 
     def hear(self, session_id: str, batch: Batch | None) -> None:
         """The bell rang: here are events, or there is something to read."""
-        if (opening := self._opening.get(session_id)) is not None:
-            opening.rung.append(batch)
         mirror = self._mirrors.get(session_id)
-        if mirror is None or mirror.feed.end is not None:
+        if mirror is not None:
+            self._tell(mirror, batch)
+        elif (opening := self._opening.get(session_id)) is not None:
+            opening.rung.append(batch)
+
+    def _tell(self, mirror: Mirror, batch: Batch | None) -> None:
+        if mirror.feed.end is not None:
             return
         if batch is None or batch.first > mirror.feed.last + 1:
-            self._hurry(session_id)
+            self._hurry(mirror.session_id)
         else:
             self._add(mirror, [batch])
 
@@ -194,10 +200,13 @@ class Follower:
                 await asyncio.sleep(LOOK)
 
     async def _say_goodbye(self) -> None:
-        left, self._left = self._left - self._mirrors.keys(), set()
-        if left:
-            await self._journal.leave(left)
-            self._hurried |= left & self._mirrors.keys()  # somebody came at that moment
+        self._leaving, self._left = self._left - self._mirrors.keys(), set()
+        try:
+            if self._leaving:
+                await self._journal.leave(self._leaving)
+                self._hurried |= self._leaving & self._mirrors.keys()  # somebody came at that moment
+        finally:
+            self._leaving = set()
 
     async def _look(self, *, everything: bool) -> None:
         hurried, self._hurried = self._hurried, set()

@@ -330,5 +330,5 @@ class Generation:
         first = self.feed.last + 1
         self._took(self, now)
         self.feed.add(Batch(first, first + len(chunks) - 1, chunk_events(chunks, first)), now)
-        if not self._journaled and self.feed.live == self._viewers > 0:
+        if not self._journaled and self.feed.live == self._viewers > 0 and self.feed.shown == self.feed.last:
             self.feed.trim(self.feed.last)  # nobody will ask for it again

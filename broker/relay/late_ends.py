@@ -12,6 +12,7 @@ import structlog
 
 from broker.core.errors import StoreUnavailable
 from broker.core.session import short
+from broker.store.accounts import RECORD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -27,9 +28,9 @@ log = structlog.get_logger(__name__)
 RETRY = 1.0
 """Seconds between two tries."""
 
-TRIED_FOR = 86_400.0
-"""Seconds for which an end is tried: money must be booked, however long Redis was away. No new session begins
-meanwhile, so no more of them wait than ran."""
+TRIED_FOR = RECORD - 3600.0
+"""Seconds for which an end is tried. Not longer than a settled reservation is remembered: what another worker has
+booked meanwhile must not be booked again. No new session begins without Redis, so no more of them wait than ran."""
 
 
 class LateEnds:
@@ -65,7 +66,7 @@ class LateEnds:
             give_up_at = self._loop.time() + TRIED_FOR
             while not await self._try(generation, end):
                 if self._loop.time() >= give_up_at:
-                    log.error("end given up, never booked", session=short(generation.session_id))
+                    log.error("end given up", session=short(generation.session_id))
                     return
                 await asyncio.sleep(RETRY)
         finally:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LEASE = 15.0
 """Seconds after which an open reservation that nobody renews is taken for a dead worker's."""
 
-RECORD = 3600
+RECORD = 6 * 3600
 """Seconds that a closed reservation is remembered, so that late repeats change nothing."""
 
 ASKED_AFTER = 16.0
@@ -197,7 +197,12 @@ class AccountStore:
         """
         found = await self._due(self._estimates, limit)
         later = await self._now() + round(ASKED_AFTER * 1000) if found else 0
-        due = {token: fields for token, fields in found.items() if fields.get(b"estimated") == b"1"}
+        # A record that was born with its settlement, after Redis had lost it, tells too little to be corrected.
+        due = {
+            token: fields
+            for token, fields in found.items()
+            if fields.get(b"estimated") == b"1" and {b"tokens", b"generation"} <= fields.keys()
+        }
         async with bounded_call():
             if due:
                 await self._store.redis.zadd(self._estimates, dict.fromkeys(due, later), xx=True)

@@ -71,7 +71,7 @@ class Afar:
         assert answer.last == events.last
 
 
-@pytest.mark.parametrize("viewers", [1, 3])
+@pytest.mark.parametrize("viewers", [1, 3, 60])
 @pytest.mark.parametrize("after", [0, 2])
 async def test_news_that_comes_while_a_mirror_is_made_is_in_it(
     store: Store, viewers: int, after: int

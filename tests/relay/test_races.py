@@ -326,3 +326,24 @@ async def test_without_resuming_a_long_answer_does_not_stay_whole_in_memory(
                 await line.take(1)
             assert generation_of(broker, session).feed.size <= WINDOW
             call.done()
+
+
+async def test_without_resuming_nothing_is_forgotten_that_a_pause_holds_back(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    async with running(valkey_url, upstream, resume_ttl=0) as broker:
+        session = await broker.prepare()
+        async with broker.stream(session) as line:
+            call = (await upstream.call()).open()
+            call.chunk("first")
+            await line.take(1)
+            feed = generation_of(broker, session).feed
+            feed.pause()  # as after a freeze
+            for _ in range(12):
+                call.chunk("x" * 50_000)
+            await until(lambda: asyncio.sleep(0, feed.last == 13))
+            feed.resume()
+            events = await line.take(12)
+            assert [event.id for event in events] == [f"1-{n}" for n in range(2, 14)]
+            call.done()
+            assert (await line.rest())[-1].kind == "done"

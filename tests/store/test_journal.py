@@ -433,3 +433,23 @@ async def test_every_key_written_anew_has_its_time(running: Running, ending: Ter
     ttls = await running.ttls()
     assert ttls.keys() == {"session", "events"}
     assert all(expected - 5 < ttl <= expected for ttl in ttls.values()), ttls
+
+
+async def test_the_end_of_a_session_that_was_restored_without_its_events_is_told(running: Running) -> None:
+    """They had left the owner's memory when Redis came back empty."""
+    await running.append(batch(1, 2))
+    await running.store.redis.flushall()
+    await running.sessions.restore(
+        running.id, running.token, "owner", PREPARED, state=State.RUNNING, held=Batch(3, 2, b""), end=None
+    )
+    await running.finish(end(3))
+    followed = await running.elsewhere.follow(running.id, 2)
+    assert followed.standing.end == end(3)
+    assert followed.last == 2
+
+
+async def test_an_end_whose_journal_is_over_is_gone(running: Running) -> None:
+    await running.append(batch(1, 2))
+    await running.finish(end(3))
+    await running.store.redis.unlink(running.elsewhere.keys(running.id)[1])
+    assert (await running.elsewhere.follow(running.id, 0)).standing.state is State.GONE

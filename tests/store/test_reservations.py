@@ -209,3 +209,15 @@ async def test_nothing_is_asked_where_the_truth_is_known_or_no_name_is(store: St
     await accounts.settle(known, Spent(1, 1, cost=7), State.DONE, generation_id="gen")
     await accounts.settle(unnamed, Spent(1, 1, cost=7, estimated=True), State.LOST)
     assert await store.redis.keys("*:{accounts}:estimates") == []
+
+
+async def test_an_estimate_of_which_redis_had_lost_the_reservation_holds_up_no_other(store: Store) -> None:
+    accounts = AccountStore(store, FREE)
+    guess = Spent(1, 1, cost=7, estimated=True)
+    await accounts.settle(wanted("lost"), guess, State.LOST, generation_id="gen-1")
+    known = await reserved(accounts, "known")
+    await accounts.settle(known, guess, State.LOST, generation_id="gen-2")
+    await due(store)
+    assert await accounts.unasked(10) == [(known, "gen-2")]
+    await due(store)
+    assert await accounts.unasked(10) == [(known, "gen-2")]

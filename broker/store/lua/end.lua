@@ -32,7 +32,9 @@ if state == 'running' and token == ARGV[1] then
   redis.call('HDEL', KEYS[1], 'request')
   redis.call('HSET', KEYS[1], 'state', state, 'end_event', ARGV[3], 'end_id', ARGV[4], 'end_data', ARGV[5])
   redis.call('EXPIRE', KEYS[1], ARGV[6])
-  redis.call('EXPIRE', KEYS[2], ARGV[12])
+  if redis.call('EXPIRE', KEYS[2], ARGV[12]) == 1 then
+    redis.call('HSET', KEYS[1], 'replayed', '1')  -- for as long as its journal is there
+  end
   redis.call('DEL', KEYS[3])
   for _, worker in ipairs(viewers) do
     redis.call('PUBLISH', ARGV[11] .. worker, 'ended ' .. string.match(KEYS[1], '{(.-)}'))

@@ -4,9 +4,8 @@
 -- ARGV: worker ('' registers nobody), ms that the registration holds, number after which to read, entries at most,
 --       bytes after which to stop, prefix of the bells
 -- Returns {state or 'gone', worker, end event, end id, end data, last journaled, entries}.
-local got = redis.call('HMGET', KEYS[1], 'state', 'worker', 'end_event', 'end_id', 'end_data', 'last')
-local ended = got[3]
-if not got[1] or ended and tonumber(got[6] or 0) > 0 and redis.call('EXISTS', KEYS[2]) == 0 then
+local got = redis.call('HMGET', KEYS[1], 'state', 'worker', 'end_event', 'end_id', 'end_data', 'last', 'replayed')
+if not got[1] or got[7] and redis.call('EXISTS', KEYS[2]) == 0 then
   return {'gone'}  -- an end is known for longer than it can be replayed
 end
 if got[1] == 'running' and ARGV[1] ~= '' then
