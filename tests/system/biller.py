@@ -28,6 +28,9 @@ PROMPT = 10
 PER_CHUNK = 5
 """Tokens of a chunk, which has 20 bytes."""
 
+AT_ONCE = 0.25
+"""Seconds from the head of an answer within which whoever hangs up may not have read it."""
+
 REFUSALS = (401, 402, 404, 429, 503)
 ENDINGS = (
     "usage",
@@ -56,6 +59,9 @@ class Bill:
         recorded: the books tell it.
         named: the broker was told the generation's name.
         began_at, over_at: when, by the loop's clock; nothing is added any more.
+        call: the request, once its answer was begun.
+        opened_at: when that was.
+        closed: this side closed the line.
     """
 
     generation: str
@@ -65,6 +71,17 @@ class Bill:
     named: bool = False
     began_at: float = 0.0
     over_at: float = float("inf")
+    call: Call | None = None
+    opened_at: float = 0.0
+    closed: bool = False
+
+    @property
+    def left_at_once(self) -> bool:
+        """The broker hung up as the answer began, for a cancel, and so may not have read even its head."""
+        call = self.call
+        if call is None or self.closed or not call.gone.is_set():
+            return False
+        return call.gone_at < self.opened_at + AT_ONCE
 
     @property
     def cost(self) -> int:
@@ -113,6 +130,7 @@ class Biller:
         self.scripted.generations[bill.generation] = None
         bill.tokens = PROMPT
         chunks, pause = self.random.randrange(MAX_TOKENS // PER_CHUNK + 1), self.random.uniform(0, 0.15)
+        bill.call, bill.opened_at = call, asyncio.get_running_loop().time()
         if self.random.random() < 0.7:
             call.open(x_generation_id=bill.generation)
             bill.named = True
@@ -142,11 +160,14 @@ class Biller:
             self._send(call, bill, chunk(finish="stop"))
             call.done()
         elif ending in ("error", "late error"):
+            bill.closed = True
             call.event(json.dumps({"error": {"code": 502, "message": "It broke."}}).encode())
             call.close()
         elif ending == "cut":
+            bill.closed = True
             call.close()
         elif ending == "reset":
+            bill.closed = True
             call.reset()
         else:
             await call.gone.wait()

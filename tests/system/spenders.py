@@ -239,12 +239,14 @@ class Spenders:
         ):
             return [f"{name}: an estimate of {cost} for a prompt of {page.prompt}"]
         self.estimates += 1
-        late = [bill for bill in bills if bill.recorded and bill.named and not self._hurt_by_a_kill(bill)]
+        late = [bill for bill in bills if bill.recorded and bill.named and not self._is_excused(bill)]
         return [f"{name} was never corrected: {record}" for _ in late]
 
-    def _hurt_by_a_kill(self, bill: Bill) -> bool:
-        """By what name to ask, a worker that was killed while it ran may not have told anybody."""
-        return any(bill.began_at <= at <= bill.over_at + NOT_YET_JOURNALED for at in self.kills)
+    def _is_excused(self, bill: Bill) -> bool:
+        """By what name to ask, nobody knows who did not read it; and who was killed may not have told anybody."""
+        return bill.left_at_once or any(
+            bill.began_at <= at <= bill.over_at + NOT_YET_JOURNALED for at in self.kills
+        )
 
     def summary(self, account: Ledger) -> str:
         """What happened, in a line."""
