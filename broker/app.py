@@ -35,7 +35,7 @@ from broker.web.identity import Identifier
 from broker.web.routes import build_web
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Mapping
 
     from aiohttp import web
 
@@ -101,14 +101,7 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
             idempotency=IdempotencyStore(store, ttl=settings.session_ttl + running_ttl),
         )
         stack.push_async_callback(admission.close)
-        await stack.enter_async_context(
-            _background(
-                keep_running(
-                    "timers",
-                    partial(tick, registry, heartbeat=settings.heartbeat, ping_events=settings.ping_events),
-                )
-            )
-        )
+        await stack.enter_async_context(_timers(settings, registry))
         yield app
 
 
@@ -189,8 +182,9 @@ def _registry(
 
 
 @asynccontextmanager
-async def _background(work: Coroutine[Any, Any, Any]) -> AsyncIterator[None]:
-    task = asyncio.create_task(work)
+async def _timers(settings: Settings, registry: Registry) -> AsyncIterator[None]:
+    work = partial(tick, registry, heartbeat=settings.heartbeat, ping_events=settings.ping_events)
+    task = asyncio.create_task(keep_running("timers", work))
     try:
         yield
     finally:

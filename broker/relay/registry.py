@@ -105,13 +105,7 @@ class Registry:
         self._running: dict[str, Generation] = {}
         self._kept = Kept(limits.resume_ttl)
         self._tasks = Tasks()
-        self._settler = Settler(
-            accounts,
-            prices_of=money.prices_of,
-            fetch=money.fetch_generation,
-            spawn=self._tasks.spawn_extra,
-        )
-        self._loop = asyncio.get_running_loop()
+        self._settler = Settler(accounts, money, spawn=self._tasks.spawn_extra)
         self._claims = Claims(
             sessions,
             accounts,
@@ -273,7 +267,7 @@ class Registry:
         if (sample := generation.ending.sample()) is not None:
             self._tasks.spawn_extra(self._learn(sample))
         if generation.feed.end is not None and not generation.fenced:
-            self._kept.add(generation, self._loop.time())
+            self._kept.add(generation, asyncio.get_running_loop().time())
 
     # Cancelling
 

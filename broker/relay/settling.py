@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from broker.core.answer import Answer
     from broker.core.session import State
-    from broker.relay.terms import FetchGeneration, PricesOf
+    from broker.relay.terms import Money
     from broker.store.accounts import AccountStore, Reservation
 
 log = structlog.get_logger(__name__)
@@ -45,22 +45,19 @@ class Settler:
 
     Args:
         accounts: the books.
-        prices_of: what models cost.
-        fetch: the upstream's books.
+        money: whom to ask what models and generations cost.
         spawn: runs work in the background and owns its task.
     """
 
     def __init__(
         self,
         accounts: AccountStore,
+        money: Money,
         *,
-        prices_of: PricesOf,
-        fetch: FetchGeneration,
         spawn: Callable[[Coroutine[Any, Any, Any]], None],
     ) -> None:
         self._accounts = accounts
-        self._prices_of = prices_of
-        self._fetch = fetch
+        self._money = money
         self._spawn = spawn
         self._has_books = True
 
@@ -85,7 +82,7 @@ class Settler:
         cost = cost_of(usage, None)
         if cost is None:
             model = reservation.model
-            prices = await self._prices_of(answer.model or model) or await self._prices_of(model)
+            prices = await self._money.prices_of(answer.model or model) or await self._money.prices_of(model)
             cost = cost_of(usage, prices, minute_of_day=_minute_of_day())
         return spent_of(usage, cost, estimated=not told and to_nano(usage.get("cost")) is None)
 
@@ -114,7 +111,7 @@ class Settler:
             await asyncio.sleep(after - waited)
             waited = after
             try:
-                record = await self._fetch(generation_id)
+                record = await self._money.fetch_generation(generation_id)
             except NoSuchPath:
                 self._has_books = False
                 break

@@ -18,6 +18,7 @@ from broker.relay.bookkeeper import Bookkeeper
 from broker.relay.claims import Claims
 from broker.relay.feed import WINDOW
 from broker.relay.settling import Settler
+from broker.relay.terms import Money
 from broker.store.accounts import LEASE, AccountStore, Reservation
 from broker.store.connection import Store
 from broker.store.journal import JournalStore
@@ -164,7 +165,7 @@ async def test_a_hundred_estimates_are_found_by_a_worker_far_from_redis(
         assert found == {str(n): f"gen-{n}" for n in range(100)}
 
 
-async def unknown(_: str) -> None:
+async def unknown(_: object) -> None:
     return None
 
 
@@ -178,7 +179,7 @@ def bookkeeper_of(store: Store, accounts: AccountStore) -> Bookkeeper:
         SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300),
         JournalStore(store, worker="living", running_ttl=960),
         WorkerStore(store, worker="living"),
-        Settler(accounts, prices_of=unknown, fetch=unknown, spawn=spawn),
+        Settler(accounts, Money(unknown, unknown, unknown), spawn=spawn),
     )
 
 
