@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 PAGES = Path(__file__).parent / "pages"
+README = Path(__file__).parents[2] / "README.md"
 QUIETLY = (
     "--no-sandbox",
     "--disable-gpu",
@@ -68,10 +70,24 @@ class Complaints(list[str]):
         await dialog.dismiss()
 
 
+def readme_lines() -> str:
+    """What a page has to write, as the README says it: its one block of JavaScript."""
+    (lines,) = re.findall(r"^```js\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+    return str(lines)
+
+
+async def _ten_lines(_request: web.Request) -> web.Response:
+    page = (PAGES / "ten_lines.html").read_text()
+    assert page.count("// the README's lines") == 1
+    page = page.replace("// the README's lines", readme_lines())
+    return web.Response(text=page, content_type="text/html", charset="utf-8")
+
+
 @asynccontextmanager
 async def foreign_site() -> AsyncIterator[str]:
     """The test pages on a port of their own, and so of another origin than any broker; gives the URL."""
     app = web.Application()
+    app.router.add_get("/ten_lines.html", _ten_lines)
     app.router.add_static("/", PAGES)
     runner = web.AppRunner(app)
     await runner.setup()

@@ -105,6 +105,46 @@ async def test_ten_lines_are_told_of_an_upstream_that_fails(page: Page, broker: 
     assert await text_of(page) != ""
 
 
+async def test_ten_lines_throw_what_a_refused_request_is_told(page: Page, broker: RunningBroker) -> None:
+    async with foreign_site() as site, page.expect_event("pageerror") as thrown:
+        await page.goto(address(site, "ten_lines.html", broker.url, "Hello", "rehearsal/plain:online"))
+    async with aiohttp.ClientSession() as http:
+        asked = {"model": "rehearsal/plain:online", "messages": [{"role": "user", "content": "Hello"}]}
+        async with http.post(f"{broker.url}/prepare", json=asked) as refused:
+            told = (await refused.json())["error"]["message"]
+    assert (await thrown.value).message == told
+    assert await text_of(page) == ""
+
+
+async def test_ten_lines_are_told_when_a_proxy_ends_the_line_for_good(
+    page: Page, broker: RunningBroker
+) -> None:
+    async with foreign_site() as site, laid_cable(broker.port) as (cable, base):
+        await page.goto(address(site, "ten_lines.html", base, LONG))
+        await reads(page.locator("#answer"), ALIVE)
+        cable.down = True
+        cable.cut()
+        await page.wait_for_function("window.failure || window.result")
+    assert await page.evaluate("window.failure") == {"message": "The connection was lost."}
+    assert await page.evaluate("window.result") is None
+
+
+async def test_ten_lines_stay_connected_while_they_wait_their_turn(page: Page) -> None:
+    one = {**ROOM, "BROKER_MAX_CONCURRENT_STREAMS": "1"}
+    async with running_broker(env=one) as broker, foreign_site() as site, aiohttp.ClientSession() as other:
+        asked = {"model": "rehearsal/stall", "messages": [{"role": "user", "content": "Hold the line."}]}
+        async with other.post(f"{broker.url}/prepare", json=asked) as prepared:
+            holding = f"{broker.url}/stream/{(await prepared.json())['sessionId']}"
+        async with other.get(holding, headers={"Accept": "text/event-stream"}) as held:
+            await held.content.readuntil(b"event: chunk")
+            async with page.expect_response("**/stream/*"):
+                await page.goto(address(site, "ten_lines.html", broker.url, "My turn yet?"))
+            async with other.delete(holding):
+                await page.wait_for_function("window.result || window.failure")
+    assert await page.evaluate("window.failure") is None
+    assert await text_of(page) == "My turn yet?"
+
+
 @pytest.mark.slow
 async def test_ten_lines_survive_a_cut_without_a_gap_or_a_repeat(page: Page, broker: RunningBroker) -> None:
     async with foreign_site() as site, laid_cable(broker.port) as (cable, base):

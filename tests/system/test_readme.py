@@ -1,0 +1,72 @@
+"""What the README tells people to write and to type, taken out of it and tried."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.system.browser import readme_lines
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TYPESCRIPT = "typescript@5.9"
+NO_NPM = "there is no npm on this machine"
+NO_TYPESCRIPT = "npm could not install typescript"
+
+# What the page's author has around the lines, with the types that its own functions would have.
+AROUND = """
+declare const base: string;
+declare const model: string;
+declare const messages: {role: string; content: string}[];
+declare function show(text: string): void;
+declare function finish(result: {finishReason: string | null; cost: number | null}): void;
+declare function fail(error: {message: string; code?: string}): void;
+export {};
+"""
+STRICT = ("--strict", "--noEmit", "--noUnusedLocals", "--noImplicitReturns", "--noUncheckedIndexedAccess")
+BROWSER = ("--target", "es2022", "--module", "esnext", "--lib", "es2022,dom")
+
+
+@pytest.mark.slow
+async def test_the_lines_of_a_page_are_strict_typescript(typescript: Path, tmp_path: Path) -> None:
+    (tmp_path / "page.ts").write_text(AROUND + readme_lines())
+    status, told = await ran(str(typescript), *STRICT, *BROWSER, str(tmp_path / "page.ts"))
+    assert (status, told) == (0, "")
+
+
+@pytest.fixture
+async def typescript(tmp_path: Path) -> Path:
+    """Its compiler, from the npm registry. Where that cannot be, the test is skipped, but fails in CI."""
+    npm = shutil.which("npm")
+    if npm is None:
+        missing(NO_NPM)
+    quietly = ("--no-audit", "--no-fund", "--no-save", "--prefer-offline", "--prefix", str(tmp_path))
+    status, told = await ran(str(npm), "install", *quietly, TYPESCRIPT)
+    if status != 0:
+        missing(f"{NO_TYPESCRIPT}: {told[-500:]}")
+    return tmp_path / "node_modules" / ".bin" / "tsc"
+
+
+def missing(what: str) -> None:
+    pytest.fail(what) if os.environ.get("CI") else pytest.skip(what)
+
+
+async def ran(*command: str) -> tuple[int, str]:
+    """Run a program to its end and give its status and what it said."""
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    try:
+        async with asyncio.timeout(100):
+            told, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode is not None
+    return process.returncode, told.decode()
