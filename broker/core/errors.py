@@ -56,6 +56,11 @@ class MalformedRequest(RequestError):
     default_message = "This is no valid HTTP request."
 
 
+class ExpectationFailed(RequestError):
+    code, status = "invalid_request", 417
+    default_message = "Of the header Expect, only 100-continue is supported; leave it out."
+
+
 class InvalidCursor(RequestError):
     code = "invalid_cursor"
     default_message = "The cursor is malformed."

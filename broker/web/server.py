@@ -8,11 +8,13 @@ import structlog
 from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
-from broker.core.errors import MalformedRequest
+from broker.core.errors import ExpectationFailed, MalformedRequest
 from broker.web.errors import error_response
 from broker.web.middleware import new_request_id
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from aiohttp.web_request import BaseRequest
 
 log = structlog.get_logger(__name__)
@@ -47,11 +49,25 @@ class Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
         return _Server(
-            made.request_handler,
+            _told_of_expectations(made.request_handler),
             request_factory=made.request_factory,
             handler_cancellation=made.handler_cancellation,
             **made._kwargs,  # noqa: SLF001 - there is no other way to choose the class of its connections
         )
+
+
+def _told_of_expectations(
+    handler: Callable[[BaseRequest], Awaitable[web.StreamResponse]],
+) -> Callable[[BaseRequest], Awaitable[web.StreamResponse]]:
+    """Answer an `Expect` that is not supported like any other error: aiohttp refuses it before any middleware."""
+
+    async def handle(request: BaseRequest) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except web.HTTPExpectationFailed:
+            return error_response(ExpectationFailed())
+
+    return handle
 
 
 class _Server(web.Server):

@@ -79,10 +79,29 @@ async def test_a_header_may_be_long_and_not_without_bound(broker: Broker) -> Non
     assert str(MAX_LINE) in json.loads(reply.body)["error"]["message"]
 
 
-async def test_an_expectation_of_nothing_we_know_has_an_id_all_the_same(broker: Broker) -> None:
-    reply = await sent(broker, get("/health/live", "Expect: miracles", "Connection: close"))
+@pytest.mark.parametrize("expected", ["miracles", "100-continue, miracles", "100-continue=x"])
+@pytest.mark.parametrize("path", ["/health/live", "/prepare", "/nowhere"])
+async def test_an_expectation_that_is_not_supported_is_answered_like_any_error(
+    broker: Broker, path: str, expected: str
+) -> None:
+    page = "Origin: http://localhost:8080"
+    reply = await sent(broker, get(path, f"Expect: {expected}", page, "Connection: close"))
     assert reply.status == 417
+    assert reply.headers["content-type"].startswith("application/json")
     assert reply.headers["x-request-id"]
+    assert reply.headers["access-control-allow-origin"] == "http://localhost:8080"
+    error = json.loads(reply.body)["error"]
+    assert error["code"] == "invalid_request"
+    assert "Expect" in error["message"]
+
+
+async def test_a_client_that_waits_for_leave_to_send_its_body_gets_it(broker: Broker) -> None:
+    body = json.dumps(QUESTION).encode()
+    head = "POST /prepare HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    asks = f"{head}Expect: 100-Continue\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    reply = await sent(broker, asks.encode() + body)
+    assert reply.status == 100
+    assert reply.body.startswith(b"HTTP/1.1 201 ")
 
 
 def whole(call: Call) -> None:
