@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import orjson
 
 from broker.core.accounts import Allowances, Worst
-from broker.core.chat import ChatRules, parse_chat
+from broker.core.chat import ChatRules, parse_chat, refuse_fetched_images
 from broker.core.document import parse_json
 from broker.core.errors import IdempotencyConflict, ModelNotAllowed, RequestError, StoreUnavailable
 from broker.core.fitting import FitRules, FittedChat, ModelLimits, fit
@@ -147,6 +147,8 @@ class Admission:
         request = parse_chat(parse_json(body), self._rules)
         names = request.reachable_models
         known = await self._catalog.known(names, timeout=CATALOG_TIMEOUT)
+        if not self._catalog.openrouter:
+            refuse_fetched_images(request, self._settings.extra_parameters)
         fitted = fit(
             request,
             {

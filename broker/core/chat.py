@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from broker.core.errors import InvalidRequest, ModelNotAllowed
-from broker.core.messages import TAG_MARK, stray_tool_messages
-from broker.core.parameters import ONLINE, OPENED_PARAMETERS, PARAMETERS, is_open, opened_parameters
+from broker.core.messages import TAG_MARK, image_addresses, part_types, stray_tool_messages
+from broker.core.nested import Opened, without_opened
+from broker.core.parameters import (
+    CLOSED_MODEL_FORMS,
+    CLOSED_PARTS,
+    FETCHED_IMAGES,
+    OPENED_PARAMETERS,
+    PARAMETERS,
+    PRESET,
+    Parameters,
+    is_open,
+    opened_parameters,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -46,7 +57,10 @@ class ChatRules:
         extra_parameters: globs (case-sensitive) of parameters that are taken beyond those every page may send:
             by their own name (``plugins``, ``transforms``, ``debug`` and any that we do not know); ``n``,
             ``modalities``, ``service_tier``, ``tools`` and ``tool_choice`` for those values of theirs that are
-            otherwise refused; ``:online`` for models with that suffix. What is opened goes upstream as it came.
+            otherwise refused; ``:online``, ``:batch`` and ``@preset`` for models of that form; ``file``,
+            ``input_audio`` and ``video_url`` for such parts of a message; ``image_url.http`` for pictures that an
+            upstream other than OpenRouter would fetch; a dotted name such as ``messages.cache_control`` for a
+            nested key that we do not know. What is opened goes upstream as it came.
         allowed_models: globs (case-sensitive) of the models that a request may reach.
         max_messages: how many messages a request may hold.
     """
@@ -100,6 +114,25 @@ def parse_chat(document: Any, rules: ChatRules) -> ChatRequest:
     return request
 
 
+def refuse_fetched_images(request: ChatRequest, extra_parameters: tuple[str, ...]) -> None:
+    """Refuse pictures that are not in the request itself, unless an operator opened them.
+
+    For an upstream other than OpenRouter: a server of one's own would fetch them from addresses of its own network.
+
+    Raises:
+        InvalidRequest: naming each address, never quoting it.
+    """
+    if is_open(FETCHED_IMAGES, extra_parameters):
+        return
+    _refuse(
+        [
+            _fault(field, "Pictures must be data: URLs here")
+            for field, address in image_addresses(request.messages)
+            if address[:5].lower() != "data:"
+        ]
+    )
+
+
 def _refuse(faults: list[Fault]) -> None:
     if faults:
         raise InvalidRequest(details=faults[:MAX_DETAILS])
@@ -118,9 +151,11 @@ def _too_many_messages(given: Mapping[str, Any], limit: int) -> list[Fault]:
 
 def _wrong_parameters(given: dict[str, Any], extra_parameters: tuple[str, ...]) -> list[Fault]:
     opened = opened_parameters(given, extra_parameters)
-    if not opened:
-        return _faults(PARAMETERS, given)
     checked = {name: value for name, value in given.items() if name not in opened}
+    if nested := Opened(extra_parameters):
+        checked = without_opened(checked, Parameters, nested)
+    if not opened:
+        return _faults(PARAMETERS, checked)
     return [
         *_faults(PARAMETERS, checked),
         *_faults(OPENED_PARAMETERS, {name: given[name] for name in opened}),
@@ -165,19 +200,33 @@ def _wrong_together(given: Mapping[str, Any], extra_parameters: tuple[str, ...])
         )
         for index in stray_tool_messages(given["messages"])
     ]
-    if not is_open(ONLINE, extra_parameters):
-        faults.extend(
-            _fault(field, "Models that search the web are not open here") for field in _online(given)
-        )
+    faults.extend(
+        _fault(field, CLOSED_MODEL_FORMS[form])
+        for field, form in _model_forms(given)
+        if not is_open(form, extra_parameters)
+    )
+    faults.extend(
+        _fault(f"{place}.type", f"Parts of this kind are not open here ({CLOSED_PARTS[kind]})")
+        for place, kind in part_types(given["messages"])
+        if kind in CLOSED_PARTS and not is_open(CLOSED_PARTS[kind], extra_parameters)
+    )
+    effort = (given.get("reasoning") or {}).get("effort")
+    if effort is not None and given.get("reasoning_effort", effort) != effort:
+        faults.append(_fault("reasoning_effort", "This contradicts reasoning.effort"))
     return faults
 
 
-def _online(given: Mapping[str, Any]) -> Iterator[str]:
+def _model_forms(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The field of each model that is named in a form of its own, and the form."""
     named = [("model", given.get("model", ""))]
     named.extend((f"models.{index}", model) for index, model in enumerate(given.get("models", ())))
-    return (field for field, model in named if ONLINE in _suffixes(model))
+    for field, model in named:
+        present = _forms(model)
+        yield from ((field, form) for form in CLOSED_MODEL_FORMS if form in present)
 
 
-def _suffixes(model: str) -> list[str]:
-    """``[":free", ":online"]`` of ``a/b:free:Online``."""
-    return [f":{suffix}" for suffix in model.lower().split(":")[1:]]
+def _forms(model: str) -> set[str]:
+    """``{":free", ":online", "@preset"}`` of ``a/b:free:Online@preset/c``."""
+    name = model.lower()
+    suffixes = name.replace(PRESET, f":{PRESET}").split(":")[1:]
+    return {f":{suffix}" for suffix in suffixes} | ({PRESET} if PRESET in name else set())

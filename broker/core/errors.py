@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+_SHOWN_FIELD_CHARACTERS = 120
+
 
 class BrokerError(Exception):
     """A failure with a name.
@@ -130,12 +132,23 @@ class BodyTooLarge(RequestError):
 
 class UnsupportedMediaType(RequestError):
     code, status = "unsupported_media_type", 415
-    default_message = "The body must be application/json."
+    default_message = "The body must be JSON: send the header Content-Type: application/json."
 
 
 class InvalidRequest(RequestError):
     code, status = "invalid_request", 422
     default_message = "The request is not valid."
+
+    def __init__(self, message: str = "", *, details: Any = None, retry_after: float | None = None) -> None:
+        super().__init__(message or _first_fault(details), details=details, retry_after=retry_after)
+
+
+def _first_fault(details: Any) -> str:
+    """The first field that is wrong, and why, for those who show only the message."""
+    if not isinstance(details, list) or not details:
+        return ""
+    field = "".join(character if character.isprintable() else "?" for character in details[0]["field"])
+    return f"{field[:_SHOWN_FIELD_CHARACTERS]}: {details[0]['message']}"
 
 
 class PromptTooLong(RequestError):

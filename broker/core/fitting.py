@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from broker.core.density import teaching_size
 from broker.core.errors import InvalidRequest, PromptTooLong
+from broker.core.parameters import OURS_IN_STREAM_OPTIONS
 from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, Size, measure_frame, measure_message
 from broker.core.trimming import trim
 
@@ -164,8 +165,13 @@ def _too_long(prompt_tokens: int, limit: int) -> PromptTooLong:
 
 
 def _body(request: ChatRequest, messages: list[dict[str, Any]], cap: int, rules: FitRules) -> dict[str, Any]:
+    messages = [_without_gaps(message) for message in messages]
     body = {"model": request.model, "messages": messages, **request.parameters}
-    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    body.pop("usage", None)
+    # what is left of the page's own options was opened by the operator
+    options = body.get("stream_options") or {}
+    options = {name: value for name, value in options.items() if name not in OURS_IN_STREAM_OPTIONS}
+    body |= {"stream": True, "stream_options": {**options, "include_usage": True}}
     # the older name is the one that every compatible server knows
     body |= dict.fromkeys([field for field in _CAP_FIELDS if field in body] or ["max_tokens"], cap)
     reasoning = body.get("reasoning")
@@ -177,3 +183,11 @@ def _body(request: ChatRequest, messages: list[dict[str, Any]], cap: int, rules:
         others = [plugin for plugin in body.get("plugins", ()) if plugin.get("id") != _COMPRESSION]
         body["plugins"] = [*others, {"id": _COMPRESSION, "enabled": False}]
     return body
+
+
+def _without_gaps(message: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the null that a page has before the first tool call where a provider counts them from 1."""
+    calls = message.get("tool_calls")
+    if not calls or None not in calls:
+        return message
+    return {**message, "tool_calls": [call for call in calls if call is not None]}

@@ -2,7 +2,8 @@
 
 Keys that are not known are refused here as they are at the top of the request: what nobody measures may cost, and
 a misspelt key would be lost without a word. An assistant message may come back as a page has collected it from a
-stream, with the index of its tool calls, its images and its annotations.
+stream of any provider: tool calls with an empty id or type, content as a list of parts and plain strings, signatures
+of reasoning, images, annotations. Such parts are known here by their names; their contents are the provider's.
 
 Shapes: https://openrouter.ai/docs/api-reference/chat-completion. Ours are typed dicts, for the document itself is
 what goes upstream; a validated copy of it would only have to be dumped again.
@@ -10,8 +11,10 @@ what goes upstream; a validated copy of it would only have to be dumped again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Required, get_args
 
+import orjson
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, with_config
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict  # typing's own tells pydantic too little before Python 3.12
@@ -26,19 +29,29 @@ TAG_MARK = "\0"
 MAX_PARTS = 256
 MAX_TOOL_CALLS = 128
 
+MAX_COLLECTED = 10_000
+"""Entries of a list that a page collects from a stream, where each chunk may add one."""
+
+MAX_EXTRA_CONTENT = 64 * 1024
+"""Bytes of an object that only the provider reads, such as Gemini's signature of a thought."""
+
 
 def by_key(key: str, names: Any) -> Discriminator:
     """Tells the members of a union apart by ``value[key]``, which is one of the literal type ``names``.
 
     A value with none of them goes to the member tagged ``UNKNOWN``, whose own type refuses it at that key.
     """
+    return Discriminator(_tag_by_key(key, names))
+
+
+def _tag_by_key(key: str, names: Any) -> Callable[[Any], str]:
     tags = {name: TAG_MARK + name for name in get_args(names)}
 
     def tag_of(value: Any) -> str:
         name = value.get(key) if isinstance(value, dict) else None
         return tags.get(name, UNKNOWN.tag) if isinstance(name, str) else UNKNOWN.tag
 
-    return Discriminator(tag_of)
+    return tag_of
 
 
 def by_kind(kind: type) -> Discriminator:
@@ -61,11 +74,21 @@ def _address(value: str) -> str:
     return value
 
 
+def _bounded_object(value: dict[str, Any]) -> dict[str, Any]:
+    if len(orjson.dumps(value)) > MAX_EXTRA_CONTENT:
+        raise PydanticCustomError(
+            "too_large", f"Input should be an object of at most {MAX_EXTRA_CONTENT} bytes"
+        )
+    return value
+
+
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 PartType = Literal["text", "image_url", "input_audio", "file", "video_url", "input_video"]
 
 Name = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[!-~]+$")]
+MessageName = Annotated[str, Field(min_length=1, max_length=64)]
 Address = Annotated[str, AfterValidator(_address)]
+ExtraContent = Annotated[dict[str, Any], AfterValidator(_bounded_object)]
 
 
 class CacheControl(TypedDict):
@@ -167,6 +190,10 @@ Part = Annotated[
 Parts = Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 Content = Annotated[Annotated[str, PLAIN] | Annotated[Parts, INNER], by_kind(list)]
+
+# What a tool answers may be nothing at all.
+ToolParts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
+ToolContent = Annotated[Annotated[str, PLAIN] | Annotated[ToolParts, INNER], by_kind(list)]
 TextContent = Annotated[Annotated[str, PLAIN] | Annotated[TextParts, INNER], by_kind(list)]
 
 
@@ -175,7 +202,7 @@ class SystemMessage(TypedDict):
 
     role: Literal["system", "developer"]
     content: TextContent
-    name: NotRequired[Name | None]
+    name: NotRequired[MessageName | None]
 
 
 class UserMessage(TypedDict):
@@ -183,23 +210,29 @@ class UserMessage(TypedDict):
 
     role: Literal["user"]
     content: Content
-    name: NotRequired[Name | None]
+    name: NotRequired[MessageName | None]
 
 
-class FunctionCall(TypedDict):
+class FunctionCall(TypedDict, total=False):
     """The function and its arguments, which are JSON in a string and may be broken: a model wrote them."""
 
-    name: Name
-    arguments: str
+    name: Annotated[str, Field(max_length=256)] | None
+    arguments: Annotated[Annotated[str | None, PLAIN] | Annotated[dict[str, Any], INNER], by_kind(dict)]
 
 
-class ToolCall(TypedDict):
-    """One call of a tool."""
+CallId = Annotated[str, Field(max_length=MAX_EXTRA_CONTENT)]  # some providers keep a signature in it
 
-    id: Name
-    type: Literal["function"]
-    function: FunctionCall
-    index: NotRequired[int | None]
+
+class ToolCall(TypedDict, total=False):
+    """One call of a tool, as a model made it: some providers leave its id and type empty."""
+
+    id: CallId | None
+    type: Literal["function", ""] | None
+    function: Required[FunctionCall]
+    index: int | None
+    extra_content: ExtraContent | None
+    thought_signature: str | None
+    provider_specific_fields: ExtraContent | None
 
 
 class AssistantImage(TypedDict):
@@ -223,34 +256,106 @@ class AssistantAudio(TypedDict, total=False):
 class ReasoningDetail(TypedDict):
     """A piece of reasoning. Providers sign and encrypt it: it has to go back as it came, whatever it holds."""
 
-    type: Annotated[str, Field(min_length=1, max_length=64)]
+    type: Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+CollectedPartType = Literal[
+    "text",
+    "image_url",
+    "thinking",
+    "redacted_thinking",
+    "reasoning",
+    "refusal",
+    "reference",
+    "output_text",
+    "input_audio",
+    "file",
+    "video_url",
+    "input_video",
+]
+
+
+@with_config(ConfigDict(extra="allow"))
+class CollectedPart(TypedDict):
+    """A part of an answer that is neither text nor a picture, with keys of the provider's own."""
+
+    type: CollectedPartType
+
+
+class UnknownCollectedPart(TypedDict):
+    """Refuses a part that no answer has, at its type."""
+
+    type: CollectedPartType
+
+
+_tag_of_object = _tag_by_key("type", CollectedPartType)
+
+
+def _tag_of_collected(value: Any) -> str:
+    return PLAIN.tag if isinstance(value, str) else _tag_of_object(value)
+
+
+AnswerPart = Annotated[
+    Annotated[str, PLAIN]
+    | Annotated[TextPart, tagged("text")]
+    | Annotated[ImagePart, tagged("image_url")]
+    | Annotated[CollectedPart, tagged("thinking")]
+    | Annotated[CollectedPart, tagged("redacted_thinking")]
+    | Annotated[CollectedPart, tagged("reasoning")]
+    | Annotated[CollectedPart, tagged("refusal")]
+    | Annotated[CollectedPart, tagged("reference")]
+    | Annotated[CollectedPart, tagged("output_text")]
+    | Annotated[AudioPart, tagged("input_audio")]
+    | Annotated[FilePart, tagged("file")]
+    | Annotated[VideoPart, tagged("video_url")]
+    | Annotated[VideoPart, tagged("input_video")]
+    | Annotated[UnknownCollectedPart, UNKNOWN],
+    Discriminator(_tag_of_collected),
+]
+AnswerParts = Annotated[list[AnswerPart], Field(max_length=MAX_COLLECTED, fail_fast=True)]
+AnswerContent = Annotated[Annotated[str, PLAIN] | Annotated[AnswerParts, INNER], by_kind(list)]
+AnyCollected = Annotated[list[Any], Field(max_length=MAX_COLLECTED, fail_fast=True)]
 
 
 class AssistantMessage(TypedDict, total=False):
     """What a model has said before."""
 
     role: Required[Literal["assistant"]]
-    content: Content | None
-    name: Name | None
-    model: Name | None
+    content: AnswerContent | None
+    name: MessageName | None
+    model: Annotated[str, Field(max_length=256)] | None
     refusal: str | None
     reasoning: str | None
     reasoning_content: str | None
-    reasoning_details: Annotated[list[ReasoningDetail], Field(max_length=1024, fail_fast=True)] | None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None
-    function_call: None
+    reasoning_text: str | None
+    reasoning_opaque: str | None
+    thinking: str | None
+    thinking_blocks: AnyCollected | None
+    reasoning_details: (
+        Annotated[list[ReasoningDetail], Field(max_length=MAX_COLLECTED, fail_fast=True)] | None
+    )
+    # A page that puts each call at its index leaves a null before the first, where a provider counts from 1.
+    tool_calls: Annotated[list[ToolCall | None], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None
+    function_call: FunctionCall | None
     images: Annotated[list[AssistantImage], Field(max_length=MAX_PARTS, fail_fast=True)] | None
     audio: AssistantAudio | None
-    annotations: Annotated[list[dict[str, Any]], Field(max_length=1024, fail_fast=True)] | None
+    annotations: Annotated[list[dict[str, Any]], Field(max_length=MAX_COLLECTED, fail_fast=True)] | None
+    citations: AnyCollected | None
+    executed_tools: AnyCollected | None
+    extra_content: ExtraContent | None
+    provider_specific_fields: ExtraContent | None
+    channel: Annotated[str, Field(max_length=64)] | None
+    prefix: bool | None
+    parsed: None
 
 
 class ToolMessage(TypedDict):
     """What a tool answered."""
 
     role: Literal["tool"]
-    tool_call_id: Name
-    content: Content
-    name: NotRequired[Name | None]
+    tool_call_id: CallId
+    content: ToolContent | None
+    name: NotRequired[MessageName | None]
 
 
 class UnknownMessage(TypedDict):
@@ -276,8 +381,29 @@ def stray_tool_messages(messages: Sequence[Mapping[str, Any]]) -> Iterator[int]:
     for index, message in enumerate(messages):
         role = message["role"]
         if role == "assistant":
-            calls = {call["id"] for call in message.get("tool_calls") or ()}
+            calls = {call.get("id") or "" for call in message.get("tool_calls") or () if call}
         elif role != "tool":
             calls = set()
         elif message["tool_call_id"] not in calls:
             yield index
+
+
+def part_types(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """The place (``messages.0.content.1``) and the type of each part of messages that are valid."""
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list):
+            for n, part in enumerate(content):
+                if isinstance(part, dict):
+                    yield f"messages.{index}.content.{n}", part["type"]
+
+
+def image_addresses(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """The place and the URL of each picture of messages that are valid."""
+    for index, message in enumerate(messages):
+        for key in ("content", "images"):
+            found = message.get(key)
+            if isinstance(found, list):
+                for n, part in enumerate(found):
+                    if isinstance(part, dict) and "image_url" in part:
+                        yield f"messages.{index}.{key}.{n}.image_url.url", part["image_url"]["url"]

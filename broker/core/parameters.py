@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Required
 
@@ -31,7 +32,7 @@ from broker.core.messages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
 MAX_MODELS = 16
 MAX_TOOLS = 128
@@ -323,6 +324,29 @@ _ALWAYS_CHECKED = frozenset(Parameters.__annotations__) - CLOSABLE
 
 # Stands for models with this suffix, which search the web at a price of its own.
 ONLINE = ":online"
+
+# Suffixes and forms of a model's name that bring more than the model: a web search, another way of serving, a preset
+# with a system prompt, models and tools of its own. Each is opened by this name.
+PRESET = "@preset"
+CLOSED_MODEL_FORMS: Mapping[str, str] = {
+    ONLINE: "Models that search the web are not open here",
+    ":batch": "Models with the suffix :batch are not open here",
+    PRESET: "Presets are not open here",
+}
+
+# Kinds of parts that cost outside the list of prices. Each is opened by this name.
+CLOSED_PARTS: Mapping[str, str] = {
+    "file": "file",
+    "input_audio": "input_audio",
+    "video_url": "video_url",
+    "input_video": "video_url",
+}
+
+# Lets an upstream other than OpenRouter fetch pictures from addresses.
+FETCHED_IMAGES = "image_url.http"
+
+# Ours, whatever a page says: usage is always asked for, and in one way.
+OURS_IN_STREAM_OPTIONS = frozenset({"include_usage", "include_obfuscation"})
 
 
 def is_open(name: str, extra_parameters: Iterable[str]) -> bool:

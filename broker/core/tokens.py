@@ -91,8 +91,9 @@ def measure_message(message: Mapping[str, Any]) -> Size:
             text_bytes += _utf8_length(value)
         elif key == "content":
             for part in value:
-                text_bytes += _utf8_length(part.get("text", ""))
-                flat_tokens += PART_TOKENS.get(part["type"], 0)
+                size = _measure_part(part)
+                text_bytes += size.text_bytes
+                flat_tokens += size.flat_tokens
         elif key == "images":
             flat_tokens += IMAGE_TOKENS * len(value)
         elif key == "audio":
@@ -100,6 +101,16 @@ def measure_message(message: Mapping[str, Any]) -> Size:
         else:
             text_bytes += len(orjson.dumps(value))
     return Size(text_bytes, flat_tokens)
+
+
+def _measure_part(part: Mapping[str, Any] | str) -> Size:
+    if isinstance(part, str):  # as a page has collected them
+        return Size(_utf8_length(part), 0)
+    if part["type"] in PART_TOKENS:
+        return Size(0, PART_TOKENS[part["type"]])
+    if part["type"] == "text":
+        return Size(_utf8_length(part["text"]), 0)
+    return Size(len(orjson.dumps(part)), 0)
 
 
 def _utf8_length(text: str) -> int:

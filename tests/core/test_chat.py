@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.core.chat import MAX_DETAILS, ChatRequest, ChatRules, parse_chat
+from broker.core.chat import MAX_DETAILS, ChatRequest, ChatRules, parse_chat, refuse_fetched_images
 from broker.core.errors import BrokerError, InvalidRequest, ModelNotAllowed
 
 RULES = ChatRules(default_model=None, extra_parameters=(), allowed_models=("*",), max_messages=200)
@@ -92,7 +92,7 @@ EVERYTHING: dict[str, Any] = {
     "logprobs": True,
     "top_logprobs": 20,
     "reasoning": {"effort": "xhigh", "max_tokens": 100, "exclude": False, "enabled": True, "summary": "auto"},
-    "reasoning_effort": "none",
+    "reasoning_effort": "xhigh",
     "include_reasoning": True,
     "verbosity": "low",
     "response_format": {
@@ -214,6 +214,8 @@ CLOSED: dict[str, Any] = {
     "tools": [{"type": "openrouter:web_search"}],
     "tool_choice": {"type": "openrouter:web_search"},
     "prompt": "Once upon a time",
+    "preset": "email-copywriter",
+    "web_search_options": {"search_context_size": "high"},
     "frobnicate": [1, {"a": None}],
 }
 
@@ -267,6 +269,131 @@ def test_models_that_search_the_web_are_refused_unless_opened(model: str) -> Non
     assert fields(chat(models=["c/d", model])) == ["models.1"]
     assert accept({**chat(), "model": model}, rules(":online")).model == model
     assert accept(chat(models=[model]), rules("*")).reachable_models == ("a/b", model)
+
+
+@pytest.mark.parametrize(
+    ("form", "model"),
+    [
+        (":batch", "x/y:batch"),
+        (":batch", "x/y:free:BATCH"),
+        ("@preset", "x/y@preset/z"),
+        ("@preset", "@preset/z"),
+        ("@preset", "X/Y@Preset/z"),
+        ("@preset", "x/y:free@preset/z"),
+        (":online", "x/y:online@preset/z"),
+        (":batch", "x/y@preset/z:batch"),
+    ],
+)
+def test_forms_of_a_model_that_bring_more_than_the_model_are_refused_unless_opened(
+    form: str, model: str
+) -> None:
+    others = tuple(name for name in (":online", ":batch", "@preset") if name != form)
+    narrow = rules(*others, models=("x/*", "X/*", "@preset/*", "a/b"))
+    assert fields({**chat(), "model": model}, narrow) == ["model"]
+    assert fields(chat(models=["x/y", model]), narrow) == ["models.1"]
+    assert accept({**chat(), "model": model}, rules(*others, form)).model == model
+
+
+def test_an_opened_form_still_has_to_pass_the_allowed_models() -> None:
+    opened = rules("@preset", ":batch", models=("x/*",))
+    assert accept({**chat(), "model": "x/y:batch"}, opened).model == "x/y:batch"
+    for document in ({**chat(), "model": "@preset/z"}, {**chat(models=["e/y:batch"]), "model": "x/y"}):
+        with pytest.raises(ModelNotAllowed):
+            parse_chat(document, opened)
+
+
+def test_effort_may_be_told_twice_but_not_in_two_ways() -> None:
+    for told in ({"effort": "low"}, {"effort": None}, {"max_tokens": 100}, {"enabled": False}):
+        accept(chat(reasoning=told, reasoning_effort="low"))
+    assert fields(chat(reasoning={"effort": "high"}, reasoning_effort="low")) == ["reasoning_effort"]
+    accept(chat(reasoning={"effort": "high"}))
+    accept(chat(reasoning_effort="low", reasoning=None))
+
+
+@pytest.mark.parametrize(
+    ("name", "document", "field"),
+    [
+        (
+            "stream_options.continuous_usage_stats",
+            chat(stream_options={"continuous_usage_stats": True}),
+            "stream_options.continuous_usage_stats",
+        ),
+        (
+            "messages.cache_control",
+            chat(USER, {**USER, "cache_control": {"type": "x"}}),
+            "messages.1.cache_control",
+        ),
+        ("provider.colour", chat(provider={"colour": 1}), "provider.colour"),
+        (
+            "messages.content.image_url.format",
+            chat({"role": "user", "content": [{**IMAGE, "image_url": {"url": "data:,", "format": "x"}}]}),
+            "messages.0.content.0.image_url.format",
+        ),
+        (
+            "tools.function.mine",
+            chat(tools=[{**TOOL, "function": {"name": "n", "mine": 1}}]),
+            "tools.0.function.mine",
+        ),
+        (
+            "response_format.strict",
+            chat(response_format={"type": "text", "strict": 1}),
+            "response_format.strict",
+        ),
+    ],
+)
+def test_a_dotted_name_opens_a_nested_key(name: str, document: Any, field: str) -> None:
+    head = name.partition(".")[0]
+    for closed in ((), ("*",), (head,), (f"x{name}",), (f"{name}.deeper",)):
+        if head in CLOSED and closed in (("*",), (head,)):
+            continue
+        assert fields(document, rules(*closed)) == [field]
+    for opened in ((name,), ("unrelated", f"{head}.*"), (f"{name[:-1]}?",)):
+        request = accept(document, rules(*opened))
+        assert request.messages == document["messages"]
+
+
+def test_a_dotted_name_opens_no_documented_range_and_hides_no_other_fault() -> None:
+    opened = rules("messages.*", "stream_options.*", "reasoning.effort", "messages.content.x")
+    assert fields(chat(reasoning={"effort": "huge"}), opened) == ["reasoning.effort"]
+    assert fields(chat({"role": "user", "content": 7}), opened) == ["messages.0.content"]
+    assert fields(chat({"role": "user", "mine": 1}), opened) == ["messages.0.content"]
+    parts = [{"type": "text", "text": "a", "x": 1}, {"type": "text", "text": 5}]
+    assert fields(chat({"role": "user", "content": parts}), opened) == ["messages.0.content.1.text"]
+    assert fields(chat(USER, "x"), opened) == ["messages.1"]
+
+
+def test_the_message_names_the_first_field_that_is_wrong() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_chat(chat(temperature=3, colour=1), RULES)
+    assert caught.value.message == "temperature: " + caught.value.details[0]["message"]
+    with pytest.raises(InvalidRequest) as caught:
+        parse_chat(chat(**{"col\n" + "o" * 500: 1}), RULES)
+    assert caught.value.message.startswith("col?oo")
+    assert len(caught.value.message) < 200
+
+
+@pytest.mark.parametrize(
+    "address", ["http://169.254.169.254/latest", "https://example.com/a.png", "HTTPS://x/y"]
+)
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_pictures_that_a_server_would_have_to_fetch_are_refused_where_it_is_not_openrouter(
+    role: str, address: str
+) -> None:
+    part = {"type": "image_url", "image_url": {"url": address}}
+    data = {"type": "image_url", "image_url": {"url": "Data:image/png;base64,AA"}}
+    request = accept(chat({"role": role, "content": [data, part]}))
+    with pytest.raises(InvalidRequest) as caught:
+        refuse_fetched_images(request, ("image_url",))
+    assert [detail["field"] for detail in caught.value.details] == ["messages.0.content.1.image_url.url"]
+    assert address not in str(caught.value.details)
+    refuse_fetched_images(request, ("image_url.http",))
+    refuse_fetched_images(accept(chat({"role": role, "content": [data]})), ())
+
+
+def test_a_picture_that_a_model_made_is_looked_at_too() -> None:
+    made = {"role": "assistant", "images": [{"image_url": {"url": "http://10.0.0.1/a.png"}}]}
+    with pytest.raises(InvalidRequest):
+        refuse_fetched_images(accept(chat(made)), ())
 
 
 @pytest.mark.parametrize("model", ["online/b", "a/online", "a/b:onliner", "a/b:free"])
@@ -344,27 +471,56 @@ MESSAGES: list[list[dict[str, Any]]] = [
             "content": [{"type": "text", "text": "x", "prompt_cache_breakpoint": {"mode": "explicit"}}],
         }
     ],
-    [
-        {
-            "role": "user",
-            "content": [{"type": "input_audio", "input_audio": {"data": "UklG", "format": "wav"}}],
-        }
-    ],
-    [
-        {
-            "role": "user",
-            "content": [
-                {"type": "file", "file": {"filename": "a.pdf", "file_data": "DATA:application/pdf;base64,AA"}}
-            ],
-        }
-    ],
-    [{"role": "user", "content": [{"type": "file", "file": {"file_id": "f_1"}}]}],
-    [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "http://example.com/v"}}]}],
-    [{"role": "user", "content": [{"type": "input_video", "video_url": {"url": "http://example.com/v"}}]}],
     [ASSISTANT, {"role": "tool", "tool_call_id": "call_1", "content": [IMAGE], "name": "look"}],
     [{"role": "assistant"}],
     [USER, CALLING, ANSWER, ANSWER],
+    [USER, CALLING, {**ANSWER, "content": []}],
+    [USER, CALLING, {**ANSWER, "content": None}],
+    [USER, CALLING, {**ANSWER, "content": ""}],
+    [{"role": "assistant", "content": []}],
+    [{**USER, "name": "José Müller"}, {**USER, "name": "山" * 64}],
+    [{"role": "assistant", "tool_calls": [{**CALL, "id": ""}]}, {**ANSWER, "tool_call_id": ""}],
+    [{"role": "assistant", "tool_calls": [{**CALL, "id": None}]}, {**ANSWER, "tool_call_id": ""}],
+    [{"role": "assistant", "tool_calls": [{**CALL, "type": ""}]}, ANSWER],
+    [{"role": "assistant", "tool_calls": [{**CALL, "type": None}]}, ANSWER],
+    [{"role": "assistant", "tool_calls": [{"id": "call_1", "function": {"name": "look"}}]}, ANSWER],
+    [
+        {
+            "role": "assistant",
+            "tool_calls": [{**CALL, "extra_content": {"google": {"thought_signature": "A" * 65_000}}}],
+        },
+        ANSWER,
+    ],
 ]
+
+CLOSED_PARTS: list[tuple[str, dict[str, Any]]] = [
+    ("input_audio", {"type": "input_audio", "input_audio": {"data": "UklG", "format": "wav"}}),
+    ("file", {"type": "file", "file": {"filename": "a.pdf", "file_data": "DATA:application/pdf;base64,AA"}}),
+    ("file", {"type": "file", "file": {"file_id": "f_1"}}),
+    ("video_url", {"type": "video_url", "video_url": {"url": "http://example.com/v"}}),
+    ("video_url", {"type": "input_video", "video_url": {"url": "http://example.com/v"}}),
+]
+
+
+@pytest.mark.parametrize(("name", "part"), CLOSED_PARTS)
+def test_files_sounds_and_films_are_closed_until_an_operator_opens_them(
+    name: str, part: dict[str, Any]
+) -> None:
+    for message in ({"role": "user"}, {"role": "assistant"}, ANSWER):
+        content = [{"type": "text", "text": "x"}, part]
+        document = chat(CALLING, {**message, "content": content})
+        if message["role"] != "tool":
+            document = chat({**message, "content": content})
+        place = f"messages.{len(document['messages']) - 1}.content.1.type"
+        assert fields(document) == [place]
+        assert fields(document, rules("image_url", "messages")) == [place]
+        assert accept(document, rules(name)).messages == document["messages"]
+        assert accept(document, rules("*")).messages == document["messages"]
+
+
+def test_a_part_that_was_opened_is_still_checked() -> None:
+    bad = {"role": "user", "content": [{"type": "file", "file": {"file_data": "file:///etc/passwd"}}]}
+    assert fields(chat(bad), rules("file")) == ["messages.0.content.0.file.file_data"]
 
 
 @pytest.mark.parametrize("messages", MESSAGES)
@@ -411,9 +567,23 @@ def test_messages_come_through_as_they_came(messages: list[dict[str, Any]]) -> N
         ([{"role": "user", "content": "x", "tool_calls": [CALL]}], "messages.0.tool_calls"),
         ([{"role": "system", "content": [IMAGE]}], "messages.0.content.0.type"),
         ([{"role": "assistant", "content": 1}], "messages.0.content"),
-        ([{"role": "assistant", "function_call": {"name": "f"}}], "messages.0.function_call"),
+        ([{"role": "assistant", "function_call": "f"}], "messages.0.function_call"),
+        ([{"role": "assistant", "content": [{"type": "web_page"}]}], "messages.0.content.0.type"),
+        ([{"role": "assistant", "content": [1]}], "messages.0.content.0"),
+        ([{**USER, "name": ""}], "messages.0.name"),
+        ([{**USER, "name": "ü" * 65}], "messages.0.name"),
+        ([{**USER, "name": 7}], "messages.0.name"),
         ([{"role": "assistant", "tool_calls": [{**CALL, "type": "custom"}]}], "messages.0.tool_calls.0.type"),
-        ([{"role": "assistant", "tool_calls": [{**CALL, "id": ""}]}], "messages.0.tool_calls.0.id"),
+        ([{"role": "assistant", "tool_calls": [{**CALL, "id": 7}]}], "messages.0.tool_calls.0.id"),
+        ([{"role": "assistant", "tool_calls": [{"id": "x"}]}], "messages.0.tool_calls.0.function"),
+        (
+            [{"role": "assistant", "tool_calls": [{**CALL, "extra_content": "x"}]}],
+            "messages.0.tool_calls.0.extra_content",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{**CALL, "extra_content": {"x": "é" * 32_768}}]}],
+            "messages.0.tool_calls.0.extra_content",
+        ),
         ([{"role": "assistant", "reasoning_details": [{}]}], "messages.0.reasoning_details.0.type"),
         ([CALLING, {"role": "tool", "content": "x"}], "messages.1.tool_call_id"),
         ([CALLING, {**ANSWER, "error": True}], "messages.1.error"),
@@ -433,6 +603,7 @@ def test_a_fault_in_a_message_is_told_at_its_path(messages: list[Any], field: st
         ([CALLING, {"role": "system", "content": "x"}, ANSWER], "messages.2.tool_call_id"),
         ([CALLING, ANSWER, {"role": "assistant", "content": "x"}, ANSWER], "messages.3.tool_call_id"),
         ([CALLING, {**ANSWER, "tool_call_id": "call_2"}], "messages.1.tool_call_id"),
+        ([CALLING, {**ANSWER, "tool_call_id": ""}], "messages.1.tool_call_id"),
     ],
 )
 def test_a_tool_message_must_answer_a_call_right_before_it(messages: list[Any], field: str) -> None:

@@ -58,6 +58,22 @@ def test_the_body_is_the_request_and_what_streaming_needs() -> None:
     assert fitted.prompt_tokens == estimate_prompt(fitted.body["messages"], fitted.body)
 
 
+@pytest.mark.parametrize("usage", [{"include": False}, {"include": True}, {}])
+@pytest.mark.parametrize("options", [None, {}, {"include_usage": False}, {"include_usage": None}])
+def test_usage_is_asked_for_in_one_way_whatever_a_page_says(usage: Any, options: Any) -> None:
+    body = fit(request(usage=usage, stream_options=options), {}, RULES).body
+    assert body["stream_options"] == {"include_usage": True}
+    assert "usage" not in body
+
+
+def test_what_an_operator_opened_of_the_stream_options_is_passed_on() -> None:
+    opened = ChatRules(None, ("stream_options.*",), ("*",), 200)
+    options = {"continuous_usage_stats": True, "include_usage": False, "include_obfuscation": False}
+    document = {"model": "a/b", "messages": [say("Hi")], "stream_options": options}
+    body = fit(parse_chat(document, opened), {}, RULES).body
+    assert body["stream_options"] == {"continuous_usage_stats": True, "include_usage": True}
+
+
 def test_the_usage_is_asked_for_whatever_the_page_says() -> None:
     body = fit(request(stream=True, stream_options={"include_usage": False}), {}, RULES).body
     assert body["stream_options"] == {"include_usage": True}
@@ -220,7 +236,7 @@ def test_an_answer_as_long_as_the_context_is_told_to_be_too_long_and_not_the_que
 
 def test_a_context_that_another_model_has_is_told() -> None:
     models = {"a/b": ModelLimits(128_000, None), "c/d": ModelLimits(2048, None)}
-    with pytest.raises(InvalidRequest, match="not valid") as caught:
+    with pytest.raises(InvalidRequest, match="leaves no room") as caught:
         fit(request(models=["c/d"], max_tokens=2048), models, RULES)
     assert "a context of 2048" in caught.value.details[0]["message"]
 

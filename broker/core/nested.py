@@ -1,0 +1,133 @@
+"""Nested parameters that an operator opened by a dotted name, such as ``messages.cache_control``.
+
+They are taken out of a copy of the document before the rest is checked. Only what the schema does not know can be
+opened: the range of a documented parameter stays what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    NamedTuple,
+    NotRequired,
+    Required,
+    Union,
+    get_args,
+    get_origin,
+)
+
+from pydantic import Discriminator, Tag
+from typing_extensions import get_type_hints, is_typeddict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_WILDCARDS = "*?["
+
+
+class Opened:
+    """The dotted names of an operator's list.
+
+    Args:
+        extra_parameters: globs (case-sensitive); those without a dot open nothing here.
+    """
+
+    def __init__(self, extra_parameters: tuple[str, ...]) -> None:
+        self._globs = tuple(name for name in extra_parameters if "." in name)
+        self._prefixes = frozenset(
+            name[:end]
+            for name in self._globs
+            for end, character in enumerate(name)
+            if character == "." and not any(mark in name for mark in _WILDCARDS)
+        )
+        self._anywhere = any(mark in name for name in self._globs for mark in _WILDCARDS)
+
+    def __bool__(self) -> bool:
+        return bool(self._globs)
+
+    def __contains__(self, path: str) -> bool:
+        return any(fnmatchcase(path, glob) for glob in self._globs)
+
+    def leads_below(self, path: str) -> bool:
+        """Return True if a name of the list may stand below this path."""
+        return self._anywhere or path in self._prefixes
+
+
+def without_opened(value: Any, kind: Any, opened: Opened, path: str = "") -> Any:
+    """Return a value without the nested keys that are opened and that its type does not know.
+
+    Args:
+        value: a part of the document; it is left as it is.
+        kind: its type, as the schema has it.
+        opened: the operator's names.
+        path: of the value, with dots and without the places in lists; empty for the document.
+    """
+    shape = _shape(kind)
+    if shape.choose is not None:
+        return without_opened(value, shape.members.get(shape.choose(value)), opened, path)
+    if path and not opened.leads_below(path):
+        return value
+    if shape.item is not None and isinstance(value, list):
+        return [without_opened(each, shape.item, opened, path) for each in value]
+    if shape.keys is None or not isinstance(value, dict):
+        return value
+    kept = {}
+    for key, each in value.items():
+        below = f"{path}.{key}" if path else str(key)
+        if key in shape.keys:
+            kept[key] = without_opened(each, shape.keys[key], opened, below)
+        elif not path or below not in opened:
+            kept[key] = each
+    return kept
+
+
+class _Shape(NamedTuple):
+    """What of a type matters here.
+
+    Attributes:
+        choose: gives the tag of the member of a union that a value belongs to.
+        members: of the union, by tag.
+        item: type of the items of a list.
+        keys: types of the known keys of an object.
+    """
+
+    choose: Callable[[Any], Any] | None = None
+    members: Mapping[Any, Any] = {}
+    item: Any = None
+    keys: Mapping[str, Any] | None = None
+
+
+@lru_cache(maxsize=1024)
+def _shape(kind: Any) -> _Shape:
+    origin = get_origin(kind)
+    if origin in (Required, NotRequired):
+        return _shape(get_args(kind)[0])
+    if origin is Annotated:
+        inner, *marks = get_args(kind)
+        for mark in marks:
+            if isinstance(mark, Discriminator) and callable(mark.discriminator):
+                return _Shape(choose=mark.discriminator, members=_by_tag(inner))
+        return _shape(inner)
+    if origin in (Union, UnionType):
+        # Without a discriminator there is at most one member besides null.
+        return _shape(next(member for member in get_args(kind) if member is not type(None)))
+    if origin is list:
+        return _Shape(item=get_args(kind)[0])
+    if is_typeddict(kind):
+        return _Shape(keys=get_type_hints(kind, include_extras=True))
+    return _Shape()
+
+
+def _by_tag(union: Any) -> dict[Any, Any]:
+    return {
+        mark.tag: member
+        for member in get_args(union)
+        for mark in getattr(member, "__metadata__", ())
+        if isinstance(mark, Tag)
+    }
