@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from broker.core.pricing import count_of, detail_of
+from broker.core.pricing import completion_of, count_of, detail_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -76,9 +76,7 @@ def spent_at_worst(worst: Worst) -> Spent:
 def spent_of(usage: Mapping[str, Any], cost: int | None, *, estimated: bool) -> Spent:
     """Read an upstream's usage, whatever it holds."""
     prompt = count_of(usage.get("prompt_tokens")) or 0
-    completion = count_of(usage.get("completion_tokens")) or 0
-    if not completion and (total := count_of(usage.get("total_tokens"))):
-        completion = max(0, total - prompt)
+    completion = completion_of({**usage, "prompt_tokens": prompt}) or 0
     return Spent(
         prompt,
         completion,

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
+from broker.core.tokens import AUDIO_TOKENS, IMAGE_TOKENS
+
 NANO = 1_000_000_000
 
 # A call that costs more is a broken number, not a bill. The bound also keeps every sum that is made of such amounts
@@ -51,6 +53,9 @@ _OTHER_PRICES = (
 )
 _OVERRIDE_KEYS = frozenset({"min_prompt_tokens", "utc_start", "utc_end", *_PRICES, *_OTHER_PRICES})
 
+# A tick of xAI's ``cost_in_usd_ticks`` is 1e-10 USD.
+_TICKS = Decimal(10) ** 10
+
 Listed = Mapping[str, Decimal]
 """Prices by the upstream's own keys, in nano-USD; a key that is not there has no price of its own."""
 
@@ -65,6 +70,26 @@ class Rates(NamedTuple):
     cache_write: Decimal
     cache_write_1h: Decimal
     reasoning: Decimal
+
+
+class Demand(NamedTuple):
+    """What a request can make an upstream charge besides its tokens of text.
+
+    Attributes:
+        images: pictures in the prompt.
+        sounds: recordings in the prompt.
+        searches: searches of the web.
+        draws, speaks: the answer may hold pictures, or sounds.
+    """
+
+    images: int = 0
+    sounds: int = 0
+    searches: int = 0
+    draws: bool = False
+    speaks: bool = False
+
+
+TEXT_ONLY = Demand()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +111,19 @@ class Override:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """The price list of one model; `free` where every price on it is zero."""
+    """The price list of one model.
+
+    Attributes:
+        listed: its prices.
+        overrides: those that hold under conditions.
+        free: every price on it is zero.
+        unreadable: other keys than those of text whose price is negative or no price.
+    """
 
     listed: Listed
     overrides: tuple[Override, ...] = ()
     free: bool = False
+    unreadable: frozenset[str] = frozenset()
 
 
 def parse_prices(entry: Mapping[str, Any]) -> Prices | None:
@@ -112,7 +145,12 @@ def parse_prices(entry: Mapping[str, Any]) -> Prices | None:
     known = tuple(override for override in overrides if override is not None)
     if len(known) < len(overrides):
         return None
-    return Prices(listed, known, free=all(map(_all_zero, (pricing, *raw_overrides))))
+    return Prices(
+        listed,
+        known,
+        free=all(map(_all_zero, (pricing, *raw_overrides))),
+        unreadable=frozenset(key for raw in (pricing, *raw_overrides) for key in _unreadable(raw)),
+    )
 
 
 def is_free(prices: Prices | None) -> bool:
@@ -125,7 +163,7 @@ def cost_of(
 ) -> int | None:
     """What an answer cost, in nano-USD; None where that cannot be told. Never raises, whatever `usage` holds.
 
-    The upstream's own ``cost`` comes first. Without one, the counts times the prices: cached and cache-written tokens
+    The upstream's own word comes first. Without one, the counts times the prices: cached and cache-written tokens
     are part of ``prompt_tokens`` and reasoning tokens part of ``completion_tokens``, each at its own price where it
     has one.
 
@@ -136,10 +174,10 @@ def cost_of(
     """
     if not isinstance(usage, Mapping):
         return None
-    told = to_nano(usage.get("cost"))
+    told = told_cost(usage)
     if told is not None:
         return told
-    prompt, completion = count_of(usage.get("prompt_tokens")), count_of(usage.get("completion_tokens"))
+    prompt, completion = count_of(usage.get("prompt_tokens")), completion_of(usage)
     if prices is None or prompt is None or completion is None:
         return None
     rates = rates_for(prices, prompt, minute_of_day)
@@ -156,17 +194,109 @@ def cost_of(
     )
 
 
-def worst_case(prompt_tokens: int, output_tokens: int, prices: Prices | None) -> int | None:
-    """The most that a request can cost, in nano-USD; None where the price is not known.
+def told_cost(usage: Mapping[str, Any]) -> int | None:
+    """The upstream's own word on what an answer cost, in nano-USD; None where it says nothing that can be read.
+
+    ``cost`` is a number, or Perplexity's object with ``total_cost``; xAI counts ``cost_in_usd_ticks``. With a key of
+    one's own at the provider (``is_byok``), ``cost`` is OpenRouter's fee alone and the provider's bill comes on top.
+    """
+    cost = usage.get("cost")
+    amount = _decimal(cost.get("total_cost") if isinstance(cost, Mapping) else cost)
+    if amount is None and (ticks := _ticks(usage.get("cost_in_usd_ticks"))) is not None:
+        amount = _MONEY.divide(ticks, _TICKS)
+    if amount is None:
+        return None
+    details = usage.get("cost_details")
+    if usage.get("is_byok") is True and isinstance(details, Mapping):
+        amount = _MONEY.add(amount, _decimal(details.get("upstream_inference_cost")) or _ZERO)
+    return _nano(amount)
+
+
+def told_cost_of_record(record: Mapping[str, Any]) -> int | None:
+    """The same of OpenRouter's record of a generation, which has other names for it."""
+    return told_cost(
+        {
+            "cost": record.get("total_cost"),
+            "is_byok": record.get("is_byok"),
+            "cost_details": {"upstream_inference_cost": record.get("upstream_inference_cost")},
+        }
+    )
+
+
+def completion_of(usage: Mapping[str, Any]) -> int | None:
+    """Tokens that a model wrote, its reasoning included; None where the usage does not say.
+
+    xAI leaves the reasoning out of ``completion_tokens``; only ``total_tokens`` has it.
+    """
+    completion, total = count_of(usage.get("completion_tokens")), count_of(usage.get("total_tokens"))
+    prompt = count_of(usage.get("prompt_tokens"))
+    if total is not None and prompt is not None and total > prompt + (completion or 0):
+        return total - prompt
+    return completion
+
+
+def worst_case(
+    prompt_tokens: int, output_tokens: int, prices: Prices | None, demand: Demand = TEXT_ONLY
+) -> int | None:
+    """The most that a request can cost, in nano-USD; None where a price that it can touch is not known.
 
     Every token at the dearest price it may meet: of the list and all overrides, written to the cache, or reasoned.
+    A picture costs its tokens, and a price of its own where one is listed.
     """
-    if prices is None:
+    if prices is None or not prices.unreadable.isdisjoint(_touched(demand)):
         return None
     rates = dearest(prices)
     prompt = max(rates.prompt, rates.cache_read, rates.cache_write, rates.cache_write_1h)
     output = max(rates.completion, rates.reasoning)
-    return _total(rates.request, (max(prompt_tokens, 0), prompt), (max(output_tokens, 0), output))
+    if demand.draws:
+        output = max(output, _dearest_of(prices, "image_output"))
+    if demand.speaks:
+        output = max(output, _dearest_of(prices, "audio_output"))
+    image_token = max(_ZERO, _dearest_of(prices, "image_token") - prompt)
+    heard = max(_dearest_of(prices, "audio"), _dearest_of(prices, "input_audio_cache"))
+    return _total(
+        rates.request,
+        (max(prompt_tokens, 0), prompt),
+        (max(output_tokens, 0), output),
+        (demand.images, _dearest_of(prices, "image")),
+        (demand.images * IMAGE_TOKENS, image_token),
+        (demand.sounds * AUDIO_TOKENS, max(_ZERO, heard - prompt)),
+        (demand.searches, _dearest_of(prices, "web_search")),
+    )
+
+
+def _touched(demand: Demand) -> set[str]:
+    """The keys of a price list that only some requests touch, and this one does."""
+    keys = set()
+    if demand.images:
+        keys |= {"image", "image_token"}
+    if demand.sounds:
+        keys |= {"audio", "input_audio_cache"}
+    if demand.searches:
+        keys.add("web_search")
+    if demand.draws:
+        keys.add("image_output")
+    if demand.speaks:
+        keys.add("audio_output")
+    return keys
+
+
+def _dearest_of(prices: Prices, key: str) -> Decimal:
+    """A price at its highest, of the list and all overrides; 0 where it is not listed."""
+    lists = (prices.listed, *(override.changes for override in prices.overrides))
+    return max(each.get(key, _ZERO) for each in lists)
+
+
+def dearest_list(lists: Iterable[Prices]) -> Prices | None:
+    """One list with every price at the highest that any of these has; None without any."""
+    known = list(lists)
+    if not known:
+        return None
+    rates = [dearest(each) for each in known]
+    listed = {key: max(_dearest_of(each, key) for each in known) for key in (*_PRICES, *_OTHER_PRICES)}
+    listed["prompt"] = max(rate.prompt for rate in rates)
+    listed["completion"] = max(rate.completion for rate in rates)
+    return Prices(listed)
 
 
 def dearest(prices: Prices) -> Rates:
@@ -179,16 +309,24 @@ def rates_for(prices: Prices, prompt_tokens: int, minute_of_day: int | None) -> 
     return _rates(prices, lambda override: _applies(override, prompt_tokens, minute_of_day))
 
 
-def max_price(prices: Iterable[Prices]) -> dict[str, float]:
+def max_price(prices: Iterable[Prices], demand: Demand = TEXT_ONLY) -> dict[str, float]:
     """OpenRouter's ``provider.max_price`` that lets nothing through above the dearest of these prices.
 
-    There is at least one. The unit is USD a million tokens: https://openrouter.ai/docs/guides/routing/provider-selection.
+    There is at least one. Prompt and completion are in USD a million tokens, the others in the units of the list:
+    https://openrouter.ai/docs/client-sdks/typescript/models/maxprice. They are named where they are listed and the
+    request touches them, so that a provider is not left out for a price that nobody would pay.
     """
-    rates = [dearest(each) for each in prices]
-    return {
+    known = list(prices)
+    rates = [dearest(each) for each in known]
+    held = {
         "prompt": float(max(rate.prompt for rate in rates) / 1000),
         "completion": float(max(rate.completion for rate in rates) / 1000),
     }
+    for key in ("request", *(("image",) if demand.images else ()), *(("audio",) if demand.sounds else ())):
+        price = max(_dearest_of(each, key) for each in known)
+        if price > 0:
+            held[key] = float(price / NANO)
+    return held
 
 
 def narrow_max_price(given: Any, ours: Mapping[str, float]) -> dict[str, Any]:
@@ -208,7 +346,11 @@ def to_usd(nano: int) -> float:
 def to_nano(usd: Any) -> int | None:
     """USD, any number or the text of one, in nano-USD; None for anything negative, absurd or no number at all."""
     amount = _decimal(usd)
-    return None if amount is None else _total(_MONEY.multiply(amount, _NANO))
+    return None if amount is None else _nano(amount)
+
+
+def _nano(usd: Decimal) -> int | None:
+    return _total(_MONEY.multiply(usd, _NANO))
 
 
 def _rates(prices: Prices, applies: Callable[[Override], bool | None]) -> Rates:
@@ -267,8 +409,8 @@ def _total(fixed: Decimal, *charges: tuple[int, Decimal]) -> int | None:
 
 
 def _listed(raw: Mapping[str, Any]) -> dict[str, Decimal] | None:
-    """The prices that costs are made of, in nano-USD; None where one of them is not readable."""
-    listed = {}
+    """The prices in nano-USD; None where one of those that every cost is made of is not readable."""
+    listed: dict[str, Decimal] = {}
     for key in _PRICES:
         if raw.get(key) is None:
             continue
@@ -276,7 +418,14 @@ def _listed(raw: Mapping[str, Any]) -> dict[str, Decimal] | None:
         if price is None:
             return None
         listed[key] = _MONEY.multiply(price, _NANO)
+    for key in _OTHER_PRICES:  # what few requests touch does not make a list unreadable
+        if (price := _price(raw.get(key))) is not None:
+            listed[key] = _MONEY.multiply(price, _NANO)
     return listed
+
+
+def _unreadable(raw: Mapping[str, Any]) -> list[str]:
+    return [key for key in _OTHER_PRICES if raw.get(key) is not None and _price(raw[key]) is None]
 
 
 def _override(raw: Any) -> Override | None:
@@ -317,6 +466,13 @@ def _decimal(value: Any) -> Decimal | None:
     if amount is None or not amount.is_finite():
         return None
     return amount if 0 <= amount <= MAX_COST // NANO else None
+
+
+def _ticks(value: Any) -> Decimal | None:
+    """A count of ticks that is worth from 0 to a million USD, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 10**16:
+        return None
+    return Decimal(str(value))
 
 
 def count_of(value: Any) -> int | None:

@@ -15,7 +15,7 @@ import structlog
 
 from broker.core.accounts import Spent, spent_of
 from broker.core.errors import StoreUnavailable, UpstreamError
-from broker.core.pricing import cost_of, count_of, to_nano
+from broker.core.pricing import completion_of, cost_of, count_of, told_cost, told_cost_of_record
 from broker.core.session import short
 from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, estimate_text
 from broker.upstream.generations import NoSuchPath
@@ -84,7 +84,7 @@ class Settler:
             model = reservation.model
             prices = await self._money.prices_of(answer.model or model) or await self._money.prices_of(model)
             cost = cost_of(usage, prices, minute_of_day=_minute_of_day())
-        return spent_of(usage, cost, estimated=not told and to_nano(usage.get("cost")) is None)
+        return spent_of(usage, cost, estimated=not told and told_cost(usage) is None)
 
     async def settle(
         self, reservation: Reservation, spent: Spent, state: State, generation_id: str | None
@@ -136,8 +136,9 @@ class Settler:
 
 def has_counts(usage: Mapping[str, Any] | None) -> bool:
     """Whether an upstream's usage says how many tokens there were."""
-    counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")] if usage else [None]
-    return all(count_of(count) is not None for count in counts)
+    if not usage or count_of(usage.get("prompt_tokens")) is None:
+        return False
+    return completion_of(usage) is not None
 
 
 def _minute_of_day() -> int:
@@ -157,7 +158,7 @@ def spent_in_record(record: Mapping[str, Any]) -> Spent | None:
 
     Native counts are those of the model's own tokenizer, by which it is billed.
     """
-    cost = to_nano(record.get("total_cost"))
+    cost = told_cost_of_record(record)
     prompt = _first(record, "native_tokens_prompt", "tokens_prompt")
     completion = _first(record, "native_tokens_completion", "tokens_completion")
     if cost is None or prompt is None or completion is None:

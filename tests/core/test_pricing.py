@@ -11,15 +11,19 @@ from hypothesis import strategies as st
 
 from broker.core.pricing import (
     MAX_COST,
+    Demand,
     Prices,
+    completion_of,
     cost_of,
     dearest,
+    dearest_list,
     is_free,
     max_price,
     parse_prices,
     rates_for,
     to_nano,
     to_usd,
+    told_cost_of_record,
     worst_case,
 )
 
@@ -400,3 +404,144 @@ def test_no_usage_costs_more_than_its_worst_case(
 def test_any_json_is_an_amount_or_none(value: Any) -> None:
     nano = to_nano(value)
     assert nano is None or 0 <= nano <= MAX_COST
+
+
+# What upstreams say of the cost, each in its own way
+
+
+@pytest.mark.parametrize(
+    ("told", "nano"),
+    [
+        ({"cost": {"total_cost": 0.006, "input_tokens_cost": 0.001, "currency": "USD"}}, 6_000_000),
+        ({"cost": {"total_cost": 0}}, 0),
+        ({"cost_in_usd_ticks": 37_756_000}, 3_775_600),
+        ({"cost_in_usd_ticks": 1}, 1),
+        ({"cost_in_usd_ticks": 0}, 0),
+        ({"cost": {"total_cost": "?"}, "cost_in_usd_ticks": 20}, 2),
+        ({"cost": 0.5, "cost_in_usd_ticks": 20}, 500_000_000),
+        ({"cost": 0, "is_byok": True, "cost_details": {"upstream_inference_cost": 0.036}}, 36_000_000),
+        ({"cost": 0.0018, "is_byok": True, "cost_details": {"upstream_inference_cost": 0.036}}, 37_800_000),
+        ({"cost": 0.002, "is_byok": True, "cost_details": {"upstream_inference_cost": None}}, 2_000_000),
+        ({"cost": 0.002, "is_byok": True, "cost_details": {"upstream_inference_cost": -1}}, 2_000_000),
+        ({"cost": 0.002, "is_byok": True, "cost_details": None}, 2_000_000),
+        ({"cost": 0.002, "is_byok": False, "cost_details": {"upstream_inference_cost": 0.036}}, 2_000_000),
+        ({"cost": 0.002, "cost_details": {"upstream_inference_cost": 0.036}}, 2_000_000),
+        ({"cost": 1e-10, "is_byok": True, "cost_details": {"upstream_inference_cost": 1e-10}}, 1),
+    ],
+)
+def test_a_cost_is_read_in_every_form_it_is_told_in(told: dict[str, Any], nano: int) -> None:
+    assert cost_of(usage(1000, 1000, **told), prices(MINI)) == nano
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"cost": {}},
+        {"cost": {"total_cost": -1}},
+        {"cost": {"total_cost": {"total_cost": 1}}},
+        {"cost_in_usd_ticks": -5},
+        {"cost_in_usd_ticks": True},
+        {"cost_in_usd_ticks": "many"},
+        {"cost_in_usd_ticks": 10**40},
+        {"cost_in_usd_ticks": float("nan")},
+    ],
+)
+def test_a_cost_in_no_known_form_leaves_it_to_the_list(told: dict[str, Any]) -> None:
+    assert cost_of(usage(1000, 100, **told), prices(MINI)) == 1000 * 150 + 100 * 600
+
+
+def test_the_record_of_a_generation_names_the_bill_of_an_own_key_apart() -> None:
+    record = {"total_cost": 0.001, "is_byok": True, "upstream_inference_cost": 0.02}
+    assert told_cost_of_record(record) == 21_000_000
+    assert told_cost_of_record({**record, "is_byok": False}) == 1_000_000
+    assert told_cost_of_record({**record, "total_cost": None}) is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "written"),
+    [
+        ({"prompt_tokens": 12, "completion_tokens": 2, "total_tokens": 354}, 342),
+        ({"prompt_tokens": 12, "completion_tokens": 0, "total_tokens": 354}, 342),
+        ({"prompt_tokens": 12, "total_tokens": 354}, 342),
+        ({"prompt_tokens": 12, "completion_tokens": 342, "total_tokens": 354}, 342),
+        ({"prompt_tokens": 12, "completion_tokens": 342, "total_tokens": 0}, 342),
+        ({"prompt_tokens": 12, "completion_tokens": 342, "total_tokens": "?"}, 342),
+        ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, 0),
+        ({"prompt_tokens": 12}, None),
+        ({"total_tokens": 12}, None),
+    ],
+)
+def test_reasoning_that_only_the_total_has_was_written_too(
+    counts: dict[str, Any], written: int | None
+) -> None:
+    assert completion_of(counts) == written
+
+
+def test_hidden_reasoning_is_priced_as_what_it_is() -> None:
+    priced = prices({"prompt": "0", "completion": "0.000002", "internal_reasoning": "0.000003"})
+    told = usage(12, 2, total_tokens=354, completion_tokens_details={"reasoning_tokens": 340})
+    assert cost_of(told, priced) == 2 * 2000 + 340 * 3000
+
+
+# Worst cases beyond text
+
+RICH = {
+    "prompt": "0.000001",
+    "completion": "0.000002",
+    "request": "0.001",
+    "image": "0.01",
+    "image_token": "0.000003",
+    "audio": "0.00003",
+    "input_audio_cache": "0.00004",
+    "web_search": "0.02",
+    "image_output": "0.00007",
+    "audio_output": "0.00009",
+    "overrides": [{"min_prompt_tokens": 10, "image": "0.011"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("demand", "more"),
+    [
+        (Demand(), 0),
+        (Demand(images=100), 100 * 11_000_000 + 100 * 2000 * (3000 - 1000)),
+        (Demand(sounds=2), 2 * 4000 * (40_000 - 1000)),
+        (Demand(searches=3), 3 * 20_000_000),
+        (Demand(draws=True), 50 * (70_000 - 2000)),
+        (Demand(speaks=True), 50 * (90_000 - 2000)),
+        (Demand(draws=True, speaks=True), 50 * (90_000 - 2000)),
+    ],
+)
+def test_the_worst_case_has_every_price_that_a_request_can_touch(demand: Demand, more: int) -> None:
+    text = 300_000 * 1000 + 50 * 2000 + 1_000_000
+    assert worst_case(300_000, 50, prices(RICH), demand) == text + more
+
+
+@pytest.mark.parametrize(
+    ("key", "demand"),
+    [
+        ("image", Demand(images=1)),
+        ("audio", Demand(sounds=1)),
+        ("web_search", Demand(searches=1)),
+        ("image_output", Demand(draws=True)),
+    ],
+)
+def test_a_price_that_depends_is_unknown_to_the_requests_that_touch_it(key: str, demand: Demand) -> None:
+    priced = prices({"prompt": "0.000001", "completion": "0.000001", key: "-1"})
+    assert worst_case(1, 1, priced, demand) is None
+    assert worst_case(1, 1, priced) == 2000
+
+
+def test_max_price_names_what_the_request_touches_in_the_units_of_the_list() -> None:
+    text = {"prompt": 1.0, "completion": 2.0, "request": 0.001}
+    assert max_price([prices(RICH)]) == text
+    assert max_price([prices(RICH)], Demand(images=1)) == {**text, "image": 0.011}
+    assert max_price([prices(RICH), prices(MINI)], Demand(sounds=1)) == {**text, "audio": 0.00003}
+
+
+def test_the_dearest_list_has_the_highest_of_every_price() -> None:
+    merged = dearest_list([prices(MINI), prices(GEMINI), prices(RICH)])
+    assert merged is not None
+    assert worst_case(1000, 10, merged) == 1000 * 2500 + 10 * 15_000 + 1_000_000
+    assert worst_case(0, 0, merged, Demand(images=1)) == 1_000_000 + 11_000_000 + 2000 * (3000 - 2500)
+    assert dearest_list([]) is None
