@@ -62,7 +62,7 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         app = build_web(settings)
         store = app[keys.STORE] = Store(redis_url, settings.key_prefix)
         stack.push_async_callback(store.close)
-        upstream = _upstream(settings, upstream_url)
+        upstream = app[keys.UPSTREAM] = _upstream(settings, upstream_url)
         stack.push_async_callback(upstream.close)
         catalog = app[keys.CATALOG] = _catalog(settings, store, upstream, upstream_url)
         stack.push_async_callback(catalog.close)

@@ -10,7 +10,7 @@ import gc
 import os
 import resource
 import signal
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 import structlog
@@ -18,26 +18,40 @@ from aiohttp import web
 
 from broker.app import build
 from broker.core.errors import StoreUnavailable
+from broker.logs import configure_logs
+from broker.relay.tasks import keep_running
+from broker.secret_reload import SecretReload
 from broker.web import keys
 from broker.web.server import Runner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from broker.settings import Settings
     from broker.store.connection import Store
 
 log = structlog.get_logger(__name__)
 
+_OF_EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
+
 BACKLOG = 4096
 """Connections that may wait to be accepted: pages that lost a worker all come at once."""
 
 
-def serve(settings: Settings, *, rehearsal: bool, embedded: bool) -> int:
+def serve(
+    settings: Settings,
+    *,
+    load: Callable[[], Settings],
+    say: Callable[[str], None],
+    rehearsal: bool,
+    embedded: bool,
+) -> int:
     """Run the service until it is told to stop; returns the exit status.
 
     Args:
         settings: all of them.
+        load: reads them again, for the secrets that have changed; raises `SettingsError`.
+        say: shows a line to the person who started it.
         rehearsal: run a scripted upstream beside the service and use that.
         embedded: run a Valkey of our own even where the service can be reached from outside.
     """
@@ -45,10 +59,19 @@ def serve(settings: Settings, *, rehearsal: bool, embedded: bool) -> int:
     with _embedded_store(settings, wanted=embedded or settings.redis_url is None) as redis_url:
         runner = _new_runner()
         with runner:
-            return runner.run(_serve(settings, redis_url, rehearsal=rehearsal))
+            status = runner.run(_serve(settings, redis_url, load=load, say=say, rehearsal=rehearsal))
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the loop is about to hand it back to the system
+            return status
 
 
-async def _serve(settings: Settings, redis_url: str, *, rehearsal: bool) -> int:
+async def _serve(
+    settings: Settings,
+    redis_url: str,
+    *,
+    load: Callable[[], Settings],
+    say: Callable[[str], None],
+    rehearsal: bool,
+) -> int:
     stopping = _stop_on_signals()
     async with AsyncExitStack() as stack:
         upstream_url = settings.upstream_url
@@ -58,11 +81,13 @@ async def _serve(settings: Settings, redis_url: str, *, rehearsal: bool) -> int:
             upstream_url = await stack.enter_async_context(rehearsal_beside())
         app = await stack.enter_async_context(build(settings, redis_url, upstream_url))
         registry = app[keys.REGISTRY]
+        await stack.enter_async_context(_secrets_kept_fresh(settings, load, app))
         runner = Runner(app)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         site = web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)
         await site.start()
+        say(_where(runner, settings))
         _tell_where(runner, settings, rehearsal=rehearsal)
         await _warn_of_redis(app[keys.STORE])
         _calm_collector()
@@ -107,6 +132,27 @@ def _stop_on_signals() -> asyncio.Event:
     return stopping
 
 
+@asynccontextmanager
+async def _secrets_kept_fresh(
+    settings: Settings, load: Callable[[], Settings], app: web.Application
+) -> AsyncIterator[None]:
+    """Read the secrets again at SIGHUP, which never ends the service, and when their files change."""
+    reload = SecretReload(
+        settings,
+        load=load,
+        upstream=app[keys.UPSTREAM],
+        identifier=app[keys.IDENTIFIER],
+        hide=lambda secrets: configure_logs(settings.log_level, settings.log_format, secrets=secrets),
+    )
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.ask)
+    task = asyncio.create_task(keep_running("secrets", reload.run))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 def _raise_file_limit() -> None:
     """Each stream takes two files, and the usual soft limit of 1024 is for programs that use `select`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -128,10 +174,25 @@ def _calm_collector() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
+def _where(runner: web.AppRunner, settings: Settings) -> str:
+    """Where it can be opened, as one line for the person who started it, whatever the logs look like."""
+    # Of "every address" none can be opened in a browser.
+    host = _OF_EVERY_ADDRESS.get(settings.host, settings.host)
+    verb = "Open" if settings.page else "Listening at"
+    return f"{verb} {_url(host, _port(runner, settings))}"
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _port(runner: web.AppRunner, settings: Settings) -> int:
+    return int(runner.addresses[0][1]) if runner.addresses else settings.port
+
+
 def _tell_where(runner: web.AppRunner, settings: Settings, *, rehearsal: bool) -> None:
-    port = runner.addresses[0][1] if runner.addresses else settings.port
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    log.info("listening", url=f"http://{host}:{port}", rehearsal=rehearsal, **_what_is_on(settings))
+    url = _url(settings.host, _port(runner, settings))
+    log.info("listening", url=url, rehearsal=rehearsal, **_what_is_on(settings))
     if not (settings.listens_on_loopback or settings.needs_identity or settings.total_daily_cost):
         log.warning(
             "anybody who can connect can spend: set BROKER_API_KEYS, a JWT setting or BROKER_TOTAL_DAILY_COST"

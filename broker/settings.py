@@ -218,6 +218,17 @@ def read_api_keys(path: Path) -> tuple[kinds.ApiKey, ...]:
         raise SettingsError(_complaint(error, given)) from None
 
 
+def secret_files() -> list[Path]:
+    """The files that hold secrets now, those of the API keys left out.
+
+    Raises:
+        SettingsError: `.env` cannot be read.
+    """
+    written = {**_read_dotenv(), **{name: value for name, value in os.environ.items() if value}}
+    names = (f"{setting_name(field)}_FILE" for field in sorted(_SECRETS - {"api_keys", "redis_url"}))
+    return [Path(path) for name in names if (path := written.get(name, "").strip())]
+
+
 def unknown_settings(environ: Mapping[str, str] | None = None) -> list[str]:
     """Name every ``BROKER_*`` variable, of the environment and of `.env`, that is no setting of ours.
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import structlog
 
+from broker.cli.output import OutputError, write
 from broker.cli.words import BAD_USE, complain
 from broker.core.errors import StoreUnavailable
 from broker.logs import configure_logs
@@ -17,9 +21,9 @@ from broker.setting_kinds import LATER_REDIS_SCHEMES
 from broker.settings import SettingsError, load_settings, not_yet_served, unknown_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-from broker.settings import Settings
+    from broker.settings import Settings
 
 _CANNOT_LISTEN = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES, socket.EAI_NONAME})
 
@@ -32,6 +36,8 @@ def serve(flags: Mapping[str, Any], *, rehearsal: bool, embedded: bool) -> int:
         rehearsal: ask a scripted upstream of our own.
         embedded: keep sessions in a Valkey of our own, whatever ``REDIS_URL`` says.
     """
+    # Until the service can read its secrets again at this signal, it must not end by it.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         settings = load_settings(**flags)
         unknown = unknown_settings()
@@ -40,7 +46,7 @@ def serve(flags: Mapping[str, Any], *, rehearsal: bool, embedded: bool) -> int:
         return complain(error, BAD_USE)
     configure_logs(settings.log_level, settings.log_format, secrets=settings.secrets)
     _warn(settings, unknown)
-    return _run(settings, rehearsal=rehearsal, embedded=embedded)
+    return _run(settings, partial(load_settings, **flags), rehearsal=rehearsal, embedded=embedded)
 
 
 def require(settings: Settings, *, rehearsal: bool, embedded: bool) -> None:
@@ -78,12 +84,12 @@ def _warn(settings: Settings, unknown: list[str]) -> None:
         log.warning("setting has no effect in this release", name=name)
 
 
-def _run(settings: Settings, *, rehearsal: bool, embedded: bool) -> int:
+def _run(settings: Settings, load: Callable[[], Settings], *, rehearsal: bool, embedded: bool) -> int:
     # The service with all its libraries, once it is sure that it is going to run.
     from broker import service  # noqa: PLC0415 - as said above
 
     try:
-        return service.serve(settings, rehearsal=rehearsal, embedded=embedded)
+        return service.serve(settings, load=load, say=_say, rehearsal=rehearsal, embedded=embedded)
     except StoreUnavailable as error:
         return complain(error)
     except OSError as error:
@@ -92,6 +98,11 @@ def _run(settings: Settings, *, rehearsal: bool, embedded: bool) -> int:
         return complain(f"cannot listen on {settings.host}:{settings.port}: {_why(error)}")
     except Exception:  # noqa: BLE001 - a bug's traceback goes through the logs, which hold the secrets back
         return _confess()
+
+
+def _say(line: str) -> None:
+    with suppress(OutputError):  # the service needs no standard output
+        write(f"{line}\n")
 
 
 def _confess() -> int:

@@ -55,6 +55,12 @@ class ApiKeys:
                 owner = name
         return owner
 
+    def replace(self, keys: Iterable[ApiKey], path: Path | None) -> bool:
+        """Take other keys, and watch this file from now on. Returns True if they differ from those there were."""
+        self._path, self._read = path, None
+        before, self._keys = self._keys, _digests(keys)
+        return self._keys != before
+
     def _look(self) -> None:
         now = self._clock()
         if self._path is None or now < self._look_at:

@@ -59,6 +59,10 @@ class Tokens:
         self._audience = audience
         self._issuer = issuer
 
+    def replace_secret(self, secret: str) -> None:
+        """Check tokens of HS256 with this secret from now on."""
+        self._shared = shared_key(secret)
+
     async def subject_of(self, token: str) -> Subject:
         """Whom a good token is about.
 

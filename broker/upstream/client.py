@@ -62,7 +62,7 @@ class UpstreamClient:
     def __init__(
         self, *, base_url: str, api_key: str, title: str, connect_timeout: float, max_connections: int
     ) -> None:
-        self.secrets = (api_key,)
+        self.secrets: tuple[str, ...] = (api_key,)
         timeout = httpx2.Timeout(None, connect=connect_timeout, pool=connect_timeout)
         self._http = DefaultAioHttpClient(
             # A redirect would send the request a second time, to somebody else.
@@ -86,8 +86,17 @@ class UpstreamClient:
             },
         )
         self._chat_url = httpx2.URL(f"{str(self.openai.base_url).rstrip('/')}/chat/completions")
+        self._chat_headers = self._make_chat_headers()
+
+    def use_key(self, api_key: str) -> None:
+        """Ask with this key from now on. Messages still carry neither it nor the one before."""
+        self.secrets = (api_key, self.secrets[0])
+        self.openai.api_key = api_key
+        self._chat_headers = self._make_chat_headers()
+
+    def _make_chat_headers(self) -> httpx2.Headers:
         headers = {**self.openai.default_headers, **self.openai.auth_headers, "Accept": "text/event-stream"}
-        self._chat_headers = httpx2.Headers({k: v for k, v in headers.items() if isinstance(v, str)})
+        return httpx2.Headers({k: v for k, v in headers.items() if isinstance(v, str)})
 
     async def open_chat(self, body: bytes, *, referer: str) -> UpstreamStream:
         """Ask for a chat completion and return its answer once the status and the headers are there.

@@ -18,11 +18,13 @@ from broker.identity.jwks import PublishedKeys
 from broker.identity.tokens import INVALID, Tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
     from types import TracebackType
 
     from aiohttp import web
 
+    from broker.setting_kinds import ApiKey
     from broker.settings import Settings
 
 _SHORTEST_SECRET: Final = 32  # RFC 7518, section 3.2: a key of HS256 has at least as many bytes as its hash
@@ -87,6 +89,15 @@ class Identifier:
         if self._tokens is None:
             raise Unauthorized(INVALID)
         return self._names.of_subject(*await self._tokens.subject_of(shown))
+
+    def use_api_keys(self, keys: Iterable[ApiKey], path: Path | None) -> bool:
+        """Take these API keys in place of those there are. Returns True if they differ."""
+        return self._api_keys.replace(keys, path)
+
+    def use_jwt_secret(self, secret: str) -> None:
+        """Check tokens with this secret from now on, where tokens are taken."""
+        if self._tokens is not None:
+            self._tokens.replace_secret(secret)
 
 
 def _build_tokens(settings: Settings, published: PublishedKeys | None) -> Tokens:

@@ -15,6 +15,7 @@ from broker.settings import Settings
 from broker.store.accounts import AccountStore
 from broker.store.connection import Store
 from broker.store.rates import Rates
+from broker.upstream.client import UpstreamClient
 from broker.web.identity import Identifier
 
 SETTINGS = web.AppKey("settings", Settings)
@@ -29,5 +30,6 @@ IDENTIFIER = web.AppKey("identifier", Identifier)
 STORE_SEEN = web.AppKey("store_seen", asyncio.Event)
 """Redis has answered at least once."""
 REGISTRY = web.AppKey("registry", Registry)
+UPSTREAM = web.AppKey("upstream", UpstreamClient)
 
 REQUEST_ID = web.RequestKey("request_id", str)

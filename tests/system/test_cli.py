@@ -193,7 +193,7 @@ async def test_flags_win_over_the_environment() -> None:
         env={"PORT": str(port), "BROKER_LOG_LEVEL": "debug"}, args=["--log-level", "error"]
     ) as broker:
         assert broker.port == port
-        assert broker.log() == ""
+        assert broker.log() == f"Open {broker.url}\n"
 
 
 async def test_what_has_no_effect_and_what_is_unknown_is_warned_of() -> None:

@@ -1,0 +1,131 @@
+"""Secrets that change while the service runs: read again at SIGHUP, and when a file that holds one changes.
+
+Only the secrets of the settings are taken, and only those that were set at the start: everything else waits for a
+restart. What cannot be read leaves the old secrets in force. The file of API keys is also watched by
+`broker/identity/api_keys.py`, which needs nobody to look after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from broker.settings import SettingsError, secret_files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from broker.settings import Settings
+    from broker.upstream.client import UpstreamClient
+    from broker.web.identity import Identifier
+
+LOOK_EVERY = 1.0
+"""Seconds between looks at the files."""
+
+_MOST_HIDDEN: Final = 200  # old secrets that are still struck out of the logs
+
+log = structlog.get_logger(__name__)
+
+
+class SecretReload:
+    """Puts changed secrets into force.
+
+    Args:
+        settings: those of the start.
+        load: reads all settings again; raises `SettingsError`.
+        upstream: gets the upstream's key.
+        identifier: gets the API keys and the secret of the tokens.
+        hide: called with every text that the logs must not show, before a new one is used.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        load: Callable[[], Settings],
+        upstream: UpstreamClient,
+        identifier: Identifier,
+        hide: Callable[[Iterable[str]], None],
+    ) -> None:
+        self._settings = settings
+        self._load = load
+        self._upstream = upstream
+        self._identifier = identifier
+        self._hide = hide
+        self._hidden = settings.secrets
+        self._asked = asyncio.Event()
+        self._seen = _states()
+
+    def ask(self) -> None:
+        """Read everything again soon, whether or not a file has changed."""
+        self._asked.set()
+
+    async def run(self) -> None:
+        """Look after the secrets until cancelled."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY):
+                    await self._asked.wait()
+            self._look()
+
+    def _look(self) -> None:
+        asked = self._asked.is_set()
+        self._asked.clear()
+        seen = _states()  # taken before the reading, so that a change during it is seen at the next look
+        if asked or seen != self._seen:
+            self._seen = seen
+            self._read_again()
+
+    def _read_again(self) -> None:
+        try:
+            settings = self._load()
+        except SettingsError as error:
+            log.warning("the settings cannot be read again, the old secrets stay", reason=str(error))
+            return
+        self._hidden = tuple(dict.fromkeys((*settings.secrets, *self._hidden)))[:_MOST_HIDDEN]
+        self._hide(self._hidden)
+        log.info("secrets read again", changed=self._put_into_force(settings))
+
+    def _put_into_force(self, settings: Settings) -> list[str]:
+        old, changed = self._settings, []
+        key, secret = settings.openrouter_api_key, settings.jwt_secret
+        update: dict[str, object] = {}
+        if old.openrouter_api_key is not None and key is not None and key != old.openrouter_api_key:
+            self._upstream.use_key(key.get_secret_value())
+            update["openrouter_api_key"] = key
+            changed.append("OPENROUTER_API_KEY")
+        if old.jwt_secret is not None and secret is not None and secret != old.jwt_secret:
+            self._identifier.use_jwt_secret(secret.get_secret_value())
+            update["jwt_secret"] = secret
+            changed.append("BROKER_JWT_SECRET")
+        had_keys = bool(old.api_keys) or old.api_keys_file is not None
+        has_keys = bool(settings.api_keys) or settings.api_keys_file is not None
+        if had_keys and has_keys:
+            if self._identifier.use_api_keys(settings.api_keys, settings.api_keys_file):
+                changed.append("BROKER_API_KEYS")
+            update |= {"api_keys": settings.api_keys, "api_keys_file": settings.api_keys_file}
+        self._settings = old.model_copy(update=update)
+        return changed
+
+
+_State = tuple[int, ...]
+
+
+def _states() -> dict[Path, _State]:
+    """What tells one version of each file of a secret from another; empty for one that is not there."""
+    try:
+        return {path: _state(path) for path in secret_files()}
+    except SettingsError:
+        return {}  # .env cannot be read now
+
+
+def _state(path: Path) -> _State:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
