@@ -14,10 +14,17 @@ import orjson
 
 from broker.core.accounts import Allowances, Worst
 from broker.core.chat import ChatRules, parse_chat, refuse_fetched_images
+from broker.core.demand import demand_of
 from broker.core.document import parse_json
-from broker.core.errors import IdempotencyConflict, ModelNotAllowed, RequestError, StoreUnavailable
+from broker.core.errors import (
+    IdempotencyConflict,
+    ModelNotAllowed,
+    Overloaded,
+    RequestError,
+    StoreUnavailable,
+)
 from broker.core.fitting import FitRules, FittedChat, ModelLimits, fit
-from broker.core.pricing import Prices, max_price, narrow_max_price, worst_case
+from broker.core.pricing import Demand, Prices, max_price, narrow_max_price, worst_case
 from broker.store.accounts import check_admitted
 from broker.store.sessions import Prepared
 
@@ -35,6 +42,9 @@ if TYPE_CHECKING:
 
 CATALOG_TIMEOUT = 1.0
 """Seconds that /prepare waits for the list of models; what is not known of a model does not bind."""
+
+NO_LIST_RETRY = 10.0
+"""Seconds after which a caller comes again where a budget of money is on and no price is known yet."""
 
 
 class Admitted(NamedTuple):
@@ -168,21 +178,39 @@ class Admission:
 
     def _worst(self, fitted: FittedChat, prices: Sequence[Prices | None], names: Sequence[str]) -> Worst:
         """The most that a request can take; where money is counted, the upstream is held to the price as well."""
-        output = fitted.max_output_tokens * fitted.answers
-        tokens = fitted.prompt_tokens + output
-        if not self._allowances.limit_cost:
-            return Worst(tokens, 0)
+        prompt, output = fitted.reserved_prompt_tokens, fitted.max_output_tokens * fitted.answers
+        demand = demand_of(fitted.body, names)
+        costs = [worst_case(prompt, output, each, demand) for each in prices]
         known = [each for each in prices if each is not None]
-        if len(known) < len(prices) and not self._settings.unpriced_models:
-            unpriced = names[prices.index(None)]
-            raise ModelNotAllowed(f"The price of {unpriced} is not known, so no budget can cover it.")
-        if known and len(known) == len(prices) and self._catalog.openrouter:
-            provider = fitted.body.get("provider") or {}
-            limited = narrow_max_price(provider.get("max_price"), max_price(known))
-            fitted.body["provider"] = {**provider, "max_price": limited}
-        return Worst(
-            tokens, max((worst_case(fitted.prompt_tokens, output, each) or 0 for each in known), default=0)
-        )
+        if (
+            None in costs
+        ):  # a budget may be switched on before the claim: without one, it is reserved all the same
+            dearest = self._catalog.dearest
+            costs = [worst_case(prompt, output, dearest, demand)]
+            known = [dearest] if dearest is not None else []
+        if self._allowances.limit_cost:
+            self._check_priced(prices, names, demand)
+            if known and self._catalog.openrouter:
+                provider = fitted.body.get("provider") or {}
+                limited = narrow_max_price(provider.get("max_price"), max_price(known, demand))
+                fitted.body["provider"] = {**provider, "max_price": limited}
+        return Worst(prompt + output, max(cost or 0 for cost in costs))
+
+    def _check_priced(self, prices: Sequence[Prices | None], names: Sequence[str], demand: Demand) -> None:
+        """See that a budget of money can cover these models.
+
+        Raises:
+            Overloaded: there is no list of prices now.
+            ModelNotAllowed: the price of one is not known, and it is not allowed to spend without.
+        """
+        if not self._catalog.has_list:
+            message = "The prices of the models are not known yet, so no budget can cover them."
+            raise Overloaded(message, retry_after=NO_LIST_RETRY)
+        if self._settings.unpriced_models:
+            return
+        for name, listed in zip(names, prices, strict=True):
+            if worst_case(0, 0, listed, demand) is None:
+                raise ModelNotAllowed(f"The price of {name} is not known, so no budget can cover it.")
 
     async def _keep(self, order: _Order, referer: str, counting: Counting | None = None) -> dict[str, Any]:
         session_id = str(uuid.uuid4())
@@ -190,7 +218,7 @@ class Admission:
         prepared = Prepared(
             request=orjson.dumps(fitted.body),
             model=fitted.model,
-            prompt_tokens=fitted.prompt_tokens,
+            prompt_tokens=fitted.reserved_prompt_tokens,
             referer=settings.referer or referer,
             client=order.client.name,
             worst=order.worst,

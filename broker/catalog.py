@@ -33,6 +33,7 @@ from broker.store.catalog import KEPT, LOCK_TTL
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
+    from broker.core.pricing import Prices
     from broker.store.catalog import CatalogStore
 
 PATIENCE = 12.0
@@ -107,6 +108,17 @@ class Catalog:
         """Whether the upstream understands OpenRouter's own fields, by what is known now; yes until then."""
         held = self._kept()
         return speaks_openrouter(held.models if held else None)
+
+    @property
+    def has_list(self) -> bool:
+        """Whether there is any list, however old."""
+        return self._kept() is not None
+
+    @property
+    def dearest(self) -> Prices | None:
+        """Every price at the highest of the list, for a model that has none; None where no price is known."""
+        held = self._kept()
+        return held.models.dearest if held is not None else None
 
     async def models(self) -> Models:
         """The list, fresh where that can be had within a short wait.

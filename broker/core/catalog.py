@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from broker.core.pricing import Prices, is_free, parse_prices
+from broker.core.pricing import Prices, dearest_list, is_free, parse_prices
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -52,11 +52,13 @@ class Models:
         entries: in the upstream's order.
         index: by id and, where that names one model for sure, by canonical slug.
         openrouter: some entry carries OpenRouter's ``pricing``, or there is no entry at all.
+        dearest: every price at the highest of the list; None where no entry has prices.
     """
 
     entries: tuple[Model, ...]
     index: Mapping[str, Model]
     openrouter: bool
+    dearest: Prices | None = None
 
     def find(self, model_id: str) -> Model | None:
         """The model that a request naming `model_id` gets, where that is certain.
@@ -96,7 +98,8 @@ def parse_models(body: bytes) -> Models:
         raise ValueError("an entry is nested too deeply to be written again") from None
     slugs = {slug: models[model_id] for slug, model_id in _unique_slugs(raw_by_id).items()}
     openrouter = not models or any("pricing" in raw for raw in raw_by_id.values())
-    return Models(tuple(models.values()), {**slugs, **models}, openrouter)
+    dearest = dearest_list(model.prices for model in models.values() if model.prices is not None)
+    return Models(tuple(models.values()), {**slugs, **models}, openrouter, dearest)
 
 
 def speaks_openrouter(models: Models | None) -> bool:

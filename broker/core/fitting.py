@@ -66,6 +66,8 @@ class FittedChat:
         body: for POST /chat/completions, as plain JSON.
         model: the one that is asked first.
         prompt_tokens: our estimate of what is sent.
+        reserved_prompt_tokens: the same for what is reserved and owed, at no more than the default bytes a token:
+            what was learned comes from the answers of clients, and may not stretch their budgets.
         max_output_tokens: the cap on each answer.
         dropped_messages: how many trimming took out.
         answers: how many answers are asked for; more than one only where ``n`` was opened.
@@ -75,6 +77,7 @@ class FittedChat:
     body: dict[str, Any]
     model: str
     prompt_tokens: int
+    reserved_prompt_tokens: int
     max_output_tokens: int
     dropped_messages: int
     answers: int = 1
@@ -117,10 +120,12 @@ def fit(
     if prompt_tokens > limit:
         raise _too_long(prompt_tokens, int(limit))
     messages = [request.messages[index] for index in kept]
+    safe = min(density, DEFAULT_BYTES_PER_TOKEN)
     return FittedChat(
         body=_body(request, messages, cap, rules),
         model=request.model,
         prompt_tokens=prompt_tokens,
+        reserved_prompt_tokens=frame.tokens(safe) + sum(sizes[index].tokens(safe) for index in kept),
         max_output_tokens=cap,
         dropped_messages=len(request.messages) - len(kept),
         answers=request.parameters.get("n", 1),

@@ -328,3 +328,14 @@ def test_a_trimmed_conversation_is_still_a_valid_one(messages: list[dict[str, An
     fitted = fit_anyway(request(*messages), {}, rules(prompt=estimate_prompt(messages, {}) // 2))
     if fitted is not None:
         assert request(*fitted.body["messages"]).messages == fitted.body["messages"]
+
+
+@pytest.mark.parametrize(
+    ("learned", "shown", "reserved"), [(6.0, 100, 200), (2.0, 300, 300), (3.0, 200, 200)]
+)
+def test_what_was_learned_never_lowers_what_is_reserved(learned: float, shown: int, reserved: int) -> None:
+    """Bytes per token are learned from answers to clients, and none of them may stretch its budget so."""
+    fitted = fit(request(say("x" * 600)), {}, RULES, {"a/b": learned})
+    around = fit(request(say("")), {}, RULES).prompt_tokens
+    assert fitted.prompt_tokens - around == shown
+    assert fitted.reserved_prompt_tokens - around == reserved

@@ -270,6 +270,64 @@ async def test_a_model_without_a_price_is_refused_where_money_is_counted(
         await session_of(broker, model="scripted/unknown")
 
 
+async def reserved_cost(broker: Broker, upstream: ScriptedUpstream, **fields: Any) -> int:
+    """What is reserved, in nano-USD, while one generation runs."""
+    async with broker.stream(await session_of(broker, **fields)):
+        call = await upstream.call()
+        reserved = (await ledger(broker.app[keys.STORE].redis)).reserved_cost
+        plain(call)
+    return reserved
+
+
+async def test_a_model_without_a_price_is_reserved_at_the_dearest_of_the_list(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    dear = {"prompt": "0.00001", "completion": "0.00002"}
+    upstream.models = price_list(
+        **{"a/dear": dear, "scripted/varies": {"prompt": "-1", "completion": "-1"}, "a/none": None}
+    )
+    async with running(valkey_url, upstream, daily_cost="1", unpriced_models=True) as broker:
+        prompt = (await broker.post(small())).json["promptTokens"]
+        for model in ("scripted/unknown", "scripted/varies", "a/none"):
+            assert await reserved_cost(broker, upstream, model=model) == prompt * 10_000 + 20 * 20_000
+            assert upstream.calls[-1].body["provider"]["max_price"] == {"prompt": 10.0, "completion": 20.0}
+            await until(lambda: _nothing_reserved(broker))
+
+
+async def _nothing_reserved(broker: Broker) -> bool:
+    return (await ledger(broker.app[keys.STORE].redis)).reserved_cost == 0
+
+
+@pytest.mark.parametrize("unpriced_models", [False, True])
+async def test_without_a_list_of_prices_no_budget_of_money_lets_anything_in(
+    valkey_url: str, upstream: ScriptedUpstream, unpriced_models: bool
+) -> None:
+    upstream.models = b"<html>It broke.</html>"
+    settings: dict[str, Any] = {"daily_cost": "1", "unpriced_models": unpriced_models}
+    async with running(valkey_url, upstream, **settings) as broker:
+        answer = await broker.post(small())
+        assert (answer.status, answer.code) == (503, "overloaded")
+        assert int(answer.headers["Retry-After"]) > 0
+    async with running(valkey_url, upstream, daily_tokens=1000) as broker:
+        await session_of(broker)
+
+
+async def test_pictures_are_reserved_at_their_own_price(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    seeing = {"prompt": "0.000001", "completion": "0.000001", "image": "0.01", "request": "0.002"}
+    upstream.models = price_list(**{"a/seeing": seeing})
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    message = {"role": "user", "content": [picture] * 7}
+    async with running(valkey_url, upstream, daily_cost="1") as broker:
+        fields = {"model": "a/seeing", "messages": [message]}
+        prompt = (await broker.post(small(**fields))).json["promptTokens"]
+        reserved = await reserved_cost(broker, upstream, **fields)
+        assert reserved == (prompt + 20) * PRICE + 7 * 10_000_000 + 2_000_000
+        sent = {"prompt": 1.0, "completion": 1.0, "request": 0.002, "image": 0.01}
+        assert upstream.calls[-1].body["provider"]["max_price"] == sent
+    async with running(valkey_url, upstream, daily_cost=dollars(reserved - 1)) as broker:
+        assert (await broker.post(small(**fields))).status in (422, 429)
+
+
 @pytest.mark.parametrize(
     ("own", "sent"),
     [

@@ -1,0 +1,55 @@
+"""What a request can make an upstream charge besides its tokens of text, read from the body that is sent. No I/O.
+
+Most of it is closed until an operator opens it; what is open must be in the worst case.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from broker.core.parameters import ONLINE
+from broker.core.pricing import Demand
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+SEARCHES_OF_A_TOOL = 5
+"""Searches that a search tool of the server is reserved for; one that a request asks for itself happens once."""
+
+_SEARCH_PLUGINS = frozenset({"web", "web_search"})
+
+
+def demand_of(body: Mapping[str, Any], models: Iterable[str]) -> Demand:
+    """What the body of a chat request touches.
+
+    Args:
+        body: as it is sent.
+        models: every model that it can reach.
+    """
+    messages = [message for message in _list(body.get("messages")) if isinstance(message, dict)]
+    parts = [part for message in messages for part in _list(message.get("content")) if isinstance(part, dict)]
+    modalities = _list(body.get("modalities"))
+    return Demand(
+        images=sum(part.get("type") == "image_url" for part in parts)
+        + sum(len(_list(message.get("images"))) for message in messages),
+        sounds=sum(part.get("type") == "input_audio" for part in parts)
+        + sum(bool(message.get("audio")) for message in messages),
+        searches=_searches(body, models),
+        draws="image" in modalities or bool(body.get("image_config")),
+        speaks="audio" in modalities or bool(body.get("audio")),
+    )
+
+
+def _searches(body: Mapping[str, Any], models: Iterable[str]) -> int:
+    asked = any(ONLINE in model.lower() for model in models) or body.get("web_search_options") is not None
+    plugins = [plugin for plugin in _list(body.get("plugins")) if isinstance(plugin, dict)]
+    searching = sum(
+        1 for plugin in plugins if plugin.get("id") in _SEARCH_PLUGINS and plugin.get("enabled") is not False
+    )
+    tools = [tool for tool in _list(body.get("tools")) if isinstance(tool, dict)]
+    served = sum(1 for tool in tools if tool.get("type") != "function")
+    return int(asked) + searching + served * SEARCHES_OF_A_TOOL
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
