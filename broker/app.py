@@ -14,6 +14,7 @@ from broker.core.accounts import Allowances
 from broker.core.origins import Origins
 from broker.core.pricing import to_nano
 from broker.density import Densities
+from broker.naming import Naming
 from broker.relay.registry import Registry
 from broker.relay.tasks import keep_running
 from broker.relay.terms import Bounds, Limits, Money
@@ -24,6 +25,7 @@ from broker.store.connection import Store
 from broker.store.density import DensityStore
 from broker.store.idempotency import IdempotencyStore
 from broker.store.journal import JournalStore
+from broker.store.names import NameStore
 from broker.store.rates import Rates
 from broker.store.sessions import SessionStore
 from broker.store.workers import WorkerStore
@@ -32,6 +34,7 @@ from broker.upstream.generations import fetch_generation
 from broker.upstream.models import fetch_models
 from broker.web import keys
 from broker.web.identity import Identifier
+from broker.web.refused_origins import RefusedOrigins
 from broker.web.routes import build_web
 
 if TYPE_CHECKING:
@@ -88,8 +91,10 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         app[keys.ORIGINS] = Origins(
             frozenset(origin.lower() for origin in settings.cors_origins), settings.listens_on_loopback
         )
+        app[keys.REFUSED_ORIGINS] = RefusedOrigins()
         app[keys.RATES] = Rates(store, limit=settings.rate_limit.count, window=settings.rate_limit.seconds)
-        app[keys.IDENTIFIER] = await stack.enter_async_context(Identifier(settings, _upstream_key(settings)))
+        naming = await stack.enter_async_context(_naming(settings, store))
+        app[keys.IDENTIFIER] = await stack.enter_async_context(Identifier(settings, naming))
         admission = app[keys.ADMISSION] = Admission(
             store=store,
             settings=settings,
@@ -179,6 +184,21 @@ def _registry(
             journal_interval=settings.journal_interval_ms / 1000,
         ),
     )
+
+
+@asynccontextmanager
+async def _naming(settings: Settings, store: Store) -> AsyncIterator[Naming]:
+    secret = settings.name_secret
+    naming = Naming(NameStore(store), secret.get_secret_value() if secret is not None else None)
+    if secret is not None:
+        yield naming
+        return
+    task = asyncio.create_task(keep_running("names", naming.run))
+    try:
+        yield naming
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @asynccontextmanager

@@ -25,6 +25,8 @@ _PUBLIC = re.compile(
     | ^MI[IG][A-Za-z0-9+/=\s]{180,}$ | ^M(FkwEwYHKoZIzj|HYwEAYHKoZIzj|CowBQYDK2Vw)""",
     re.VERBOSE,
 )
+# As browsers write the header; one of theirs that is not of this form is refused anyway.
+_ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://[a-z0-9._~:\[\]-]+")
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 LATER_REDIS_SCHEMES = ("redis+sentinel", "redis+cluster")
 
@@ -140,11 +142,15 @@ def _host(value: str) -> str:
 
 
 def _origin(value: str) -> str:
-    if value == "*":
+    value = value.lower().removesuffix("/")
+    if value in {"*", "null"}:
         return value
-    parts = urlsplit(_http_url(value.lower()))
-    if parts.path:
-        raise ValueError("path")
+    match = _ORIGIN.fullmatch(value)
+    if match is None or urlsplit(value).port == 0:
+        raise ValueError("origin")
+    if match["scheme"] not in {"http", "https"}:  # of an app or an extension of a browser
+        return value
+    parts = urlsplit(_http_url(value))
     # A browser leaves the default port out of `Origin`.
     default_port = {"http": ":80", "https": ":443"}[parts.scheme]
     return f"{parts.scheme}://{parts.netloc.removesuffix(default_port)}"
@@ -161,6 +167,12 @@ def _lower(value: Any) -> Any:
 def _without_spaces(value: SecretStr) -> SecretStr:
     if re.fullmatch(r"[!-~]+", value.get_secret_value()) is None:
         raise ValueError("spaces")
+    return value
+
+
+def _visible(value: SecretStr) -> SecretStr:
+    if not any(char.isprintable() and not char.isspace() for char in value.get_secret_value()):
+        raise ValueError("blank")
     return value
 
 
@@ -192,6 +204,7 @@ RatePerTime = Annotated[
 
 Text = Annotated[str, Field(pattern=r"^[ -~]+$"), Expects("printable ASCII characters")]
 Secret = Annotated[SecretStr, AfterValidator(_without_spaces), Expects("visible ASCII characters, no spaces")]
+NamingSecret = Annotated[SecretStr, AfterValidator(_visible), Expects("a secret text")]
 SigningSecret = Annotated[
     SecretStr,
     AfterValidator(_signing_secret),
@@ -219,7 +232,7 @@ Names = Annotated[tuple[Text, ...], BeforeValidator(_listed), Expects("a comma l
 Origins = Annotated[
     tuple[Annotated[str, AfterValidator(_origin)], ...],
     BeforeValidator(_listed),
-    Expects("a comma list of origins such as https://example.com, or *"),
+    Expects("a comma list of origins such as https://example.com, null, or *"),
 ]
 Proxies = Annotated[
     tuple[Annotated[str, AfterValidator(_proxy)], ...],

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 DOTENV = Path(".env")
 _WITHOUT_PREFIX = frozenset({"openrouter_api_key", "referer", "x_title", "redis_url", "port"})
-_SECRETS = frozenset({"openrouter_api_key", "redis_url", "api_keys", "jwt_secret"})
+_SECRETS = frozenset({"openrouter_api_key", "redis_url", "api_keys", "jwt_secret", "name_secret"})
 # URLs may carry a password where somebody put it in the wrong place.
 _NEVER_SHOWN = _SECRETS | {"upstream_url", "jwks_url"}
 # Left out, each of these lets more people in, or to more, so nothing but spaces is a mistake there and not unset.
@@ -46,6 +46,7 @@ _NEVER_BLANK = frozenset(
 _LARGEST_SECRET_FILE = 64 * 1024
 _LONGEST_DOTENV = 1024 * 1024
 _LONGEST_SHOWN = 60
+_TIMES_RETRY = 1.5  # browsers wait up to a fifth longer than they are told, and then connect
 
 
 class SettingsError(Exception):
@@ -98,6 +99,7 @@ class Settings(BaseSettings):
     extra_parameters: kinds.Names = ()
     cors_origins: kinds.Origins = ()
 
+    name_secret: kinds.NamingSecret | None = None
     api_keys: kinds.ApiKeys = ()
     api_keys_file: kinds.FilePath | None = None
     jwt_secret: kinds.SigningSecret | None = None
@@ -108,6 +110,8 @@ class Settings(BaseSettings):
 
     rate_limit: kinds.RatePerTime = Rate(30, 60)
     max_prepared: kinds.Count = 50
+    max_prepared_bytes: kinds.Size = 8 * 1024 * 1024
+    total_prepared_bytes: kinds.Size = 256 * 1024 * 1024
     max_concurrent_streams: kinds.Count = 5
     max_streams: kinds.Count = 2000
     daily_tokens: kinds.CountOrNone = 0
@@ -164,7 +168,12 @@ class Settings(BaseSettings):
     @property
     def secrets(self) -> tuple[str, ...]:
         """Every text that must never be shown."""
-        held = [self.openrouter_api_key, self.jwt_secret, *(key for _, key in self.api_keys)]
+        held = [
+            self.openrouter_api_key,
+            self.jwt_secret,
+            self.name_secret,
+            *(key for _, key in self.api_keys),
+        ]
         found = [secret.get_secret_value() for secret in held if secret is not None]
         if self.redis_url is not None and (password := urlsplit(self.redis_url).password):
             found += [password, unquote(password)]
@@ -257,6 +266,30 @@ def not_yet_served(settings: Settings) -> list[str]:
     if settings.workers > 1:
         names.append("BROKER_WORKERS above 1")
     return names
+
+
+def contradictions(settings: Settings) -> list[str]:
+    """Say of each pair of values that defeat each other what will come of it."""
+    found = []
+    if settings.resuming and settings.disconnect_grace < settings.retry_ms / 1000 * _TIMES_RETRY:
+        found.append(
+            "BROKER_DISCONNECT_GRACE is shorter than 1.5 times BROKER_RETRY_MS:"
+            " an answer is abandoned before its page can reconnect"
+        )
+    if settings.max_prepared_bytes < settings.max_body:
+        found.append(
+            "BROKER_MAX_PREPARED_BYTES is below BROKER_MAX_BODY: the largest requests can never be stored"
+        )
+    if settings.total_prepared_bytes < settings.max_prepared_bytes:
+        found.append(
+            "BROKER_TOTAL_PREPARED_BYTES is below BROKER_MAX_PREPARED_BYTES: one client can fill all there is"
+        )
+    found += [
+        f"{setting_name(field)} is above BROKER_DEADLINE, which ends an answer before that"
+        for field in ("first_data_timeout", "idle_timeout")
+        if getattr(settings, field) > settings.deadline
+    ]
+    return found
 
 
 def _suggestion(name: str, known: list[str]) -> str:

@@ -17,6 +17,7 @@ from broker.setting_kinds import ApiKey, Rate
 from broker.settings import (
     Settings,
     SettingsError,
+    contradictions,
     load_settings,
     not_yet_served,
     setting_name,
@@ -343,7 +344,7 @@ def test_no_budget_that_is_taken_comes_to_none(amount: str, monkeypatch: pytest.
         (
             "BROKER_CORS_ORIGINS",
             ",,",
-            "a comma list of origins such as https://example.com, or *, not ',,'",
+            "a comma list of origins such as https://example.com, null, or *, not ',,'",
         ),
         ("BROKER_PAGE", "perhaps", "true or false, not 'perhaps'"),
         ("BROKER_HOST", "http://x", "an address or a host name, not 'http://x'"),
@@ -355,7 +356,7 @@ def test_no_budget_that_is_taken_comes_to_none(amount: str, monkeypatch: pytest.
         (
             "BROKER_CORS_ORIGINS",
             "https://a/b",
-            "a comma list of origins such as https://example.com, or *, not 'https://a/b'",
+            "a comma list of origins such as https://example.com, null, or *, not 'https://a/b'",
         ),
         (
             "BROKER_TRUSTED_PROXIES",
@@ -497,3 +498,21 @@ def test_the_example_works_with_a_key_filled_in() -> None:
     settings = load_settings()
     assert settings.model_fields_set == {"openrouter_api_key"}
     assert settings.secrets == (SECRET,)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({}, []),
+        ({"disconnect_grace": 2.9}, ["BROKER_DISCONNECT_GRACE"]),
+        ({"disconnect_grace": 0}, ["BROKER_DISCONNECT_GRACE"]),
+        ({"disconnect_grace": 3}, []),
+        ({"retry_ms": 20_000}, ["BROKER_DISCONNECT_GRACE"]),
+        ({"retry_ms": 20_000, "resume_ttl": 0}, []),
+        ({"max_body": 9 * 1024 * 1024}, ["BROKER_MAX_PREPARED_BYTES"]),
+        ({"total_prepared_bytes": 1024 * 1024}, ["BROKER_TOTAL_PREPARED_BYTES"]),
+        ({"deadline": 90}, ["BROKER_FIRST_DATA_TIMEOUT"]),
+    ],
+)
+def test_values_that_defeat_each_other_are_told(values: dict[str, Any], named: list[str]) -> None:
+    assert [sentence.split(" ")[0] for sentence in contradictions(Settings(**values))] == named

@@ -18,7 +18,7 @@ from broker.cli.words import BAD_USE, complain
 from broker.core.errors import StoreUnavailable
 from broker.logs import configure_logs
 from broker.setting_kinds import LATER_REDIS_SCHEMES
-from broker.settings import SettingsError, load_settings, not_yet_served, unknown_settings
+from broker.settings import SettingsError, contradictions, load_settings, not_yet_served, unknown_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -80,6 +80,8 @@ def _warn(settings: Settings, unknown: list[str]) -> None:
     log = structlog.get_logger(__name__)
     for name in unknown:
         log.warning("unknown setting", name=name)
+    for sentence in contradictions(settings):
+        log.warning(sentence)
     for name in not_yet_served(settings):
         log.warning("setting has no effect in this release", name=name)
 

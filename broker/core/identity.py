@@ -62,10 +62,12 @@ class Names:
 
     def __init__(self, secret: str) -> None:
         self._key = hashlib.sha256(f"session broker client names\0{secret}".encode()).digest()
+        self._at_network = lru_cache(maxsize=REMEMBERED)(self._name_network)
+        self._with_key = lru_cache(maxsize=REMEMBERED)(self._name_key)
 
     def of_key(self, owner: str) -> Client:
         """The client whose API key has this name."""
-        return self._client(f"key:{owner}", authenticated=True)
+        return self._with_key(owner)
 
     def of_subject(self, issuer: str, subject: str) -> Client:
         """The client of a token. A subject means something only together with its issuer: RFC 7519, section 4.1.2."""
@@ -73,7 +75,13 @@ class Names:
 
     def of_address(self, address: Address | None) -> Client:
         """Whoever uses an address; a household has a whole IPv6 /64. All whose address is unknown are one."""
-        return self._client(f"addr:{self._hash('addr', _network(address))}", authenticated=False)
+        return self._at_network(network_of(address))
+
+    def _name_key(self, owner: str) -> Client:
+        return self._client(f"key:{owner}", authenticated=True)
+
+    def _name_network(self, network: str) -> Client:
+        return self._client(f"addr:{self._hash('addr', network)}", authenticated=False)
 
     def _client(self, name: str, *, authenticated: bool) -> Client:
         return Client(name, f"u_{self._hash('user', name)}", authenticated)
@@ -122,6 +130,11 @@ class Proxies:
             hop = None if entry is None or len(entry) > _LONGEST_HOP else self._hop(entry)
         return None if caller is None else caller.address
 
+    def trusts(self, peer: str) -> bool:
+        """Return True if what this peer says of others counts."""
+        hop = self._hop(peer) if len(peer) <= _LONGEST_HOP else None
+        return hop is not None and hop.trusted
+
     def _read_hop(self, text: str) -> Hop | None:
         address = parse_hop(text)
         if address is None:
@@ -160,7 +173,8 @@ def _from_the_right(lines: Sequence[str]) -> Iterator[str]:
         yield from reversed(line.rsplit(",", MAX_HOPS))
 
 
-def _network(address: Address | None) -> str:
+def network_of(address: Address | None) -> str:
+    """Return a word for all addresses that count as one: an IPv6 /64, and those that are unknown."""
     if isinstance(address, ipaddress.IPv6Address):
         return f"6/{int(address) >> 64:x}"
     return str(address)

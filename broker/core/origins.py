@@ -31,7 +31,8 @@ class Origins:
     """The rules.
 
     Args:
-        listed: origins such as ``https://a.example``, or ``*`` for all. Nothing listed admits this machine's pages.
+        listed: origins such as ``https://a.example`` or ``tauri://localhost``, ``null`` for pages without one, or
+            ``*`` for all. Nothing listed admits this machine's pages.
         loopback_only: the service listens on the loopback, so other host names are refused.
     """
 
@@ -40,8 +41,11 @@ class Origins:
 
     def judge(self, origin: str, host: str | None) -> Verdict:
         """Whether a page of ``origin`` may use the service that it reached as ``host``."""
+        if origin == "null":
+            # Any page can make itself one (a sandboxed frame), so it never gets credentials.
+            return Verdict.ALLOWED if self.listed & {"null", "*"} else Verdict.REFUSED
         if not _ORIGIN.fullmatch(origin):
-            return Verdict.ALLOWED if origin == "null" and "*" in self.listed else Verdict.REFUSED
+            return Verdict.REFUSED
         if origin.lower() in self.listed:
             return Verdict.CREDENTIALS
         if "*" in self.listed or self._is_own(origin, host):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import socket
 import time
 from contextlib import AsyncExitStack
-from functools import lru_cache
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
 import structlog
 from aiohttp import hdrs
 
 from broker.core.errors import Unauthorized
-from broker.core.identity import REMEMBERED, Client, Names, Proxies, bearer
+from broker.core.identity import Client, Names, Proxies, bearer, network_of
 from broker.identity.api_keys import ApiKeys
 from broker.identity.jwks import PublishedKeys
 from broker.identity.tokens import INVALID, Tokens
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
+    from broker.core.identity import Address
     from broker.setting_kinds import ApiKey
     from broker.settings import Settings
 
@@ -33,6 +33,13 @@ _THIS_MACHINE: Final = "127.0.0.1"
 log = structlog.get_logger(__name__)
 
 
+class Naming(Protocol):
+    """Knows what names clients."""
+
+    async def names(self) -> Names:
+        """Return it, or raise `StoreUnavailable`."""
+
+
 class Identifier:
     """Tells clients apart: by API key, else by token, else by address. An async context manager.
 
@@ -40,22 +47,21 @@ class Identifier:
 
     Args:
         settings: what is set up.
-        secret: known to every worker of the service and to nobody else; names are made with it.
+        naming: gives clients their names.
         clock: seconds that only go forward.
     """
 
     def __init__(
-        self, settings: Settings, secret: str, *, clock: Callable[[], float] = time.monotonic
+        self, settings: Settings, naming: Naming, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._shown_is_needed = settings.needs_identity
-        self._names = Names(secret)
+        self._naming = naming
         self._proxies = Proxies(settings.trusted_proxies)
         self._api_keys = ApiKeys(settings.api_keys, settings.api_keys_file, clock=clock)
         jwks_url = settings.jwks_url
         self._published = PublishedKeys(jwks_url, clock=clock) if jwks_url is not None else None
         self._tokens = _build_tokens(settings, self._published) if settings.takes_tokens else None
-        self._at_address = lru_cache(maxsize=REMEMBERED)(self._names.of_address)
-        self._with_key = lru_cache(maxsize=REMEMBERED)(self._names.of_key)
+        self._told_of_forwarded = False
         self._running = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -71,24 +77,52 @@ class Identifier:
     async def identify(self, request: web.Request) -> Client:
         """Who a request is from.
 
-        Waits only for the published keys of tokens, and seldom.
+        Waits only for the published keys of tokens, and seldom; and for Redis, until it has answered once.
 
         Raises:
             Unauthorized: it shows no key or token where one is needed, or one that is not good.
             Overloaded: the keys that a token is checked with cannot be fetched now.
+            StoreUnavailable: Redis has not answered yet, so nobody has a name.
         """
         if not self._shown_is_needed:
-            forwarded = request.headers.getall(hdrs.X_FORWARDED_FOR, ())
-            return self._at_address(self._proxies.caller(_peer(request), forwarded))
+            address = self._address(request)
+            return (await self._naming.names()).of_address(address)
+        owner, subject = await self._shown(request)
+        names = await self._naming.names()
+        return names.of_key(owner) if owner is not None else names.of_subject(*subject)
+
+    async def check(self, request: web.Request) -> None:
+        """Raise what `identify` raises for a request that may not come in. Nobody is named, so Redis may be away."""
+        if self._shown_is_needed:
+            await self._shown(request)
+
+    def network(self, request: web.Request) -> str:
+        """Return a word for where a request comes from: its address, of IPv6 the /64."""
+        return network_of(self._address(request))
+
+    async def _shown(self, request: web.Request) -> tuple[str | None, tuple[str, str]]:
+        """The name of the API key that is shown, or the issuer and subject of the token."""
         shown = bearer(request.headers.getall(hdrs.AUTHORIZATION, ()))
         if shown is None:
             raise Unauthorized
         owner = self._api_keys.owner_of(shown)
         if owner is not None:
-            return self._with_key(owner)
+            return owner, ("", "")
         if self._tokens is None:
             raise Unauthorized(INVALID)
-        return self._names.of_subject(*await self._tokens.subject_of(shown))
+        return None, await self._tokens.subject_of(shown)
+
+    def _address(self, request: web.Request) -> Address | None:
+        forwarded = request.headers.getall(hdrs.X_FORWARDED_FOR, ())
+        peer = _peer(request)
+        if forwarded and not self._told_of_forwarded and not self._proxies.trusts(peer):
+            self._told_of_forwarded = True
+            log.warning(
+                "X-Forwarded-For of a peer that is not trusted does not count: all who come through it are one client"
+                " unless BROKER_TRUSTED_PROXIES names it",
+                peer=peer,
+            )
+        return self._proxies.caller(peer, forwarded)
 
     def use_api_keys(self, keys: Iterable[ApiKey], path: Path | None) -> bool:
         """Take these API keys in place of those there are. Returns True if they differ."""

@@ -17,9 +17,11 @@ from broker.store.connection import Store
 from broker.store.rates import Rates
 from broker.upstream.client import UpstreamClient
 from broker.web.identity import Identifier
+from broker.web.refused_origins import RefusedOrigins
 
 SETTINGS = web.AppKey("settings", Settings)
 ORIGINS = web.AppKey("origins", Origins)
+REFUSED_ORIGINS = web.AppKey("refused_origins", RefusedOrigins)
 STORE = web.AppKey("store", Store)
 CATALOG = web.AppKey("catalog", Catalog)
 ACCOUNTS = web.AppKey("accounts", AccountStore)

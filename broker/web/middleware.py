@@ -15,7 +15,7 @@ from broker.core.errors import BrokerError, HostNotAllowed, InternalError, Origi
 from broker.core.origins import Verdict
 from broker.core.session import short
 from broker.web.errors import error_response, from_http
-from broker.web.keys import ORIGINS, REGISTRY, REQUEST_ID
+from broker.web.keys import ORIGINS, REFUSED_ORIGINS, REGISTRY, REQUEST_ID
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
@@ -112,6 +112,7 @@ def _check_host_and_origin(request: web.Request) -> None:
         raise HostNotAllowed
     origin = request.headers.get(hdrs.ORIGIN)
     if origin is not None and origins.judge(origin, host) is Verdict.REFUSED:
+        request.app[REFUSED_ORIGINS].note(origin)
         raise OriginNotAllowed
 
 

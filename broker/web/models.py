@@ -25,7 +25,7 @@ async def get_models(request: web.Request) -> web.Response:
         InvalidRequest: the query cannot be understood.
         ModelsUnavailable: there is no list.
     """
-    await request.app[IDENTIFIER].identify(request)
+    await request.app[IDENTIFIER].check(request)
     free = _only_free(request.query)
     allowed = request.app[SETTINGS].allowed_models
     listing = await request.app[CATALOG].listing(allowed, q=request.query.get("q", ""), free=free)

@@ -13,6 +13,7 @@ import pytest
 from aiohttp import web
 
 from broker.core.errors import BrokerError
+from broker.core.identity import Names
 from broker.identity.api_keys import LOOK_EVERY
 from broker.identity.jwks import PAUSE, PAUSE_WITHOUT_KEYS
 from broker.settings import Settings
@@ -20,9 +21,16 @@ from broker.web.errors import error_response, json_response
 from broker.web.identity import Identifier
 from tests.identity.issuer import SECRET, Clock, hs256, key_server, key_set, member, signed
 
-UPSTREAM_KEY = "sk-or-v1-0123456789abcdef"
+NAME_SECRET = "0123456789abcdef"
 NEEDED = "This needs an API key or a token."
 INVALID = "This API key or token is not valid."
+
+
+class Fixed:
+    """Names clients with a secret of its own."""
+
+    async def names(self) -> Names:
+        return Names(NAME_SECRET)
 
 
 class Asker:
@@ -73,7 +81,7 @@ async def asking(
 ) -> AsyncIterator[Asker]:
     """A server that answers with the client it takes one for."""
     chosen = Settings(**settings)
-    async with Identifier(chosen, UPSTREAM_KEY, clock=clock or Clock()) as identifier:
+    async with Identifier(chosen, Fixed(), clock=clock or Clock()) as identifier:
 
         async def who(request: web.Request) -> web.Response:
             try:

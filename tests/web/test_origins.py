@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 
+from broker.web.refused_origins import MOST, WINDOW, RefusedOrigins
 from tests.broker import Answer, Broker, running
 from tests.scripted import Call, ScriptedUpstream
 
@@ -186,3 +188,59 @@ async def test_a_broker_that_all_can_reach_answers_to_any_name(
 ) -> None:
     async with running(valkey_url, upstream, host="0.0.0.0") as broker:
         assert (await broker.post(headers={"Host": "broker.example"})).status == 201
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["tauri://localhost", "chrome-extension://abcdefgh", "moz-extension://1-2-3", "app://obsidian.md"],
+)
+async def test_pages_of_apps_and_extensions_may_be_listed(
+    origin: str, valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    async with running(valkey_url, upstream, cors_origins=f"{origin},{PAGE}") as broker:
+        answer = await broker.post(headers={"Origin": origin})
+        assert answer.status == 201
+        assert allows(answer, origin, credentials=True)
+        assert (await broker.post(headers={"Origin": f"{origin}x"})).status == 403
+
+
+@pytest.mark.parametrize("listed", ["null", f"null,{PAGE}", "*", "*,null"])
+async def test_the_origin_null_never_gets_credentials(
+    listed: str, valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    async with running(valkey_url, upstream, cors_origins=listed) as broker:
+        answer = await broker.post(headers={"Origin": "null"})
+        assert answer.status == 201
+        assert allows(answer, "null", credentials=False)
+        refused = await broker.ask("GET", UNKNOWN, headers={"Origin": "null"})
+        assert allows(refused, "null", credentials=False)
+
+
+async def test_a_refused_origin_is_told_to_the_operator_with_the_setting_that_would_allow_it(
+    listing: Broker,
+) -> None:
+    with capture_logs() as lines:
+        for _ in range(3):
+            assert (
+                await listing.post(headers={"Origin": "https://other.example"})
+            ).code == "origin_not_allowed"
+    told = [line for line in lines if line["event"] == "origin refused"]
+    assert [(line["origin"], line["allowed_by"]) for line in told] == [
+        ("'https://other.example'", "BROKER_CORS_ORIGINS")
+    ]
+
+
+def test_refused_origins_are_cut_shown_as_literals_and_told_seldom() -> None:
+    now = 0.0
+    refused = RefusedOrigins(lambda: now)
+    with capture_logs() as lines:
+        for n in range(1000):
+            refused.note(f"https://{n}.example")
+            refused.note("https://a\n\x1b[31m" + "x" * 5000)
+        assert len(lines) == MOST
+        assert all(len(line["origin"]) < 130 and line["origin"].isprintable() for line in lines)
+        now = WINDOW
+        refused.note("https://a\n\x1b[31m" + "x" * 5000)
+        assert lines[-1]["times"] == 1000
+        refused.note("https://0.example")
+        assert lines[-1]["times"] == 1

@@ -1,0 +1,64 @@
+"""How this worker names clients: with the operator's secret, else with the one that all workers keep in Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import structlog
+
+from broker.core.errors import StoreUnavailable
+from broker.core.identity import Names
+
+if TYPE_CHECKING:
+    from broker.store.names import NameStore
+
+AGREE_EVERY: Final = 2.0
+"""Seconds between two looks at the secret in Redis, which restore it after Redis came back empty."""
+
+_SHORTEST_SECRET: Final = 16
+
+log = structlog.get_logger(__name__)
+
+
+class Naming:
+    """Knows the names of clients.
+
+    Args:
+        store: where the workers' own secret is kept.
+        secret: the operator's; with one, nothing is kept in Redis.
+    """
+
+    def __init__(self, store: NameStore, secret: str | None) -> None:
+        self._store = store
+        self._agreed: str | None = None
+        self._names = Names(secret) if secret is not None else None
+        if secret is not None and len(secret) < _SHORTEST_SECRET:
+            log.warning(
+                "BROKER_NAME_SECRET is short enough to be guessed", wanted=f"{_SHORTEST_SECRET} characters"
+            )
+
+    async def names(self) -> Names:
+        """Return what names clients. Waits for Redis only until it has answered once.
+
+        Raises:
+            StoreUnavailable: Redis has not answered yet.
+        """
+        return self._names or await self._agree()
+
+    async def run(self) -> NoReturn:
+        """Agree with the other workers again and again, until cancelled; of no use with an operator's secret."""
+        while True:
+            with suppress(StoreUnavailable):  # the workers' lease tells of it
+                await self._agree()
+            await asyncio.sleep(AGREE_EVERY)
+
+    async def _agree(self) -> Names:
+        agreed = await self._store.agree(self._agreed)
+        if self._names is None or agreed != self._agreed:
+            if self._agreed is not None:
+                log.warning("clients have new names: redis had lost the secret that made them")
+            self._agreed = agreed
+            self._names = Names(agreed)
+        return self._names
