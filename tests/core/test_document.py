@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.core.document import MAX_DEPTH, parse_json
-from broker.core.errors import InvalidJson
+from broker.core.document import MAX_DEPTH, MAX_VALUES, SMALL_BODY, outline, parse_json
+from broker.core.errors import InvalidJson, InvalidRequest, RequestError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 NUMBERS = st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
@@ -21,10 +21,22 @@ DOCUMENTS = st.recursive(
 )
 
 
-def sentence_for(body: bytes) -> str:
-    with pytest.raises(InvalidJson) as caught:
+def sentence_for(body: bytes, kind: type[RequestError] = InvalidJson) -> str:
+    with pytest.raises(kind) as caught:
         parse_json(body)
     return caught.value.message
+
+
+def values_of(document: Any) -> int:
+    if isinstance(document, dict):
+        return 1 + sum(map(values_of, document.values()))
+    return 1 + sum(map(values_of, document)) if isinstance(document, list) else 1
+
+
+def keys_of(document: Any) -> int:
+    if isinstance(document, dict):
+        return len(document) + sum(map(keys_of, document.values()))
+    return sum(map(keys_of, document)) if isinstance(document, list) else 0
 
 
 def strictly(body: bytes) -> Any:
@@ -139,30 +151,77 @@ def test_a_large_number_with_an_exponent_is_a_fraction() -> None:
     assert parse_json(b"[1e30, -1.5e300]") == [1e30, -1.5e300]
 
 
-@pytest.mark.parametrize("inner", [b"0", b"{}", b'{"a": 0}', b"[[]]"])
+@pytest.mark.parametrize("inner", [b"0", b"{}", b'{"a": 0}', b"[[]]", b'"[[["', b'"\\"[["'])
 def test_the_depth_counts_arrays_and_objects(inner: bytes) -> None:
-    own = inner.count(b"{") + inner.count(b"[")
+    own = 0 if inner.startswith(b'"') else inner.count(b"{") + inner.count(b"[")
     fits = MAX_DEPTH - own
     assert parse_json(b"[" * fits + inner + b"]" * fits)
-    assert "deeper than 64" in sentence_for(b"[" * (fits + 1) + inner + b"]" * (fits + 1))
+    assert "deeper than 64" in sentence_for(b"[" * (fits + 1) + inner + b"]" * (fits + 1), InvalidRequest)
 
 
 def test_objects_are_as_deep_as_arrays() -> None:
-    assert "deeper than 64" in sentence_for(b'{"a":' * 65 + b"0" + b"}" * 65)
-    with pytest.raises(InvalidJson, match="deeper than 2"):
+    assert "deeper than 64" in sentence_for(b'{"a":' * 65 + b"0" + b"}" * 65, InvalidRequest)
+    with pytest.raises(InvalidRequest, match="deeper than 2"):
         parse_json(b"[[[]]]", max_depth=2)
     assert parse_json(b"[[]]", max_depth=2) == [[]]
 
 
 @pytest.mark.parametrize("opening", [b"[", b'{"a":', b'[{"a":'])
-def test_a_bottomless_body_is_invalid_json_and_no_recursion_error(opening: bytes) -> None:
-    sentence_for(opening * 200_000)
-    sentence_for(opening * 900 + b"0" + {b"[": b"]", b'{"a":': b"}", b'[{"a":': b"}]"}[opening] * 900)
+def test_a_bottomless_body_is_refused_and_no_recursion_error(opening: bytes) -> None:
+    sentence_for(opening * 200_000, InvalidRequest)
+    sentence_for(
+        opening * 900 + b"0" + {b"[": b"]", b'{"a":': b"}", b'[{"a":': b"}]"}[opening] * 900, InvalidRequest
+    )
 
 
 def test_depth_is_told_before_doubles_so_that_the_slow_reader_never_sees_a_deep_body() -> None:
     depth = sys.getrecursionlimit() - 100
-    assert "deeper" in sentence_for(b"[" * depth + b'{"a":1,"a":2}' + b"]" * depth)
+    assert "deeper" in sentence_for(b"[" * depth + b'{"a":1,"a":2}' + b"]" * depth, InvalidRequest)
+
+
+@given(DOCUMENTS, st.booleans(), st.sampled_from([None, 1, "\t"]))
+def test_the_outline_has_as_many_values_and_keys_as_the_document(
+    document: Any, ascii_only: bool, indent: Any
+) -> None:
+    found = outline(json.dumps(document, ensure_ascii=ascii_only, indent=indent).encode())
+    assert (found.values, found.keys) == (values_of(document), keys_of(document))
+
+
+@given(DOCUMENTS.filter(lambda document: values_of(document) > 1))
+def test_one_value_too_many_is_refused(document: Any) -> None:
+    body, values = json.dumps(document).encode(), values_of(document)
+    assert parse_json(body, max_values=values) == document
+    with pytest.raises(InvalidRequest, match=f"more than {values - 1} JSON values"):
+        parse_json(body, max_values=values - 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "opening", "value", "closing"),
+    [
+        (MAX_VALUES - 1, b"[", b"0", b"]"),
+        (MAX_VALUES - 1, b"[", b'"\\\\"', b"]"),
+        (MAX_VALUES - 1, b"[", b'","', b"]"),
+        (MAX_VALUES - 1, b"[", b"{ }", b"]"),
+        (MAX_VALUES // 2 - 1, b'{"": [', b'{"": "::"}', b"]}"),
+    ],
+)
+def test_exactly_the_allowed_number_of_values_passes(
+    values: int, opening: bytes, value: bytes, closing: bytes
+) -> None:
+    assert parse_json(opening + b",".join([value] * values) + closing)
+    sentence = sentence_for(opening + b",".join([value] * (values + 1)) + closing, InvalidRequest)
+    assert sentence == "body: It holds more than 50000 JSON values."
+
+
+def test_marks_inside_of_a_text_are_no_values() -> None:
+    text = ',[]{}:"\\' * 60_000
+    assert parse_json(json.dumps({"a": text}).encode()) == {"a": text}
+
+
+def test_a_key_that_stands_twice_is_found_in_a_large_body_too() -> None:
+    large = b'{"text": "' + b":" * SMALL_BODY + b'", "a": 1, %b: 2}'
+    assert parse_json(large.replace(b"%b", b'"b"'))["b"] == 2
+    assert "stands twice" in sentence_for(large.replace(b"%b", b'"\\u0061"'))
 
 
 def test_the_sentence_never_quotes_the_body() -> None:
