@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import orjson
 
 from broker.core.accounts import Allowances, Worst
-from broker.core.chat import ChatRules, parse_chat, refuse_fetched_images
+from broker.core.chat import ChatRequest, ChatRules, parse_chat, refuse_fetched_images
 from broker.core.demand import demand_of
-from broker.core.document import parse_json
+from broker.core.document import SMALL_BODY, check_document, outline, read_json
 from broker.core.errors import (
     IdempotencyConflict,
     ModelNotAllowed,
@@ -29,7 +30,7 @@ from broker.store.accounts import check_admitted
 from broker.store.sessions import Prepared
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from broker.catalog import Catalog
     from broker.core.identity import Client
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from broker.settings import Settings
     from broker.store.accounts import AccountStore
     from broker.store.connection import Call, Store
-    from broker.store.idempotency import IdempotencyStore
+    from broker.store.idempotency import Binding, IdempotencyStore
     from broker.store.sessions import SessionStore
 
 CATALOG_TIMEOUT = 1.0
@@ -45,6 +46,9 @@ CATALOG_TIMEOUT = 1.0
 
 NO_LIST_RETRY = 10.0
 """Seconds after which a caller comes again where a budget of money is on and no price is known yet."""
+
+TURN_TIMEOUT = 10.0
+"""Seconds that a large body waits for others to be read before it."""
 
 
 class Admitted(NamedTuple):
@@ -108,6 +112,7 @@ class Admission:
     ) -> None:
         self._store = store
         self._forgetting: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()
         self._settings = settings
         self._catalog = catalog
         self._sessions = sessions
@@ -138,43 +143,95 @@ class Admission:
             RequestError: the body is not a request that may be sent.
             IdempotencyConflict: the key was used with another body.
             RateLimited: the client has prepared too often.
+            Overloaded: too many large bodies wait to be read.
             TooManyStreams: too many sessions of this client wait.
             BudgetExceeded: today's budget does not cover this.
             StoreUnavailable: Redis cannot be reached.
         """
+        bound = None
+        if idempotency_key is not None:
+            bound = await self._idempotency.find(client.name, idempotency_key)
+            if bound is not None and (known := await self._known(bound, body)) is not None:
+                return known
+        # A large body is counted before it is looked at. A small one is counted in the round trip that stores it.
+        early = idempotency_key is not None or len(body) > SMALL_BODY
+        if early:
+            await counting.alone()
         try:
             order = await self._order(body, client)
         except RequestError:
-            await counting.alone()
+            if not early:
+                await counting.alone()
             raise
         if idempotency_key is None:
-            return Admitted(await self._keep(order, referer, counting), created=True)
-        await counting.alone()
-        return await self._keep_once(body, order, referer, idempotency_key)
+            return Admitted(await self._keep(order, referer, None if early else counting), created=True)
+        return await self._keep_once(body, order, referer, idempotency_key, bound)
+
+    async def knows(self, client: Client, idempotency_key: str) -> bool:
+        """Return True if a session is bound to this key of this client.
+
+        Raises:
+            StoreUnavailable: Redis cannot be reached.
+        """
+        bound = await self._idempotency.find(client.name, idempotency_key)
+        return bound is not None and await self._sessions.remaining(bound.session_id) is not None
 
     async def _order(self, body: bytes, client: Client) -> _Order:
         """The request as it would be sent, and what it may cost."""
-        request = parse_chat(parse_json(body), self._rules)
+        async with self._turn_of(body):
+            request = await self._read(body)
         names = request.reachable_models
         known = await self._catalog.known(names, timeout=CATALOG_TIMEOUT)
         if not self._catalog.openrouter:
             refuse_fetched_images(request, self._settings.extra_parameters)
-        fitted = fit(
-            request,
-            {
-                name: ModelLimits(model.context_length, model.max_completion_tokens)
-                for name, model in known.items()
-            },
-            FitRules(
-                max_prompt_tokens=self._settings.max_prompt_tokens,
-                max_output_tokens=self._settings.max_output_tokens,
-                switch_off_compression=self._catalog.openrouter,
-                user=client.user,
-            ),
-            await self._densities.of(names),
+        limits = {
+            name: ModelLimits(model.context_length, model.max_completion_tokens)
+            for name, model in known.items()
+        }
+        rules = FitRules(
+            max_prompt_tokens=self._settings.max_prompt_tokens,
+            max_output_tokens=self._settings.max_output_tokens,
+            switch_off_compression=self._catalog.openrouter,
+            user=client.user,
         )
-        prices = [known[name].prices if name in known else None for name in names]
-        return _Order(client, fitted, self._worst(fitted, prices, names))
+        densities = await self._densities.of(names)
+        async with self._turn_of(body):
+            fitted = fit(request, limits, rules, densities)
+            await _pause(body)
+            prices = [known[name].prices if name in known else None for name in names]
+            return _Order(client, fitted, self._worst(fitted, prices, names))
+
+    @asynccontextmanager
+    async def _turn_of(self, body: bytes) -> AsyncIterator[None]:
+        """Hold the turn of a large body; only one of them is worked on at a time.
+
+        Raises:
+            Overloaded: too many others came before it.
+        """
+        if len(body) <= SMALL_BODY:
+            yield
+            return
+        try:
+            async with asyncio.timeout(TURN_TIMEOUT):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise Overloaded("Too many large requests came at once; try again in a moment.") from None
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    async def _read(self, body: bytes) -> ChatRequest:
+        """Count, parse, check and validate a body; between two steps of a large one, the event loop runs."""
+        found = outline(body)
+        await _pause(body)
+        document = read_json(body)
+        await _pause(body)
+        check_document(document, body, found)
+        await _pause(body)
+        request = parse_chat(document, self._rules)
+        await _pause(body)
+        return request
 
     def _worst(self, fitted: FittedChat, prices: Sequence[Prices | None], names: Sequence[str]) -> Worst:
         """The most that a request can take; where money is counted, the upstream is held to the price as well."""
@@ -266,14 +323,23 @@ class Admission:
         """Wait for what is being taken back; that is bounded by the store."""
         await asyncio.gather(*self._forgetting)
 
-    async def _keep_once(self, body: bytes, order: _Order, referer: str, key: str) -> Admitted:
-        client = order.client.name
-        digest = hashlib.sha256(body).hexdigest()
-        bound = await self._idempotency.find(client, key)
-        if bound is not None and (remaining := await self._sessions.remaining(bound.session_id)) is not None:
-            if bound.digest != digest:
-                raise IdempotencyConflict
-            return Admitted({**bound.answer, "expiresIn": remaining}, created=False)
+    async def _known(self, bound: Binding, body: bytes) -> Admitted | None:
+        """The session that a key has made; None where it is gone, and the key free.
+
+        Raises:
+            IdempotencyConflict: the key was used with another body.
+        """
+        remaining = await self._sessions.remaining(bound.session_id)
+        if remaining is None:
+            return None
+        if bound.digest != _digest(body):
+            raise IdempotencyConflict
+        return Admitted({**bound.answer, "expiresIn": remaining}, created=False)
+
+    async def _keep_once(
+        self, body: bytes, order: _Order, referer: str, key: str, bound: Binding | None
+    ) -> Admitted:
+        client, digest = order.client.name, _digest(body)
         # The session is stored before the key is bound to it, so that a key never leads to nothing: of two requests at
         # once both store one, one is bound, and the other is forgotten before anybody was told of it.
         answer = await self._keep(order, referer)
@@ -288,3 +354,12 @@ class Admission:
         if winner.digest != digest:
             raise IdempotencyConflict
         return Admitted(winner.answer, created=False)
+
+
+def _digest(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+async def _pause(body: bytes) -> None:
+    if len(body) > SMALL_BODY:
+        await asyncio.sleep(0)

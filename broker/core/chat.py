@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 MAX_DETAILS = 20
 
+MAX_PARAMETERS = 500
+"""Names at the top of a request. Each that we do not know is compared with the operator's globs."""
+
 # A body of a megabyte can hold a hundred thousand faults; each one costs a dictionary.
 _MAX_FAULTS_READ = 1000
 _SHOWN_KEY_CHARACTERS = 64
@@ -101,6 +104,7 @@ def parse_chat(document: Any, rules: ChatRules) -> ChatRequest:
     if not isinstance(document, dict):
         raise InvalidRequest(details=[_fault("body", "The body must be a JSON object")])
     given = {name: value for name, value in document.items() if value is not None}
+    _refuse(_too_many_parameters(document))
     _refuse(_too_many_messages(given, rules.max_messages))
     _refuse(_wrong_parameters(given, rules.extra_parameters))
     _refuse(_wrong_together(given, rules.extra_parameters))
@@ -140,6 +144,12 @@ def _refuse(faults: list[Fault]) -> None:
 
 def _fault(field: str, sentence: str) -> Fault:
     return {"field": field, "message": f"{sentence}."}
+
+
+def _too_many_parameters(document: Mapping[str, Any]) -> list[Fault]:
+    if len(document) > MAX_PARAMETERS:
+        return [_fault("body", f"There may be at most {MAX_PARAMETERS} parameters")]
+    return []
 
 
 def _too_many_messages(given: Mapping[str, Any], limit: int) -> list[Fault]:

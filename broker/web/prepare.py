@@ -7,7 +7,7 @@ import re
 
 from aiohttp import hdrs, web
 
-from broker.core.errors import BodyTooLarge, InvalidJson, InvalidRequest, UnsupportedMediaType
+from broker.core.errors import BodyTooLarge, InvalidJson, InvalidRequest, RateLimited, UnsupportedMediaType
 from broker.web.errors import json_response
 from broker.web.keys import ADMISSION, IDENTIFIER, RATES, SETTINGS
 from broker.web.rates import Counting
@@ -22,8 +22,12 @@ async def prepare(request: web.Request) -> web.Response:
     """Validate a chat request, trim it to fit, and store it for the stream that will claim it."""
     client = await request.app[IDENTIFIER].identify(request)
     counting = Counting(request, request.app[RATES], client.name)
-    counting.check()
     key = _idempotency_key(request)
+    try:
+        counting.check()
+    except RateLimited:  # a key that is known is answered all the same, and costs next to nothing
+        if key is None or not await request.app[ADMISSION].knows(client, key):
+            raise
     body = await _body(request, request.app[SETTINGS].max_body)
     admitted = await request.app[ADMISSION].admit(
         body,

@@ -134,9 +134,9 @@ async def test_a_conversation_that_is_too_long_loses_its_oldest_turns(
         (b'{"temperature": Infinity}', 400, "invalid_json"),
         (b'{"a": 1, "a": 2}', 400, "invalid_json"),
         (b'{"a": "\\ud83d"}', 400, "invalid_json"),
-        (b"[" * 5000 + b"]" * 5000, 400, "invalid_json"),
-        (b"[" * 100 + b"]" * 100, 400, "invalid_json"),
-        (b'{"a":' * 1000 + b"1" + b"}" * 1000, 400, "invalid_json"),
+        (b"[" * 5000 + b"]" * 5000, 422, "invalid_request"),
+        (b"[" * 100 + b"]" * 100, 422, "invalid_request"),
+        (b'{"a":' * 1000 + b"1" + b"}" * 1000, 422, "invalid_request"),
         (b"[]", 422, "invalid_request"),
         (b"null", 422, "invalid_request"),
         (b'"text"', 422, "invalid_request"),
@@ -246,6 +246,61 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_does_no_harm(broke
     writer.close()
     await writer.wait_closed()
     await broker.prepare()
+
+
+# Bounded work
+
+
+async def test_a_body_of_too_many_values_is_refused(broker: Broker) -> None:
+    trace = b'"trace": {"x": [' + b'{"": 0},' * 30_000 + b"0]}"
+    answer = await broker.post(
+        b'{"model": "m", "messages": [{"role": "user", "content": "::"}], ' + trace + b"}"
+    )
+    assert (answer.status, answer.code) == (422, "invalid_request")
+    assert answer.json["error"]["details"] == [
+        {"field": "body", "message": "It holds more than 50000 JSON values."}
+    ]
+
+
+async def test_a_request_of_very_many_parameters_is_refused(broker: Broker) -> None:
+    answer = await broker.post({**QUESTION, **{f"p{n}": 0 for n in range(600)}})
+    assert (answer.status, answer.code) == (422, "invalid_request")
+    assert "at most 500 parameters" in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("key", [{}, {"Idempotency-Key": "k"}])
+async def test_the_rate_comes_before_a_look_at_a_large_body(
+    valkey_url: str, upstream: ScriptedUpstream, key: dict[str, str]
+) -> None:
+    no_json = b"no JSON" + b" " * 20_000
+    async with running(valkey_url, upstream, rate_limit="1/minute") as broker:
+        assert (await broker.post(no_json, headers=key)).code == "invalid_json"
+        async with running(valkey_url, upstream, rate_limit="1/minute") as other:
+            assert (await other.post(no_json, headers=key)).code == "rate_limited"
+
+
+async def test_a_key_that_is_known_is_answered_though_the_rate_is_used_up(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    key = {"Idempotency-Key": "k"}
+    async with running(valkey_url, upstream, rate_limit="2/minute") as broker:
+        first = await broker.post(headers=key)
+        await broker.post()
+        assert (await broker.post()).code == "rate_limited"
+        again = await broker.post(headers=key)
+        assert (again.status, again.json["sessionId"]) == (200, first.json["sessionId"])
+        conflict = await broker.post({**QUESTION, "temperature": 1}, headers=key)
+        assert (conflict.status, conflict.code) == (409, "idempotency_conflict")
+        assert (await broker.post(headers={"Idempotency-Key": "other"})).code == "rate_limited"
+
+
+async def test_many_large_bodies_at_once_are_all_answered(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    question = {**QUESTION, "trace": {"x": [{"": 0}] * 20_000, "text": "::"}}
+    async with running(valkey_url, upstream, rate_limit="100/minute") as broker:
+        answers = await asyncio.gather(*(broker.post(question) for _ in range(12)))
+    assert [answer.status for answer in answers] == [201] * 12
 
 
 # Idempotency
