@@ -135,10 +135,16 @@ def _error_object(body: object) -> Mapping[str, Any] | None:
     if not isinstance(body, Mapping):
         return None
     error = body.get("error")
-    if isinstance(error, Mapping):
+    if isinstance(error, Mapping) and any(error.values()):
         return error
-    if error:
+    if error and not isinstance(error, Mapping):
         return {"message": error}
+    message = body.get("error_message")
+    if isinstance(message, str) and message:
+        return {**body, "message": message}
+    status = body.get("base_resp")
+    if isinstance(status, Mapping) and status.get("status_code"):
+        return {"message": status.get("status_msg"), "code": status["status_code"]}
     return body if body.get("object") == "error" else None
 
 

@@ -86,7 +86,7 @@ class Reading:
             self._read(block)
             if self.answer.complete:
                 return
-        if not self.answer.finished:
+        if not self.answer.end():
             raise UpstreamInterrupted
 
     async def let_go(self) -> None:

@@ -59,14 +59,14 @@ def test_bytes_that_are_no_utf8_pass_as_the_event_stream_format_decodes_them() -
     assert Answer().read(b'{"a": "\xff"}') == '{"a": "\ufffd"}'.encode()
 
 
-@pytest.mark.parametrize("data", [b"", b" ", b"\n", b"[DONE]", b"[DONE] "])
+@pytest.mark.parametrize("data", [b"", b" ", b"\n", b"null", b" null ", b"[DONE]", b"[DONE] ", b'"[DONE]"'])
 def test_what_is_no_chunk_is_not_relayed(data: bytes) -> None:
     assert Answer().read(data) is None
 
 
 @pytest.mark.parametrize(
     "data",
-    [b"[]", b"1", b'"x"', b"null", b"{", b"{}x", b'{"a": NaN}', b'{"a": Infinity}', b"[DONE", b"<html>"],
+    [b"[]", b"1", b'"x"', b"{", b"{}x", b'{"a": NaN}', b'{"a": Infinity}', b"[DONE", b"<html>"],
 )
 def test_what_is_no_json_object_is_invalid(data: bytes) -> None:
     with pytest.raises(UpstreamInvalid):
@@ -92,18 +92,32 @@ def test_nothing_after_done_is_relayed_or_believed() -> None:
     assert answer.usage is None
 
 
-def test_the_first_reason_and_names_stay() -> None:
+def test_the_first_names_stay_and_the_last_reason_is_told() -> None:
     answer = read(
         {
             "id": "gen-1",
             "model": "m1",
             "provider": "P1",
-            "choices": [choice("length", native_finish_reason="x")],
+            "choices": [choice("length") | {"native_finish_reason": "max"}],
         },
-        {"id": "gen-2", "model": "m2", "provider": "P2", "choices": [choice("stop")]},
+        {
+            "id": "gen-2",
+            "model": "m2",
+            "provider": "P2",
+            "choices": [choice("stop") | {"native_finish_reason": "x"}],
+        },
+        {"choices": [choice("stop")]},
     )
     assert (answer.model, answer.provider, answer.generation_id) == ("m1", "P1", "gen-1")
+    assert (answer.finish_reason, answer.native_finish_reason) == ("stop", "x")
+
+
+def test_an_empty_reason_is_none() -> None:
+    answer = read(
+        {"choices": [choice("", content="a")]}, {"choices": [choice("length")]}, {"choices": [choice("")]}
+    )
     assert answer.finish_reason == "length"
+    assert not read({"choices": [choice("", content="a")]}).finished
 
 
 def test_names_may_come_late_and_one_by_one() -> None:
@@ -111,22 +125,137 @@ def test_names_may_come_late_and_one_by_one() -> None:
     assert (answer.model, answer.provider, answer.generation_id) == ("m", "P", "gen-1")
 
 
+USED = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+ZERO = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+TEXT = {"choices": [choice(content="abc")]}
+STOP = {"choices": [choice("stop")]}
+
+
 @pytest.mark.parametrize(
     "chunks",
     [
-        [{"choices": [], "usage": {"total_tokens": 3}}],
-        [{"choices": [choice("stop")], "usage": {"total_tokens": 3}}],
-        [{"usage": {"total_tokens": 3}}],
-        [
-            {"usage": {"total_tokens": 1}},
-            {"choices": [choice()], "usage": None},
-            {"usage": {"total_tokens": 3}},
-        ],
-        [{"usage": {"total_tokens": 3}}, {"choices": [choice("stop")], "usage": None}],
+        [STOP, {"choices": [], "usage": USED}],
+        [STOP | {"usage": USED}],
+        [{"usage": ZERO} | TEXT, STOP, {"usage": USED}],
+        [STOP | {"usage": ZERO}, STOP | {"usage": USED}, STOP | {"usage": None}],
+        [STOP, {"x_groq": {"id": "req_1", "usage": USED}}],
+        [STOP, {"x_groq": {"usage": ZERO}, "usage": USED}],
+        [STOP, TEXT, STOP | {"usage": USED}],
+        [TEXT, {"choices": [], "usage": USED}, b"[DONE]"],
+        [STOP, TEXT, {"choices": [], "usage": USED}, b'"[DONE]"'],
     ],
 )
-def test_usage_is_found_wherever_it_is(chunks: list[Any]) -> None:
-    assert read(*chunks).usage == {"total_tokens": 3}
+def test_usage_is_final_with_or_after_the_end(chunks: list[Any]) -> None:
+    answer = read({"choices": [choice(content="")]}, *chunks)
+    assert answer.usage == USED
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [{"usage": USED}],
+        [{"usage": ZERO}, TEXT | {"usage": USED}, TEXT],
+        [{"usage": USED}, TEXT, STOP],
+        [STOP | {"usage": USED}, TEXT],
+        [STOP, {"usage": USED}, TEXT, STOP],
+        [TEXT | {"usage": USED}, b"[DONE]"],
+    ],
+)
+def test_usage_is_interim_before_the_end_and_before_more_content(chunks: list[Any]) -> None:
+    answer = read(*chunks)
+    assert (answer.usage, answer.interim_usage) == (None, USED)
+
+
+def test_zeros_after_the_end_are_the_truth() -> None:
+    assert read(TEXT, STOP, {"choices": [], "usage": ZERO}).usage == ZERO
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"content": "x"},
+        {"content": [{"type": "text", "text": "x"}]},
+        {"reasoning": "x"},
+        {"tool_calls": [{"function": {"arguments": "{"}}]},
+        {"refusal": "no"},
+        {"images": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]},
+    ],
+)
+def test_content_takes_a_finish_reason_back(more: dict[str, Any]) -> None:
+    answer = read(STOP, {"choices": [choice(**more)]})
+    assert not answer.finished
+    assert answer.finish_reason == "stop"
+    assert answer.end()
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"content": ""}, {"role": "assistant", "content": None}, {"annotations": ["x"]}]
+)
+def test_what_is_no_content_does_not(more: dict[str, Any]) -> None:
+    assert read(STOP, {"choices": [choice(**more)]}).finished
+
+
+def test_a_body_that_ends_without_any_reason_is_not_whole() -> None:
+    assert not read(TEXT).end()
+    assert not Answer().end()
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        b'{"error": {"code": 502, "message": "Token limit reached"}}',
+        b'{"error": {"message": "x"}, "choices": [{"delta": {"content": ""}, "finish_reason": "error"}]}',
+        b'{"choices": [{"delta": {}, "finish_reason": "error"}]}',
+        b'{"broken',
+        b"<html>",
+        b"[]",
+    ],
+)
+def test_what_fails_after_the_finish_is_of_no_interest(late: bytes) -> None:
+    answer = read(TEXT, {"choices": [choice("length")]}, {"choices": [choice("length")]})
+    assert answer.read(late) is None
+    assert (answer.finished, answer.over, answer.finish_reason) == (True, True, "length")
+    assert answer.read(json.dumps({"choices": [choice(content="x")], "usage": USED}).encode()) is None
+    assert answer.usage == USED
+
+
+def test_a_failure_after_the_reason_was_taken_back_is_one() -> None:
+    with pytest.raises(UpstreamFailed):
+        read(STOP, TEXT, {"error": {"message": "x"}})
+
+
+def test_an_error_on_the_finish_chunk_is_one() -> None:
+    answer = Answer()
+    with pytest.raises(UpstreamFailed):
+        answer.read(json.dumps(STOP | {"error": {"code": 502, "message": "x"}}).encode())
+    assert answer.read(json.dumps({"usage": USED}).encode()) is None
+    assert answer.usage == USED
+
+
+@pytest.mark.parametrize("data", [b'{"message": "no"}', b'{"error": {"message": "no"}}', b"no", b'"no"'])
+def test_an_event_named_error_is_one(data: bytes) -> None:
+    with pytest.raises(UpstreamFailed) as caught:
+        Answer().read(data, "error")
+    assert caught.value.message == "no"
+
+
+def test_a_completion_is_told_as_one_chunk() -> None:
+    message = {"role": "assistant", "content": "abc", "tool_calls": []}
+    answer = Answer()
+    told = answer.read_completion(
+        {"id": "x", "object": "chat.completion", "choices": [{"index": 0, "message": message}], "usage": USED}
+    )
+    assert told is not None
+    chunk = json.loads(told)
+    assert chunk["choices"] == [{"index": 0, "delta": message}]
+    assert (answer.usage, answer.text_bytes, answer.complete) == (USED, 3, True)
+
+
+def test_usage_that_is_nested_without_end_loses_its_depths() -> None:
+    deep = b'{"a":' * 200 + b"1" + b"}" * 200
+    answer = Answer()
+    answer.read(b'{"choices": [{"finish_reason": "stop"}], "usage": {"total_tokens": 3, "x": ' + deep + b"}}")
+    assert answer.usage == {"total_tokens": 3}
 
 
 def test_usage_beside_an_error_is_kept() -> None:
@@ -157,13 +286,74 @@ def test_text_is_counted_in_a_delta_without_a_role(delta: dict[str, Any]) -> Non
     assert read({"choices": [choice(**delta)]}).text_bytes == 4
 
 
+THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "hmm"}]}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+
+
+@pytest.mark.parametrize(
+    ("delta", "size", "media"),
+    [
+        ({"content": ["ab", THINKING, {"type": "text", "text": "cd"}]}, 7, 0),
+        ({"content": "a", "reasoning": "hmm"}, 4, 0),
+        ({"reasoning": "hmm", "reasoning_details": [{"type": "reasoning.text", "text": "hmm"}]}, 3, 0),
+        ({"reasoning_content": "hmm", "reasoning": "hmm"}, 3, 0),
+        ({"reasoning_details": [{"type": "reasoning.summary", "summary": "hmm", "format": "x"}]}, 3, 0),
+        ({"reasoning": None, "reasoning_details": [{"type": "reasoning.encrypted", "data": "A" * 9}]}, 9, 0),
+        (
+            {
+                "reasoning": "hm",
+                "reasoning_details": [
+                    {"type": "reasoning.text", "text": "hm"},
+                    {"type": "reasoning.encrypted", "data": "AAAA"},
+                ],
+            },
+            6,
+            0,
+        ),
+        (
+            {
+                "tool_calls": [
+                    {"id": "call_1", "type": "function", "function": {"name": "ab", "arguments": "{}"}}
+                ]
+            },
+            4,
+            0,
+        ),
+        ({"function_call": {"name": "ab", "arguments": "{}"}}, 4, 0),
+        ({"content": "", "annotations": [{"type": "url_citation", "url_citation": {"title": "ab"}}]}, 2, 0),
+        ({"content": "", "images": [IMAGE, IMAGE]}, 0, 2),
+        ({"content": [IMAGE, {"type": "text", "text": "ab"}]}, 2, 1),
+        ({"audio": {"id": "a", "data": "AAAA", "transcript": "ab"}}, 2, 1),
+    ],
+)
+@pytest.mark.parametrize("key", ["delta", "message"])
+def test_every_string_that_a_model_writes_counts_once(delta: Any, size: int, media: int, key: str) -> None:
+    answer = read({"choices": [{"index": 0, key: {"role": "assistant", **delta}}]})
+    assert (answer.text_bytes, answer.media) == (size, media)
+
+
+def test_a_message_beside_deltas_is_the_answer_so_far_and_not_more_of_it() -> None:
+    answer = read(
+        {"choices": [choice(content="ab") | {"message": {"content": "ab"}}]},
+        {"choices": [choice(content="cd") | {"message": {"content": "abcd"}}]},
+        {"choices": [choice("stop") | {"message": {"content": "abcd"}}]},
+    )
+    assert (answer.text_bytes, answer.finished) == (4, True)
+
+
+def test_a_sound_in_pieces_is_one_sound() -> None:
+    piece = {"choices": [choice(audio={"data": "AAAA"})]}
+    assert read(piece, piece, piece).media == 1
+
+
 @pytest.mark.parametrize(
     ("chunk", "kind", "status"),
     [
         ({"error": {"code": 502, "message": "Provider disconnected"}}, UpstreamFailed, 502),
         ({"error": {"code": "server_error", "message": "x"}}, UpstreamFailed, None),
         ({"error": {"message": "x"}}, UpstreamFailed, None),
-        ({"error": {}}, UpstreamFailed, None),
+        ({"error_type": "x", "error_message": "no"}, UpstreamFailed, None),
+        ({"base_resp": {"status_code": 1013, "status_msg": "no"}}, UpstreamFailed, None),
         ({"error": "text"}, UpstreamFailed, None),
         ({"error": ["odd"]}, UpstreamFailed, None),
         ({"object": "error", "message": "CUDA", "code": 500}, UpstreamFailed, 500),
@@ -200,9 +390,14 @@ def test_an_error_chunk_of_any_shape_is_an_error(
     assert error.upstream_status == status
 
 
-@pytest.mark.parametrize("error", [None, "", False, 0])
+@pytest.mark.parametrize("error", [None, "", False, 0, {}, [], {"message": "", "code": None}])
 def test_an_empty_error_is_none(error: object) -> None:
-    assert Answer().read(json.dumps({"error": error, "choices": []}).encode()) is not None
+    for chunk in ({"error": error}, {"error_message": error}, {"choices": [choice() | {"error": error}]}):
+        assert Answer().read(json.dumps(chunk).encode()) is not None
+
+
+def test_a_base_resp_of_zero_is_none() -> None:
+    assert Answer().read(b'{"base_resp": {"status_code": 0, "status_msg": "ok"}}') is not None
 
 
 def test_an_error_of_half_characters_and_absurd_numbers_can_still_be_told() -> None:
