@@ -260,13 +260,14 @@ async def test_a_failure_is_paid_for_as_far_as_it_got(
         assert (await counts(broker))["failed"] == 1
 
 
-async def test_a_failure_after_the_bill_is_paid_by_the_bill(
+async def test_a_failure_that_brings_its_bill_is_paid_by_it(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     def reply(call: Call) -> None:
+        usage = {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15, "cost": 0.001}
         call.open()
         call.chunk("Hello")
-        call.usage(cost=0.001)
+        call.event(json.dumps({"error": {"code": 502, "message": "It broke."}, "usage": usage}).encode())
         call.close()
 
     upstream.replies = [reply]
