@@ -197,6 +197,10 @@ class StoreUnavailable(ServiceError):
     default_message = "The session store cannot be reached right now."
 
 
+class StoreRefused(StoreUnavailable):
+    """Redis answered and refused this one call; the next one may well pass."""
+
+
 class Draining(ServiceError):
     code = "draining"
     default_message = "This worker is shutting down; another will answer."

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
+import orjson
 import structlog
 
-from broker.core.accounts import spent_at_worst
+from broker.core.accounts import spent_at_worst, spent_of
 from broker.core.answer import Answer
-from broker.core.errors import StoreUnavailable, UpstreamError, WorkerLost
+from broker.core.errors import StoreRefused, StoreUnavailable, UpstreamError, WorkerLost
 from broker.core.events import cancelled_unseen, error_data
+from broker.core.pricing import to_nano
 from broker.core.session import ENDED, State, short
 from broker.core.sse import Decoder, EventTooLarge
+from broker.relay.rounds import for_each
+from broker.relay.settling import has_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from broker.core.accounts import Spent, Worst
     from broker.relay.settling import Settler
     from broker.store.accounts import AccountStore, Reservation
     from broker.store.journal import JournalStore
@@ -78,28 +83,39 @@ class Bookkeeper:
         pause = ROUND
         while True:
             await asyncio.sleep(pause * random.uniform(0.75, 1.0))  # noqa: S311 - jitter is no secret
+            pause = ROUND if await self._round(running()) else AWAY_ROUND
+
+    async def _round(self, running: Sequence[Reservation]) -> bool:
+        """Do all there is to do; whether Redis could be reached."""
+        for step in (partial(self._hold, running), self._look_around, self._ask):
             try:
-                await self._hold(running())
-                await self._look_around()
-                pause = ROUND
+                await step()
+            except StoreRefused:
+                continue  # it was logged, and the other steps may pass
             except StoreUnavailable:
                 self._absent.clear()
-                pause = AWAY_ROUND
-                continue
-            with suppress(StoreUnavailable):
-                await self._ask()
+                return False
+        return True
 
     async def _hold(self, running: Sequence[Reservation]) -> None:
-        for closed in await self._accounts.hold(running):
-            # Lost by Redis, or given back while its claim was on the way. One that has just ended stays as it is.
-            await self._accounts.reserve(closed, force=True)
+        # Lost by Redis, or given back while its claim was on the way. One that has just ended stays as it is.
+        closed = await self._accounts.hold(running)
+        await for_each(closed, partial(self._accounts.reserve, force=True), doing="reserve again")
 
     async def _look_around(self) -> None:
         orphans = await self._accounts.orphans(AT_ONCE)
-        found = [(orphan, await self._sessions.describe(orphan.session_id)) for orphan in orphans]
+        found: list[tuple[Reservation, Described | None]] = []
+
+        async def describe(orphan: Reservation) -> None:
+            found.append((orphan, await self._sessions.describe(orphan.session_id)))
+
+        async def look_after(one: tuple[Reservation, Described | None]) -> None:
+            await self._look_after(*one, dead)
+
+        failed = await for_each(orphans, describe, doing="find the session of a reservation")
         dead = await self._dead({session.worker for _, session in found if session is not None})
-        for orphan, session in found:
-            await self._look_after(orphan, session, dead)
+        failed += [orphan for orphan, _ in await for_each(found, look_after, doing="settle for the dead")]
+        await self._accounts.put_off([orphan.token for orphan in failed])
 
     async def _ask(self) -> None:
         for reservation, generation_id in await self._accounts.unasked(AT_ONCE):
@@ -113,12 +129,16 @@ class Bookkeeper:
         return {worker for worker, rounds in self._absent.items() if rounds > ABSENT_ROUNDS}
 
     async def _look_after(self, orphan: Reservation, session: Described | None, dead: set[str]) -> None:
-        if session is None and orphan.ran:
-            # All workers were away for longer than its journal is kept. The most that it can have cost is safe.
+        if session is None:
+            # All workers were away for longer than it is kept, and whether its claim had won nobody can tell any more.
+            # The most that it can have cost is safe.
             await self._settler.settle(orphan, spent_at_worst(orphan.worst), State.LOST, None)
             return
-        if session is None or session.token != orphan.token:  # the claim was never made, or was another's
-            await self._accounts.release(orphan.token, orphan.client)
+        if (
+            session.token != orphan.token
+        ):  # its claim has not won so far; one that is still on its way must not
+            if await self._sessions.refuse(orphan.session_id, orphan.token):
+                await self._accounts.release(orphan.token, orphan.client)
             return
         state = session.state
         if state is State.RUNNING and session.worker in dead:
@@ -134,19 +154,41 @@ class Bookkeeper:
 
     async def _settle(self, orphan: Reservation, session: Described, state: State) -> None:
         answer = await self._read(orphan.session_id)
-        spent = await self._settler.count(answer, orphan, prompt_tokens=session.prompt_tokens, asked=True)
-        await self._settler.settle(orphan, spent, state, answer.generation_id)
+        if answer is None:  # an end is known for longer than what led to it
+            spent, generation_id = spent_in_end(session.end_data, orphan.worst), None
+        else:
+            spent = await self._settler.count(answer, orphan, prompt_tokens=session.prompt_tokens, asked=True)
+            generation_id = answer.generation_id
+        await self._settler.settle(orphan, spent, state, generation_id)
         log.warning("settled for a dead worker", session=short(orphan.session_id), estimated=spent.estimated)
 
-    async def _read(self, session_id: str) -> Answer:
-        """What the journal tells of an answer."""
+    async def _read(self, session_id: str) -> Answer | None:
+        """What the journal tells of an answer; None where it has expired, or a part of it is not there."""
         answer, decoder, after = Answer(), Decoder(MAX_EVENT), 0
-        while batches := await self._journal.read(session_id, after):
-            for batch in batches:
+        while True:
+            followed = await self._journal.follow(session_id, after, register=False)
+            if followed.standing.state is State.GONE:
+                return None
+            if not followed.batches:
+                return answer if followed.last <= after else None
+            for batch in followed.batches:
                 try:
                     for frame in decoder.feed(batch.events):
                         answer.read(frame.data)
                 except (UpstreamError, EventTooLarge):
                     return answer
-            after = batches[-1].last
-        return answer
+            after = followed.batches[-1].last
+
+
+def spent_in_end(data: bytes, worst: Worst) -> Spent:
+    """What the end of a session tells that it took; else all that it may have taken.
+
+    Args:
+        data: of its `done` event, JSON, or of another end, or empty.
+        worst: what is reserved.
+    """
+    told = orjson.loads(data) if data else {}
+    usage, cost = told.get("usage"), told.get("cost")
+    if not isinstance(usage, dict) or not has_counts(usage):
+        return spent_at_worst(worst)
+    return spent_of(usage, to_nano(cost), estimated=bool(told.get("estimated")))

@@ -19,6 +19,7 @@ from broker.core.events import cancelled_unseen, error_data
 from broker.core.replay import Batch, JournalGap, read_on
 from broker.core.session import State, short
 from broker.relay.feed import Feed
+from broker.relay.rounds import for_each
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -219,6 +220,8 @@ class Follower:
             part = wanted[start : start + LOOK_AT_ONCE]
             answers = await self._journal.follow_many([(m.session_id, m.feed.last) for m in part])
             for mirror, followed in zip(part, answers, strict=True):
+                if followed is None:
+                    continue  # refused: the next look asks again
                 if followed.standing.state is not State.GONE:
                     self._note(mirror, followed)
                 elif await self._is_gone():
@@ -266,10 +269,12 @@ class Follower:
             self._absent_since.clear()
         self._answered_at = now
         self._absent_since = {worker: self._absent_since.get(worker, now) for worker in absent}
-        for mirror in list(self._mirrors.values()):
-            since = self._absent_since.get(mirror.worker)
-            if mirror.feed.end is None and since is not None and now - since >= DEAD_AFTER:
-                await self._lose(mirror)
+        lost = [
+            mirror
+            for mirror in self._mirrors.values()
+            if mirror.feed.end is None and now - self._absent_since.get(mirror.worker, now) >= DEAD_AFTER
+        ]
+        await for_each(lost, self._lose, doing="end the sessions of a dead worker")
 
     async def _lose(self, mirror: Mirror) -> None:
         standing = await self._sessions.lose(

@@ -10,6 +10,7 @@ import structlog
 from broker.core.errors import StoreUnavailable
 from broker.core.session import State, short
 from broker.relay.ending import ALL, NOTHING
+from broker.relay.rounds import for_each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -29,6 +30,12 @@ FREEZE = 1.5
 
 CONFIRM_TIMEOUT = 0.3
 """Seconds that viewers of a worker that was frozen wait for Redis to confirm it."""
+
+RESTORE_TRIES = 20
+"""Times that a session is written anew where Redis, which may be full, refuses it."""
+
+RESTORE_PAUSE = 0.5
+"""Seconds between them."""
 
 
 class Holding:
@@ -90,9 +97,22 @@ class Holding:
         generation.fence(standing.end)
 
     async def write_anew(self) -> None:
-        """Redis came back empty: write every session that is held here."""
-        for generation in (*self._running.values(), *self._kept.values()):
-            await self._restore(generation)
+        """Redis came back empty: write every session that is held here; those that it refuses are tried again.
+
+        Raises:
+            StoreUnavailable: Redis is away again.
+        """
+        left = [*self._running.values(), *self._kept.values()]
+        for _ in range(RESTORE_TRIES):
+            left = await for_each(left, self._restore, doing="write sessions anew")
+            if not left:
+                return
+            await asyncio.sleep(RESTORE_PAUSE)
+            left = [each for each in left if self._is_held(each)]
+
+    def _is_held(self, generation: Generation) -> bool:
+        session_id = generation.session_id
+        return generation in (self._running.get(session_id), self._kept.get(session_id))
 
     async def _restore(self, generation: Generation) -> None:
         self._writes.doubt()

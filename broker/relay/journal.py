@@ -19,6 +19,7 @@ from broker.core.errors import StoreUnavailable
 from broker.core.session import State, short
 from broker.relay.ending import NOTHING
 from broker.relay.generation import Halt
+from broker.relay.rounds import for_each
 from broker.store.journal import Append, Appended, JournalStore
 
 if TYPE_CHECKING:
@@ -149,11 +150,22 @@ class Journal:
             await asyncio.sleep(TICK)
             return False
         now = self._loop.time()
-        for generation, answer in zip(generations, answers, strict=True):
+        refused = None in answers
+        if refused:
+            self.doubt()
+            self._hold_back()
+
+        async def note(one: tuple[Generation, Appended | None]) -> None:
+            generation, answer = one
             if generation in self._slot_of:  # else it ended while Redis answered
-                self._asked_at[generation] = now
-                await self._note(generation, answer, owner)
-        return True
+                self._asked_at[generation] = (
+                    now  # one that was refused is not asked about at every tick, either
+                )
+                if answer is not None:
+                    await self._note(generation, answer, owner)
+
+        await for_each(zip(generations, answers, strict=True), note, doing="note what the journal answered")
+        return not refused
 
     async def _note(self, generation: Generation, answer: Appended, owner: Owner) -> None:
         if answer.state is not State.RUNNING:

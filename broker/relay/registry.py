@@ -183,8 +183,15 @@ class Registry:
                 self.viewers.discard(viewer)
 
     async def read_journal(self, session_id: str, after: int) -> list[Batch]:
-        """A part of a session's journal, for a viewer that is behind what is in memory."""
-        return await self._journal_store.read(session_id, after)
+        """A part of a session's journal, for a viewer that is behind what is in memory.
+
+        Raises:
+            StoreUnavailable: Redis cannot be reached, or does not have it now; the page that comes again learns which.
+        """
+        batches = await self._journal_store.read(session_id, after)
+        if batches is None:
+            raise StoreUnavailable
+        return batches
 
     async def _claim(self, session_id: str) -> Generation | None:
         """Claim a session; None where it is not to be had, and why is for `_mirror` to find out."""

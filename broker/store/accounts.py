@@ -11,14 +11,18 @@ import datetime as dt
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import structlog
+
 from broker.core.accounts import Allowances, Spent, Worst
 from broker.core.errors import BudgetExceeded, Overloaded, TooManyStreams
 from broker.store.connection import Call, Store, bounded_call
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from broker.core.session import State
+
+log = structlog.get_logger(__name__)
 
 LEASE = 15.0
 """Seconds after which an open reservation that nobody renews is taken for a dead worker's."""
@@ -28,6 +32,9 @@ RECORD = 6 * 3600
 
 ASKED_AFTER = 16.0
 """Seconds after which anybody asks for the truth behind an estimate: whoever settled it has asked by then, or died."""
+
+UNREADABLE_MS = 600_000
+"""Milliseconds after which a record that cannot be read is looked at again."""
 
 BUDGET_RETRY = 30.0
 """Seconds after which a page that waits for a budget comes again."""
@@ -230,16 +237,31 @@ class AccountStore:
                 await self._store.redis.zrem(self._open, *closed)
         return [_reservation(token, fields) for token, fields in found.items() if token not in closed]
 
+    async def put_off(self, tokens: Collection[str]) -> None:
+        """Let others have their turn before these: they could not be settled, and would be found first each time."""
+        await self._put_off(self._open, tokens, round(LEASE * 1000))
+
+    async def _put_off(self, key: str, tokens: Collection[str], milliseconds: int) -> None:
+        if tokens:
+            later = await self._now() + milliseconds
+            async with bounded_call():
+                await self._store.redis.zadd(key, dict.fromkeys(tokens, later), xx=True)
+
     async def _due(self, key: str, limit: int) -> dict[str, dict[bytes, bytes]]:
-        """The records of reservations in a set whose time has come, by token."""
+        """The records of reservations in a set whose time has come, by token. One that cannot be read is put off."""
         now = await self._now()
         async with bounded_call():
             tokens: Any = await self._store.redis.zrangebyscore(key, "-inf", now, start=0, num=limit)
             pipe = self._store.redis.pipeline(transaction=False)
             for token in tokens:
                 pipe.hgetall(self._key("reservation", token.decode()))
-            records = await pipe.execute()
-        return {token.decode(): fields for token, fields in zip(tokens, records, strict=True)}
+            records = await pipe.execute(raise_on_error=False)
+        found = {token.decode(): fields for token, fields in zip(tokens, records, strict=True)}
+        unreadable = [token for token, fields in found.items() if not _is_readable(token, fields)]
+        if unreadable:
+            log.warning("reservations cannot be read", count=len(unreadable))
+            await self._put_off(key, unreadable, UNREADABLE_MS)
+        return {token: fields for token, fields in found.items() if token not in unreadable}
 
     async def _now(self) -> int:
         """Milliseconds since 1970, by Redis's clock."""
@@ -325,6 +347,19 @@ def _reservation(token: str, fields: dict[bytes, bytes]) -> Reservation:
     worst = Worst(int(text["tokens"]), int(text["cost"]))
     day, ran = int(text["day"]), "ran" in text
     return Reservation(token, text["session"], text["client"], text["model"], worst, day, ran)
+
+
+def _is_readable(token: str, fields: dict[bytes, bytes] | Exception) -> bool:
+    """Whether a record can be read; one that is closed or missing needs no fields."""
+    if isinstance(fields, Exception):
+        return False
+    if fields.get(b"state") != b"open" and b"tokens" not in fields:
+        return True
+    try:
+        _reservation(token, fields)
+    except (KeyError, ValueError):
+        return False
+    return True
 
 
 def _date(day: int) -> dt.date:

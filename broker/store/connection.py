@@ -19,7 +19,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
-from broker.core.errors import StoreUnavailable
+from broker.core.errors import StoreRefused, StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
@@ -40,13 +40,16 @@ MAX_CONNECTIONS = 64
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """Turn whatever redis-py raises, a timeout and a broken socket into `StoreUnavailable`."""
+    """Turn whatever redis-py raises, a timeout and a broken socket into `StoreUnavailable`.
+
+    Where Redis answers, and refuses, it is `StoreRefused`: of many calls the others may pass.
+    """
     try:
         yield
     except ResponseError as error:
         # Redis answers and refuses: it is full, loading, read-only, or we asked for nonsense.
         log.warning("redis refused", error=str(error)[:300])
-        raise StoreUnavailable from error
+        raise StoreRefused from error
     except (RedisError, OSError, TimeoutError) as error:
         raise StoreUnavailable from error
 
@@ -105,9 +108,30 @@ class Store:
         with store_errors():
             async with asyncio.timeout(timeout):
                 replies = await self._answers(calls)
+            for reply in replies:
+                if isinstance(reply, ResponseError):
+                    raise reply
         return replies
 
+    async def run_each(self, calls: Sequence[Call], *, timeout: float = CALL_TIMEOUT) -> list[Any]:
+        """As `run`, but where Redis refuses one call, that one's reply is a `StoreRefused` and the others count.
+
+        Raises:
+            StoreRefused: Redis refused all of them.
+            StoreUnavailable: Redis is away, or took longer than ``timeout`` seconds.
+        """
+        with store_errors():
+            async with asyncio.timeout(timeout):
+                replies = await self._answers(calls)
+            refused = [reply for reply in replies if isinstance(reply, ResponseError)]
+            if refused and len(refused) == len(replies):
+                raise refused[0]
+        if refused:
+            log.warning("redis refused", calls=len(refused), error=str(refused[0])[:300])
+        return [StoreRefused() if isinstance(reply, ResponseError) else reply for reply in replies]
+
     async def _answers(self, calls: Sequence[Call]) -> list[Any]:
+        """The replies; an error is among them where Redis refused that call."""
         replies = await self._send([call.packed for call in calls])
         if any(isinstance(reply, ResponseError) for reply in replies):
             unknown = [n for n, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
@@ -117,9 +141,6 @@ class Store:
                 again = await self._send([calls[n].packed for n in unknown])
                 for n, reply in zip(unknown, again, strict=True):
                     replies[n] = reply
-            for reply in replies:
-                if isinstance(reply, ResponseError):
-                    raise reply
         return replies
 
     async def _send(self, packed: Sequence[bytes]) -> list[Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from broker.core.errors import StoreUnavailable
+from broker.core.errors import StoreRefused
 from broker.core.replay import Batch
 from broker.core.session import State
 from broker.store.connection import Store, bounded_call
@@ -82,8 +82,11 @@ class JournalStore:
         """A session's keys, as the scripts expect them."""
         return [self._store.session_key(kind, session_id) for kind in ("session", "events", "viewers")]
 
-    async def append(self, appends: Sequence[Append]) -> list[Appended]:
-        """Journal events of several sessions in one round trip; the answers are in the order of the questions."""
+    async def append(self, appends: Sequence[Append]) -> list[Appended | None]:
+        """Journal events of several sessions in one round trip; the answers are in the order of the questions.
+
+        None where Redis refused that one.
+        """
         calls = [
             self._append.call(
                 self.keys(append.session_id),
@@ -94,7 +97,8 @@ class JournalStore:
             )
             for append in appends
         ]
-        return [_appended(reply) for reply in await self._store.run(calls)]
+        replies = await self._store.run_each(calls)
+        return [None if isinstance(reply, StoreRefused) else _appended(reply) for reply in replies]
 
     async def follow(
         self, session_id: str, after: int, *, entries: int = READ_ENTRIES, register: bool = True
@@ -102,28 +106,30 @@ class JournalStore:
         """Read a journal after event number ``after``, and say that this worker watches the session."""
         return _followed(await self._follow(*self._follow_words(session_id, after, entries, register)))
 
-    async def follow_many(self, wanted: Sequence[tuple[str, int]]) -> list[Followed]:
-        """`follow` for several sessions, each with the number after which to read, in one round trip."""
+    async def follow_many(self, wanted: Sequence[tuple[str, int]]) -> list[Followed | None]:
+        """`follow` for several sessions, each with the number after which to read, in one round trip.
+
+        None where Redis refused that one.
+        """
         calls = [
             self._follow.call(*self._follow_words(session_id, after, READ_ENTRIES, True))
             for session_id, after in wanted
         ]
-        return [_followed(reply) for reply in await self._store.run(calls)]
+        replies = await self._store.run_each(calls)
+        return [None if isinstance(reply, StoreRefused) else _followed(reply) for reply in replies]
 
     async def look(self, session_id: str) -> Standing:
         """Where a session stands; changes nothing."""
         return (await self.follow(session_id, 0, entries=0, register=False)).standing
 
-    async def read(self, session_id: str, after: int) -> list[Batch]:
-        """A part of a journal, for a viewer that has fallen behind what is in memory.
+    async def read(self, session_id: str, after: int) -> list[Batch] | None:
+        """A part of a journal after event number ``after``; empty where nothing follows.
 
-        Raises:
-            StoreUnavailable: Redis cannot be reached, or has lost the session, which its owner may yet write anew.
+        None where Redis does not have the journal: it has expired, or Redis has lost it and its owner may yet write
+        it anew.
         """
         followed = await self.follow(session_id, after, register=False)
-        if followed.standing.state is State.GONE:
-            raise StoreUnavailable
-        return followed.batches
+        return None if followed.standing.state is State.GONE else followed.batches
 
     async def leave(self, session_ids: Iterable[str]) -> None:
         """Say that this worker no longer watches these sessions."""

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from broker.core.accounts import Worst
+from broker.core.errors import StoreUnavailable
+from broker.core.events import cancelled_before_start
+from broker.core.replay import Batch
 from broker.core.session import State, Terminal, parse_cursor
 from broker.core.tokens import Size
 from broker.store.connection import CALL_TIMEOUT, Call, Store, bounded_call
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from broker.core.replay import Batch
 
 REMEMBERED = 4096
 """Sessions prepared here that are remembered without their prompts, until they are claimed or crowded out."""
@@ -61,6 +62,7 @@ class Described:
         model: the model asked for first.
         worst: the most that it may take.
         prompt_tokens: our estimate.
+        end_data: JSON of its end, once it has one.
     """
 
     state: State
@@ -70,6 +72,7 @@ class Described:
     model: str
     worst: Worst
     prompt_tokens: int
+    end_data: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,7 @@ class SessionStore:
         self._prepared_here: dict[str, Described] = {}
         self._prepare = store.script("prepare")
         self._claim = store.script("claim")
+        self._refuse = store.script("refuse")
         self._cancel = store.script("cancel")
         self._end = store.script("end")
         self._lose = store.script("lose")
@@ -156,9 +160,15 @@ class SessionStore:
     async def claim(self, session_id: str, token: str, worker: str) -> Prepared | Standing:
         """Claim a session: its prompt for the one token that wins, else where it stands.
 
-        Asking again with the same token gives the same answer, so a lost reply can be asked for again.
+        Asking again with the same token gives the same answer, so a lost reply can be asked for again. Where a cancel
+        was accepted meanwhile, that is the end: nothing has begun, so it is written here.
         """
         reply = await self._claim([self._key(session_id)], [token, worker, self._running_ttl])
+        if reply[0] == b"cancel":
+            ended = await self.end(session_id, token, cancelled_before_start(), Batch(1, 0, b""))
+            if isinstance(ended, Refusal):  # a cancel is never refused by the script
+                raise StoreUnavailable
+            return ended
         if reply[0] != b"won":
             return read_standing(reply)
         request, model, prompt_tokens, referer, client, tokens, cost, text_bytes, flat_tokens = reply[1:]
@@ -172,17 +182,22 @@ class SessionStore:
             Size(int(text_bytes), int(flat_tokens)) if int(text_bytes) else None,
         )
 
+    async def refuse(self, session_id: str, token: str) -> bool:
+        """Let a claim win no more, and tell whether that is certain; it is not where it has won, or may have."""
+        return bool(await self._refuse([self._key(session_id)], [token]))
+
     async def describe(self, session_id: str) -> Described | None:
         """What Redis has of a session, None where it has none."""
         names = ["state", "token", "worker", "client", "model", "worst_tokens", "worst_cost", "prompt_tokens"]
         async with bounded_call():
-            fields: list[Any] = await self._store.redis.hmget(self._key(session_id), names)
+            fields: list[Any] = await self._store.redis.hmget(self._key(session_id), [*names, "end_data"])
+        end_data = fields.pop() or b""
         state, *rest = [(field or b"").decode() for field in fields]
         if not state:
             return None
         token, worker, client, model, tokens, cost, prompt_tokens = rest
         worst = Worst(int(tokens or 0), int(cost or 0))
-        return Described(State(state), token, worker, client, model, worst, int(prompt_tokens or 0))
+        return Described(State(state), token, worker, client, model, worst, int(prompt_tokens or 0), end_data)
 
     async def describe_for_claim(self, session_id: str) -> Described | None:
         """`describe`, but of a session that was prepared here what it was then: what the claim costs never changes.

@@ -68,6 +68,7 @@ class Afar:
 
     async def say(self, events: Batch) -> None:
         [answer] = await self.owner.append([Append(self.id, "token", events)])
+        assert answer is not None
         assert answer.last == events.last
 
 

@@ -197,6 +197,8 @@ async def test_an_orphan_that_ran_and_whose_session_is_forgotten_is_booked_at_it
 async def test_an_orphan_that_never_ran_is_given_back(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     await reserved(accounts, "idle")
+    sessions = SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300)
+    await sessions.prepare("session-idle", Prepared(b"{}", "model", 1, "", "client", Worst(10, 100)))
     await come(store, "open")
     await bookkeeper_of(store, accounts)._look_around()
     assert await ledger(store.redis) == Ledger()

@@ -58,6 +58,7 @@ class Stage:
     async def ask(self) -> Appended:
         """What the owner asks that has nothing to journal."""
         [answer] = await self.journal.append([Append("running", "token", NOTHING)])
+        assert answer is not None
         return answer
 
     async def everything(self) -> dict[object, object]:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
 import pytest_asyncio
 
 from broker.core.accounts import Worst
-from broker.core.errors import StoreUnavailable
+from broker.core.errors import StoreRefused, StoreUnavailable
 from broker.core.events import chunk_events
 from broker.core.replay import Batch, read_on
 from broker.core.session import Cursor, State, Terminal
+from broker.store.connection import Store
 from broker.store.journal import Append, Appended, JournalStore
 from broker.store.sessions import Prepared, Refusal, SessionStore, Standing
-
-if TYPE_CHECKING:
-    from broker.store.connection import Store
 
 RUNNING_TTL = 500
 RESUME_TTL = 300
@@ -54,6 +51,7 @@ class Running:
 
     async def append(self, events: Batch = NOTHING, token: str | None = None) -> Appended:
         [answer] = await self.journal.append([Append(self.id, token or self.token, events)])
+        assert answer is not None
         return answer
 
     async def finish(self, ending: Terminal, rest: Batch = NOTHING, **options: bool) -> Standing | Refusal:
@@ -63,7 +61,7 @@ class Running:
         return await self.sessions.lose(self.id, worker, error=b'{"lost":1}', cancelled=b'{"cancelled":1}')
 
     async def read(self, after: int = 0) -> tuple[bytes, int]:
-        return read_on(await self.elsewhere.read(self.id, after), after)
+        return read_on(await self.elsewhere.read(self.id, after) or [], after)
 
     async def ttls(self) -> dict[str, int]:
         keys = [key.decode() async for key in self.store.redis.scan_iter(f"*{self.id}*")]
@@ -144,7 +142,7 @@ async def test_many_sessions_are_written_in_one_round_trip(store: Store) -> None
         await session.claim()
     appends = [Append(session.id, session.token, batch(1, 1 + n % 3)) for n, session in enumerate(sessions)]
     answers = await sessions[0].journal.append(appends)
-    assert [answer.last for answer in answers] == [1 + n % 3 for n in range(70)]
+    assert [answer and answer.last for answer in answers] == [1 + n % 3 for n in range(70)]
 
 
 async def test_a_redis_that_has_forgotten_the_scripts_is_told_them_again(running: Running) -> None:
@@ -183,7 +181,7 @@ async def test_a_part_of_a_heavy_journal_is_small(running: Running) -> None:
     heavy = [Batch(n, n, chunk_events([b"x" * 250_000], n)) for n in range(1, 21)]
     for one in heavy:
         await running.append(one)
-    batches = await running.elsewhere.read(running.id, 0)
+    batches = await running.elsewhere.read(running.id, 0) or []
     assert batches[0] == heavy[0]
     assert sum(len(one.events) for one in batches) <= 600_000
 
@@ -194,9 +192,34 @@ async def test_one_event_larger_than_any_part_is_read_whole(running: Running) ->
     assert await running.elsewhere.read(running.id, 0) == [huge]
 
 
-async def test_a_session_that_redis_has_lost_cannot_be_read_now(running: Running) -> None:
-    with pytest.raises(StoreUnavailable):
-        await running.elsewhere.read(str(uuid4()), 0)
+async def test_absent_refused_and_unreachable_are_three_results(store: Store, running: Running) -> None:
+    assert await running.elsewhere.read(running.id, 0) == []
+    assert await running.elsewhere.read(str(uuid4()), 0) is None
+    await store.redis.set(store.session_key("session", "odd"), "no hash")
+    with pytest.raises(StoreRefused):
+        await running.elsewhere.read("odd", 0)
+    away = Store("unix:///nobody/listens/here", "test")
+    with pytest.raises(StoreUnavailable) as raised:
+        await JournalStore(away, worker="w", running_ttl=960).read(running.id, 0)
+    assert not isinstance(raised.value, StoreRefused)
+    await away.close()
+
+
+async def test_a_session_that_redis_refuses_keeps_no_other_from_being_journaled_or_followed(
+    store: Store, running: Running
+) -> None:
+    await store.redis.set(store.session_key("session", "odd"), "no hash")
+    asked = [Append(session, "token", batch(1, 2)) for session in ("odd", running.id, "odd")]
+    refused, answer, again = await running.journal.append(asked)
+    assert (refused, again) == (None, None)
+    assert answer is not None
+    assert answer.last == 2
+    refused_look, followed = await running.elsewhere.follow_many([("odd", 0), (running.id, 0)])
+    assert refused_look is None
+    assert followed is not None
+    assert followed.last == 2
+    with pytest.raises(StoreRefused):
+        await running.journal.append(asked[:1])
 
 
 async def test_many_are_followed_in_one_round_trip(store: Store) -> None:
@@ -204,7 +227,8 @@ async def test_many_are_followed_in_one_round_trip(store: Store) -> None:
     for n, session in enumerate(sessions, 1):
         await session.claim()
         await session.append(batch(1, n))
-    followed = await sessions[0].elsewhere.follow_many([(session.id, 1) for session in sessions])
+    looks = await sessions[0].elsewhere.follow_many([(session.id, 1) for session in sessions])
+    followed = [answer for answer in looks if answer is not None]
     assert [answer.last for answer in followed] == [1, 2, 3, 4, 5]
     assert [read_on(answer.batches, 1)[1] for answer in followed] == [1, 2, 3, 4, 5]
 

@@ -9,7 +9,7 @@ local lease = now[1] * 1000 + math.floor(now[2] / 1000) + ARGV[1]
 local closed = {}
 for i = 2, #ARGV do
   local slots = KEYS[2 * i - 1]
-  if redis.call('HGET', KEYS[2 * i - 2], 'state') == 'open' then
+  if redis.pcall('HGET', KEYS[2 * i - 2], 'state') == 'open' then  -- one that cannot be read stops no other
     redis.call('HSET', KEYS[2 * i - 2], 'ran', '1')
     redis.call('ZADD', KEYS[1], lease, ARGV[i])
     redis.call('ZADD', slots, lease, ARGV[i])

@@ -1,0 +1,222 @@
+"""Settling for the dead: what cannot be read, what has expired and what may have been claimed, each on its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from broker.core.accounts import Worst
+from broker.core.events import cancelled_before_start, chunk_events
+from broker.core.replay import Batch
+from broker.core.session import Cursor, State, Terminal
+from broker.relay.bookkeeper import AT_ONCE, Bookkeeper
+from broker.store.accounts import AccountStore, Reservation
+from broker.store.journal import Append, JournalStore
+from broker.store.sessions import MIN_KEPT, Prepared, SessionStore, Standing
+from tests.money import Ledger, ledger, open_reservations, slots
+from tests.relay.test_races import FREE, bookkeeper_of, come, reserved
+
+if TYPE_CHECKING:
+    from broker.store.connection import Store
+
+PREPARED = Prepared(b"{}", "model", 4, "", "client", Worst(10, 100))
+NOTHING = Batch(1, 0, b"")
+CHUNK = chunk_events([b'{"choices":[{"delta":{"content":"four"}}]}'], 1)
+USAGE = b'"usage":{"prompt_tokens":3,"completion_tokens":4},"cost":0.00000005'
+WORST = Ledger(requests=1, estimated=1, spent_tokens=10, spent_cost=100)
+
+
+class Dead:
+    """A worker that has died, and left sessions and reservations."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.accounts = AccountStore(store, FREE)
+        self.sessions = SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=1)
+        self.journal = JournalStore(store, worker="dead", running_ttl=960)
+
+    async def claimed(self, token: str) -> Reservation:
+        """A session that has begun."""
+        session = f"session-{token}"
+        await self.sessions.prepare(session, PREPARED)
+        reservation = await reserved(self.accounts, token)
+        assert isinstance(await self.sessions.claim(session, token, "dead"), Prepared)
+        return reservation
+
+    async def ended(self, token: str, data: bytes, *, state: State = State.DONE) -> Reservation:
+        """A session that has begun, said something, and ended, and is not settled."""
+        reservation = await self.claimed(token)
+        session = reservation.session_id
+        await self.journal.append([Append(session, token, Batch(1, 1, CHUNK))])
+        event = "done" if state is State.DONE else "error"
+        await self.sessions.end(session, token, Terminal(state, event, Cursor(1, 2, end=True), data), NOTHING)
+        return reservation
+
+    async def forget_journal(self, token: str) -> None:
+        """Its time to be replayed is over; its end is known a little longer."""
+        await self.store.redis.delete(self.store.session_key("events", f"session-{token}"))
+
+    async def break_session(self, token: str) -> None:
+        """Leave something under its name that no script can read."""
+        key = self.store.session_key("session", f"session-{token}")
+        await self.store.redis.delete(key)
+        await self.store.redis.set(key, "no hash")
+
+    async def is_open(self, token: str) -> bool:
+        return await self.store.redis.zscore(f"{self.store.prefix}:{{accounts}}:open", token) is not None
+
+    async def found(self, rounds: int = 1) -> None:
+        """Let all leases be over, and have another worker look."""
+        await come(self.store, "open")
+        keeper: Bookkeeper = bookkeeper_of(self.store, self.accounts)
+        for _ in range(rounds):
+            assert await keeper._round([]), "Redis could be reached"
+
+
+@pytest.mark.parametrize(
+    ("data", "booked"),
+    [
+        (b'{"estimated":false,' + USAGE + b"}", Ledger(1, 0, 7, 50)),
+        (b"{" + USAGE + b',"estimated":true}', Ledger(1, 1, 7, 50)),
+        (b'{"usage":null,"cost":0.00000005,"estimated":true}', WORST),
+        (b'{"usage":{"prompt_tokens":3},"cost":null}', WORST),
+        (b"", WORST),
+    ],
+)
+async def test_an_end_that_outlives_its_journal_is_booked_by_what_it_tells_or_at_its_worst(
+    store: Store, data: bytes, booked: Ledger
+) -> None:
+    assert MIN_KEPT > 1, "so that there is a time in between"
+    dead = Dead(store)
+    await dead.ended("1", data)
+    await dead.forget_journal("1")
+    await dead.found()
+    assert await ledger(store.redis) == booked
+    assert await slots(store.redis) == await open_reservations(store.redis) == 0
+
+
+async def test_an_error_that_outlives_its_journal_is_booked_at_its_worst(store: Store) -> None:
+    dead = Dead(store)
+    await dead.ended("1", b'{"code":"upstream_timeout"}', state=State.FAILED)
+    await dead.forget_journal("1")
+    await dead.found()
+    assert await ledger(store.redis) == WORST
+
+
+async def test_a_dead_workers_journal_that_is_gone_keeps_no_other_from_being_settled(store: Store) -> None:
+    dead = Dead(store)
+    for token in ("1", "2", "3"):
+        await dead.ended(token, b"{}")
+    await dead.forget_journal("1")
+    await dead.found()
+    assert await open_reservations(store.redis) == 0
+    assert (await ledger(store.redis)).requests == 3
+
+
+@pytest.mark.parametrize("broken", ["session", "journal", "reservation", "fields"])
+async def test_one_that_cannot_be_read_keeps_no_other_from_being_settled(store: Store, broken: str) -> None:
+    dead = Dead(store)
+    for token in ("a", "b", "c"):
+        await dead.ended(token, b"{}")
+    record = f"{store.prefix}:{{accounts}}:reservation:a"
+    if broken == "session":
+        await dead.break_session("a")
+    elif broken == "journal":
+        await dead.forget_journal("a")
+        await store.redis.set(store.session_key("events", "session-a"), "no stream")
+    elif broken == "reservation":
+        await store.redis.delete(record)
+        await store.redis.set(record, "no hash")
+    else:
+        await store.redis.hset(record, "tokens", "many")
+    await dead.found(rounds=2)
+    assert (await ledger(store.redis)).requests == 2
+    assert [await dead.is_open(token) for token in ("a", "b", "c")] == [True, False, False]
+
+
+async def test_many_that_cannot_be_read_do_not_stand_before_the_others_for_ever(store: Store) -> None:
+    dead = Dead(store)
+    for n in range(AT_ONCE):
+        await reserved(dead.accounts, f"bad-{n}")
+        await dead.break_session(f"bad-{n}")
+    await dead.ended("good", b"{}")
+    await come(store, "open")
+    await store.redis.zadd(f"{store.prefix}:{{accounts}}:open", {"good": 2})  # found last
+    keeper = bookkeeper_of(store, dead.accounts)
+    for _ in range(2):
+        assert await keeper._round([])
+    assert not await dead.is_open("good")
+    assert await open_reservations(store.redis) == AT_ONCE, "and none of them was just given back"
+
+
+async def test_a_reservation_that_cannot_be_renewed_keeps_no_other_from_being_renewed(store: Store) -> None:
+    dead = Dead(store)
+    running = [await dead.claimed(token) for token in ("1", "2", "3")]
+    record = f"{store.prefix}:{{accounts}}:reservation:1"
+    await store.redis.delete(record)
+    await store.redis.set(record, "no hash")
+    await come(store, "open")
+    await bookkeeper_of(store, dead.accounts)._round(running)
+    open_until: Any = await store.redis.zrange(f"{store.prefix}:{{accounts}}:open", 0, -1, withscores=True)
+    renewed = {token for token, score in open_until if score > 1}
+    assert {b"2", b"3"} <= renewed
+
+
+# What may have been claimed
+
+
+async def test_what_nobody_can_tell_of_any_more_is_not_just_given_back(store: Store) -> None:
+    """It was claimed, its worker died at once, and nobody came before its session had expired."""
+    dead = Dead(store)
+    reservation = await dead.claimed("1")
+    await store.redis.delete(store.session_key("session", reservation.session_id))
+    await dead.found()
+    assert await ledger(store.redis) == WORST
+
+
+async def test_a_claim_that_is_on_its_way_as_its_reservation_is_given_back_does_not_win(store: Store) -> None:
+    dead = Dead(store)
+    await dead.sessions.prepare("session-1", PREPARED)
+    await reserved(dead.accounts, "1")
+    await dead.found()
+    assert await open_reservations(store.redis) == 0
+    assert await dead.sessions.claim("session-1", "1", "dead") == Standing(State.PREPARED)
+    assert isinstance(await dead.sessions.claim("session-1", "2", "another"), Prepared), "any other does"
+
+
+async def test_a_claim_that_has_won_meanwhile_is_not_given_back(store: Store) -> None:
+    """The session was looked at before its claim won; that it may be given back is asked behind it."""
+    dead = Dead(store)
+    reservation = await dead.claimed("1")
+    before = await dead.sessions.describe(reservation.session_id)
+    assert before is not None
+    keeper = bookkeeper_of(store, dead.accounts)
+    await keeper._look_after(reservation, replace(before, state=State.PREPARED, token=""), set())
+    assert await dead.is_open("1")
+
+
+@pytest.mark.parametrize("end", ["cancelled", "another's"])
+async def test_a_claim_that_lost_is_given_back(store: Store, end: str) -> None:
+    dead = Dead(store)
+    await dead.sessions.prepare("session-1", PREPARED)
+    await reserved(dead.accounts, "1")
+    if end == "cancelled":
+        await dead.sessions.cancel("session-1", cancelled_before_start())
+    else:
+        await dead.sessions.claim("session-1", "2", "another")
+    await dead.found()
+    assert await ledger(store.redis) == Ledger()
+    assert await slots(store.redis) == await open_reservations(store.redis) == 0
+
+
+async def test_a_claim_asked_again_after_an_accepted_cancel_gets_that_end(store: Store) -> None:
+    dead = Dead(store)
+    await dead.claimed("1")
+    assert (await dead.sessions.cancel("session-1", cancelled_before_start())).state is State.RUNNING
+    end = cancelled_before_start()
+    for _ in range(2):
+        answer = await dead.sessions.claim("session-1", "1", "dead")
+        assert isinstance(answer, Standing)
+        assert (answer.state, answer.end) == (State.CANCELLED, end)
