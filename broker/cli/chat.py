@@ -12,11 +12,13 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from aiohttp.hdrs import RETRY_AFTER
 from rich.console import Console
 
 from broker.cli.output import Output, OutputError, require_output, write
+from broker.cli.pieces import Piece
 from broker.cli.talk import NO_BROKER, Broker, TalkError, broker_at, refusal, whole
-from broker.cli.turn import End, Piece, Turn
+from broker.cli.turn import End, Turn
 from broker.cli.words import BAD_USE, complain, printable, tell
 from broker.core.sse import Decoder, EventTooLarge
 
@@ -150,7 +152,7 @@ async def _follow_line(broker: Broker, session_id: str, turn: Turn, show: Show) 
         elif answer.content_type == "text/event-stream":
             await _read(answer.content.iter_any(), turn, show)
         else:
-            error = refusal(answer.status, await whole(answer))
+            error = refusal(answer.status, await whole(answer), answer.headers.get(RETRY_AFTER))
             if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise error
             turn.end = End(1, str(error))

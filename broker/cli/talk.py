@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
+from aiohttp.hdrs import RETRY_AFTER
 
-from broker.cli.words import CREDENTIAL
+from broker.cli.words import CREDENTIAL, after
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -66,7 +67,7 @@ class Broker:
             content = await whole(answer)
             if answer.ok:
                 return content
-            error = refusal(answer.status, content)
+            error = refusal(answer.status, content, answer.headers.get(RETRY_AFTER))
             if answer.status == HTTPStatus.UNAUTHORIZED and self._anonymous:
                 raise TalkError(f"{error} Put it into the environment as {CREDENTIAL}.", error.document)
             raise error
@@ -115,14 +116,21 @@ async def whole(answer: aiohttp.ClientResponse) -> bytes:
     return bytes(content)
 
 
-def refusal(status: int, content: bytes) -> TalkError:
-    """Put an answer that is not good into words."""
+def refusal(status: int, content: bytes, retry_after: str | None = None) -> TalkError:
+    """Put an answer that is not good into words.
+
+    Args:
+        status: of the answer.
+        content: its body.
+        retry_after: its header of this name.
+    """
+    wait = int(retry_after) if retry_after and re.fullmatch("[0-9]{1,9}", retry_after) else None
     try:
         document = orjson.loads(content)
         error = document["error"]
         sentence = str(error["message"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        return TalkError(f"The broker answered with status {status} and no explanation.")
+        return TalkError(after(f"The broker answered with status {status} and no explanation.", wait))
     details = error.get("details")
     if isinstance(details, list):
         fields = [
@@ -131,7 +139,7 @@ def refusal(status: int, content: bytes) -> TalkError:
             if isinstance(at, dict) and {"field", "message"} <= set(at)
         ]
         sentence = "\n  ".join((sentence, *fields))
-    return TalkError(sentence, error)
+    return TalkError(after(sentence, wait), error)
 
 
 def _base(url: str) -> str:

@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from broker.cli.pieces import pieces
+from broker.cli.words import after
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from broker.cli.pieces import Piece
     from broker.core.sse import Frame
 
 # Lines in a row that brought nothing, as while the broker restarts, and waits in a row for room or budget.
@@ -20,14 +24,6 @@ MOST_BARREN_LINES = 10
 MOST_WAITS = 200
 DEFAULT_RETRY_MS = 2000
 LONGEST_RETRY_MS = 60_000
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some of the answer's text, or of the thoughts before it."""
-
-    text: str
-    thought: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +66,7 @@ class Turn:
             self._barren_lines = self._waits = 0
         match frame.event:
             case "chunk":
-                return _pieces(_object(frame.data))
+                return pieces(_object(frame.data))
             case "done":
                 self.end = _done(_object(frame.data))
             case "error":
@@ -80,7 +76,7 @@ class Turn:
     def _take_error(self, error: Mapping[str, Any]) -> None:
         message = str(error.get("message") or "The answer failed.")
         if error.get("final", True):
-            self.end = End(1, message)
+            self.end = End(1, after(message, error.get("retryAfter")))
         else:
             self.waits_for = message
 
@@ -112,18 +108,6 @@ def _object(data: bytes) -> Mapping[str, Any]:
     except orjson.JSONDecodeError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _pieces(chunk: Mapping[str, Any]) -> list[Piece]:
-    choices = chunk.get("choices")
-    first = choices[0] if isinstance(choices, list) and choices else None
-    delta = first.get("delta") if isinstance(first, dict) else None
-    if not isinstance(delta, dict):
-        return []
-    # Some services write the thoughts under a name of their own.
-    thought = delta.get("reasoning") or delta.get("reasoning_content")
-    found = [(thought, True), (delta.get("content"), False)]
-    return [Piece(text, thought=is_thought) for text, is_thought in found if isinstance(text, str) and text]
 
 
 def _done(data: Mapping[str, Any]) -> End:

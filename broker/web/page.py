@@ -18,6 +18,7 @@ PATHS = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/page-chunk.js": ("page-chunk.js", "text/javascript; charset=utf-8"),
     "/page-line.js": ("page-line.js", "text/javascript; charset=utf-8"),
     "/page-words.js": ("page-words.js", "text/javascript; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),

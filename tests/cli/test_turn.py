@@ -7,7 +7,8 @@ from typing import Any
 import orjson
 import pytest
 
-from broker.cli.turn import MOST_BARREN_LINES, MOST_WAITS, End, Piece, Turn
+from broker.cli.pieces import Piece
+from broker.cli.turn import MOST_BARREN_LINES, MOST_WAITS, End, Turn
 from broker.core.sse import Frame
 
 
@@ -102,6 +103,11 @@ def test_a_final_error_ends_the_turn_in_its_words() -> None:
     turn = Turn()
     turn.take(error(final=True, message="Refused."))
     assert turn.end == End(1, "Refused.")
+
+
+def test_a_final_error_says_how_long_to_wait() -> None:
+    data = {"code": "x", "message": "Too much.", "final": True, "retryAfter": 40}
+    assert note_of(Frame("error", orjson.dumps(data), "")) == "Too much. Try again in 40 s."
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"not json"])

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pytest
 
-from broker.cli.words import complain, printable
-
-if TYPE_CHECKING:
-    import pytest
+from broker.cli.words import after, complain, printable
 
 
 def test_text_cannot_command_the_terminal() -> None:
@@ -18,3 +15,25 @@ def test_a_complaint_goes_to_standard_error_with_its_status(capsys: pytest.Captu
     assert complain("no\x1b.") == 1
     assert complain("wrong", 2) == 2
     assert capsys.readouterr() == ("", "broker: no.\nbroker: wrong\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (40, "No. Try again in 40 s."),
+        (0.2, "No. Try again in 1 s."),
+        (119, "No. Try again in 119 s."),
+        (120, "No. Try again in 2 minutes."),
+        (3601, "No. Try again in 61 minutes."),
+        (30_000, "No. Try again in 9 hours."),
+        (0, "No."),
+        (-5, "No."),
+        (None, "No."),
+        ("40", "No."),
+        (True, "No."),
+        (float("inf"), "No."),
+        (float("nan"), "No."),
+    ],
+)
+def test_how_long_to_wait_is_told_where_it_is_known(seconds: object, told: str) -> None:
+    assert after("No.", seconds) == told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -11,6 +12,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, Locator, Page, expect
 
+from tests.scripted import scripted_upstream
 from tests.system.browser import Complaints, foreign_site, laid_cable, launched_chromium
 from tests.system.harness import RunningBroker, running_broker
 
@@ -286,6 +288,84 @@ async def test_sources_are_links(chat: Page) -> None:
     link = turn.get_by_role("link", name="Streams for the patient")
     await expect(link).to_have_attribute("href", "https://example.com/streams", timeout=PATIENCE)
     await idle(chat)
+
+
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADU"
+    "lEQVR42mNk+M/wHwAEBgIApD5fRAAAAABJRU5ErkJggg=="
+)
+THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "12 times 12 … "}]}
+TEXT = {"type": "text", "text": "1"}
+
+
+@pytest.mark.parametrize(
+    ("delta", "shown"),
+    [
+        ({"content": [TEXT, "44"]}, {"text": "144"}),
+        ({"content": ["1", {"text": "44", "type": "text"}]}, {"text": "144"}),
+        ({"content": [THINKING, TEXT]}, {"text": "1", "reasoning": "12 times 12 … "}),
+        ({"content": [{"type": "thinking", "thinking": "Hm"}]}, {"reasoning": "Hm"}),
+        ({"content": [{"type": "refusal", "refusal": "No."}]}, {"text": "No."}),
+        ({"content": None, "refusal": "I cannot."}, {"text": "I cannot."}),
+        ({"reasoning_details": [{"type": "reasoning.text", "text": "Hm"}]}, {"reasoning": "Hm"}),
+        ({"reasoning": "", "reasoning_details": [{"summary": "S"}]}, {"reasoning": "S"}),
+        ({"reasoning": "Hm", "reasoning_details": [{"text": "Hm"}]}, {"reasoning": "Hm"}),
+        ({"reasoning": "", "reasoning_content": "Hm"}, {"reasoning": "Hm"}),
+        ({"reasoning_details": [{"type": "reasoning.encrypted", "data": "gAAA"}]}, {}),
+        ({"images": [{"type": "image_url", "image_url": {"url": PIXEL}}]}, {"images": [PIXEL]}),
+        ({"content": [{"type": "image_url", "image_url": PIXEL}, "!"]}, {"images": [PIXEL], "text": "!"}),
+        (
+            {"images": [{"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}]},
+            {"sources": [{"url": "https://example.com/a.png", "title": "Image"}]},
+        ),
+        ({"images": [{"type": "image_url", "image_url": {"url": "data:text/html,x"}}]}, {"text": "[image]"}),
+        ({"content": [None, 5, [], {}, {"type": "text"}, {"type": "text", "text": {"value": 5}}]}, {}),
+        ({"images": 5, "reasoning_details": [5, None], "tool_calls": [None], "annotations": {}}, {}),
+    ],
+)
+@pytest.mark.parametrize("name", ["delta", "message"])
+async def test_a_chunk_is_read_in_every_shape_that_is_known(
+    chat: Page, name: str, delta: Any, shown: Any
+) -> None:
+    turn = await chat.evaluate(
+        """async (chunk) => {
+          const { take } = await import("/page-chunk.js");
+          const turn = { text: "", reasoning: "", tools: {}, sources: [] };
+          take(turn, chunk);
+          return turn;
+        }""",
+        {"choices": [{"index": 0, name: delta}]},
+    )
+    turn.pop("tools")
+    assert turn == {"text": "", "reasoning": "", "sources": [], **shown}
+
+
+async def test_text_in_parts_and_images_are_shown(page: Page) -> None:
+    async with scripted_upstream() as upstream:
+        env = {**ROOM, "BROKER_UPSTREAM_URL": upstream.url, "BROKER_DEFAULT_MODEL": "scripted/model-1"}
+        async with running_broker(rehearsal=False, env=env) as broker:
+            complaints = Complaints(page)
+            await page.goto(broker.url)
+            await expect(page.get_by_label("Model", exact=True)).to_contain_text("Default model")
+            await page.get_by_role("textbox").fill("What is 12 times 12?")
+            await page.get_by_role("button", name="Send").click()
+            call = (await upstream.call()).open()
+            image = {"type": "image_url", "image_url": {"url": PIXEL}}
+            for delta in (
+                {"content": [THINKING]},
+                {"content": [TEXT]},
+                {"content": "44"},
+                {"images": [image]},
+            ):
+                call.event(json.dumps({"choices": [{"index": 0, "delta": delta}]}).encode())
+            call.chunk(finish="stop")
+            call.done()
+            await idle(page)
+            assert await page.locator(".answer").text_content() == "144"
+            assert await page.locator(".reasoning p").text_content() == "12 times 12 … "
+            await expect(page.locator(".images img")).to_have_js_property("naturalWidth", 1)
+    # The browser itself complains of the list of models that this upstream does not have.
+    assert [complaint for complaint in complaints if "502" not in complaint] == []
 
 
 async def test_the_conversation_so_far_goes_with_each_message(chat: Page) -> None:

@@ -1,6 +1,8 @@
 // One answer, from /prepare to its end: the only part of the page that talks to /prepare and /stream.
 // What arrives is kept in the turn, together with the cursor it belongs to, so that the pair can be stored at any moment.
 
+import { take } from "./page-chunk.js";
+
 const COMINGS = 200; // connection errors without an event between them: at the broker's pace about ten minutes
 const REOPENINGS = 8; // after the browser has given up; with their pauses about a minute
 const PREPARE_TIMEOUT = 30_000;
@@ -8,24 +10,6 @@ const STOP_TIMEOUT = 10_000;
 
 const UNREACHABLE = { code: "unreachable", message: "The broker cannot be reached." };
 const STOP_UNCONFIRMED = { code: "stop_unconfirmed", message: "Stopped here, but the broker did not confirm it." };
-
-/** Adds one chunk of the upstream to a turn: text, reasoning, the pieces of tool calls, and sources. */
-export function take(turn, chunk) {
-  const delta = chunk.choices?.[0]?.delta;
-  if (!delta) return;
-  turn.text += words(delta.content) + words(delta.refusal);
-  turn.reasoning += words(delta.reasoning ?? delta.reasoning_content);
-  for (const call of delta.tool_calls ?? []) {
-    const known = (turn.tools[Number(call.index ?? 0)] ??= { name: "", arguments: "" });
-    known.name ||= words(call.function?.name);
-    known.arguments += words(call.function?.arguments);
-  }
-  for (const { url_citation: cited } of delta.annotations ?? []) {
-    if (/^https?:/.test(cited?.url)) turn.sources.push({ url: cited.url, title: words(cited.title) || cited.url });
-  }
-}
-
-const words = (value) => (typeof value === "string" ? value : "");
 
 /**
  * Follows one turn. Calls `changed()` whenever there is something new to show and `ended()` once;

@@ -29,10 +29,13 @@ function restored() {
 }
 
 function save() {
-  try {
-    sessionStorage.setItem(STORE, JSON.stringify(state));
-  } catch {
-    // No room, or no storage: an older state still resumes, from its own cursor.
+  const withoutImages = (name, value) => (name === "images" ? undefined : value);
+  for (const replacer of [null, withoutImages]) {
+    try {
+      return sessionStorage.setItem(STORE, JSON.stringify(state, replacer));
+    } catch {
+      // No room, or no storage: an older state still resumes, from its own cursor.
+    }
   }
 }
 
@@ -137,6 +140,7 @@ function view(turn) {
     grow(reasoning, turn.reasoning);
     part(".reasoning").hidden = !turn.reasoning;
     put(part(".tools"), Object.values(turn.tools).map((tool) => `${tool.name}(${tool.arguments})`).join("\n"));
+    depict(part(".images"), turn.images ?? []);
     cite(part(".sources"), turn.sources);
     put(part(".status"), running ? status(turn) : "");
     put(part(".account"), turn.result ? account(turn) : "");
@@ -144,6 +148,13 @@ function view(turn) {
     if (turn.problem) explain(part, turn.problem);
   }
   return { root, paint };
+}
+
+function depict(box, urls) {
+  for (const src of urls.slice(box.children.length)) {
+    box.append(Object.assign(document.createElement("img"), { src, alt: "Image of the answer" }));
+  }
+  box.hidden = !urls.length;
 }
 
 function cite(list, sources) {
