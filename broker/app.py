@@ -148,7 +148,12 @@ def _money(catalog: Catalog, upstream: UpstreamClient, densities: Densities) -> 
     async def fetch(generation_id: str) -> Mapping[str, Any] | None:
         return await fetch_generation(upstream.openai, generation_id)
 
-    return Money(prices_of=prices_of, fetch_generation=fetch, learn=densities.learn)
+    return Money(
+        prices_of=prices_of,
+        fetch_generation=fetch,
+        keeps_records=lambda: catalog.openrouter,
+        learn=densities.learn,
+    )
 
 
 def _registry(

@@ -118,8 +118,8 @@ class Bookkeeper:
         await self._accounts.put_off([orphan.token for orphan in failed])
 
     async def _ask(self) -> None:
-        for reservation, generation_id in await self._accounts.unasked(AT_ONCE):
-            self._settler.ask_again(reservation, generation_id)
+        for estimate in await self._accounts.unasked(min(AT_ONCE, self._settler.room)):
+            self._settler.ask(estimate)
 
     async def _dead(self, owners: set[str]) -> set[str]:
         """Those of these workers whose lease was absent in so many rounds in a row."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,10 @@ from broker.core.errors import StoreUnavailable, UpstreamError
 from broker.core.pricing import completion_of, cost_of, count_of, told_cost, told_cost_of_record
 from broker.core.session import short
 from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, estimate_text
-from broker.upstream.generations import NoSuchPath
+from broker.store.accounts import Estimate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping
 
     from broker.core.answer import Answer
     from broker.core.session import State
@@ -30,8 +31,11 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-LOOKS = (1.0, 3.0, 10.0)
+LOOKS = (1.0, 3.0, 10.0, 30.0, 120.0, 600.0)
 """Seconds after the end at which the upstream's books are asked."""
+
+MAX_ASKING = 1000
+"""Estimates that one worker asks for at once; the others wait in Redis until somebody has room."""
 
 RETRY = 1.0
 """Seconds between two tries to reach Redis."""
@@ -59,7 +63,7 @@ class Settler:
         self._accounts = accounts
         self._money = money
         self._spawn = spawn
-        self._has_books = True
+        self._asking: set[str] = set()
 
     async def count(
         self, answer: Answer, reservation: Reservation, *, prompt_tokens: int, asked: bool
@@ -96,32 +100,54 @@ class Settler:
         Raises:
             StoreUnavailable: it could not be booked now.
         """
-        ask = spent.estimated and self._has_books and generation_id is not None
+        ask = spent.estimated and generation_id is not None and self._money.keeps_records()
         await self._accounts.settle(reservation, spent, state, generation_id=generation_id if ask else None)
         if ask and generation_id is not None:
-            self._spawn(self._correct(reservation, generation_id, LOOKS))
+            self.ask(Estimate(reservation, generation_id, 0.0))
 
-    def ask_again(self, reservation: Reservation, generation_id: str) -> None:
-        """Ask for the truth behind an estimate whose worker has not."""
-        self._spawn(self._correct(reservation, generation_id, LOOKS[:1]))
+    @property
+    def room(self) -> int:
+        """Estimates that may be taken on here."""
+        return max(0, MAX_ASKING - len(self._asking))
 
-    async def _correct(self, reservation: Reservation, generation_id: str, looks: Sequence[float]) -> None:
-        waited = 0.0
-        for after in looks:
-            await asyncio.sleep(after - waited)
-            waited = after
-            try:
-                record = await self._money.fetch_generation(generation_id)
-            except NoSuchPath:
-                self._has_books = False
-                break
-            except UpstreamError as error:
-                log.info("generation not told", session=short(reservation.session_id), code=error.code)
-                continue
-            if record is not None and (spent := spent_in_record(record)) is not None:
-                await self._persist(partial(self._accounts.correct, reservation, spent))
-                return
-        await self._persist(partial(self._accounts.asked, reservation.token))
+    def ask(self, estimate: Estimate) -> None:
+        """Ask for the truth behind an estimate, at those of `LOOKS` that are still to come, and at least once.
+
+        Where too many are asked for already, this one is left to whoever finds it later.
+        """
+        token = estimate.reservation.token
+        if token not in self._asking and self.room:
+            self._asking.add(token)
+            self._spawn(self._correct(estimate))
+
+    async def _correct(self, estimate: Estimate) -> None:
+        reservation, generation_id, age = estimate
+        try:
+            ended_at = asyncio.get_running_loop().time() - age
+            for after in [look for look in LOOKS if look > age] or [age]:
+                await self._wait(reservation.token, ended_at + after)
+                if (spent := await self._truth(reservation, generation_id)) is not None:
+                    await self._persist(partial(self._accounts.correct, reservation, spent))
+                    return
+            await self._persist(partial(self._accounts.asked, reservation))
+        finally:
+            self._asking.discard(reservation.token)
+
+    async def _wait(self, token: str, until: float) -> None:
+        loop = asyncio.get_running_loop()
+        if (seconds := until - loop.time()) > LOOKS[0]:
+            with suppress(StoreUnavailable):  # then another may ask too, which does no harm
+                await self._accounts.look_later(token, seconds)
+        await asyncio.sleep(until - loop.time())
+
+    async def _truth(self, reservation: Reservation, generation_id: str) -> Spent | None:
+        """What the upstream's books say now; None where they do not."""
+        try:
+            record = await self._money.fetch_generation(generation_id)
+        except UpstreamError as error:
+            log.info("generation not told", session=short(reservation.session_id), code=error.code)
+            return None
+        return spent_in_record(record) if record is not None else None
 
     @staticmethod
     async def _persist(step: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -54,9 +54,11 @@ class Money(NamedTuple):
     Attributes:
         prices_of: what models cost.
         fetch_generation: the upstream's own books.
+        keeps_records: whether the upstream keeps such books at all; only OpenRouter does.
         learn: is given what an answer teaches of its model's tokenizer.
     """
 
     prices_of: PricesOf
     fetch_generation: FetchGeneration
+    keeps_records: Callable[[], bool]
     learn: Callable[[Sample], Coroutine[Any, Any, None]]

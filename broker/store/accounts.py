@@ -31,7 +31,7 @@ RECORD = 6 * 3600
 """Seconds that a closed reservation is remembered, so that late repeats change nothing."""
 
 ASKED_AFTER = 16.0
-"""Seconds after which anybody asks for the truth behind an estimate: whoever settled it has asked by then, or died."""
+"""Seconds by which a worker may be late in asking for the truth behind an estimate; then anybody asks."""
 
 UNREADABLE_MS = 600_000
 """Milliseconds after which a record that cannot be read is looked at again."""
@@ -72,6 +72,20 @@ class Reservation:
     ran: bool = field(default=False, compare=False)
 
 
+class Estimate(NamedTuple):
+    """A settlement whose truth the upstream may still tell.
+
+    Attributes:
+        reservation: that was settled.
+        generation_id: the upstream's name for its generation.
+        age: seconds since it was settled.
+    """
+
+    reservation: Reservation
+    generation_id: str
+    age: float
+
+
 class Day(NamedTuple):
     """A client's own day: totals, in tokens and nano-USD."""
 
@@ -106,6 +120,8 @@ class AccountStore:
         self._reserve = store.script("reserve")
         self._release = store.script("release")
         self._settle = store.script("settle")
+        self._asked = store.script("asked")
+        self._take = store.script("take")
         self._hold = store.script("hold")
 
     async def admit(self, client: str, session_id: str, worst: Worst, *, ttl: int) -> None:
@@ -192,32 +208,44 @@ class AccountStore:
             ],
         )
 
-    async def asked(self, token: str) -> None:
-        """The truth behind an estimate has been asked for, and is not to be had."""
+    async def asked(self, reservation: Reservation) -> None:
+        """The truth behind an estimate is not to be had: the estimate stands, and what was kept for it is free."""
+        keys = self._keys(reservation.token, reservation.client)
+        await self._asked([keys[0], keys[2], keys[3], self._estimates], [reservation.token])
+
+    async def look_later(self, token: str, seconds: float) -> None:
+        """Tell others that this worker asks for the truth behind an estimate in so many seconds."""
+        later = await self._now() + round((seconds + ASKED_AFTER) * 1000)
         async with bounded_call():
-            await self._store.redis.zrem(self._estimates, token)
+            await self._store.redis.zadd(self._estimates, {token: later}, xx=True)
 
-    async def unasked(self, limit: int) -> list[tuple[Reservation, str]]:
-        """Estimates for whose truth nobody has asked in time, each with the upstream's name for its generation.
+    async def unasked(self, limit: int) -> list[Estimate]:
+        """Estimates for whose truth nobody has asked in time.
 
-        Whoever gets one should ask; should that come to nothing, others get it after the same time again.
+        Whoever gets one should ask; should that come to nothing, others get it a while later.
         """
-        found = await self._due(self._estimates, limit)
-        later = await self._now() + round(ASKED_AFTER * 1000) if found else 0
-        # A record that was born with its settlement, after Redis had lost it, tells too little to be corrected.
-        due = {
-            token: fields
-            for token, fields in found.items()
-            if fields.get(b"estimated") == b"1" and {b"tokens", b"generation"} <= fields.keys()
-        }
+        if limit <= 0:
+            return []
+        now, tokens = await self._take([self._estimates], [limit, round(ASKED_AFTER * 1000)])
         async with bounded_call():
-            if due:
-                await self._store.redis.zadd(self._estimates, dict.fromkeys(due, later), xx=True)
-            if gone := found.keys() - due.keys():
+            pipe = self._store.redis.pipeline(transaction=False)
+            for token in tokens:
+                pipe.hgetall(self._key("reservation", token.decode()))
+            found: Any = await pipe.execute(raise_on_error=False)
+            estimates, gone = [], []
+            for token, fields in zip(tokens, found, strict=True):
+                if not _is_readable(token.decode(), fields):
+                    continue
+                # A record that was born with its settlement, after Redis had lost it, tells too little.
+                if fields.get(b"estimated") == b"1" and {b"tokens", b"generation"} <= fields.keys():
+                    age = (now - int(fields.get(b"ended", now))) / 1000
+                    reservation = _reservation(token.decode(), fields)
+                    estimates.append(Estimate(reservation, fields[b"generation"].decode(), age))
+                else:
+                    gone.append(token)
+            if gone:
                 await self._store.redis.zrem(self._estimates, *gone)
-        return [
-            (_reservation(token, fields), fields[b"generation"].decode()) for token, fields in due.items()
-        ]
+        return estimates
 
     async def hold(self, reservations: Sequence[Reservation]) -> list[Reservation]:
         """Renew the leases of generations that run here; returns those that are not open (any more)."""

@@ -8,7 +8,6 @@ import httpx2
 import openai
 import orjson
 
-from broker.core.errors import UpstreamError
 from broker.upstream.client import map_errors
 
 if TYPE_CHECKING:
@@ -20,15 +19,12 @@ TIMEOUT = 5.0
 """Seconds for one look."""
 
 
-class NoSuchPath(UpstreamError):  # noqa: N818 - as the other errors
-    """This upstream keeps no such books."""
-
-
 async def fetch_generation(client: AsyncOpenAI, generation_id: str) -> Mapping[str, Any] | None:
     """The record of a generation; None while there is none yet.
 
+    A page of HTML, as a proxy answers it, is no record, and says nothing of the next look.
+
     Raises:
-        NoSuchPath: a 404 without a JSON error comes from a server that does not know the path.
         UpstreamError: it could not be asked.
     """
     with map_errors():
@@ -38,21 +34,11 @@ async def fetch_generation(client: AsyncOpenAI, generation_id: str) -> Mapping[s
                 cast_to=httpx2.Response,
                 options={"params": {"id": generation_id}, "timeout": TIMEOUT},
             )
-        except openai.NotFoundError as error:
-            if _tells_error(error.response.content):
-                return None
-            raise NoSuchPath from None
+        except openai.NotFoundError:
+            return None
     try:
         data = orjson.loads(response.content)
     except orjson.JSONDecodeError:
-        raise NoSuchPath from None
+        return None
     record = data.get("data") if isinstance(data, dict) else None
     return record if isinstance(record, dict) else None
-
-
-def _tells_error(body: bytes) -> bool:
-    try:
-        data = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return False
-    return isinstance(data, dict) and "error" in data

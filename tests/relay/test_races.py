@@ -161,7 +161,7 @@ async def test_a_hundred_estimates_are_found_by_a_worker_far_from_redis(
         await accounts.settle(await reserved(accounts, str(n)), guess, State.LOST, generation_id=f"gen-{n}")
     await come(store, "estimates")
     async with far_accounts(valkey_url) as far:
-        found = {reservation.token: name for reservation, name in await far.unasked(100)}
+        found = {each.reservation.token: each.generation_id for each in await far.unasked(100)}
         assert found == {str(n): f"gen-{n}" for n in range(100)}
 
 
@@ -179,7 +179,7 @@ def bookkeeper_of(store: Store, accounts: AccountStore) -> Bookkeeper:
         SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300),
         JournalStore(store, worker="living", running_ttl=960),
         WorkerStore(store, worker="living"),
-        Settler(accounts, Money(unknown, unknown, unknown), spawn=spawn),
+        Settler(accounts, Money(unknown, unknown, lambda: True, unknown), spawn=spawn),
     )
 
 

@@ -164,6 +164,10 @@ async def due(store: Store) -> None:
     await store.redis.zadd(key, dict.fromkeys(tokens, 1))
 
 
+async def unasked(accounts: AccountStore) -> list[tuple[Reservation, str]]:
+    return [(estimate.reservation, estimate.generation_id) for estimate in await accounts.unasked(10)]
+
+
 async def test_an_estimate_is_asked_for_by_anybody_once_its_worker_had_its_time(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     reservation = await reserved(accounts, "1")
@@ -172,10 +176,10 @@ async def test_an_estimate_is_asked_for_by_anybody_once_its_worker_had_its_time(
     )
     assert await accounts.unasked(10) == []
     await due(store)
-    assert await accounts.unasked(10) == [(reservation, "gen-1")]
+    assert await unasked(accounts) == [(reservation, "gen-1")]
     assert await accounts.unasked(10) == [], "who was told has its time, too"
     await due(store)
-    assert await accounts.unasked(10) == [(reservation, "gen-1")]
+    assert await unasked(accounts) == [(reservation, "gen-1")]
     assert await store.redis.ttl((await store.redis.keys("*:{accounts}:estimates"))[0]) > 0
 
 
@@ -189,8 +193,8 @@ async def test_an_estimate_that_was_corrected_or_asked_for_is_asked_for_no_more(
         await accounts.settle(reservation, Spent(1, 1, cost=7, estimated=True), State.LOST)
     await due(store)
     await accounts.correct(wanted("1"), Spent(1, 1, cost=8))
-    await accounts.asked("2")
-    assert [reservation.token for reservation, _ in await accounts.unasked(10)] == ["3"]
+    await accounts.asked(wanted("2"))
+    assert [reservation.token for reservation, _ in await unasked(accounts)] == ["3"]
 
 
 async def test_whoever_knows_the_name_of_a_generation_adds_it_to_an_estimate(store: Store) -> None:
@@ -200,7 +204,7 @@ async def test_whoever_knows_the_name_of_a_generation_adds_it_to_an_estimate(sto
     await accounts.settle(reservation, guess, State.LOST)
     await accounts.settle(reservation, guess, State.LOST, generation_id="gen-1")
     await due(store)
-    assert await accounts.unasked(10) == [(reservation, "gen-1")]
+    assert await unasked(accounts) == [(reservation, "gen-1")]
 
 
 async def test_nothing_is_asked_where_the_truth_is_known_or_no_name_is(store: Store) -> None:
@@ -218,6 +222,78 @@ async def test_an_estimate_of_which_redis_had_lost_the_reservation_holds_up_no_o
     known = await reserved(accounts, "known")
     await accounts.settle(known, guess, State.LOST, generation_id="gen-2")
     await due(store)
-    assert await accounts.unasked(10) == [(known, "gen-2")]
+    assert await unasked(accounts) == [(known, "gen-2")]
     await due(store)
-    assert await accounts.unasked(10) == [(known, "gen-2")]
+    assert await unasked(accounts) == [(known, "gen-2")]
+
+
+GUESS = Spent(1, 1, cost=7, estimated=True)
+
+
+async def estimated(accounts: AccountStore, token: str, guess: Spent = GUESS) -> Reservation:
+    """A reservation of 10 tokens and 100 nano-USD that was settled by an estimate."""
+    reservation = await reserved(accounts, token)
+    await accounts.hold([reservation])
+    await accounts.settle(reservation, guess, State.CANCELLED, generation_id="gen")
+    return reservation
+
+
+async def test_what_was_reserved_above_an_estimate_stays_reserved_and_the_slot_does_not(store: Store) -> None:
+    accounts = AccountStore(store, replace(FREE, streams=1, daily_cost=250))
+    await estimated(accounts, "1")
+    assert await ledger(store.redis) == Ledger(1, 1, 2, 7, 8, 93)
+    assert await slots(store.redis) == await open_reservations(store.redis) == 0
+    await reserved(accounts, "2")
+    await accounts.settle(replace(wanted("2"), day=0), Spent(1, 1, cost=100), State.DONE)
+    with pytest.raises(BudgetExceeded):
+        await accounts.reserve(wanted("3"))
+
+
+@pytest.mark.parametrize("times", [1, 3])
+async def test_the_truth_frees_what_stayed_reserved_once(store: Store, times: int) -> None:
+    accounts = AccountStore(store, FREE)
+    reservation = await estimated(accounts, "1")
+    other = await reserved(accounts, "2")
+    for _ in range(times):
+        await accounts.correct(reservation, Spent(2, 3, cost=50))
+        await accounts.asked(reservation)
+    assert await ledger(store.redis) == Ledger(1, 0, 5, 50, 10, 100)
+    await accounts.release(other.token, other.client)
+    assert await ledger(store.redis) == Ledger(1, 0, 5, 50)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+async def test_after_the_last_look_the_estimate_stands_and_the_rest_is_free(store: Store, times: int) -> None:
+    accounts = AccountStore(store, FREE)
+    reservation = await estimated(accounts, "1")
+    for _ in range(times):
+        await accounts.asked(reservation)
+    assert await ledger(store.redis) == Ledger(1, 1, 2, 7)
+    await accounts.correct(reservation, Spent(2, 3, cost=50))  # the truth may still come later
+    assert await ledger(store.redis) == Ledger(1, 0, 5, 50)
+
+
+async def test_an_estimate_as_high_as_its_reservation_keeps_nothing(store: Store) -> None:
+    accounts = AccountStore(store, FREE)
+    reservation = await estimated(accounts, "1", Spent(8, 8, cost=120, estimated=True))
+    assert await ledger(store.redis) == Ledger(1, 1, 16, 120)
+    await accounts.asked(reservation)
+    assert await ledger(store.redis) == Ledger(1, 1, 16, 120)
+
+
+async def test_an_estimate_without_a_name_keeps_nothing_for_a_truth_that_cannot_come(store: Store) -> None:
+    accounts = AccountStore(store, FREE)
+    reservation = await reserved(accounts, "1")
+    await accounts.settle(reservation, GUESS, State.CANCELLED)
+    assert await ledger(store.redis) == Ledger(1, 1, 2, 7)
+
+
+async def test_an_estimate_is_one_workers_until_its_time_is_over(store: Store) -> None:
+    accounts = AccountStore(store, FREE)
+    await estimated(accounts, "1")
+    await due(store)
+    both = await asyncio.gather(accounts.unasked(10), accounts.unasked(10))
+    assert sorted(len(found) for found in both) == [0, 1]
+    await due(store)
+    await accounts.look_later("1", 30)
+    assert await accounts.unasked(10) == []

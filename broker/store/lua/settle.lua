@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- settle: turns a reservation into what was spent, exactly once; or puts the truth in place of an estimate that was
--- settled before. What was given back by mistake and ran all the same is paid.
+-- settled before. What was given back by mistake and ran all the same is paid. While the truth behind an estimate can
+-- still come, what was reserved above the estimate stays reserved: what is admitted meanwhile has room for the truth.
 -- KEYS[1] reservation, [2] the client's slots, [3] the client's account, [4] everyone's account, [5] all open ones,
 --     [6] the books of the reservation's day, [7] estimates whose truth is still to be asked for
 -- ARGV: token, client, model, the end's state, prompt tokens, completion tokens, cached tokens, reasoning tokens, cost,
@@ -21,8 +22,15 @@ local function note_estimate()
   elseif ARGV[15] ~= '' then
     local now = redis.call('TIME')
     redis.call('HSET', KEYS[1], 'generation', ARGV[15])
+    redis.call('HSETNX', KEYS[1], 'ended', string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000)))
     redis.call('ZADD', KEYS[7], 'NX', now[1] * 1000 + math.floor(now[2] / 1000) + ARGV[16], ARGV[1])
     redis.call('EXPIRE', KEYS[7], ARGV[14])
+  end
+end
+local function change_reserved(tokens, cost)
+  for _, account in ipairs({KEYS[3], KEYS[4]}) do
+    redis.call('HINCRBY', account, day .. ':reserved_tokens', string.format('%.0f', tokens + 0))
+    redis.call('HINCRBY', account, day .. ':reserved_cost', string.format('%.0f', cost + 0))
   end
 end
 if correct then
@@ -35,13 +43,22 @@ if correct then
   for name, _ in pairs(was) do
     was[name] = tonumber(redis.call('HGET', KEYS[1], 'was_' .. name) or 0)
   end
+  local kept = redis.call('HMGET', KEYS[1], 'kept_tokens', 'kept_cost')
+  if kept[1] then
+    change_reserved(0 - kept[1], 0 - kept[2])
+    redis.call('HDEL', KEYS[1], 'kept_tokens', 'kept_cost')
+  end
 elseif ARGV[12] == '1' then
   return 0
 elseif state == 'open' then
-  for _, account in ipairs({KEYS[3], KEYS[4]}) do
-    redis.call('HINCRBY', account, day .. ':reserved_tokens', -held[2])
-    redis.call('HINCRBY', account, day .. ':reserved_cost', -held[3])
+  local kept_tokens, kept_cost = 0, 0
+  if estimated == 1 and ARGV[15] ~= '' then
+    kept_tokens = math.max(0, held[2] - prompt - completion)
+    kept_cost = math.max(0, held[3] - cost)
+    redis.call('HSET', KEYS[1], 'kept_tokens', string.format('%.0f', kept_tokens),
+      'kept_cost', string.format('%.0f', kept_cost))
   end
+  change_reserved(kept_tokens - held[2], kept_cost - held[3])
 end
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('ZREM', KEYS[5], ARGV[1])
