@@ -143,8 +143,8 @@ class Admission:
             RequestError: the body is not a request that may be sent.
             IdempotencyConflict: the key was used with another body.
             RateLimited: the client has prepared too often.
-            Overloaded: too many large bodies wait to be read.
-            TooManyStreams: too many sessions of this client wait.
+            Overloaded: too many large bodies wait to be read, or all stored requests are too large together.
+            TooManyStreams: too many sessions of this client wait, or they are too large together.
             BudgetExceeded: today's budget does not cover this.
             StoreUnavailable: Redis cannot be reached.
         """
@@ -284,7 +284,7 @@ class Admission:
         client, ttl = order.client.name, settings.session_ttl
         # All that is asked of Redis goes in one round trip; where something refuses, the rest is undone.
         calls = [
-            self._accounts.admitting(client, session_id, order.worst, ttl=ttl),
+            self._accounts.admitting(client, session_id, order.worst, ttl=ttl, stored=len(prepared.request)),
             self._sessions.preparing(session_id, prepared),
             *([counting.call()] if counting is not None else []),
         ]

@@ -137,6 +137,8 @@ def _allowances(settings: Settings) -> Allowances:
         daily_tokens=settings.daily_tokens,
         daily_cost=to_nano(settings.daily_cost) or 0,
         total_daily_cost=to_nano(settings.total_daily_cost) or 0,
+        waiting_bytes=settings.max_prepared_bytes,
+        total_waiting_bytes=settings.total_prepared_bytes,
     )
 
 

@@ -25,6 +25,8 @@ class Allowances:
         daily_tokens: of a client.
         daily_cost: of a client, nano-USD.
         total_daily_cost: of everyone together, nano-USD.
+        waiting_bytes: of a client's waiting sessions, as their requests are stored.
+        total_waiting_bytes: of everyone's; above half of them, a client may hold a sixteenth of what is left.
     """
 
     waiting: int
@@ -32,6 +34,8 @@ class Allowances:
     daily_tokens: int
     daily_cost: int
     total_daily_cost: int
+    waiting_bytes: int = 8 * 1024 * 1024
+    total_waiting_bytes: int = 256 * 1024 * 1024
 
     @property
     def limit_cost(self) -> bool:

@@ -117,6 +117,7 @@ class AccountStore:
         self._store = store
         self._allowances = allowances
         self._admit = store.script("admit")
+        self._forget = store.script("forget")
         self._reserve = store.script("reserve")
         self._release = store.script("release")
         self._settle = store.script("settle")
@@ -124,30 +125,34 @@ class AccountStore:
         self._take = store.script("take")
         self._hold = store.script("hold")
 
-    async def admit(self, client: str, session_id: str, worst: Worst, *, ttl: int) -> None:
-        """Note a session that is prepared; it waits for ``ttl`` seconds.
+    async def admit(self, client: str, session_id: str, worst: Worst, *, ttl: int, stored: int = 0) -> None:
+        """Note a session that is prepared; it waits for ``ttl`` seconds and takes ``stored`` bytes.
 
         Raises:
-            TooManyStreams: too many of the client's wait.
+            TooManyStreams: too many of the client's wait, or they are too large together.
+        Overloaded: all that wait are too large together.
             BudgetExceeded: what is spent today leaves no room for it.
         """
-        check_admitted((await self._store.run([self.admitting(client, session_id, worst, ttl=ttl)]))[0])
+        check_admitted(
+            (await self._store.run([self.admitting(client, session_id, worst, ttl=ttl, stored=stored)]))[0]
+        )
 
-    def admitting(self, client: str, session_id: str, worst: Worst, *, ttl: int) -> Call:
+    def admitting(self, client: str, session_id: str, worst: Worst, *, ttl: int, stored: int = 0) -> Call:
         """What `admit` does, to be run together with something else; its reply is for `check_admitted`."""
         allowed = self._allowances
+        own, own_bytes, all_waiting, all_bytes = self._waiting(client)
         return self._admit.call(
-            [self._key("waiting", client), self._key("account", client), self._everyone],
+            [own, self._key("account", client), self._everyone, own_bytes, all_waiting, all_bytes],
             [
                 *(session_id, ttl, worst.tokens, worst.cost),
                 *(allowed.waiting, allowed.daily_tokens, allowed.daily_cost, allowed.total_daily_cost),
+                *(stored, allowed.waiting_bytes, allowed.total_waiting_bytes),
             ],
         )
 
     async def forget(self, client: str, session_id: str) -> None:
         """A prepared session waits no more."""
-        async with bounded_call():
-            await self._store.redis.zrem(self._key("waiting", client), session_id)
+        await self._forget(self._waiting(client), [session_id])
 
     async def reserve(self, reservation: Reservation, *, force: bool = False) -> int:
         """Take a slot and the worst case, from all accounts or from none; returns the day of the claim.
@@ -162,7 +167,7 @@ class AccountStore:
         """
         allowed, worst = self._allowances, reservation.worst
         reply = await self._reserve(
-            [*self._keys(reservation.token, reservation.client), self._key("waiting", reservation.client)],
+            [*self._keys(reservation.token, reservation.client), *self._waiting(reservation.client)],
             [
                 *(reservation.token, reservation.session_id, reservation.client, reservation.model),
                 *(worst.tokens, worst.cost, round(LEASE * 1000)),
@@ -327,6 +332,12 @@ class AccountStore:
             *(self._everyone, self._open),
         ]
 
+    def _waiting(self, client: str) -> list[str]:
+        """The waiting sessions of a client and their bytes, then those of all."""
+        prefix = f"{self._store.prefix}:{{accounts}}"
+        own = [self._key("waiting", client), self._key("waiting_bytes", client)]
+        return [*own, f"{prefix}:all_waiting", f"{prefix}:all_waiting_bytes"]
+
     def _key(self, kind: str, name: str) -> str:
         return f"{self._store.prefix}:{{accounts}}:{kind}:{name}"
 
@@ -350,7 +361,8 @@ def check_admitted(reply: list[Any]) -> None:
     """Take the reply of `AccountStore.admitting`.
 
     Raises:
-        TooManyStreams: too many of the client's wait.
+        TooManyStreams: too many of the client's wait, or they are too large together.
+        Overloaded: all that wait are too large together.
         BudgetExceeded: what is spent today leaves no room for it.
     """
     _raise_refusal(reply)
@@ -363,6 +375,9 @@ def _raise_refusal(reply: list[Any], budget_retry: float | None = None) -> None:
     if kind in (b"waiting", b"streams"):
         message = "Too many of your sessions wait to be started." if kind == b"waiting" else ""
         raise TooManyStreams(message, retry_after=min(float(reply[1]), STREAMS_RETRY))
+    if kind == b"full":
+        message = "Too many requests wait to be started; try again in a moment."
+        raise Overloaded(message, retry_after=float(reply[1]))
     if kind == b"closed":
         raise Overloaded("This claim was given back.")
     everyone = kind == b"total"

@@ -1,7 +1,7 @@
 -- reserve: takes a slot and the worst case of one generation from all accounts it touches, or nothing. Asking again
 -- with the same token gives the same answer, and renews the lease.
 -- KEYS[1] reservation, [2] the client's slots, [3] the client's account, [4] everyone's account, [5] all open ones,
---     [6] the client's waiting sessions
+--     [6] the client's waiting sessions, [7] their bytes and total, [8] all waiting sessions, [9] their bytes and total
 -- ARGV: token, session, client, model, worst tokens, worst cost, lease in ms,
 --       limits: streams, tokens a day, cost a day, everyone's cost a day; the day of a generation that runs already
 --       ('0' for today), to reserve whatever the limits say and also what was given back; else ''
@@ -55,5 +55,12 @@ redis.call('ZADD', KEYS[2], ms + ARGV[7], ARGV[1])
 redis.call('EXPIRE', KEYS[2], 259200)
 redis.call('ZADD', KEYS[5], ms + ARGV[7], ARGV[1])
 redis.call('EXPIRE', KEYS[5], 259200)
-redis.call('ZREM', KEYS[6], ARGV[2])
+for i = 6, 8, 2 do
+  local size = redis.call('HGET', KEYS[i + 1], ARGV[2])
+  if size then
+    redis.call('HDEL', KEYS[i + 1], ARGV[2])
+    redis.call('HINCRBY', KEYS[i + 1], 'total', string.format('%d', 0 - size))
+  end
+  redis.call('ZREM', KEYS[i], ARGV[2])
+end
 return {'ok', day}
