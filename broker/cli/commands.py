@@ -6,10 +6,12 @@ Each command imports its own module when it runs, so that none waits for the lib
 from __future__ import annotations
 
 from enum import StrEnum
+from importlib import metadata
 from typing import Annotated
 
 import typer
 
+from broker.cli.output import write
 from broker.cli.words import CREDENTIAL
 
 # Checked where all settings are, so that a bad one is told of in the same words wherever it was written.
@@ -44,10 +46,26 @@ DEFAULT_URL = "http://127.0.0.1:3000"
 app = typer.Typer(
     help="Stands between a web page and a language model.",
     no_args_is_help=True,
-    add_completion=False,
     # A traceback of a command could show a key.
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        write(f"broker {metadata.version('session-broker')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _broker(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

@@ -17,6 +17,7 @@ from broker.cli.words import complain
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+_REHEARSAL = "rehearsal/"
 _MILLION = 1_000_000
 _DEAREST = Decimal(1_000)  # USD a token; more is no price
 
@@ -50,7 +51,9 @@ async def _fetch(query: str, *, free: bool, url: str, token: str | None) -> list
 
 def table(entries: Iterable[Mapping[str, Any]]) -> Table:
     """Lay out entries of GET /models; prices are USD per million tokens."""
-    shown = Table("id", "name", box=None, pad_edge=False, header_style="bold")
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    shown.add_column("id", no_wrap=True)  # half an id could not be asked for
+    shown.add_column("name", overflow="fold", min_width=20)
     for heading in ("context", "prompt $/M", "completion $/M"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for entry in entries:
@@ -58,12 +61,18 @@ def table(entries: Iterable[Mapping[str, Any]]) -> Table:
         known = prices if isinstance(prices, dict) else {}
         shown.add_row(
             cell(entry.get("id")),
-            cell(entry.get("name")),
+            cell(_name(entry)),
             context(entry.get("context_length")),
             per_million(known.get("prompt")),
             per_million(known.get("completion")),
         )
     return shown
+
+
+def _name(entry: Mapping[str, Any]) -> object:
+    """The name; of a model of the rehearsal, which is named after its id, what it does."""
+    does = entry.get("description")
+    return does if does and str(entry.get("id")).startswith(_REHEARSAL) else entry.get("name")
 
 
 def context(tokens: object) -> str:

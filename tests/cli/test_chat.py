@@ -425,3 +425,11 @@ async def test_an_odd_list_of_models_is_one_sentence(models: Any) -> None:
     async with fake_broker(prepare=[no_model()], models=models) as broker:
         told = "broker: What answers there is not a session broker.\n"
         assert await run("chat", "hi", "--url", broker.url) == (1, "", told)
+
+
+async def test_a_refused_request_says_how_long_to_wait() -> None:
+    error = {"error": {"code": "rate_limited", "message": "Too many requests."}}
+    refusal = web.json_response(error, status=429, headers={"Retry-After": "17"})
+    async with fake_broker(sends(done(1)), prepare=[refusal]) as broker:
+        told = "broker: Too many requests. Try again in 17 s.\n"
+        assert await run("chat", "hi", "--model", "a/b", "--url", broker.url) == (1, "", told)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
+import os
+import pty
+import struct
+import termios
 from typing import Any
 
 import pytest
@@ -54,6 +60,56 @@ def test_an_entry_is_shown_as_it_is_whatever_it_holds() -> None:
         console.print(table(entries))
     lines = [line.split() for line in capture.get().splitlines()]
     assert lines[1:] == [["a/b", "[red]B[/red]\\[i][2J", ":cat:", "free", "varies"], ["a/c"], []]
+
+
+LONG_ID = "rehearsal/a-model-with-a-very-long-name-that-goes-on-and-on:free"
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80, 300])
+async def test_an_id_is_whole_and_a_rehearsal_says_what_it_does_however_narrow_the_terminal(
+    columns: int,
+) -> None:
+    does = "Waits five seconds, then says one sentence."
+    entry = {"id": LONG_ID, "name": "Rehearsal: Long name", "description": does, "pricing": {"prompt": "0"}}
+    async with fake_broker(models=[entry]) as broker:
+        out = await on_a_terminal(columns, "models", "--url", broker.url)
+        _, piped, _ = await run("models", "--url", broker.url)
+    assert LONG_ID in out
+    assert " ".join(out.split()).count("sentence.") == 1
+    assert LONG_ID in piped
+    assert does in piped
+
+
+async def test_what_other_services_say_of_a_model_is_left_out() -> None:
+    entry = {"id": "a/b", "name": "The model", "description": "Paragraphs of praise."}
+    async with fake_broker(models=[entry]) as broker:
+        _, out, _ = await run("models", "--url", broker.url)
+    assert "The model" in out
+    assert "praise" not in out
+
+
+async def on_a_terminal(columns: int, *args: str) -> str:
+    """What a command prints on a terminal of that width."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    reading = asyncio.create_task(asyncio.to_thread(_read_all, ours))
+    try:
+        status, _, _ = await run(*args, stdout=its, env={"TERM": "xterm", "COLUMNS": ""})
+    finally:
+        os.close(its)
+    assert status == 0
+    return await reading
+
+
+def _read_all(terminal: int) -> str:
+    found = b""
+    try:
+        while data := os.read(terminal, 65536):
+            found += data
+    except OSError:
+        pass  # how Linux says that the other end is closed
+    os.close(terminal)
+    return found.decode()
 
 
 async def test_a_long_list_is_read_to_its_end() -> None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from contextlib import asynccontextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -161,6 +162,60 @@ def test_both_names_of_the_program_are_the_same(tmp_path: Path) -> None:
         assert "Usage: broker" in told.stdout
         for command in ("serve", "rehearse", "chat", "models"):
             assert command in told.stdout
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+async def test_the_first_line_says_what_to_open(log_format: str, host: str, tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "broker", "serve", "--rehearsal", "--port", "0", "--host", host),
+        cwd=tmp_path,
+        env=clean_environment({"BROKER_LOG_FORMAT": log_format}),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(30):
+            first = (await process.stdout.readline()).decode()
+        shown = f"[{host}]" if ":" in host else host
+        assert first.startswith(f"Open http://{shown}:")
+        url = first.removeprefix("Open ").strip()
+        async with aiohttp.ClientSession() as page, page.get(url) as answer:
+            assert "<title>Session Broker</title>" in await answer.text()
+    finally:
+        process.terminate()
+        await process.wait()
+    assert process.returncode == 0
+
+
+async def test_the_service_needs_no_standard_output(tmp_path: Path) -> None:
+    for nowhere in (">&-", ">/dev/full"):
+        port = free_port()
+        (tmp_path / "err").write_text("")
+        script = f'exec "{sys.executable}" -m broker serve --rehearsal --port {port} {nowhere} 2>err'
+        process = await asyncio.create_subprocess_exec(
+            "bash", "-c", script, cwd=tmp_path, env=clean_environment({})
+        )
+        try:
+            await eventually(lambda: "listening" in (tmp_path / "err").read_text(), 30)
+        finally:
+            process.terminate()
+            await process.wait()
+        assert process.returncode == 0
+
+
+async def test_its_version_is_told() -> None:
+    assert await run("--version") == (0, f"broker {metadata.version('session-broker')}\n", "")
+
+
+async def test_a_shell_completes_its_commands(tmp_path: Path) -> None:
+    env = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    status, _, err = await run("--install-completion", "bash", env=env)
+    assert (status, err) == (0, "")
+    assert (tmp_path / ".bash_completions" / "broker.sh").read_text()
+    asked = {"_BROKER_COMPLETE": "complete_bash", "COMP_WORDS": "broker mo", "COMP_CWORD": "1"}
+    assert await run(env=asked) == (0, "models\n", "")
 
 
 async def test_rehearsal_needs_no_key() -> None:
