@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.system.browser import readme_lines
+from tests.system.browser import README, readme_lines
+from tests.system.harness import running_broker
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,6 +39,36 @@ async def test_the_lines_of_a_page_are_strict_typescript(typescript: Path, tmp_p
     (tmp_path / "page.ts").write_text(AROUND + readme_lines())
     status, told = await ran(str(typescript), *STRICT, *BROWSER, str(tmp_path / "page.ts"))
     assert (status, told) == (0, "")
+
+
+def blocks(kind: str) -> list[str]:
+    """The fenced blocks of that kind."""
+    return re.findall(rf"^```{kind}\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+
+
+async def test_the_commands_for_curl_do_what_they_say() -> None:
+    (script,) = blocks("bash")
+    async with running_broker() as broker:
+        status, told = await ran("bash", "-eu", "-c", script.replace("http://127.0.0.1:3000", broker.url))
+        requests = re.findall(r'"path": "(/[a-z]*)[^"]*", "status": (\d+)', broker.log())
+    assert status == 0
+    assert told.count("event: chunk") > 10
+    assert told.count("event: done") == 1
+    assert "rehearsal/plain:free" in told
+    assert re.search(r'"requests":\s*1\b', told)
+    asked = [request for request in requests if not request[0].startswith("/health")]
+    assert asked == [("/prepare", "201"), *[("/stream", "200")] * 2, ("/models", "200"), ("/usage", "200")]
+
+
+def test_the_first_two_commands_are_all_the_set_up_and_every_command_is_fenced() -> None:
+    first, second = blocks("sh")[:2]
+    for command in (first, second):
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -q ")
+        assert command.count("\n") == 1
+    assert first.endswith("&& .venv/bin/broker serve --rehearsal\n")
+    assert second.endswith("&& .venv/bin/python -m pytest\n")
+    indented = re.findall(r"^ {4}\S.*$", README.read_text(), re.MULTILINE)
+    assert not [line for line in indented if re.search(r"\b(broker|pip|curl|docker|pytest) ", line)]
 
 
 @pytest.fixture
