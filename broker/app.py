@@ -13,6 +13,7 @@ from broker.catalog import Catalog
 from broker.core.accounts import Allowances
 from broker.core.origins import Origins
 from broker.core.pricing import to_nano
+from broker.core.speed import estimate_speed
 from broker.density import Densities
 from broker.naming import Naming
 from broker.relay.registry import Registry
@@ -72,6 +73,8 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         await catalog.known((), timeout=0)  # a worker that only ever streams needs the prices too
         densities = Densities(DensityStore(store, upstream_url))
         stack.push_async_callback(densities.close)
+        speeds = Densities(DensityStore(store, upstream_url, "speed"), estimate=estimate_speed)
+        stack.push_async_callback(speeds.close)
         running_ttl = int(settings.deadline) + settings.resume_ttl + AFTER_DEADLINE
         allowances = app[keys.ALLOWANCES] = _allowances(settings)
         accounts = app[keys.ACCOUNTS] = AccountStore(store, allowances)
@@ -82,7 +85,13 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
             resume_ttl=settings.resume_ttl,
         )
         registry = app[keys.REGISTRY] = _registry(
-            settings, store, sessions, accounts, upstream, _money(catalog, upstream, densities), running_ttl
+            settings,
+            store,
+            sessions,
+            accounts,
+            upstream,
+            _money(catalog, upstream, densities, speeds),
+            running_ttl,
         )
         stack.push_async_callback(registry.close)
         registry.start()
@@ -142,7 +151,7 @@ def _allowances(settings: Settings) -> Allowances:
     )
 
 
-def _money(catalog: Catalog, upstream: UpstreamClient, densities: Densities) -> Money:
+def _money(catalog: Catalog, upstream: UpstreamClient, densities: Densities, speeds: Densities) -> Money:
     async def prices_of(model: str) -> Prices | None:
         found = (await catalog.known([model], timeout=PRICES_TIMEOUT)).get(model)
         return found.prices if found is not None else None
@@ -150,11 +159,16 @@ def _money(catalog: Catalog, upstream: UpstreamClient, densities: Densities) -> 
     async def fetch(generation_id: str) -> Mapping[str, Any] | None:
         return await fetch_generation(upstream.openai, generation_id)
 
+    async def speed_of(model: str) -> float | None:
+        return (await speeds.of([model])).get(model)
+
     return Money(
         prices_of=prices_of,
         fetch_generation=fetch,
         keeps_records=lambda: catalog.openrouter,
         learn=densities.learn,
+        speed_of=speed_of,
+        learn_speed=speeds.learn,
     )
 
 

@@ -50,11 +50,19 @@ class Densities:
 
     Args:
         store: the samples in Redis.
+        estimate: what samples say together; bytes per token unless told otherwise.
         clock: seconds that only go forward.
     """
 
-    def __init__(self, store: DensityStore, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        store: DensityStore,
+        *,
+        estimate: Callable[[Iterable[Sample]], float | None] = estimate,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._store = store
+        self._estimate = estimate
         self._clock = clock
         self._held: dict[str, _Held] = {}
         self._reads: dict[str, asyncio.Task[None]] = {}
@@ -128,7 +136,7 @@ class Densities:
 
     def _hold(self, name: str, samples: Iterable[Sample]) -> None:
         before = self._held.pop(name, None)
-        known = estimate(samples)
+        known = self._estimate(samples)
         if known is None and before is not None:  # Redis has lost what it knew; this worker need not
             known = before.bytes_per_token
         self._held[name] = _Held(known, self._clock() + FRESH)

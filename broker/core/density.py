@@ -63,12 +63,12 @@ class Sample(NamedTuple):
     Attributes:
         model: without its variant.
         client: who asked; any stable word.
-        bytes_per_token: from ``LEAST`` to ``MOST``.
+        value: bytes per token, from ``LEAST`` to ``MOST``; or what else is learned in the same way.
     """
 
     model: str
     client: str
-    bytes_per_token: float
+    value: float
 
 
 def without_variant(model: str) -> str:
@@ -168,7 +168,7 @@ def _speakers(samples: Iterable[Sample]) -> list[list[float]]:
     """The samples of each client that has enough, and those of all the others together, if they are enough."""
     by_client: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
-        by_client[sample.client].append(sample.bytes_per_token)
+        by_client[sample.client].append(sample.value)
     alone = [values for values in by_client.values() if len(values) >= ENOUGH]
     together = [value for values in by_client.values() if len(values) < ENOUGH for value in values]
     return [*alone, together] if len(together) >= ENOUGH else alone

@@ -18,6 +18,7 @@ from broker.core.events import done_data, error_data
 from broker.core.pricing import to_usd
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Step, Terminal, advance, short
+from broker.core.speed import speed_of
 from broker.store.sessions import Refusal
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Ending:
         self._proposed: Terminal | None = None
         self._loop = asyncio.get_running_loop()
         self._started_at = self._loop.time()
+        self._seconds: float | None = None
 
     async def decide(self, decided: Terminal | None, step: Step, failure: SessionError | None) -> Terminal:
         """Count, decide and book. Whatever goes wrong here, the session ends.
@@ -158,12 +160,27 @@ class Ending:
             usage=answer.usage,
         )
 
+    def speed(self) -> Sample | None:
+        """What this answer teaches of how fast its model writes, if it does."""
+        answer = self._reading.answer
+        if not answer.complete or answer.finish_reason is None:
+            return None
+        return speed_of(
+            model=self._prepared.model,
+            client=self._prepared.client,
+            usage=answer.usage,
+            seconds=self._seconds,
+        )
+
     async def _count(self) -> Spent:
+        if self._reading.asked_at is not None:
+            self._seconds = self._loop.time() - self._reading.asked_at
         return await self._settler.count(
             self._reading.answer,
             self._reservation,
             prompt_tokens=self._prepared.prompt_tokens,
             asked=self._reading.asked,
+            seconds=self._seconds or 0.0,
         )
 
     def terminal(self, step: Step, failure: SessionError | None) -> Terminal:

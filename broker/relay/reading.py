@@ -48,6 +48,7 @@ class Reading:
         data_due: monotonic time by which data must have come; comments are no data.
         first_chunk_at: monotonic time of the first chunk.
         asked: the upstream may have begun to generate.
+        asked_at: monotonic time of the last request.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Reading:
         self.answer = Answer(upstream.secrets)
         self.first_chunk_at: float | None = None
         self.asked = False
+        self.asked_at: float | None = None
         self._request = prepared.request
         self._referer = prepared.referer
         self._upstream = upstream
@@ -113,7 +115,7 @@ class Reading:
         attempt = 0
         while True:
             self.data_due = self._loop.time() + self._bounds.first_data_timeout
-            self.asked = True
+            self.asked, self.asked_at = True, self._loop.time()
             try:
                 return await self._upstream.open_chat(self._request, referer=self._referer)
             except UpstreamError as error:

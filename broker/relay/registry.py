@@ -100,7 +100,7 @@ class Registry:
         self._upstream = upstream
         self._bounds = bounds
         self._accounts = accounts
-        self._learn = money.learn
+        self._learn, self._learn_speed = money.learn, money.learn_speed
         self._limits = limits
         self._running: dict[str, Generation] = {}
         self._kept = Kept(limits.resume_ttl)
@@ -273,6 +273,8 @@ class Registry:
         self._journal.remove(generation)
         if (sample := generation.ending.sample()) is not None:
             self._tasks.spawn_extra(self._learn(sample))
+        if (speed := generation.ending.speed()) is not None:
+            self._tasks.spawn_extra(self._learn_speed(speed))
         if generation.feed.end is not None and not generation.fenced:
             self._kept.add(generation, asyncio.get_running_loop().time())
 

@@ -18,7 +18,7 @@ from broker.core.accounts import Spent, spent_of
 from broker.core.errors import StoreUnavailable, UpstreamError
 from broker.core.pricing import completion_of, cost_of, count_of, told_cost, told_cost_of_record
 from broker.core.session import short
-from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, estimate_text
+from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, IMAGE_TOKENS, estimate_text
 from broker.store.accounts import Estimate
 
 if TYPE_CHECKING:
@@ -66,7 +66,13 @@ class Settler:
         self._asking: set[str] = set()
 
     async def count(
-        self, answer: Answer, reservation: Reservation, *, prompt_tokens: int, asked: bool
+        self,
+        answer: Answer,
+        reservation: Reservation,
+        *,
+        prompt_tokens: int,
+        asked: bool,
+        seconds: float = 0.0,
     ) -> Spent:
         """What an answer took.
 
@@ -75,19 +81,23 @@ class Settler:
             reservation: for what was asked.
             prompt_tokens: our estimate of the prompt.
             asked: the upstream may have generated; if not, nothing is to be paid.
+            seconds: from the request to the end, where that is known.
         """
         if not asked:
             return Spent()
         told = has_counts(answer.usage)
-        usage = {
-            **(answer.usage or {}),
-            **({} if told else estimated_usage(answer, reservation, prompt_tokens)),
-        }
+        usage = dict(answer.usage or {})
+        if not told:
+            speed = await self._money.speed_of(reservation.model) if seconds else None
+            usage |= estimated_usage(answer, reservation, prompt_tokens, unseen=int((speed or 0.0) * seconds))
+            usage.pop("total_tokens", None)
         cost = cost_of(usage, None)
         if cost is None:
             model = reservation.model
             prices = await self._money.prices_of(answer.model or model) or await self._money.prices_of(model)
             cost = cost_of(usage, prices, minute_of_day=_minute_of_day())
+            if (least := told_cost(answer.interim_usage or {})) is not None and not told:
+                cost = max(cost or 0, least)
         return spent_of(usage, cost, estimated=not told and told_cost(usage) is None)
 
     async def settle(
@@ -172,11 +182,26 @@ def _minute_of_day() -> int:
     return now.hour * 60 + now.minute
 
 
-def estimated_usage(answer: Answer, reservation: Reservation, prompt_tokens: int) -> dict[str, int]:
-    """Our own count. The upstream was told to write no more than is reserved, so that is the most it can be."""
-    written = estimate_text(answer.text_bytes, DEFAULT_BYTES_PER_TOKEN)
+def estimated_usage(
+    answer: Answer, reservation: Reservation, prompt_tokens: int, unseen: int = 0
+) -> dict[str, int]:
+    """Our own count, never below what the upstream has told on the way.
+
+    The upstream was told to write no more than is reserved, so that is the most that we assume by ourselves.
+
+    Args:
+        answer: what was learned of it.
+        reservation: for what was asked.
+        prompt_tokens: our estimate of the prompt.
+        unseen: tokens that the model may have written in its time, shown or not.
+    """
+    told = answer.interim_usage or {}
+    seen = estimate_text(answer.text_bytes, DEFAULT_BYTES_PER_TOKEN) + answer.media * IMAGE_TOKENS
     reserved = max(0, reservation.worst.tokens - prompt_tokens)
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": min(written, reserved)}
+    return {
+        "prompt_tokens": max(prompt_tokens, count_of(told.get("prompt_tokens")) or 0),
+        "completion_tokens": max(min(max(seen, unseen), reserved), completion_of(told) or 0),
+    }
 
 
 def spent_in_record(record: Mapping[str, Any]) -> Spent | None:

@@ -56,9 +56,13 @@ class Money(NamedTuple):
         fetch_generation: the upstream's own books.
         keeps_records: whether the upstream keeps such books at all; only OpenRouter does.
         learn: is given what an answer teaches of its model's tokenizer.
+        speed_of: tokens a second that a model writes; None where that is not known. Does not wait for long.
+        learn_speed: is given what an answer teaches of that.
     """
 
     prices_of: PricesOf
     fetch_generation: FetchGeneration
     keeps_records: Callable[[], bool]
     learn: Callable[[Sample], Coroutine[Any, Any, None]]
+    speed_of: Callable[[str], Awaitable[float | None]]
+    learn_speed: Callable[[Sample], Coroutine[Any, Any, None]]

@@ -1,4 +1,4 @@
-"""What was learned of each model's bytes per token, in Redis, for all workers of one upstream.
+"""What was learned of each model's bytes per token and tokens a second, in Redis, for all workers of one upstream.
 
 Two keys an upstream: the samples by model, and the models by the time of their last sample, by which those that nobody
 uses any more go. What the samples say together is not known here.
@@ -33,13 +33,14 @@ class DensityStore:
     Args:
         store: the connection.
         upstream_url: the upstream's base URL; the same name may be another model elsewhere.
+        kind: what the samples are of; a word for the keys.
     """
 
-    def __init__(self, store: Store, upstream_url: str) -> None:
+    def __init__(self, store: Store, upstream_url: str, kind: str = "density") -> None:
         upstream = sha256(upstream_url.rstrip("/").encode()).hexdigest()[:16]
         self._store = store
-        self._samples_key = f"{store.prefix}:density:{{{upstream}}}:samples"
-        self._heard_key = f"{store.prefix}:density:{{{upstream}}}:heard"
+        self._samples_key = f"{store.prefix}:{kind}:{{{upstream}}}:samples"
+        self._heard_key = f"{store.prefix}:{kind}:{{{upstream}}}:heard"
         self._learn = store.script("learn")
 
     async def learn(self, sample: Sample) -> list[Sample]:
@@ -48,7 +49,7 @@ class DensityStore:
         reply: bytes = await self._learn(
             [self._samples_key, self._heard_key],
             [
-                *(sample.model, client, f"{sample.bytes_per_token:.3f}"),
+                *(sample.model, client, f"{sample.value:.3f}"),
                 *(KEPT_OF_MODEL, KEPT_OF_CLIENT, MAX_MODELS, TTL),
             ],
         )
@@ -63,6 +64,6 @@ class DensityStore:
 
 
 def _read(model: str, samples: bytes) -> list[Sample]:
-    """Read 'client:bytes per token' words."""
+    """Read 'client:value' words."""
     pairs = (word.partition(":") for word in samples.decode().split())
-    return [Sample(model, client, float(bytes_per_token)) for client, _, bytes_per_token in pairs]
+    return [Sample(model, client, float(value)) for client, _, value in pairs]

@@ -27,7 +27,7 @@ def sample(bytes_per_token: float, client: str = "me", model: str = "a/b") -> Sa
 
 
 def values(samples: Iterable[Sample]) -> list[float]:
-    return [sample.bytes_per_token for sample in samples]
+    return [sample.value for sample in samples]
 
 
 async def soon(awaitable: Awaitable[T]) -> T:
@@ -140,8 +140,8 @@ async def test_of_one_client_only_the_newest_are_kept(density: DensityStore) -> 
     for number in range(KEPT_OF_CLIENT + 5):
         kept = await density.learn(sample(1 + number / 10))
     assert len(kept) == KEPT_OF_CLIENT
-    assert kept[0].bytes_per_token == pytest.approx(1 + (KEPT_OF_CLIENT + 4) / 10)
-    assert kept[-1].bytes_per_token == pytest.approx(1.5)
+    assert kept[0].value == pytest.approx(1 + (KEPT_OF_CLIENT + 4) / 10)
+    assert kept[-1].value == pytest.approx(1.5)
 
 
 async def test_however_many_answers_one_client_sends_the_others_lose_a_quarter_at_most(
