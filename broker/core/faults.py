@@ -42,7 +42,13 @@ _BY_STATUS: dict[int, type[UpstreamError]] = {
 _MODERATION = frozenset({"content_policy_violation", "refusal", "moderation", "content_filter"})
 _MAX_MESSAGE = 300
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_SECRET = re.compile(r"(?i)(?:\b|(?<=_))(?:sk|pk|key|bearer|token)[-_ :=]+(?=\S*\d)[A-Za-z0-9._~+/=-]{6,}")
+# Whatever looks like a key, with the word before it that says so. Every repetition is possessive or bounded, so that it
+# never looks at a character more often than a fixed number of times; the first digit stands within 64 characters.
+_SECRET = re.compile(
+    r"(?i)(?:\b|(?<=_))(?:sk|pk|key|bearer|token)[-_ :=]++(?=[A-Z._~+/=-]{0,64}+\d)[A-Z0-9._~+/=-]{6,}+"
+)
+_MAX_READ = 2_000
+"""Characters of a message that are looked at; the rest would not be told anyway."""
 
 
 def fault_of_status(
@@ -193,8 +199,12 @@ def _told(error: Mapping[str, Any] | None, secrets: tuple[str, ...]) -> str:
     message = (error.get("message") or error.get("detail")) if error else None
     if not isinstance(message, str):
         return ""
-    message = _CONTROL.sub(" ", message.encode("utf-8", "replace").decode())
-    for secret in secrets:
+    for secret in filter(None, secrets):  # of the whole text, or the cut might leave half of one
         message = message.replace(secret, "…")
+    if len(message) > _MAX_READ:
+        # A page controls this text wherever an upstream repeats its input. The last word may be half a secret.
+        message = message[:_MAX_READ]
+        message = message.rpartition(" ")[0] or message
+    message = _CONTROL.sub(" ", message.encode("utf-8", "replace").decode())
     message = " ".join(_SECRET.sub("…", message).split())
     return message if len(message) <= _MAX_MESSAGE else message[: _MAX_MESSAGE - 1] + "…"

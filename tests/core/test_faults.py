@@ -197,3 +197,18 @@ def test_waits_double_up_to_eight_seconds() -> None:
 
 def test_waits_vary_by_a_quarter() -> None:
     assert [backoff(1, jitter) for jitter in (0.0, 1.0)] == [0.75, 1.25]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["key" + "-" * 24_000, "key-" * 6_000, "token=" * 4_000, "sk_" * 8_000 + "1", "key " + "a" * 24_000],
+)
+def test_a_long_message_made_to_slow_us_down_is_told_cut(text: str) -> None:
+    told = rejected(text)
+    assert 0 < len(told) <= 300
+
+
+@pytest.mark.parametrize("before", ["x" * 1_990, "word " * 398 + "words", "x" * 1_999, "key-abc1234 " * 166])
+def test_a_secret_where_a_long_message_is_cut_is_not_cut_in_half(before: str) -> None:
+    assert KEY[:8] not in rejected(f"{before} {KEY} and more of it")
+    assert "abc1" not in rejected(f"{before} sk-or-v1-abc123456789 and more of it")
