@@ -164,6 +164,7 @@ def _money(catalog: Catalog, upstream: UpstreamClient, densities: Densities, spe
 
     return Money(
         prices_of=prices_of,
+        name_of=catalog.name_in_list,
         fetch_generation=fetch,
         keeps_records=lambda: catalog.openrouter,
         learn=densities.learn,

@@ -120,6 +120,14 @@ class Catalog:
         held = self._kept()
         return held.models.dearest if held is not None else None
 
+    def name_in_list(self, model_id: str) -> str | None:
+        """The name by which the list knows a model, empty where it does not; None where there is no list."""
+        held = self._kept()
+        if held is None or not held.models.entries:
+            return None
+        base = model_id.partition(":")[0].partition("@")[0]
+        return next((name for name in (model_id, base) if held.models.find(name) is not None), "")
+
     async def models(self) -> Models:
         """The list, fresh where that can be had within a short wait.
 

@@ -19,7 +19,7 @@ from broker.core.errors import StoreUnavailable, UpstreamError
 from broker.core.pricing import completion_of, cost_of, count_of, told_cost, told_cost_of_record
 from broker.core.session import short
 from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, IMAGE_TOKENS, estimate_text
-from broker.store.accounts import Estimate
+from broker.store.accounts import OTHER, Estimate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -111,9 +111,22 @@ class Settler:
             StoreUnavailable: it could not be booked now.
         """
         ask = spent.estimated and generation_id is not None and self._money.keeps_records()
-        await self._accounts.settle(reservation, spent, state, generation_id=generation_id if ask else None)
+        await self._accounts.settle(
+            reservation,
+            spent,
+            state,
+            generation_id=generation_id if ask else None,
+            model=self._name(reservation.model, answered=spent.completion > 0),
+        )
         if ask and generation_id is not None:
             self.ask(Estimate(reservation, generation_id, 0.0))
+
+    def _name(self, model: str, *, answered: bool) -> str:
+        """A model's name for the books: of the list; without one, of those that the upstream has answered."""
+        name = self._money.name_of(model)
+        if name is None:
+            return model if answered else OTHER
+        return name or OTHER
 
     @property
     def room(self) -> int:

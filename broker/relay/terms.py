@@ -53,6 +53,7 @@ class Money(NamedTuple):
 
     Attributes:
         prices_of: what models cost.
+        name_of: the name by which the list of models knows one, empty where it does not; None without a list.
         fetch_generation: the upstream's own books.
         keeps_records: whether the upstream keeps such books at all; only OpenRouter does.
         learn: is given what an answer teaches of its model's tokenizer.
@@ -61,6 +62,7 @@ class Money(NamedTuple):
     """
 
     prices_of: PricesOf
+    name_of: Callable[[str], str | None]
     fetch_generation: FetchGeneration
     keeps_records: Callable[[], bool]
     learn: Callable[[Sample], Coroutine[Any, Any, None]]

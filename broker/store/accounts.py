@@ -8,7 +8,7 @@ is a lease: its worker renews it, and when that dies others find it among the op
 from __future__ import annotations
 
 import datetime as dt
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
@@ -41,6 +41,13 @@ BUDGET_RETRY = 30.0
 
 STREAMS_RETRY = 5.0
 """Seconds after which a page that waits for a slot comes again."""
+
+MAX_CLIENTS = 10_000
+MAX_MODELS = 500
+"""Names in the books of a day; the rest is `OTHER`. Clients come and go, and pages invent names of models."""
+
+OTHER = "other"
+"""What the books call clients and models that they do not name."""
 
 METRICS = (
     *("requests", "prompt", "completion", "cached", "reasoning"),
@@ -185,7 +192,13 @@ class AccountStore:
         await self._release(self._keys(token, client), [token, RECORD])
 
     async def settle(
-        self, reservation: Reservation, spent: Spent, state: State, *, generation_id: str | None = None
+        self,
+        reservation: Reservation,
+        spent: Spent,
+        state: State,
+        *,
+        generation_id: str | None = None,
+        model: str | None = None,
     ) -> None:
         """Book what a generation took, once, or put the truth in place of an estimate.
 
@@ -194,22 +207,33 @@ class AccountStore:
             spent: what it took.
             state: how it ended.
             generation_id: by which the upstream can be asked for the truth behind an estimate.
+            model: the name for the books, where that is not the one of the reservation.
         """
-        await self._book(reservation, spent, state=state, generation_id=generation_id or "")
+        await self._book(
+            reservation if model is None else replace(reservation, model=model),
+            spent,
+            state=state,
+            generation_id=generation_id or "",
+        )
 
     async def correct(self, reservation: Reservation, spent: Spent) -> None:
         """Put the truth in place of an estimate, and do nothing else."""
         await self._book(reservation, spent, state="", generation_id="")
 
     async def _book(self, reservation: Reservation, spent: Spent, *, state: str, generation_id: str) -> None:
-        keys = self._keys(reservation.token, reservation.client)
+        keys, day = self._keys(reservation.token, reservation.client), _date(reservation.day)
         await self._settle(
-            [*keys, self._books(_date(reservation.day)), self._estimates],
+            [
+                *keys,
+                self._books(day),
+                self._estimates,
+                *(self._names(kind, day) for kind in ("clients", "models")),
+            ],
             [
                 *(reservation.token, reservation.client, reservation.model, state),
                 *(spent.prompt, spent.completion, spent.cached, spent.reasoning, spent.cost or 0),
                 *(int(spent.cost is not None), int(spent.estimated), int(not state), reservation.day, RECORD),
-                *(generation_id, round(ASKED_AFTER * 1000)),
+                *(generation_id, round(ASKED_AFTER * 1000), MAX_CLIENTS, MAX_MODELS),
             ],
         )
 
@@ -340,6 +364,9 @@ class AccountStore:
 
     def _key(self, kind: str, name: str) -> str:
         return f"{self._store.prefix}:{{accounts}}:{kind}:{name}"
+
+    def _names(self, kind: str, day: dt.date) -> str:
+        return self._key(f"named:{kind}", day.isoformat())
 
     def _books(self, day: dt.date) -> str:
         return self._key("books", day.isoformat())

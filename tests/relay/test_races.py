@@ -179,7 +179,11 @@ def bookkeeper_of(store: Store, accounts: AccountStore) -> Bookkeeper:
         SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300),
         JournalStore(store, worker="living", running_ttl=960),
         WorkerStore(store, worker="living"),
-        Settler(accounts, Money(unknown, unknown, lambda: True, unknown, unknown, unknown), spawn=spawn),
+        Settler(
+            accounts,
+            Money(unknown, lambda model: model, unknown, lambda: True, unknown, unknown, unknown),
+            spawn=spawn,
+        ),
     )
 
 

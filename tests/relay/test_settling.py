@@ -565,3 +565,33 @@ async def test_the_truth_is_not_replaced_and_an_estimate_is_by_whoever_knows_bet
     await accounts.settle(reservation, Spent(5, 5, cost=50), State.LOST)
     await accounts.settle(reservation, Spent(6, 6, cost=60), State.LOST)
     assert await ledger(store.redis) == Ledger(1, 0, 10, 50)
+
+
+# The names in the books
+
+
+async def booked_models(broker: Broker, *models: str) -> list[str]:
+    for model in models:
+        session, _ = await prepared(broker, model=model)
+        await broker.read(session)
+    _, lines = await broker.app[keys.ACCOUNTS].books(None)
+    return [line.model for line in lines]
+
+
+async def test_the_books_name_models_of_the_list_and_no_invented_ones(
+    broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    upstream.replies = [answer_with({"cost": 0.001})]
+    invented = [f"{MODEL}:x{number}" for number in range(3)] + ["no/such", "z" * 200]
+    assert await booked_models(broker, MODEL, *invented) == ["other", MODEL]
+
+
+async def test_without_a_list_the_books_name_models_that_answered(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    upstream.replies = [
+        answer_with({"cost": 0.001}),
+        lambda call: call.reply(404, {"error": {"code": 404, "message": "No such model."}}),
+    ]
+    async with running(valkey_url, upstream) as broker:
+        assert await booked_models(broker, "local/llama", "no/such", "nor/such") == ["local/llama", "other"]

@@ -13,7 +13,7 @@ import pytest
 from broker.core.accounts import Allowances, Spent, Worst
 from broker.core.errors import BudgetExceeded, LimitError, TooManyStreams
 from broker.core.session import State
-from broker.store.accounts import AccountStore, Reservation
+from broker.store.accounts import OTHER, AccountStore, Reservation
 from broker.store.connection import Store
 
 FREE = Allowances(waiting=50, streams=1000, daily_tokens=0, daily_cost=0, total_daily_cost=0)
@@ -177,3 +177,41 @@ async def test_spent_and_reserved_never_exceed_the_limit(store: Store, seed: int
         assert total.get("spent_cost", 0) + total.get("reserved_cost", 0) <= limit
         assert total.get("reserved_cost", 0) == sum(each.worst.cost for each in open_ones)
     assert (await everyone(store)).get("spent_cost", 0) == billed
+
+
+async def test_the_books_of_a_day_name_so_many_models_and_the_rest_is_other(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.store.accounts.MAX_MODELS", 3)
+    monkeypatch.setattr("broker.store.accounts.MAX_CLIENTS", 2)
+    books = accounts(store, replace(FREE, streams=100))
+    for number in range(8):
+        reservation = await reserved(books, replace(wanted(str(number)), model=f"m{number}"))
+        await books.settle(reservation, Spent(1, 1, cost=5), State.DONE)
+    for number, client in enumerate("def"):
+        reservation = await reserved(books, wanted(f"{number}-{client}", client=client))
+        await books.settle(reservation, Spent(1, 1, cost=5), State.DONE, model="m0")
+    _, lines = await books.books(None)
+    counted = {(line.client, line.model): line.counts["requests"] for line in lines}
+    assert counted == {
+        ("c", "m0"): 1,
+        ("c", "m1"): 1,
+        ("c", "m2"): 1,
+        ("c", OTHER): 5,
+        ("d", "m0"): 1,
+        (OTHER, "m0"): 2,
+    }
+    assert (await everyone(store))["spent_cost"] == 55
+
+
+async def test_the_truth_is_put_where_the_estimate_stands(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.store.accounts.MAX_MODELS", 0)
+    books = accounts(store, FREE)
+    reservation = await reserved(books, wanted("1"))
+    guess = Spent(1, 1, cost=5, estimated=True)
+    await books.settle(reservation, guess, State.DONE, generation_id="gen", model="m")
+    await books.correct(reservation, Spent(2, 2, cost=9))
+    _, [line] = await books.books(None)
+    assert (line.model, line.counts["cost"], line.counts["estimated"]) == (OTHER, 9, 0)

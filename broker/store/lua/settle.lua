@@ -3,10 +3,12 @@
 -- settled before. What was given back by mistake and ran all the same is paid. While the truth behind an estimate can
 -- still come, what was reserved above the estimate stays reserved: what is admitted meanwhile has room for the truth.
 -- KEYS[1] reservation, [2] the client's slots, [3] the client's account, [4] everyone's account, [5] all open ones,
---     [6] the books of the reservation's day, [7] estimates whose truth is still to be asked for
--- ARGV: token, client, model, the end's state, prompt tokens, completion tokens, cached tokens, reasoning tokens, cost,
+--     [6] the books of the reservation's day, [7] estimates whose truth is still to be asked for,
+--     [8] the clients, [9] the models that those books name
+-- ARGV: token, client, model for the books, the end's state, prompt tokens, completion tokens, cached tokens, reasoning tokens, cost,
 --       '1' where the cost is known, '1' where it is an estimate, '1' to correct and nothing else, day,
---       seconds to keep the record, the upstream's name for the generation or '', ms after which anybody may ask by it
+--       seconds to keep the record, the upstream's name for the generation or '', ms after which anybody may ask by it,
+--       clients, models that the books of a day name at most; the rest is 'other'
 -- Returns 1 where it changed something.
 local held = redis.call('HMGET', KEYS[1], 'state', 'tokens', 'cost', 'day', 'estimated')
 local state, day = held[1], held[4] or ARGV[13]
@@ -62,7 +64,21 @@ elseif state == 'open' then
 end
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('ZREM', KEYS[5], ARGV[1])
-local line = ARGV[2] .. '\31' .. ARGV[3] .. '\31'
+local function named(key, name, most)
+  if name == 'other' or redis.call('SISMEMBER', key, name) == 1 then
+    return name
+  elseif redis.call('SCARD', key) >= tonumber(most) then
+    return 'other'
+  end
+  redis.call('SADD', key, name)
+  redis.call('EXPIRE', key, 3024000)
+  return name
+end
+local line = correct and redis.call('HGET', KEYS[1], 'line')
+if not line then
+  line = named(KEYS[8], ARGV[2], ARGV[17]) .. '\31' .. named(KEYS[9], ARGV[3], ARGV[18]) .. '\31'
+  redis.call('HSET', KEYS[1], 'line', line)
+end
 for _, account in ipairs({KEYS[3], KEYS[4]}) do
   redis.call('HINCRBY', account, day .. ':spent_tokens', prompt + completion - was.prompt - was.completion)
   redis.call('HINCRBY', account, day .. ':spent_cost', cost - was.cost)
