@@ -18,6 +18,7 @@ class State(StrEnum):
 
     PREPARED = "prepared"
     RUNNING = "running"
+    CANCELLING = "cancelling"
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"

@@ -1,0 +1,268 @@
+"""The life of a generation, and of its session in Redis, as two tables. No I/O, no clock, no randomness.
+
+`GENERATION` says what a worker does when something happens to a generation that it runs. `SESSION` says what each step
+in Redis does to a session in each state. A step that is not in a table is a bug: it raises, and changes nothing.
+
+    RELAYING ──grace over──► ABANDONING ──watched elsewhere──► CONFIRMING ──confirmed──► RELAYING
+       │  ▲                     │    └─stopped─► ABANDONING_STOPPED
+       │  └──confirmed── CONFIRMING ◄──froze── RELAYING │
+       └──────────── stopped ──┴───────► ENDING ◄───────┘ ──stored or unreachable──► ENDED
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+from broker.core.session import State
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from broker.core.errors import SessionError
+    from broker.core.session import Terminal
+
+
+class Phase(StrEnum):
+    """Where a generation stands in its worker.
+
+    Only in `RELAYING` are new events shown to viewers. In all phases before `ENDING` events are still read and
+    journaled, but for `ABANDONING_STOPPED`, in which nothing is read any more.
+    """
+
+    RELAYING = "relaying"
+    CONFIRMING = "confirming"
+    """The worker stood still, or may have. Redis is asked whether the session is still this worker's."""
+    ABANDONING = "abandoning"
+    """Nobody watches. Redis is asked to end the session, which it refuses while somebody watches elsewhere."""
+    ABANDONING_STOPPED = "abandoning, stopped"
+    """As `ABANDONING`, and another reason to end has come before Redis answered."""
+    ENDING = "ending"
+    """An end is proposed. Redis decides which end stands."""
+    ENDED = "ended"
+
+
+class Event(StrEnum):
+    """What can happen to a generation."""
+
+    UPSTREAM_ENDED = "upstream ended"
+    """The answer is complete, or the upstream failed."""
+    TIMED_OUT = "timed out"
+    """The deadline has come, or no data came in time."""
+    CANCEL = "cancel"
+    SHUTDOWN = "shutdown"
+    FENCED = "fenced"
+    """Redis says that the session has ended otherwise, or belongs to another worker."""
+    FROZE = "froze"
+    """The process stood still for so long that others may have taken it for dead."""
+    CONFIRMED = "confirmed"
+    """The session is still ours; or Redis did not answer in time, and then the owner's word stands."""
+    GRACE_OVER = "grace over"
+    WATCHED = "watched"
+    """Redis refuses to abandon: somebody watches on another worker."""
+    CANCEL_FOUND = "cancel found"
+    """Redis refuses another end: a cancel was accepted."""
+    ABANDON_STORED = "abandon stored"
+    """Redis has ended the session as abandoned, or holds another end already."""
+    ABANDON_REFUSED = "abandon refused"
+    """Redis refuses for another reason, or cannot be reached."""
+    END_STORED = "end stored"
+    END_UNREACHABLE = "end unreachable"
+    """Redis did not answer in time: the owner's word stands, and is written later."""
+    END_BROKEN = "end broken"
+    """Building the end failed; an end made of constants takes its place."""
+
+
+class Action(StrEnum):
+    """What a generation has to do after an event, in the order of the row."""
+
+    HIDE = "hide"
+    """Show viewers nothing new."""
+    SHOW = "show"
+    """Show viewers what was held back, and what comes."""
+    STOP_READING = "stop reading"
+    EXTEND_TIMERS = "extend timers"
+    """Move the timers by the time that the process stood still."""
+    CONFIRM = "confirm"
+    """Ask Redis whether the session is still ours."""
+    ABANDON = "abandon"
+    """Ask Redis to end the session unless somebody watches it."""
+    DECIDE = "decide"
+    """Count what the answer took, and have Redis decide the end."""
+    SETTLE = "settle"
+    """Turn the reservation into what was used."""
+    TELL = "tell"
+    """Give every viewer the end that stands."""
+    WRITE_LATER = "write later"
+    """Write end and settlement when Redis can be reached again."""
+
+
+class Row(NamedTuple):
+    """One entry of the table: the next phase, and what to do."""
+
+    phase: Phase
+    actions: tuple[Action, ...] = ()
+
+
+_STOPPED = Row(Phase.ENDING, (Action.HIDE, Action.STOP_READING, Action.DECIDE))
+_STOPS = (Event.UPSTREAM_ENDED, Event.TIMED_OUT, Event.CANCEL, Event.SHUTDOWN, Event.FENCED)
+
+GENERATION: Mapping[Phase, Mapping[Event, Row]] = {
+    Phase.RELAYING: {
+        **dict.fromkeys(_STOPS, _STOPPED),
+        Event.FROZE: Row(Phase.CONFIRMING, (Action.HIDE, Action.EXTEND_TIMERS, Action.CONFIRM)),
+        Event.CONFIRMED: Row(Phase.RELAYING),
+        Event.GRACE_OVER: Row(Phase.ABANDONING, (Action.HIDE, Action.ABANDON)),
+    },
+    Phase.CONFIRMING: {
+        **dict.fromkeys(_STOPS, _STOPPED),
+        Event.FROZE: Row(Phase.CONFIRMING, (Action.EXTEND_TIMERS, Action.CONFIRM)),
+        Event.CONFIRMED: Row(Phase.RELAYING, (Action.SHOW,)),
+        # Whether anybody watches is not known for sure just after a freeze. The timer finds it again.
+        Event.GRACE_OVER: Row(Phase.CONFIRMING),
+    },
+    Phase.ABANDONING: {
+        **dict.fromkeys(_STOPS, Row(Phase.ABANDONING_STOPPED, (Action.STOP_READING,))),
+        Event.FROZE: Row(Phase.ABANDONING, (Action.EXTEND_TIMERS,)),
+        Event.CONFIRMED: Row(Phase.ABANDONING),
+        Event.GRACE_OVER: Row(Phase.ABANDONING),
+        # The answer may be older than a freeze, so nothing is shown before the session is known to be ours.
+        Event.WATCHED: Row(Phase.CONFIRMING, (Action.CONFIRM,)),
+        Event.CANCEL_FOUND: Row(Phase.ENDING, (Action.STOP_READING, Action.DECIDE)),
+        Event.ABANDON_STORED: Row(Phase.ENDING, (Action.STOP_READING, Action.DECIDE)),
+        Event.ABANDON_REFUSED: Row(Phase.ENDING, (Action.STOP_READING, Action.DECIDE)),
+    },
+    Phase.ABANDONING_STOPPED: {
+        # The first reason counts, unless Redis has another.
+        **dict.fromkeys(_STOPS, Row(Phase.ABANDONING_STOPPED)),
+        Event.FROZE: Row(Phase.ABANDONING_STOPPED),
+        Event.CONFIRMED: Row(Phase.ABANDONING_STOPPED),
+        Event.GRACE_OVER: Row(Phase.ABANDONING_STOPPED),
+        Event.WATCHED: Row(Phase.ENDING, (Action.DECIDE,)),
+        Event.CANCEL_FOUND: Row(Phase.ENDING, (Action.DECIDE,)),
+        Event.ABANDON_STORED: Row(Phase.ENDING, (Action.DECIDE,)),
+        Event.ABANDON_REFUSED: Row(Phase.ENDING, (Action.DECIDE,)),
+    },
+    Phase.ENDING: {
+        # The end is on its way to Redis, which knows of a fence and of cancels accepted elsewhere.
+        **dict.fromkeys(_STOPS, Row(Phase.ENDING)),
+        Event.FROZE: Row(Phase.ENDING),
+        Event.CONFIRMED: Row(Phase.ENDING),
+        Event.GRACE_OVER: Row(Phase.ENDING),
+        Event.CANCEL_FOUND: Row(Phase.ENDING, (Action.DECIDE,)),
+        Event.END_BROKEN: Row(Phase.ENDING, (Action.DECIDE,)),
+        Event.END_STORED: Row(Phase.ENDED, (Action.SETTLE, Action.TELL)),
+        Event.END_UNREACHABLE: Row(Phase.ENDED, (Action.WRITE_LATER, Action.TELL)),
+    },
+    Phase.ENDED: dict.fromkeys(
+        (*_STOPS, Event.FROZE, Event.CONFIRMED, Event.GRACE_OVER), Row(Phase.ENDED)
+    ),
+}
+
+
+class Step(StrEnum):
+    """What can happen to a session in Redis. Each is a Lua script, or a script with one kind of argument."""
+
+    PREPARE = "prepare"
+    CLAIM = "claim"
+    CANCEL = "cancel"
+    FINISH = "finish"
+    FAIL = "fail"
+    END_CANCELLED = "end as cancelled"
+    ABANDON = "abandon"
+    MARK_LOST = "mark lost"
+    EXPIRE = "expire"
+
+
+SESSION: Mapping[Step, Mapping[State, State]] = {
+    Step.PREPARE: {State.GONE: State.PREPARED},
+    Step.CLAIM: {State.PREPARED: State.RUNNING},
+    Step.CANCEL: {State.PREPARED: State.CANCELLED, State.RUNNING: State.CANCELLING},
+    Step.FINISH: {State.RUNNING: State.DONE},
+    Step.FAIL: {State.RUNNING: State.FAILED},
+    Step.END_CANCELLED: {State.RUNNING: State.CANCELLED, State.CANCELLING: State.CANCELLED},
+    Step.ABANDON: {State.RUNNING: State.ABANDONED},
+    Step.MARK_LOST: {State.RUNNING: State.LOST, State.CANCELLING: State.CANCELLED},
+    Step.EXPIRE: {state: State.GONE for state in State if state is not State.GONE},
+}
+"""What each step makes of a session in each state. A step that is not named leaves the session as it is."""
+
+
+def after(step: Step, state: State) -> State:
+    """Return the state of a session after ``step``, which may be the same."""
+    return SESSION[step].get(state, state)
+
+
+class Proposal(NamedTuple):
+    """An end that this worker proposes.
+
+    Attributes:
+        step: `FINISH`, `FAIL`, `END_CANCELLED` or `ABANDON`.
+        failure: why, where it is a failure.
+    """
+
+    step: Step
+    failure: SessionError | None = None
+
+
+FINISHED = Proposal(Step.FINISH)
+CANCELLED = Proposal(Step.END_CANCELLED)
+
+
+class IllegalTransition(RuntimeError):  # noqa: N818 - says what happened, as the tree of errors does
+    """Something happened that the table does not know in this phase: a bug. The phase stays as it was."""
+
+
+class Lifecycle:
+    """One generation's way through `GENERATION`.
+
+    Attributes:
+        phase: where it stands.
+        proposal: the end that this worker proposes. The first one counts, but an accepted cancel replaces it.
+        standing: the end that Redis holds already, where that is known.
+    """
+
+    __slots__ = ("phase", "proposal", "standing")
+
+    def __init__(self) -> None:
+        self.phase = Phase.RELAYING
+        self.proposal: Proposal | None = None
+        self.standing: Terminal | None = None
+
+    @property
+    def shows(self) -> bool:
+        """True while new events are shown to viewers."""
+        return self.phase is Phase.RELAYING
+
+    @property
+    def is_open(self) -> bool:
+        """True until a reason to end has decided the end."""
+        return self.phase in _OPEN
+
+    def handle(
+        self, event: Event, *, proposal: Proposal | None = None, standing: Terminal | None = None
+    ) -> tuple[Action, ...]:
+        """Take the step for ``event`` and return what has to be done.
+
+        Args:
+            event: what happened.
+            proposal: with events that end the answer, the end that they ask for.
+            standing: with `FENCED`, `ABANDON_STORED` and `END_STORED`, the end that Redis holds.
+
+        Raises:
+            IllegalTransition: the table has no such row.
+        """
+        row = GENERATION[self.phase].get(event)
+        if row is None:
+            raise IllegalTransition(f"{event} while {self.phase}")
+        if event is Event.CANCEL_FOUND:
+            self.proposal = CANCELLED
+        elif event is Event.END_BROKEN or self.proposal is None:
+            self.proposal = proposal or self.proposal
+        if standing is not None and self.phase is not Phase.ENDED:
+            self.standing = standing
+        self.phase = row.phase
+        return row.actions
+
+
+_OPEN = frozenset({Phase.RELAYING, Phase.CONFIRMING, Phase.ABANDONING})
