@@ -65,12 +65,12 @@ class Event(StrEnum):
     ABANDON_STORED = "abandon stored"
     """Redis has ended the session as abandoned, or holds another end already."""
     ABANDON_REFUSED = "abandon refused"
-    """Redis refuses for another reason, or cannot be reached."""
+    """Redis refuses for another reason."""
+    ABANDON_UNREACHABLE = "abandon unreachable"
+    """Redis did not answer in time. It may write that end yet, so no other one may be proposed."""
     END_STORED = "end stored"
     END_UNREACHABLE = "end unreachable"
     """Redis did not answer in time: the owner's word stands, and is written later."""
-    END_BROKEN = "end broken"
-    """Building the end failed; an end made of constants takes its place."""
 
 
 class Action(StrEnum):
@@ -131,6 +131,9 @@ GENERATION: Mapping[Phase, Mapping[Event, Row]] = {
         Event.CANCEL_FOUND: Row(Phase.ENDING, (Action.STOP_READING, Action.DECIDE)),
         Event.ABANDON_STORED: Row(Phase.ENDING, (Action.STOP_READING, Action.DECIDE)),
         Event.ABANDON_REFUSED: Row(Phase.ENDING, (Action.STOP_READING, Action.DECIDE)),
+        Event.ABANDON_UNREACHABLE: Row(
+            Phase.ENDING, (Action.STOP_READING, Action.WRITE_LATER, Action.DECIDE)
+        ),
     },
     Phase.ABANDONING_STOPPED: {
         # The first reason counts, unless Redis has another.
@@ -142,6 +145,7 @@ GENERATION: Mapping[Phase, Mapping[Event, Row]] = {
         Event.CANCEL_FOUND: Row(Phase.ENDING, (Action.DECIDE,)),
         Event.ABANDON_STORED: Row(Phase.ENDING, (Action.DECIDE,)),
         Event.ABANDON_REFUSED: Row(Phase.ENDING, (Action.DECIDE,)),
+        Event.ABANDON_UNREACHABLE: Row(Phase.ENDING, (Action.WRITE_LATER, Action.DECIDE)),
     },
     Phase.ENDING: {
         # The end is on its way to Redis, which knows of a fence and of cancels accepted elsewhere.
@@ -150,13 +154,10 @@ GENERATION: Mapping[Phase, Mapping[Event, Row]] = {
         Event.CONFIRMED: Row(Phase.ENDING),
         Event.GRACE_OVER: Row(Phase.ENDING),
         Event.CANCEL_FOUND: Row(Phase.ENDING, (Action.DECIDE,)),
-        Event.END_BROKEN: Row(Phase.ENDING, (Action.DECIDE,)),
         Event.END_STORED: Row(Phase.ENDED, (Action.SETTLE, Action.TELL)),
         Event.END_UNREACHABLE: Row(Phase.ENDED, (Action.WRITE_LATER, Action.TELL)),
     },
-    Phase.ENDED: dict.fromkeys(
-        (*_STOPS, Event.FROZE, Event.CONFIRMED, Event.GRACE_OVER), Row(Phase.ENDED)
-    ),
+    Phase.ENDED: dict.fromkeys((*_STOPS, Event.FROZE, Event.CONFIRMED, Event.GRACE_OVER), Row(Phase.ENDED)),
 }
 
 
@@ -219,15 +220,17 @@ class Lifecycle:
     Attributes:
         phase: where it stands.
         proposal: the end that this worker proposes. The first one counts, but an accepted cancel replaces it.
-        standing: the end that Redis holds already, where that is known.
+        standing: the end that stands, where that is known: Redis holds it already, or may write it yet.
+        fence: the end by which the session was taken from this worker.
     """
 
-    __slots__ = ("phase", "proposal", "standing")
+    __slots__ = ("fence", "phase", "proposal", "standing")
 
     def __init__(self) -> None:
         self.phase = Phase.RELAYING
         self.proposal: Proposal | None = None
         self.standing: Terminal | None = None
+        self.fence: Terminal | None = None
 
     @property
     def shows(self) -> bool:
@@ -239,6 +242,11 @@ class Lifecycle:
         """True until a reason to end has decided the end."""
         return self.phase in _OPEN
 
+    @property
+    def end_is_numbered(self) -> bool:
+        """True while an end with a number has been sent to Redis: no event may take that number any more."""
+        return self.standing is not None or self.phase in _ASKING
+
     def handle(
         self, event: Event, *, proposal: Proposal | None = None, standing: Terminal | None = None
     ) -> tuple[Action, ...]:
@@ -247,7 +255,7 @@ class Lifecycle:
         Args:
             event: what happened.
             proposal: with events that end the answer, the end that they ask for.
-            standing: with `FENCED`, `ABANDON_STORED` and `END_STORED`, the end that Redis holds.
+            standing: with `FENCED`, `ABANDON_STORED`, `ABANDON_UNREACHABLE` and `END_STORED`, the end that stands.
 
         Raises:
             IllegalTransition: the table has no such row.
@@ -257,12 +265,15 @@ class Lifecycle:
             raise IllegalTransition(f"{event} while {self.phase}")
         if event is Event.CANCEL_FOUND:
             self.proposal = CANCELLED
-        elif event is Event.END_BROKEN or self.proposal is None:
-            self.proposal = proposal or self.proposal
+        elif self.proposal is None and self.phase is not Phase.ENDED:
+            self.proposal = proposal
         if standing is not None and self.phase is not Phase.ENDED:
             self.standing = standing
+            if event is Event.FENCED:
+                self.fence = standing
         self.phase = row.phase
         return row.actions
 
 
 _OPEN = frozenset({Phase.RELAYING, Phase.CONFIRMING, Phase.ABANDONING})
+_ASKING = frozenset({Phase.ABANDONING, Phase.ABANDONING_STOPPED})

@@ -1,7 +1,6 @@
-"""A session: its states, its ids, and which step leads from where to where. No I/O.
+"""A session: its states, its ids, the cursors of its events, and its end. No I/O.
 
-The table below is the whole law of a session's life. Redis holds the state and the Lua scripts of `store` take the
-steps; each script's header names its row.
+Which step leads from which state to which is in `core.lifecycle`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,10 @@ from broker.core.errors import InvalidCursor
 
 
 class State(StrEnum):
-    """Where a session stands. It is `GONE` where Redis has no such key (any more)."""
+    """Where a session stands.
+
+    It is `CANCELLING` while it runs and a cancel was accepted, and `GONE` where Redis has no such key (any more).
+    """
 
     PREPARED = "prepared"
     RUNNING = "running"
@@ -27,56 +29,7 @@ class State(StrEnum):
     GONE = "gone"
 
 
-class Step(StrEnum):
-    """What can happen to a session."""
-
-    CLAIM = "claim"
-    CANCEL = "cancel"
-    EXPIRE = "expire"
-    FINISH = "finish"
-    FAIL = "fail"
-    ABANDON = "abandon"
-    LOSE = "lose"
-
-
-TRANSITIONS: dict[State, dict[Step, State]] = {
-    State.PREPARED: {
-        Step.CLAIM: State.RUNNING,
-        Step.CANCEL: State.CANCELLED,
-        Step.EXPIRE: State.GONE,
-    },
-    State.RUNNING: {
-        Step.FINISH: State.DONE,
-        Step.FAIL: State.FAILED,
-        Step.CANCEL: State.CANCELLED,
-        Step.ABANDON: State.ABANDONED,
-        Step.LOSE: State.LOST,
-    },
-    State.DONE: {Step.EXPIRE: State.GONE},
-    State.FAILED: {Step.EXPIRE: State.GONE},
-    State.CANCELLED: {Step.EXPIRE: State.GONE},
-    State.ABANDONED: {Step.EXPIRE: State.GONE},
-    State.LOST: {Step.EXPIRE: State.GONE},
-    State.GONE: {},
-}
-
 ENDED = frozenset({State.DONE, State.FAILED, State.CANCELLED, State.ABANDONED, State.LOST})
-
-
-class IllegalStep(RuntimeError):  # noqa: N818 - says what happened, as the tree of errors does
-    """A step that the table does not have: a bug, never a user's doing. The state stays as it was."""
-
-
-def advance(state: State, step: Step) -> State:
-    """The state after ``step``.
-
-    Raises:
-        IllegalStep: the table has no such step.
-    """
-    try:
-        return TRANSITIONS[state][step]
-    except KeyError:
-        raise IllegalStep(f"{step} in state {state}") from None
 
 
 _SESSION_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")

@@ -13,11 +13,12 @@ import structlog
 
 from broker.core.accounts import Spent
 from broker.core.density import Sample, sample_of
-from broker.core.errors import GenerationFailed, SessionError, StoreUnavailable
+from broker.core.errors import GenerationFailed, StoreUnavailable
 from broker.core.events import done_data, error_data
+from broker.core.lifecycle import FINISHED, SESSION, Event, Proposal, Step
 from broker.core.pricing import to_usd
 from broker.core.replay import Batch
-from broker.core.session import Cursor, State, Step, Terminal, advance, short
+from broker.core.session import Cursor, State, Terminal, short
 from broker.core.speed import speed_of
 from broker.store.sessions import Refusal
 
@@ -56,7 +57,6 @@ class Ending:
         unsaved: gives the events that are not journaled yet.
         sessions: where the end is decided.
         settler: who books what it took.
-        write_later: takes over an end that Redis could not be told of in time.
 
     Attributes:
         spent: what it took, once `decide` has counted.
@@ -72,7 +72,6 @@ class Ending:
         unsaved: Callable[[], Batch],
         sessions: SessionStore,
         settler: Settler,
-        write_later: Callable[[Terminal], None],
     ) -> None:
         self.spent = Spent()
         self._reservation = reservation
@@ -82,63 +81,68 @@ class Ending:
         self._unsaved = unsaved
         self._sessions = sessions
         self._settler = settler
-        self._write_later = write_later
-        self._proposed: Terminal | None = None
+        self._counted = False
         self._loop = asyncio.get_running_loop()
         self._started_at = self._loop.time()
         self._seconds: float | None = None
 
-    async def decide(self, decided: Terminal | None, step: Step, failure: SessionError | None) -> Terminal:
-        """Count, decide and book. Whatever goes wrong here, the session ends.
+    async def decide(self, proposal: Proposal | None, standing: Terminal | None) -> tuple[Event, Terminal]:
+        """Count what the answer took, and have Redis decide the end.
 
         Args:
-            decided: the end, where it stands already.
-            step: how it ended.
-            failure: why, where that is a failure.
-        """
-        try:
-            self.spent = await self._count()
-            return await self._decide(decided, decided or self.terminal(step, failure))
-        except Exception:
-            log.exception("end failed", session=short(self._reservation.session_id))
-            return await self._decide(decided, decided or self.terminal(Step.FAIL, GenerationFailed()))
+            proposal: the end that this worker proposes.
+            standing: the end that stands already, if there is one.
 
-    async def _decide(self, decided: Terminal | None, end: Terminal) -> Terminal:
-        """The end that stands, ours unless another was written first. What it took is booked before that is told."""
-        self._proposed = end
+        Returns:
+            `END_STORED` and the end that stands, `CANCEL_FOUND` where another end has to be proposed, or
+            `END_UNREACHABLE` and the end that is told without Redis.
+        """
+        end = await self._build(proposal) if standing is None else standing
+        if standing is not None:
+            await self._count_once()
+            return Event.END_STORED, standing
         try:
             async with asyncio.timeout(DECIDE_TIMEOUT):
-                if decided is None:
-                    written = await self.write(end)
-                    if written is None:  # Redis came back empty, and this may just be written anew as running
-                        self._write_later(self._proposed)
-                    self._proposed = written or self._proposed
-                await self.settle(self._proposed.state)
+                answer = await self.store(end)
         except (StoreUnavailable, TimeoutError):
-            self._write_later(self._proposed)
-        return self._proposed
+            return Event.END_UNREACHABLE, end
+        if isinstance(answer, Refusal):
+            return Event.CANCEL_FOUND, end
+        if answer is None:  # Redis came back empty, and this may just be written again as running
+            return Event.END_UNREACHABLE, end
+        return Event.END_STORED, answer
 
-    async def write(self, proposed: Terminal) -> Terminal | None:
+    async def store(self, end: Terminal) -> Terminal | Refusal | None:
         """Write an end to Redis, with what is left to be journaled.
 
         Returns:
-            The end that counts, or None where Redis has no such session.
+            The end that stands, a refusal where a cancel was accepted and another end proposed, or None where Redis
+            has no such session.
 
         Raises:
             StoreUnavailable: it could not be written now.
         """
         reservation, rest = self._reservation, self._unsaved()
         for _ in range(END_TRIES):
-            answer = await self._sessions.end(reservation.session_id, reservation.token, proposed, rest)
+            answer = await self._sessions.end(reservation.session_id, reservation.token, end, rest)
             if not isinstance(answer, Refusal):
                 return answer.end
             if answer.kind == "cancel":
-                proposed = self._proposed = self.terminal(Step.CANCEL, None)
-            else:  # behind: send from where the journal is, or end it with a hole that readers see
-                rest = self._feed.unsaved(answer.last, ALL)
-                if rest.first > answer.last + 1:
-                    rest = NOTHING
+                return answer
+            # Events are missing in the journal: send from where it is, or end it with a hole that readers see.
+            rest = self._feed.unsaved(answer.last, ALL)
+            if rest.first > answer.last + 1:
+                rest = NOTHING
         raise StoreUnavailable
+
+    async def settle_in_time(self, state: State) -> bool:
+        """Settle, and return True if that is done; False if Redis did not answer in time."""
+        try:
+            async with asyncio.timeout(DECIDE_TIMEOUT):
+                await self.settle(state)
+        except (StoreUnavailable, TimeoutError):
+            return False
+        return True
 
     async def settle(self, state: State) -> None:
         """Book what it took; again does no harm.
@@ -172,6 +176,19 @@ class Ending:
             seconds=self._seconds,
         )
 
+    async def _build(self, proposal: Proposal | None) -> Terminal:
+        try:
+            await self._count_once()
+            return self.terminal(proposal or FINISHED)
+        except Exception:
+            log.exception("end failed", session=short(self._reservation.session_id))
+            return self.terminal(Proposal(Step.FAIL, GenerationFailed()))
+
+    async def _count_once(self) -> None:
+        if not self._counted:
+            self.spent = await self._count()
+            self._counted = True
+
     async def _count(self) -> Spent:
         if self._reading.asked_at is not None:
             self._seconds = self._loop.time() - self._reading.asked_at
@@ -183,16 +200,17 @@ class Ending:
             seconds=self._seconds or 0.0,
         )
 
-    def terminal(self, step: Step, failure: SessionError | None) -> Terminal:
-        """The end that is proposed for a step of the session."""
-        state = advance(State.RUNNING, step)
-        at = Cursor(1, self._feed.last + 1, end=True)
+    def terminal(self, proposal: Proposal, *, after: int | None = None) -> Terminal:
+        """Return the end that is proposed, numbered behind event ``after``, or behind all events."""
+        step, failure = proposal
+        state = SESSION[step][State.RUNNING]
+        at = Cursor(1, (self._feed.last if after is None else after) + 1, end=True)
         if failure is not None:
             return Terminal(state, "error", at, error_data(failure))
         answer = self._reading.answer
         data = done_data(
             answer,
-            finish_reason="cancelled" if step is Step.CANCEL else answer.finish_reason,
+            finish_reason="cancelled" if step is Step.END_CANCELLED else answer.finish_reason,
             model=self._prepared.model,
             cost=None if self.spent.cost is None else to_usd(self.spent.cost),
             estimated=self.spent.estimated,

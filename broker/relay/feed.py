@@ -39,12 +39,12 @@ class Feed:
     Attributes:
         first: number of the oldest event in memory; ``last + 1`` where there is none.
         last: number of the newest event.
-        shown: number of the newest event that viewers may have; `last` but for a pause.
+        shown: number of the newest event that viewers may have; less than `last` only while new events are hidden.
         size: bytes in memory.
         end: the terminal, which is not counted in `last`.
     """
 
-    __slots__ = ("_batches", "_live", "_pauses", "end", "first", "last", "shown", "size")
+    __slots__ = ("_batches", "_hidden", "_live", "end", "first", "last", "shown", "size")
 
     def __init__(self, start: int = 0) -> None:
         self.first = start + 1
@@ -53,7 +53,7 @@ class Feed:
         self.end: Terminal | None = None
         self._batches: list[Batch] = []
         self._live: set[LiveViewer] = set()
-        self._pauses = 0
+        self._hidden = False
 
     def add(self, batch: Batch, now: float) -> None:
         """Add the events that follow on `last`, and give them to every live viewer in one piece.
@@ -65,30 +65,30 @@ class Feed:
         self._batches.append(batch)
         self.last = batch.last
         self.size += len(batch.events)
-        if self._pauses:
+        if self._hidden:
             return
         self.shown = batch.last
         for viewer in tuple(self._live):
             viewer.push(batch, now)
 
     def finish(self, end: Terminal) -> None:
-        """Set the end. Nothing can follow; what was held back in a pause is shown as far as the end counts it."""
+        """Set the end. Nothing can follow; what was hidden is shown as far as the end counts it."""
         keep = max(self.shown, end.id.n - 1)
         while self._batches and self._batches[-1].last > keep:
             self.size -= len(self._batches.pop().events)
         self.last = self.shown = min(self.last, keep)
-        self._pauses = 0
+        self._hidden = False
         self.end = end
         self._wake_all()
 
-    def pause(self) -> None:
-        """Show nothing new until `resume`, which every pause needs one of: there are several reasons for one."""
-        self._pauses += 1
+    def hide(self) -> None:
+        """Show viewers nothing new until `show`."""
+        self._hidden = True
 
-    def resume(self) -> None:
-        """End one pause; with the last, show what has come since the first."""
-        self._pauses = max(0, self._pauses - 1)
-        if not self._pauses and self.shown < self.last:
+    def show(self) -> None:
+        """Show what has come since `hide`, and what comes."""
+        self._hidden = False
+        if self.shown < self.last:
             self.shown = self.last
             self._wake_all()
 

@@ -1,10 +1,7 @@
 """One generation: the single upstream call of a session, from its claim to its end.
 
 It is a task of its own and not the request of a page: viewers come and go. What it reads goes to the feed at once and
-to the journal behind it; when it is over, for whatever reason, the end is decided in Redis and only then told.
-
-There is one way to stop a generation from outside, `stop`, and everything uses it: a cancel, the timers, the end of
-grace, the shutdown, the fence. The first reason given is the one that counts.
+to the journal behind it. `core.lifecycle.GENERATION` says what happens when; this module does it.
 """
 
 from __future__ import annotations
@@ -12,9 +9,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import contextmanager
 from dataclasses import replace
-from enum import Enum
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
@@ -22,6 +17,7 @@ from broker.core.errors import (
     Abandoned,
     DeadlineExceeded,
     GenerationFailed,
+    ServerShutdown,
     SessionError,
     StoreUnavailable,
     UpstreamInterrupted,
@@ -29,8 +25,9 @@ from broker.core.errors import (
     WorkerLost,
 )
 from broker.core.events import chunk_events, error_data
+from broker.core.lifecycle import CANCELLED, FINISHED, Action, Event, Lifecycle, Proposal, Step
 from broker.core.replay import Batch
-from broker.core.session import Cursor, State, Step, Terminal, short
+from broker.core.session import Cursor, State, Terminal, short
 from broker.relay.ending import ALL, DECIDE_TIMEOUT, NOTHING, Ending
 from broker.relay.feed import Feed
 from broker.relay.reading import Reading
@@ -50,13 +47,24 @@ log = structlog.get_logger(__name__)
 FIRST_VIEWER = 1.0
 """Seconds that a new generation waits for its first viewer at least, however short the grace."""
 
+ABANDONED = Proposal(Step.ABANDON, Abandoned())
 
-class Halt(Enum):
-    """Reasons to stop that are no failure."""
 
-    CANCELLED = "cancelled"
-    QUIET = "quiet"
-    DECIDED = "decided"
+class JournalQueue(Protocol):
+    """What a generation needs of the journal writer."""
+
+    def hurry(self, generation: Generation) -> None:
+        """Write this one's events at the next tick."""
+
+
+class OwnershipWatch(Protocol):
+    """What a generation needs of the part that knows whether the session is still this worker's."""
+
+    def look_for_freeze(self, now: float) -> None:
+        """Find out whether the process stood still, before anything is shown."""
+
+    def confirm(self, generation: Generation) -> None:
+        """Ask Redis whether the session is still ours, and call `confirmed` when that is known or takes too long."""
 
 
 class Generation:
@@ -70,16 +78,15 @@ class Generation:
         sessions: where the end is decided.
         bounds: how long and how much.
         settler: who books what it took.
-        journaled: whether its events are journaled at all.
+        journal: where its events are written behind the viewers; None where events are not journaled.
+        ownership: notices that the process stood still.
         write_later: takes over an end that Redis could not be told of in time.
-        took: is told of every read that brought events.
 
     Attributes:
         feed: its events.
-        state: `RUNNING`, then how it ended.
+        lifecycle: where it stands.
         saved: number of the last event in the journal.
         watched_elsewhere: a viewer on another worker was registered when Redis was last asked.
-        fenced: the session is no longer this worker's.
         was_watched: a viewer of this worker has come.
         ending: what it took, and which end stands.
     """
@@ -94,9 +101,9 @@ class Generation:
         sessions: SessionStore,
         bounds: Bounds,
         settler: Settler,
-        journaled: bool,
+        journal: JournalQueue | None,
+        ownership: OwnershipWatch,
         write_later: Callable[[Generation, Terminal], None],
-        took: Callable[[Generation, float], None],
     ) -> None:
         self.session_id = session_id
         self.reservation = reservation
@@ -104,16 +111,15 @@ class Generation:
         # Only the reading needs the prompt, and only until it is sent.
         self.prepared = replace(prepared, request=b"")
         self.feed = Feed()
-        self.state = State.RUNNING
+        self.lifecycle = Lifecycle()
         self.saved = 0
         self.watched_elsewhere = False
-        self.fenced = False
         self.was_watched = False
         self._sessions = sessions
         self._bounds = bounds
-        self._journaled = journaled
+        self._journal = journal
+        self._ownership = ownership
         self._write_later = write_later
-        self._took = took
         self._loop = asyncio.get_running_loop()
         self._reading = Reading(prepared, upstream=upstream, bounds=bounds, take=self._take)
         self.ending = Ending(
@@ -124,58 +130,60 @@ class Generation:
             unsaved=self.unsaved,
             sessions=sessions,
             settler=settler,
-            write_later=partial(write_later, self),
         )
         self._started_at = self._loop.time()
         self._viewers = 0
         self._unwatched_since: float | None = self._started_at + max(0.0, FIRST_VIEWER - bounds.grace)
-        self._begun = False
-        self._open = True
-        self._stop: SessionError | Halt | None = None
-        self._decided: Terminal | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._to_decide = asyncio.Event()
+        self._reader: asyncio.Task[SessionError | None] | None = None
         self._abandoning: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
 
     # For the registry, the journal, the ticker and the viewers
 
     def start(self) -> asyncio.Task[None]:
-        """Begin. The task belongs to the caller; it ends by itself and does not raise."""
+        """Start the task, which ends by itself and does not raise. It belongs to the caller."""
+        self._reader = asyncio.create_task(self._read(), name=f"reader {short(self.session_id)}")
         self._task = asyncio.create_task(self._run(), name=f"generation {short(self.session_id)}")
         return self._task
 
-    def stop(self, reason: SessionError | Halt) -> bool:
-        """Stop reading from the upstream and end for this reason; whether that is now certain."""
-        if not self._open:
-            return False
-        if self._stop is None:
-            self._stop = reason
-            if (
-                self._begun and self._task is not None
-            ):  # a task cancelled before its first step would never run
-                self._task.cancel()
-        return self._stop is reason
+    @property
+    def state(self) -> State:
+        """`RUNNING`, or how it ended."""
+        return State.RUNNING if self.feed.end is None else self.feed.end.state
 
-    async def cancel(self) -> bool:
-        """Stop because somebody asked for it; False where it has ended, or is about to, in something else."""
-        if self._abandoning is not None:
-            await asyncio.shield(self._abandoning)
-        return self.stop(Halt.CANCELLED)
+    def cancel(self) -> bool:
+        """Stop because somebody asked for it. Returns True if that decides the end, as far as this worker knows."""
+        in_time = self.feed.end is None
+        self._handle(Event.CANCEL, CANCELLED)
+        return in_time and self.lifecycle.proposal is CANCELLED
+
+    def shut_down(self) -> None:
+        """Stop because the worker ends."""
+        self._handle(Event.SHUTDOWN, Proposal(Step.FAIL, ServerShutdown()))
+
+    def fence(self, end: Terminal | None) -> None:
+        """Stop and write nothing more: the session is another worker's, or has ended.
+
+        Args:
+            end: the end that Redis holds; None where the session is gone.
+        """
+        lost = Terminal(
+            State.LOST, "error", Cursor(2, self.feed.shown + 1, end=True), error_data(WorkerLost())
+        )
+        self._handle(Event.FENCED, standing=end or lost)
 
     async def ended(self) -> State:
-        """Wait for the end and tell what it was."""
+        """Wait for the end and return what it was."""
         if self._task is not None and not self._task.done():
             await asyncio.wait([self._task])
         return self.state
 
-    def fence(self, end: Terminal | None) -> None:
-        """The session is another's now, or gone: stop, write nothing more, and give the viewers the end that stands."""
-        if not self._open:  # its end is being decided, or has just been written and told on another line
-            return
-        self.fenced = True
-        self._decided = end or Terminal(
-            State.LOST, "error", Cursor(2, self.feed.shown + 1, end=True), error_data(WorkerLost())
-        )
-        self.stop(Halt.DECIDED)
+    @property
+    def wrote_its_end(self) -> bool:
+        """True if the end that stands is this worker's own, so that its feed and the journal tell the same."""
+        end = self.feed.end
+        return end is not None and end.id.epoch == 1 and end != self.lifecycle.fence
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -196,38 +204,68 @@ class Generation:
 
     def check(self, now: float) -> None:
         """Look at the timers. Called by the ticker a few times a second, so that no timer is set per chunk."""
-        if not self._open:
+        if not self.lifecycle.is_open:
             return
         if now >= self._started_at + self._bounds.deadline:
-            self.stop(DeadlineExceeded())
+            self._handle(Event.TIMED_OUT, Proposal(Step.FAIL, DeadlineExceeded()))
         elif now >= self._reading.data_due:
-            self.stop(Halt.QUIET if self._reading.answer.finished else UpstreamTimeout())
+            # Once the answer is finished, silence is its end.
+            finished = self._reading.answer.finished
+            self._handle(Event.TIMED_OUT, FINISHED if finished else Proposal(Step.FAIL, UpstreamTimeout()))
         elif self._unwatched_since is not None and now >= self._unwatched_since + self._bounds.grace:
-            self._abandon()
+            self._handle(Event.GRACE_OVER)
 
-    def excuse(self, seconds: float) -> None:
-        """Move the timers by the time that this process stood still.
+    def froze(self, seconds: float) -> None:
+        """Learn that this process stood still for so long.
 
-        Whoever was not listened to meanwhile, upstream or page, was not silent. The deadline stays.
+        The upstream and the pages were not listened to meanwhile, so their silence does not count. The deadline stays.
         """
-        self._reading.data_due += seconds
-        if self._unwatched_since is not None:
-            self._unwatched_since += seconds
+        if Action.EXTEND_TIMERS in self._handle(Event.FROZE):
+            self._reading.data_due += seconds
+            if self._unwatched_since is not None:
+                self._unwatched_since += seconds
+
+    def confirmed(self) -> None:
+        """Learn that the session is still ours, or that Redis did not say otherwise in time."""
+        self._handle(Event.CONFIRMED)
 
     def unsaved(self, limit: int = ALL) -> Batch:
-        """Events that the journal does not have yet and should."""
-        if not self._journaled:
+        """Events that the journal does not have yet and should, at most ``limit`` bytes or one batch."""
+        if self._journal is None:
             return NOTHING
-        if self._abandoning is not None or self._decided is not None:
-            # Its end has its number already, and what came since must not take that.
+        if self.lifecycle.end_is_numbered:
+            # What came since must not take the number of the end that Redis has been sent.
             return self.feed.after(max(self.saved, self.feed.first - 1), limit)
         return self.feed.unsaved(self.saved, limit)
 
     def has_unsaved(self) -> bool:
-        """Whether there are any."""
-        return self._journaled and self.saved < self.feed.last
+        """True if the journal lacks events that it should have."""
+        return self._journal is not None and self.saved < self.feed.last
 
-    # Nobody watches
+    # What happens to it
+
+    def _handle(
+        self, event: Event, proposal: Proposal | None = None, standing: Terminal | None = None
+    ) -> tuple[Action, ...]:
+        actions = self.lifecycle.handle(event, proposal=proposal, standing=standing)
+        for action in actions:
+            self._act(action)
+        return actions
+
+    def _act(self, action: Action) -> None:
+        if action is Action.HIDE:
+            self.feed.hide()
+        elif action is Action.SHOW:
+            self.feed.show()
+        elif action is Action.STOP_READING and self._reader is not None:
+            self._reader.cancel()
+        elif action is Action.CONFIRM:
+            self._ownership.confirm(self)
+        elif action is Action.ABANDON:
+            self._abandoning = asyncio.create_task(self._ask_to_abandon())
+        elif action is Action.DECIDE:
+            self._to_decide.set()
+        # The other actions are done where their event is told.
 
     def _note_watchers(self) -> None:
         if self._viewers or self.watched_elsewhere:
@@ -235,100 +273,103 @@ class Generation:
         elif self._unwatched_since is None:
             self._unwatched_since = self._loop.time()
             if self._bounds.grace == 0:
-                self._abandon()
+                self._handle(Event.GRACE_OVER)
 
-    def _abandon(self) -> None:
-        """Begin the end of grace: Redis is asked first, for somebody may watch on another worker by now."""
-        if self._open and self._abandoning is None:
-            self.feed.pause()
-            self._abandoning = asyncio.create_task(self._try_to_abandon())
-
-    async def _try_to_abandon(self) -> None:
-        failure = Abandoned()
-        end = Terminal(
-            State.ABANDONED, "error", Cursor(1, self.feed.shown + 1, end=True), error_data(failure)
-        )
+    async def _ask_to_abandon(self) -> None:
+        """Have Redis end the session, which it refuses while somebody watches on another worker."""
+        end = self.ending.terminal(ABANDONED, after=self.feed.shown)
         try:
             answer = await self._sessions.end(
-                self.session_id,
-                self.token,
-                end,
-                self.unsaved(),
+                *(self.session_id, self.token, end, self.unsaved()),
                 timeout=DECIDE_TIMEOUT,
                 only_if_unwatched=True,
             )
         except StoreUnavailable:
-            self._decided = end  # and no other one: Redis may yet write it
+            # Redis may write it yet, so no other end may be proposed.
+            self._handle(Event.ABANDON_UNREACHABLE, ABANDONED, end)
             self._write_later(self, end)
-            self.stop(failure)
             return
-        finally:
-            self._abandoning = None
+        except Exception:
+            log.exception("abandoning failed", session=short(self.session_id))
+            self._handle(Event.ABANDON_REFUSED, ABANDONED)
+            return
         if not isinstance(answer, Refusal):
-            self._decided = answer.end or end
             if answer.end is None:
-                self._write_later(self, end)
-            self.stop(Halt.DECIDED)
-            return
-        self.feed.resume()
-        if answer.kind == "cancel":
-            self.stop(Halt.CANCELLED)
+                self._handle(Event.ABANDON_REFUSED, ABANDONED)
+            else:
+                self._handle(Event.ABANDON_STORED, ABANDONED, answer.end)
+        elif answer.kind == "cancel":
+            self._handle(Event.CANCEL_FOUND)
         elif answer.kind == "watched":
+            self._handle(Event.WATCHED)
             self.note_elsewhere(watched=True)
         else:
-            self.stop(failure)
+            self._handle(Event.ABANDON_REFUSED, ABANDONED)
 
     # The task
 
     async def _run(self) -> None:
-        self._begun = True
         try:
-            step, failure = await self._read_all()
-            if self._abandoning is not None:
-                await asyncio.wait([self._abandoning])
-            end = await self.ending.decide(self._decided, step, failure)
-            self.state = end.state
-            self.feed.finish(end)
-            log.info("session ended", session=short(self.session_id), state=end.state, events=self.feed.last)
+            await self._read_to_the_end()
+            await self._to_decide.wait()
+            await self._end()
         finally:
+            # Both are done unless this task was cancelled, which only the close of the worker does.
+            owned = [task for task in (self._reader, self._abandoning) if task is not None]
+            for task in owned:
+                task.cancel()
+            await asyncio.gather(*owned, return_exceptions=True)
             await self._reading.let_go()
 
-    async def _read_all(self) -> tuple[Step, SessionError | None]:
-        """Relay the whole answer and tell how it ended."""
-        failure = await self._read()
-        self._open = False
-        self.feed.pause()  # what is held back now is shown with the end, where that counts it
-        answer = self._reading.answer
-        if isinstance(self._stop, SessionError):
-            failure = self._stop
-        if isinstance(failure, UpstreamInterrupted) and answer.finished:
-            failure = None  # once the answer is finished, what becomes of the line is of no interest
-        if not answer.complete:
+    async def _read_to_the_end(self) -> None:
+        reader = self._reader
+        if reader is None:
+            return
+        await asyncio.wait([reader])
+        failure = None if reader.cancelled() else reader.result()
+        if isinstance(failure, UpstreamInterrupted) and self._reading.answer.finished:
+            failure = None  # once the answer is finished, what becomes of the line does not matter
+        self._handle(Event.UPSTREAM_ENDED, FINISHED if failure is None else Proposal(Step.FAIL, failure))
+        if not self._reading.answer.complete:
             await self._reading.let_go()
-        if failure is not None:
-            return (Step.ABANDON if isinstance(failure, Abandoned) else Step.FAIL), failure
-        return (Step.CANCEL if self._stop is Halt.CANCELLED else Step.FINISH), None
 
     async def _read(self) -> SessionError | None:
-        """Read until the upstream or `stop` ends it, and tell what failed."""
+        """Read until the upstream ends, and return what failed."""
         try:
-            if self._stop is None:
-                await self._reading.run()
-        except asyncio.CancelledError:
-            if self._stop is None:
-                raise
-            if (task := asyncio.current_task()) is not None:
-                task.uncancel()
+            await self._reading.run()
         except SessionError as error:
-            return error
+            # A finished session is kept for replay, and the frames of a traceback would keep its prompt with it.
+            error.__cause__ = error.__context__ = None
+            return error.with_traceback(None)
         except Exception:
             log.exception("generation failed", session=short(self.session_id))
             return GenerationFailed()
         return None
 
+    async def _end(self) -> None:
+        """Have Redis decide the end, settle what the answer took, and tell the viewers."""
+        while self.feed.end is None:
+            event, end = await self.ending.decide(self.lifecycle.proposal, self.lifecycle.standing)
+            actions = self._handle(event, standing=end if event is Event.END_STORED else None)
+            if Action.WRITE_LATER in actions or (
+                Action.SETTLE in actions and not await self.ending.settle_in_time(end.state)
+            ):
+                self._write_later(self, end)
+            if Action.TELL in actions:
+                self.feed.finish(end)
+                log.info(
+                    "session ended", session=short(self.session_id), state=end.state, events=self.feed.last
+                )
+
     def _take(self, chunks: list[bytes], now: float) -> None:
+        self._ownership.look_for_freeze(now)
         first = self.feed.last + 1
-        self._took(self, now)
+        if self.watched_elsewhere and self._journal is not None:
+            self._journal.hurry(self)
         self.feed.add(Batch(first, first + len(chunks) - 1, chunk_events(chunks, first)), now)
-        if not self._journaled and self.feed.live == self._viewers > 0 and self.feed.shown == self.feed.last:
+        if (
+            self._journal is None
+            and self.feed.live == self._viewers > 0
+            and self.feed.shown == self.feed.last
+        ):
             self.feed.trim(self.feed.last)  # nobody will ask for it again

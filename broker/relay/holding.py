@@ -79,6 +79,8 @@ class Holding:
         self._resuming = resuming
         self._spawn = spawn
         self._ticked_at = asyncio.get_running_loop().time()
+        self._unconfirmed: set[Generation] = set()
+        self._asked_in: dict[Generation, object] = {}
 
     async def lost_hold(self, generation: Generation) -> None:
         """Redis does not have a running session as ours: write it anew if all was lost, else it is another's."""
@@ -147,18 +149,27 @@ class Holding:
         frozen = list(self._running.values())
         if frozen:
             log.warning("was frozen", sessions=len(frozen), seconds=round(stood_still, 1))
-            for generation in frozen:
-                generation.feed.pause()
-                generation.excuse(stood_still)
-            self._spawn(self._confirm(frozen))
+        for generation in frozen:
+            generation.froze(stood_still)
 
-    async def _confirm(self, frozen: list[Generation]) -> None:
+    def confirm(self, generation: Generation) -> None:
+        """Ask Redis whether a session is still ours; all that are asked for at once share a round trip."""
+        if not self._unconfirmed:
+            self._spawn(self._confirm())
+        self._unconfirmed.add(generation)
+        self._asked_in.pop(generation, None)  # an answer that is on its way may be older than the freeze
+
+    async def _confirm(self) -> None:
+        asked, self._unconfirmed = self._unconfirmed, set()
+        this_round = object()
+        self._asked_in.update(dict.fromkeys(asked, this_round))
         try:
             async with asyncio.timeout(CONFIRM_TIMEOUT):
-                await self._writes.confirm(frozen, self)
+                await self._writes.confirm(asked, self)
         except TimeoutError:
             log.warning("not confirmed in time")
         finally:
-            for generation in frozen:
-                if not generation.fenced:
-                    generation.feed.resume()
+            for generation in asked:
+                if self._asked_in.get(generation) is this_round:
+                    del self._asked_in[generation]
+                    generation.confirmed()

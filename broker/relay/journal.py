@@ -18,7 +18,6 @@ import structlog
 from broker.core.errors import StoreUnavailable
 from broker.core.session import State, short
 from broker.relay.ending import NOTHING
-from broker.relay.generation import Halt
 from broker.relay.rounds import for_each
 from broker.store.journal import Append, Appended, JournalStore
 
@@ -176,7 +175,7 @@ class Journal:
         if answer.watched > 0 or self._loop.time() >= self._doubted_until:
             generation.note_elsewhere(watched=answer.watched > 0)
         if answer.cancel:
-            generation.stop(Halt.CANCELLED)
+            generation.cancel()
         left = len(self._batch_of(generation).events)
         if left >= MAX_WRITE or (left and generation.watched_elsewhere):
             self._urgent.add(generation)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from broker.core.errors import StoreUnavailable
+from broker.core.lifecycle import CANCELLED
 from broker.core.session import short
 from broker.store.accounts import RECORD
+from broker.store.sessions import Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -75,7 +77,13 @@ class LateEnds:
     async def _try(self, generation: Generation, end: Terminal) -> bool:
         """Whether it is written and booked now."""
         try:
-            standing = await generation.ending.write(end)
+            standing = await generation.ending.store(end)
+            if isinstance(
+                standing, Refusal
+            ):  # a cancel was accepted meanwhile, and that is what later readers get
+                standing = await generation.ending.store(generation.ending.terminal(CANCELLED))
+            if isinstance(standing, Refusal):
+                return False
             if standing is None and not await self._membership.is_gone():
                 return False  # it may just be written anew as running
             await generation.ending.settle((standing or end).state)

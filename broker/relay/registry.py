@@ -17,7 +17,6 @@ from broker.core.errors import (
     Draining,
     NotYetClaimed,
     Overloaded,
-    ServerShutdown,
     SessionExpired,
     SessionNotFound,
     StoreUnavailable,
@@ -251,9 +250,9 @@ class Registry:
             sessions=self._sessions,
             bounds=self._bounds,
             settler=self._settler,
-            journaled=self._limits.resume_ttl > 0,
+            journal=self._journal if self._limits.resume_ttl > 0 else None,
+            ownership=self._holding,
             write_later=self._late_ends.add,
-            took=self._took,
         )
         self._running[session_id] = generation
         self._journal.add(generation)
@@ -262,12 +261,6 @@ class Registry:
         self._tasks.adopt(task)
         return generation
 
-    def _took(self, generation: Generation, now: float) -> None:
-        """A generation has read events and is about to show them."""
-        self._holding.look_for_freeze(now)
-        if generation.watched_elsewhere:
-            self._journal.hurry(generation)
-
     def _ended(self, generation: Generation) -> None:
         self._running.pop(generation.session_id, None)
         self._journal.remove(generation)
@@ -275,7 +268,7 @@ class Registry:
             self._tasks.spawn_extra(self._learn(sample))
         if (speed := generation.ending.speed()) is not None:
             self._tasks.spawn_extra(self._learn_speed(speed))
-        if generation.feed.end is not None and not generation.fenced:
+        if generation.wrote_its_end:
             self._kept.add(generation, asyncio.get_running_loop().time())
 
     # Cancelling
@@ -291,7 +284,7 @@ class Registry:
             await asyncio.wait([claim])
         here = self._running.get(session_id) or self._kept.get(session_id)
         if here is not None:
-            accepted = await here.cancel()
+            accepted = here.cancel()
             state = await here.ended()  # it is certain once it is written: this worker may die at any moment
             return Cancelled(state, accepted=accepted and state is State.CANCELLED)
         standing = await self._sessions.cancel(session_id, cancelled_before_start())
@@ -310,7 +303,7 @@ class Registry:
     def _hear(self, ring: Ring) -> None:
         generation = self._running.get(ring.session_id)
         if ring.kind == "cancel" and generation is not None:
-            self._tasks.spawn(generation.cancel())
+            generation.cancel()
         elif ring.kind == "watched" and generation is not None:
             generation.note_elsewhere(watched=True)
             self._journal.hurry(generation)
@@ -334,7 +327,7 @@ class Registry:
                 viewer.release()
         await self._tasks.finish(timeout)
         for generation in tuple(self._running.values()):
-            generation.stop(ServerShutdown())
+            generation.shut_down()
         await self._tasks.finish(SHUTDOWN_TIMEOUT)
 
     async def close(self) -> None:

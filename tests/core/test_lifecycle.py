@@ -36,9 +36,9 @@ PROPOSALS = {
     Event.CANCEL: CANCELLED,
     Event.SHUTDOWN: SHUT_DOWN,
     Event.ABANDON_REFUSED: ABANDONED,
-    Event.END_BROKEN: Proposal(Step.FAIL, ServerShutdown()),
+    Event.ABANDON_UNREACHABLE: ABANDONED,
 }
-STANDING = {Event.FENCED: LOST, Event.ABANDON_STORED: GONE_QUIET}
+STANDING = {Event.FENCED: LOST, Event.ABANDON_STORED: GONE_QUIET, Event.ABANDON_UNREACHABLE: GONE_QUIET}
 
 
 def live(*events: Event) -> Lifecycle:
@@ -60,10 +60,15 @@ def live(*events: Event) -> Lifecycle:
             CANCELLED,
             id="a cancel accepted elsewhere replaces the end",
         ),
-        pytest.param((Event.TIMED_OUT, Event.SHUTDOWN), Phase.ENDING, TIMED_OUT, id="the first reason counts"),
+        pytest.param(
+            (Event.TIMED_OUT, Event.SHUTDOWN), Phase.ENDING, TIMED_OUT, id="the first reason counts"
+        ),
         pytest.param((Event.GRACE_OVER,), Phase.ABANDONING, None, id="grace ends"),
         pytest.param(
-            (Event.GRACE_OVER, Event.WATCHED, Event.CONFIRMED), Phase.RELAYING, None, id="a viewer came in time"
+            (Event.GRACE_OVER, Event.WATCHED, Event.CONFIRMED),
+            Phase.RELAYING,
+            None,
+            id="a viewer came in time",
         ),
         pytest.param(
             (Event.GRACE_OVER, Event.CANCEL, Event.WATCHED),
@@ -101,6 +106,7 @@ def test_the_first_reason_decides(events: tuple[Event, ...], phase: Phase, propo
         ((Event.GRACE_OVER, Event.FENCED, Event.WATCHED), LOST),
         ((Event.GRACE_OVER, Event.ABANDON_STORED), GONE_QUIET),
         ((Event.GRACE_OVER, Event.CANCEL, Event.ABANDON_STORED), GONE_QUIET),
+        ((Event.GRACE_OVER, Event.CANCEL, Event.ABANDON_UNREACHABLE), GONE_QUIET),
         ((Event.GRACE_OVER, Event.FENCED, Event.ABANDON_STORED), GONE_QUIET),
     ],
     ids=lambda value: " then ".join(value) if isinstance(value, tuple) and value[0] in set(Event) else "",
@@ -119,7 +125,7 @@ def test_a_reply_that_may_be_older_than_a_freeze_shows_nothing() -> None:
 
 @pytest.mark.parametrize("phase", Phase)
 def test_an_unknown_event_raises_and_changes_nothing(phase: Phase) -> None:
-    for event in set(Event) - GENERATION[phase].keys():
+    for event in [each for each in Event if each not in GENERATION[phase]]:
         lifecycle = Lifecycle()
         lifecycle.phase = phase
         with pytest.raises(IllegalTransition):
@@ -127,7 +133,7 @@ def test_an_unknown_event_raises_and_changes_nothing(phase: Phase) -> None:
         assert (lifecycle.phase, lifecycle.proposal) == (phase, None)
 
 
-@pytest.mark.parametrize("phase", set(Phase) - {Phase.ENDED})
+@pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.ENDED])
 def test_what_comes_from_outside_is_known_in_every_phase(phase: Phase) -> None:
     outside = {Event.CANCEL, Event.SHUTDOWN, Event.FENCED, Event.TIMED_OUT, Event.FROZE, Event.GRACE_OVER}
     assert outside <= GENERATION[phase].keys()
@@ -149,12 +155,14 @@ def test_any_order_of_events_ends_once(choices: list[int]) -> None:
     assert done.count(Action.STOP_READING) <= 1
     ends = [action for action in done if action in (Action.TELL, Action.SETTLE, Action.WRITE_LATER)]
     if lifecycle.phase is Phase.ENDED:
-        assert ends in ([Action.SETTLE, Action.TELL], [Action.WRITE_LATER, Action.TELL])
-        assert done[-2:] == ends
+        assert ends[-2:] in ([Action.SETTLE, Action.TELL], [Action.WRITE_LATER, Action.TELL])
+        assert done[-2:] == ends[-2:]
+        # An end that Redis may write yet is written again in any case; writing and settling it twice changes nothing.
+        assert ends[:-2] in ([], [Action.WRITE_LATER])
         assert lifecycle.proposal is not None or lifecycle.standing is not None
         assert done.count(Action.STOP_READING) == 1
     else:
-        assert not ends
+        assert ends in ([], [Action.WRITE_LATER])
 
 
 @pytest.mark.parametrize("step", Step)

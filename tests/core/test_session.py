@@ -1,58 +1,17 @@
 from __future__ import annotations
 
-import itertools
 import uuid
 
 import pytest
 
 from broker.core.errors import InvalidCursor
 from broker.core.session import (
-    ENDED,
     START,
-    TRANSITIONS,
     Cursor,
-    IllegalStep,
-    State,
-    Step,
-    advance,
     is_session_id,
     parse_cursor,
     short,
 )
-
-LEGAL = {
-    (State.PREPARED, Step.CLAIM, State.RUNNING),
-    (State.PREPARED, Step.CANCEL, State.CANCELLED),
-    (State.RUNNING, Step.FINISH, State.DONE),
-    (State.RUNNING, Step.FAIL, State.FAILED),
-    (State.RUNNING, Step.CANCEL, State.CANCELLED),
-    (State.RUNNING, Step.ABANDON, State.ABANDONED),
-    (State.RUNNING, Step.LOSE, State.LOST),
-}
-
-
-@pytest.mark.parametrize(("state", "step", "after"), sorted(LEGAL))
-def test_a_session_goes_the_way_of_its_life(state: State, step: Step, after: State) -> None:
-    assert advance(state, step) is after
-
-
-@pytest.mark.parametrize(
-    ("state", "step"), [pair for pair in itertools.product(State, Step) if pair[1] is not Step.EXPIRE]
-)
-def test_there_is_no_other_way(state: State, step: Step) -> None:
-    if any(row[:2] == (state, step) for row in LEGAL):
-        return
-    with pytest.raises(IllegalStep):
-        advance(state, step)
-
-
-@pytest.mark.parametrize("state", sorted(ENDED))
-def test_an_ended_session_can_only_be_forgotten(state: State) -> None:
-    assert TRANSITIONS[state] == {Step.EXPIRE: State.GONE}
-
-
-def test_every_state_has_its_row() -> None:
-    assert set(TRANSITIONS) == set(State)
 
 
 @pytest.mark.parametrize(

@@ -107,34 +107,32 @@ def test_the_end_wakes_everybody() -> None:
     assert watcher.told == ["woken"]
 
 
-def test_in_a_pause_nothing_new_is_shown() -> None:
+def test_while_hidden_nothing_new_is_shown() -> None:
     feed, watcher = filled(batch(1, 1)), Watcher()
     feed.go_live(watcher)
-    feed.pause()
+    feed.hide()
     feed.add(batch(2, 3), 0.0)
     assert watcher.told == []
     assert (feed.last, feed.shown) == (3, 1)
     assert feed.after(0, ALL) == batch(1, 1)
     assert feed.unsaved(0, ALL) == batch(1, 3)
-    feed.resume()
+    feed.show()
     assert watcher.told == ["woken"]
     assert feed.after(1, ALL) == batch(2, 3)
 
 
-def test_two_pauses_end_with_the_second() -> None:
+def test_hiding_twice_is_hiding_once() -> None:
     feed = filled(batch(1, 1))
-    feed.pause()
-    feed.pause()
+    feed.hide()
+    feed.hide()
     feed.add(batch(2, 3), 0.0)
-    feed.resume()
-    assert feed.shown == 1
-    feed.resume()
+    feed.show()
     assert feed.shown == 3
 
 
 def test_an_end_behind_what_is_held_back_shows_it() -> None:
     feed = filled(batch(1, 1))
-    feed.pause()
+    feed.hide()
     feed.add(batch(2, 3), 0.0)
     feed.finish(END)
     assert (feed.last, feed.shown) == (3, 3)
@@ -142,17 +140,17 @@ def test_an_end_behind_what_is_held_back_shows_it() -> None:
 
 def test_what_is_held_back_and_no_part_of_the_end_is_dropped() -> None:
     feed = filled(batch(1, 1))
-    feed.pause()
+    feed.hide()
     feed.add(batch(2, 3), 0.0)
     feed.finish(Terminal(State.ABANDONED, "error", Cursor(1, 2, end=True), b"{}"))
     assert (feed.last, feed.shown, feed.size) == (1, 1, len(batch(1, 1).events))
     assert feed.unsaved(0, ALL) == batch(1, 1)
 
 
-def test_to_resume_what_was_not_paused_wakes_nobody() -> None:
+def test_showing_what_was_not_hidden_wakes_nobody() -> None:
     feed, watcher = Feed(), Watcher()
     feed.go_live(watcher)
-    feed.resume()
+    feed.show()
     assert watcher.told == []
 
 

@@ -345,11 +345,11 @@ async def test_without_resuming_nothing_is_forgotten_that_a_pause_holds_back(
             call.chunk("first")
             await line.take(1)
             feed = generation_of(broker, session).feed
-            feed.pause()  # as after a freeze
+            feed.hide()  # as after a freeze
             for _ in range(12):
                 call.chunk("x" * 50_000)
             await until(lambda: asyncio.sleep(0, feed.last == 13))
-            feed.resume()
+            feed.show()
             events = await line.take(12)
             assert [event.id for event in events] == [f"1-{n}" for n in range(2, 14)]
             call.done()
