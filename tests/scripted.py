@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
-PATIENCE = 5.0
+PATIENCE = 20.0
 """Seconds after which a test that waits for a fact has failed."""
 
 STREAM = "text/event-stream"

@@ -26,7 +26,7 @@ from broker.store.embedded import valkey_binary
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
-START_TIMEOUT = 15.0
+START_TIMEOUT = 45.0
 STOP_TIMEOUT = 5.0  # what a block leaves running is not worth a whole drain
 DRAIN_TIMEOUT = 35.0  # longer than the default drain
 POLL_INTERVAL = 0.02
@@ -168,7 +168,7 @@ async def running_valkey(*, keeps: bool = False) -> AsyncIterator[ValkeyProcess]
             valkey.kill()
 
 
-async def eventually(happened: Callable[[], object], within: float = 5.0) -> None:
+async def eventually(happened: Callable[[], object], within: float = 20.0) -> None:
     """Wait until something outside of this process, which cannot be awaited, has happened."""
     async with asyncio.timeout(within):
         while not happened():  # noqa: ASYNC110 - it happens in another process, which sets no event of ours
