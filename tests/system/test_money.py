@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
     from tests.system.cluster import Cluster, NumberedCall, Worker
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(240),
+    pytest.mark.parametrize("redis_server", ["valkey", "redis"], indirect=True),
+    pytest.mark.usefixtures("redis_server"),
+]
 
 SETTLED = LEASE + 30
 """Seconds within which the sessions of a dead worker are settled by another."""

@@ -361,7 +361,7 @@ async def test_without_a_budget_of_money_no_price_is_sent(
         assert "max_price" not in upstream.calls[0].body.get("provider", {})
 
 
-async def test_prepare_without_redis_is_refused(upstream: ScriptedUpstream) -> None:
+async def test_prepare_without_redis_is_refused(redis_server: str, upstream: ScriptedUpstream) -> None:
     async with running_valkey() as valkey, running(valkey.url, upstream) as broker:
         await session_of(broker)
         valkey.kill()
@@ -515,7 +515,9 @@ async def test_of_many_claims_at_once_as_many_run_as_there_is_room_for(
         assert await slots(store.redis) == await open_reservations(store.redis) == 0
 
 
-async def test_a_claim_whose_reply_is_lost_runs_once_and_is_paid_once(upstream: ScriptedUpstream) -> None:
+async def test_a_claim_whose_reply_is_lost_runs_once_and_is_paid_once(
+    redis_server: str, upstream: ScriptedUpstream
+) -> None:
     async with running_valkey() as valkey, running(valkey.url, upstream) as broker:
         upstream.replies = [plain]
         session = await session_of(broker)

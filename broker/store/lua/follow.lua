@@ -11,7 +11,8 @@ end
 if got[1] == 'running' and ARGV[1] ~= '' then
   local now = redis.call('TIME')
   local fresh = redis.call('ZADD', KEYS[3], now[1] * 1000 + math.floor(now[2] / 1000) + ARGV[2], ARGV[1])
-  redis.call('EXPIRE', KEYS[3], redis.call('TTL', KEYS[1]))
+  -- TTL rounds: in a session's last half second it is 0, and EXPIRE by 0 deletes.
+  redis.call('PEXPIRE', KEYS[3], math.max(1000, redis.call('PTTL', KEYS[1])))
   if fresh == 1 then
     redis.call('PUBLISH', ARGV[6] .. got[2], 'watched ' .. string.match(KEYS[1], '{(.-)}'))
   end

@@ -4,9 +4,10 @@
 -- ARGV: token, seconds to keep the record
 local state, tokens, cost, day = unpack(redis.call('HMGET', KEYS[1], 'state', 'tokens', 'cost', 'day'))
 if state == 'open' then
+  -- `0 - x`, for Lua has a negative zero: `-x` of 0 is '-0', which Redis (7.0) does not take for an integer.
   for _, account in ipairs({KEYS[3], KEYS[4]}) do
-    redis.call('HINCRBY', account, day .. ':reserved_tokens', -tokens)
-    redis.call('HINCRBY', account, day .. ':reserved_cost', -cost)
+    redis.call('HINCRBY', account, day .. ':reserved_tokens', string.format('%.0f', 0 - tokens))
+    redis.call('HINCRBY', account, day .. ':reserved_cost', string.format('%.0f', 0 - cost))
   end
 end
 if state == 'open' or not state then

@@ -47,8 +47,8 @@ redis.call('HSET', KEYS[1], 'state', 'open', 'session', ARGV[2], 'client', ARGV[
   'tokens', ARGV[5], 'cost', ARGV[6], 'day', day)
 redis.call('EXPIRE', KEYS[1], 259200)
 for _, account in ipairs({KEYS[3], KEYS[4]}) do
-  redis.call('HINCRBY', account, day .. ':reserved_tokens', tokens)
-  redis.call('HINCRBY', account, day .. ':reserved_cost', cost)
+  redis.call('HINCRBY', account, day .. ':reserved_tokens', ARGV[5])
+  redis.call('HINCRBY', account, day .. ':reserved_cost', ARGV[6])
   redis.call('EXPIRE', account, 259200)
 end
 redis.call('ZADD', KEYS[2], ms + ARGV[7], ARGV[1])

@@ -10,6 +10,11 @@
 --       seconds to keep the record, the upstream's name for the generation or '', ms after which anybody may ask by it,
 --       clients, models that the books of a day name at most; the rest is 'other'
 -- Returns 1 where it changed something.
+-- A whole number as Redis reads one. Lua has a negative zero, told as '-0', which Redis (7.0) does not take for an
+-- integer: negate by `0 - x`. Numbers of 17 digits and more would be told as 1e+17.
+local function whole(number)
+  return string.format('%.0f', number)
+end
 local held = redis.call('HMGET', KEYS[1], 'state', 'tokens', 'cost', 'day', 'estimated')
 local state, day = held[1], held[4] or ARGV[13]
 local correct = state == 'settled'
@@ -80,11 +85,11 @@ if not line then
   redis.call('HSET', KEYS[1], 'line', line)
 end
 for _, account in ipairs({KEYS[3], KEYS[4]}) do
-  redis.call('HINCRBY', account, day .. ':spent_tokens', prompt + completion - was.prompt - was.completion)
-  redis.call('HINCRBY', account, day .. ':spent_cost', cost - was.cost)
-  redis.call('HINCRBY', account, day .. ':prompt', prompt - was.prompt)
-  redis.call('HINCRBY', account, day .. ':completion', completion - was.completion)
-  redis.call('HINCRBY', account, day .. ':estimated', estimated - was.estimated)
+  redis.call('HINCRBY', account, day .. ':spent_tokens', whole(prompt + completion - was.prompt - was.completion))
+  redis.call('HINCRBY', account, day .. ':spent_cost', whole(cost - was.cost))
+  redis.call('HINCRBY', account, day .. ':prompt', whole(prompt - was.prompt))
+  redis.call('HINCRBY', account, day .. ':completion', whole(completion - was.completion))
+  redis.call('HINCRBY', account, day .. ':estimated', whole(estimated - was.estimated))
   if not correct and redis.call('HINCRBY', account, day .. ':requests', 1) == 1 then
     -- The key of who comes every day never expires. Who stays away for three days has none, so older days are gone.
     for old = day - 7, day - 4 do
@@ -98,9 +103,9 @@ for _, account in ipairs({KEYS[3], KEYS[4]}) do
 end
 for name, value in pairs(is) do
   if value ~= was[name] then
-    redis.call('HINCRBY', KEYS[6], line .. name, value - was[name])
+    redis.call('HINCRBY', KEYS[6], line .. name, whole(value - was[name]))
   end
-  redis.call('HSET', KEYS[1], 'was_' .. name, string.format('%.0f', value))
+  redis.call('HSET', KEYS[1], 'was_' .. name, whole(value))
 end
 if not correct then
   redis.call('HINCRBY', KEYS[6], line .. 'requests', 1)
