@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from broker.core.errors import UpstreamError, UpstreamFailed, UpstreamInvalid
 from broker.core.faults import fault_in_stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 DONE = b"[DONE]"
 
@@ -45,6 +48,7 @@ class Answer:
 
     Args:
         secrets: words that no error's message may carry.
+        clock: tells the seconds since 1970, for errors that name a time.
 
     Attributes:
         model, provider, generation_id: as the upstream names them, None until it does.
@@ -58,6 +62,7 @@ class Answer:
     """
 
     __slots__ = (
+        "_clock",
         "_deltas",
         "_has_sound",
         "_quiet_usage",
@@ -77,8 +82,9 @@ class Answer:
         "usage",
     )
 
-    def __init__(self, secrets: tuple[str, ...] = ()) -> None:
+    def __init__(self, secrets: tuple[str, ...] = (), clock: Callable[[], float] | None = None) -> None:
         self._secrets = secrets
+        self._clock = clock
         self.model: str | None = None
         self.provider: str | None = None
         self.generation_id: str | None = None
@@ -122,7 +128,7 @@ class Answer:
             data, chunk = _parse(data)
         except UpstreamInvalid:
             if event == "error":
-                self._fail(fault_in_stream({"error": _spoken(word)}, secrets=self._secrets))
+                self._fail(self._fault({"error": _spoken(word)}))
                 return None
             if not self.finished and not self.over:
                 raise
@@ -173,9 +179,9 @@ class Answer:
             self._read_names(chunk)
         fault = None
         if not _MAY_FAIL.isdisjoint(chunk) or chunk.get("object") == "error":
-            fault = fault_in_stream(chunk, secrets=self._secrets)
+            fault = self._fault(chunk, _native_reason(chunk))
         if fault is None and event == "error":
-            fault = fault_in_stream({"error": chunk}, secrets=self._secrets) or UpstreamFailed()
+            fault = self._fault({"error": chunk}) or UpstreamFailed()
         choices = chunk.get("choices")
         if isinstance(choices, list):
             for choice in choices:
@@ -200,7 +206,11 @@ class Answer:
     def _fault_in_choice(self, choice: dict[str, Any]) -> UpstreamError | None:
         if choice.get("finish_reason") != "error" and not choice.get("error"):
             return None
-        return fault_in_stream(choice, secrets=self._secrets)
+        return self._fault(choice, choice.get("native_finish_reason"))
+
+    def _fault(self, place: Mapping[str, Any], native_reason: object = None) -> UpstreamError | None:
+        now = None if self._clock is None else self._clock()
+        return fault_in_stream(place, secrets=self._secrets, now=now, native_reason=native_reason)
 
     def _complete(self) -> None:
         self.complete = True
@@ -307,6 +317,23 @@ class Answer:
             self.media += 1
 
 
+def says_nothing(data: bytes) -> bool:
+    """Return True for an event that only keeps the line open: empty, or ``null``."""
+    return data.strip() in _NOTHING
+
+
+def is_readable(data: bytes) -> bool:
+    """Return True if `read` would not call this data invalid."""
+    word = data.strip()
+    if word in _NOTHING or word in _ENDS:
+        return True
+    try:
+        _parse(data)
+    except UpstreamInvalid:
+        return False
+    return True
+
+
 def _parse(data: bytes) -> tuple[bytes, dict[str, Any]]:
     """The chunk as JSON, and as bytes that a JSON parser of a page will read alike."""
     try:
@@ -344,6 +371,15 @@ def _finite(digits: str) -> int | float | None:
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
+
+
+def _native_reason(chunk: dict[str, Any]) -> object:
+    """The provider's own reason of the choice that failed."""
+    choices = chunk.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict) and choice.get("finish_reason"):
+            return choice.get("native_finish_reason")
+    return None
 
 
 def _spoken(word: bytes) -> str:

@@ -18,6 +18,10 @@ from typing import Any, ClassVar
 _SHOWN_FIELD_CHARACTERS = 120
 
 
+FOR_GOOD = frozenset({400, 401, 403, 404, 413, 422})
+"""Statuses that the same request will get again, in an HTTP answer or inside a stream."""
+
+
 class BrokerError(Exception):
     """A failure with a name.
 
@@ -32,7 +36,7 @@ class BrokerError(Exception):
 
     code: ClassVar[str] = "internal_error"
     status: ClassVar[int] = 500
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
     default_message: ClassVar[str] = "Something went wrong on our side."
 
     def __init__(self, message: str = "", *, details: Any = None, retry_after: float | None = None) -> None:
@@ -236,6 +240,8 @@ class SessionError(BrokerError):
     ) -> None:
         super().__init__(message, details=details, retry_after=retry_after)
         self.upstream_status = upstream_status
+        if upstream_status in FOR_GOOD:
+            self.retryable = False
 
 
 class ResponseTooLarge(SessionError):

@@ -7,9 +7,12 @@ OpenRouter puts the same object in an HTTP body and in a chunk: with a number as
 
 from __future__ import annotations
 
+import email.utils
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import orjson
 
 from broker.core.errors import (
     UpstreamError,
@@ -50,20 +53,41 @@ _SECRET = re.compile(
 _MAX_READ = 2_000
 """Characters of a message that are looked at; the rest would not be told anyway."""
 
+_GENERIC = frozenset(
+    {"", "provider returned error", "provider returned an error", "upstream error", "error", "bad request"}
+)
+_IDS = re.compile(
+    r"(?i)\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b"
+    r"|\b(?=[a-f]{0,64}[0-9])[0-9a-f]{16,128}\b"
+    r"|(?:(?<=\bteam)|(?<=\bteam id)|(?<=\bkey id)|(?<=\borganization)|(?<=\borg)|(?<=\bproject)|(?<=\baccount)"
+    r"|(?<=\brequest id)|(?<=\buser)|(?<=\buser id)|(?<=\baccount id))[\s:=_\"'`(#-]{1,4}"
+    r"(?=[a-z_-]{0,64}[0-9])[a-z0-9_-]{4,128}"
+)
+_FILTERED = ("safety_check", "content violates usage guidelines")
+_NOT_TOLD = frozenset({"error", "stop", "unknown"})
+_LONGEST_WAIT = 31 * 86_400.0
+
 
 def fault_of_status(
-    status: int, body: object, *, retry_after: float | None = None, secrets: tuple[str, ...] = ()
+    status: int,
+    body: object,
+    *,
+    retry_after: float | None = None,
+    secrets: tuple[str, ...] = (),
+    now: float | None = None,
 ) -> UpstreamError:
     """The error for an HTTP answer that is none of 2xx.
 
     Args:
         status: the HTTP status.
         body: its body as JSON, or whatever text came instead.
-        retry_after: seconds of its ``Retry-After`` header.
+        retry_after: seconds that its headers say to wait.
         secrets: words that no message may carry.
+        now: seconds since 1970, for a time that the body names.
     """
+    body = _unwrapped(body)
     error = _error_object(body) or (body if isinstance(body, Mapping) else None)
-    wait = retry_after if retry_after is not None else _retry_after(error)
+    wait = retry_after if retry_after is not None else _retry_after(error, status, now)
     if _is_moderation(status, error):
         return UpstreamModerated(upstream_status=status, retry_after=wait)
     kind = _BY_STATUS.get(status) or (UpstreamUnavailable if status >= 500 else UpstreamRejected)
@@ -71,31 +95,82 @@ def fault_of_status(
     return kind(message, upstream_status=status, retry_after=wait)
 
 
-def fault_in_stream(chunk: Mapping[str, Any], *, secrets: tuple[str, ...] = ()) -> UpstreamError | None:
-    """The error that a chunk, a choice or a JSON body with status 200 tells of, or None where it tells of none."""
+def fault_in_stream(
+    chunk: Mapping[str, Any],
+    *,
+    secrets: tuple[str, ...] = (),
+    now: float | None = None,
+    native_reason: object = None,
+) -> UpstreamError | None:
+    """The error that a chunk, a choice or a JSON body with status 200 tells of, or None where it tells of none.
+
+    Args:
+        chunk: the object.
+        secrets: words that no message may carry.
+        now: seconds since 1970, for a time that it names.
+        native_reason: the provider's own finish reason of the choice that failed.
+    """
     error = _error_object(chunk)
+    native = _clean(native_reason, secrets) if isinstance(native_reason, str) else ""
+    if native.lower() in _NOT_TOLD:
+        native = ""
     if error is None:
-        return UpstreamFailed() if chunk.get("finish_reason") == "error" else None
+        if chunk.get("finish_reason") != "error":
+            return None
+        return UpstreamFailed(f"The model service reported an error: {native}." if native else "")
     status = _status(error)
     kind: type[UpstreamError] = UpstreamFailed
-    if status == 402 or _word(error) == "payment_required":
+    if status == 402 or "payment_required" in _words(error):
         kind = UpstreamPaymentRequired
-    elif status == 429 or _word(error) == "rate_limit_exceeded":
+    elif status == 429 or "rate_limit_exceeded" in _words(error):
         kind = UpstreamRateLimited
     elif _is_moderation(status, error):
         kind = UpstreamModerated
     # What is said beside a 401 may speak of our key.
     message = _told(error, secrets) if kind is UpstreamFailed and status != 401 else ""
-    return kind(message, upstream_status=status, retry_after=_retry_after(error))
+    if native and kind is UpstreamFailed and native not in message:
+        message = (
+            _cut(message or UpstreamFailed.default_message, _MAX_MESSAGE - len(native) - 3) + f" ({native})"
+        )
+    return kind(message, upstream_status=status, retry_after=_retry_after(error, status, now))
 
 
-def fault_in_body(body: object, *, secrets: tuple[str, ...] = ()) -> UpstreamError:
+def fault_in_body(body: object, *, secrets: tuple[str, ...] = (), now: float | None = None) -> UpstreamError:
     """The error of a whole JSON document that came with status 200 instead of a stream; it may be in a choice."""
+    body = _unwrapped(body)
     choices = body.get("choices") if isinstance(body, Mapping) else None
     for place in (body, *(choices if isinstance(choices, list) else ())):
-        if isinstance(place, Mapping) and (fault := fault_in_stream(place, secrets=secrets)) is not None:
-            return fault
+        if isinstance(place, Mapping):
+            native = place.get("native_finish_reason")
+            fault = fault_in_stream(place, secrets=secrets, now=now, native_reason=native)
+            if fault is not None:
+                return fault
+    if isinstance(body, Mapping) and body.get("detail") and (message := _told(body, secrets)):
+        return UpstreamFailed(message, upstream_status=_status(body))
     return UpstreamInvalid()
+
+
+def other_cap(status: int, body: object, names: Sequence[str]) -> str | None:
+    """The name of the output cap that a refusal asks for in place of the one that was sent.
+
+    Args:
+        status: of the refusal.
+        body: its body as JSON.
+        names: those of ``max_tokens`` and ``max_completion_tokens`` that were sent.
+    """
+    if status != 400 or len(names) != 1:
+        return None
+    error = _error_object(_unwrapped(body)) or (body if isinstance(body, Mapping) else {})
+    sent = names[0]
+    other = "max_completion_tokens" if sent == "max_tokens" else "max_tokens"
+    if error.get("param") == sent:
+        return other
+    message = _sentence(error, 0)[:_MAX_READ].lower()
+    names_sent = sent in message.replace(other, "")
+    complains = any(
+        word in message for word in ("not supported", "unsupported", "unrecognized", "unknown", "instead")
+    )
+    return other if names_sent and complains else None
 
 
 def retry_delay(error: UpstreamError, attempt: int, jitter: float) -> float | None:
@@ -123,18 +198,56 @@ def backoff(attempt: int, jitter: float) -> float:
     return float(min(0.5 * 2**attempt, 8.0) * (0.75 + jitter / 2))
 
 
-def parse_retry_after(value: str | None) -> float | None:
-    """Seconds of a ``Retry-After`` header. A date is not read: no model service is known to send one."""
+def parse_retry_after(value: str | None, now: float | None = None) -> float | None:
+    """Seconds of a ``Retry-After`` header, which may be a date; `now` is in seconds since 1970."""
     if value is None:
         return None
     try:
         return _plausible_wait(float(value))
     except ValueError:
+        pass
+    try:
+        at = email.utils.parsedate_to_datetime(value[:100]).timestamp()
+    except (ValueError, TypeError, OverflowError):
         return None
+    return None if now is None else _plausible_wait(max(0.0, round(at - now, 1)))
+
+
+def parse_reset(value: object, now: float | None) -> float | None:
+    """Seconds from now of an ``X-RateLimit-Reset``: 13 digits are ms and 10 are seconds since 1970, fewer from now."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    text = str(value).strip()[:40]
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    digits = len(text.partition(".")[0])
+    if digits < 10:
+        return _plausible_wait(number)
+    if now is None:
+        return None
+    at = number / 1000 if digits >= 13 else number
+    return _plausible_wait(max(0.0, round(at - now, 1)))
+
+
+def wait_in_headers(headers: Mapping[str, Any], status: int | None, now: float | None) -> float | None:
+    """Seconds that headers say to wait: ``Retry-After``, else ``X-RateLimit-Reset`` where asking again may help."""
+    lower = {str(name).lower(): value for name, value in headers.items()}
+    told = lower.get("retry-after")
+    wait = parse_retry_after(str(told)[:100], now) if isinstance(told, str | int | float) else None
+    if wait is None and status in _RETRYABLE:
+        wait = parse_reset(lower.get("x-ratelimit-reset"), now)
+    return wait
 
 
 def _plausible_wait(seconds: float) -> float | None:
-    return seconds if 0 <= seconds < 86_400 else None
+    return seconds if 0 <= seconds < _LONGEST_WAIT else None
+
+
+def _unwrapped(body: object) -> object:
+    """Gemini's own endpoint answers its errors in a list of one."""
+    return body[0] if isinstance(body, list) and len(body) == 1 else body
 
 
 def _error_object(body: object) -> Mapping[str, Any] | None:
@@ -155,7 +268,7 @@ def _error_object(body: object) -> Mapping[str, Any] | None:
 
 
 def _status(error: Mapping[str, Any]) -> int | None:
-    for value in (error.get("code"), error.get("http_status"), error.get("status")):
+    for value in (error.get("code"), error.get("http_status"), error.get("status"), error.get("status_code")):
         if isinstance(value, bool):
             continue
         if isinstance(value, str) and value.isdecimal() and len(value) == 3:
@@ -166,21 +279,25 @@ def _status(error: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _word(error: Mapping[str, Any]) -> str | None:
+def _words(error: Mapping[str, Any]) -> set[str]:
     metadata = error.get("metadata")
     nested = metadata.get("error_type") if isinstance(metadata, Mapping) else None
-    for value in (nested, error.get("error_type"), error.get("type"), error.get("code")):
-        if isinstance(value, str):
-            return value
-    return None
+    values = (nested, error.get("error_type"), error.get("type"), error.get("code"))
+    return {value for value in values if isinstance(value, str)}
 
 
-def _retry_after(error: Mapping[str, Any] | None) -> float | None:
-    availability = error.get("availability") if error else None
-    value = availability.get("retry_after") if isinstance(availability, Mapping) else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def _retry_after(error: Mapping[str, Any] | None, status: int | None, now: float | None) -> float | None:
+    if error is None:
         return None
-    return _plausible_wait(value)
+    availability = error.get("availability")
+    value = availability.get("retry_after") if isinstance(availability, Mapping) else None
+    if not isinstance(value, bool) and isinstance(value, int | float):
+        return _plausible_wait(value)
+    metadata = error.get("metadata")
+    headers = metadata.get("headers") if isinstance(metadata, Mapping) else None
+    if not isinstance(headers, Mapping) or len(headers) > 100:
+        return None
+    return wait_in_headers(headers, status or (429 if "rate_limit_exceeded" in _words(error) else None), now)
 
 
 def _is_moderation(status: int | None, error: Mapping[str, Any] | None) -> bool:
@@ -191,14 +308,62 @@ def _is_moderation(status: int | None, error: Mapping[str, Any] | None) -> bool:
         "reasons" in metadata or "flagged_input" in metadata or "patterns" in metadata
     ):
         return status in (None, 403)
-    return _word(error) in _MODERATION
+    if not _MODERATION.isdisjoint(_words(error)):
+        return True
+    if status not in (None, 400, 403):
+        return False
+    raw = metadata.get("raw") if isinstance(metadata, Mapping) else None
+    told = (_sentence(raw, 0) + " " + _sentence(error, 0))[: 2 * _MAX_READ].lower()
+    return any(sign in told for sign in _FILTERED)
 
 
 def _told(error: Mapping[str, Any] | None, secrets: tuple[str, ...]) -> str:
-    """The upstream's own message, cut and without secrets; empty for our sentence."""
-    message = (error.get("message") or error.get("detail")) if error else None
-    if not isinstance(message, str):
+    """The most telling sentence that the upstream gave, cut and without secrets; empty for our sentence."""
+    if error is None:
         return ""
+    message = _sentence(error, 0)
+    metadata = error.get("metadata")
+    raw = _sentence(metadata.get("raw"), 0) if isinstance(metadata, Mapping) else ""
+    if raw and isinstance(metadata, Mapping) and message[:100].strip(" .:!").lower() in _GENERIC:
+        provider = metadata.get("provider_name")
+        message = f"{provider[:60]}: {raw}" if isinstance(provider, str) and provider else raw
+    return _clean(message, secrets)
+
+
+def _sentence(value: object, depth: int) -> str:
+    """The sentence in what an upstream says: a text, JSON in a text, or an object of one of the known shapes."""
+    if depth > 6:
+        return ""
+    if isinstance(value, str):
+        text = value.strip()
+        if text[:1] in {"{", "["} and len(text) <= 64 * 1024:
+            try:
+                inner = orjson.loads(text)
+            except orjson.JSONDecodeError:
+                return text
+            return _sentence(inner, depth + 1) or text
+        return "" if text[:15].lower().startswith(("<!doctype", "<html")) else text
+    if isinstance(value, list):
+        return _sentence(value[0], depth + 1) if value else ""
+    if not isinstance(value, Mapping):
+        return ""
+    if isinstance(place := value.get("msg"), str):
+        return _placed(value.get("loc"), place)
+    for key in ("error", "message", "detail", "error_message", "msg", "errors"):
+        if said := _sentence(value.get(key), depth + 1):
+            return said
+    return ""
+
+
+def _placed(place: object, message: str) -> str:
+    """FastAPI's complaint with its place, such as ``body.messages.0.role: Field required``."""
+    steps = place[:10] if isinstance(place, list) else [place]
+    path = ".".join(str(step)[:60] for step in steps if isinstance(step, str | int) and step != "")
+    return f"{path}: {message}" if path else message
+
+
+def _clean(message: str, secrets: tuple[str, ...]) -> str:
+    """A message of a bounded length, on one line, without secrets and ids."""
     for secret in filter(None, secrets):  # of the whole text, or the cut might leave half of one
         message = message.replace(secret, "…")
     if len(message) > _MAX_READ:
@@ -206,5 +371,15 @@ def _told(error: Mapping[str, Any] | None, secrets: tuple[str, ...]) -> str:
         message = message[:_MAX_READ]
         message = message.rpartition(" ")[0] or message
     message = _CONTROL.sub(" ", message.encode("utf-8", "replace").decode())
-    message = " ".join(_SECRET.sub("…", message).split())
-    return message if len(message) <= _MAX_MESSAGE else message[: _MAX_MESSAGE - 1] + "…"
+    message = " ".join(_SECRET.sub("…", _IDS.sub(_without_id, message)).split())
+    return _cut(message, _MAX_MESSAGE)
+
+
+def _without_id(found: re.Match[str]) -> str:
+    # A word may stand before the id with what divides the two; that stays.
+    text = found.group()
+    return text[: len(text) - len(text.lstrip(" \t\r\n:=_\"'`(#-"))] + "…"
+
+
+def _cut(message: str, size: int) -> str:
+    return message if len(message) <= size else message[: max(0, size - 1)] + "…"

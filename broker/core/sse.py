@@ -27,21 +27,23 @@ class EventTooLarge(ValueError):  # noqa: N818 - says what happened, as the tree
 class Decoder:
     """Turns the bytes of an event stream, cut anywhere, into frames.
 
-    An event that no blank line closed when the stream ends is dropped, as the standard says: the decoder
-    has no ``flush``.
+    An event that no blank line closed when the stream ends is to be dropped, as the standard says; but some model
+    services end so, and `flush` gives it.
 
     Args:
         max_event_bytes: bound of one event's lines together; more raises `EventTooLarge`.
+        error_lines: llama.cpp tells of errors in lines of their own, ``error: {...}``; each is a frame of that type.
 
     Attributes:
         last_event_id: the id that a reconnecting client would send.
         retry: the reconnection time in milliseconds that the stream asked for, if it did.
     """
 
-    def __init__(self, max_event_bytes: int) -> None:
+    def __init__(self, max_event_bytes: int, *, error_lines: bool = False) -> None:
         self.last_event_id = ""
         self.retry: int | None = None
         self._max_event_bytes = max_event_bytes
+        self._error_lines = error_lines
         self._at_start = True
         self._after_cr = False
         self._partial: list[bytes] = []
@@ -79,6 +81,12 @@ class Decoder:
             self._hold(lines.pop())
         return self._read(lines)
 
+    def flush(self) -> list[Frame]:
+        """Return the events that the stream ended in, as if a blank line closed them. The decoder is of no more use."""
+        rest = b"".join(self._partial)
+        self._partial.clear()
+        return self._read([rest, b""] if rest else [b""])
+
     def _without_bom(self, data: bytes) -> bytes:
         data = b"".join((*self._partial, data))
         self._partial.clear()
@@ -106,6 +114,8 @@ class Decoder:
                     frames.append(frame)
             elif line.startswith(b"data: "):  # nearly every line of a chat stream
                 self._add_data(line[6:])
+            elif self._error_lines and line.startswith(b"error:"):
+                frames.append(Frame("error", line[6:].removeprefix(b" "), self._id))
             else:
                 self._field(line)
         return frames

@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from broker.core.answer import Answer
-from broker.core.errors import ResponseTooLarge, UpstreamError, UpstreamInterrupted
+from broker.core.answer import Answer, is_readable, says_nothing
+from broker.core.errors import ResponseTooLarge, UpstreamError, UpstreamInterrupted, UpstreamInvalid
 from broker.core.faults import may_have_generated, retry_delay
 from broker.core.sse import Decoder, EventTooLarge
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
+    from broker.core.sse import Frame
     from broker.relay.terms import Bounds
     from broker.store.sessions import Prepared
     from broker.upstream.client import UpstreamClient, UpstreamStream
 
 log = structlog.get_logger(__name__)
 
-QUIET_END = 5.0
+QUIET_END = 10.0
 """Seconds that an upstream may stay silent once it has given a finish reason; then the answer is complete."""
+
+AFTER_ERROR = 2.0
+"""Seconds that an upstream is read on, for its usage alone, once an answer has failed or can no longer be read."""
 
 LINGER = 1.0
 """Seconds to wait for an upstream's end of stream after its last event, so that the connection can be used again."""
@@ -59,17 +64,18 @@ class Reading:
         bounds: Bounds,
         take: Callable[[list[bytes], float], None],
     ) -> None:
-        self.answer = Answer(upstream.secrets)
+        self.answer = Answer(upstream.secrets, time.time)
         self.first_chunk_at: float | None = None
         self.asked = False
         self.asked_at: float | None = None
         self._request = prepared.request
+        self._model = prepared.model
         self._referer = prepared.referer
         self._upstream = upstream
         self._bounds = bounds
         self._take = take
         self._loop = asyncio.get_running_loop()
-        self._decoder = Decoder(bounds.max_response)
+        self._decoder = Decoder(bounds.max_response, error_lines=True)
         self._relayed = 0
         self._stream: UpstreamStream | None = None
         self._blocks: AsyncGenerator[bytes] | None = None
@@ -83,11 +89,15 @@ class Reading:
         """
         self._stream = await self._open()
         self.answer.generation_id = self._stream.generation_id
-        self._blocks = self._stream.blocks()
+        self._blocks = self._stream.blocks(self._bounds.max_response)
         async for block in self._blocks:
             self._read(block)
             if self.answer.complete:
                 return
+        if self._stream.completion is not None:
+            self._read_completion(self._stream.completion)
+        else:
+            self._read_rest()
         if not self.answer.end():
             raise UpstreamInterrupted
 
@@ -117,7 +127,7 @@ class Reading:
             self.data_due = self._loop.time() + self._bounds.first_data_timeout
             self.asked, self.asked_at = True, self._loop.time()
             try:
-                return await self._upstream.open_chat(self._request, referer=self._referer)
+                return await self._upstream.open_chat(self._request, referer=self._referer, model=self._model)
             except UpstreamError as error:
                 self.asked = may_have_generated(error)
                 delay = retry_delay(error, attempt, random.random())  # noqa: S311 - jitter is no secret
@@ -132,24 +142,55 @@ class Reading:
 
     def _read(self, block: bytes) -> None:
         """Take the chunks of one read. What came before a failure is taken as well."""
-        chunks: list[bytes] = []
-        now = self._loop.time()
-        read = self.answer.read
         try:
             frames = self._decoder.feed(block)
+        except EventTooLarge:
+            raise ResponseTooLarge from None
+        now = self._loop.time()
+        if frames and self._take_frames(frames, now):
+            self.data_due = now + self._patience()
+
+    def _patience(self) -> float:
+        if self.answer.over:
+            return AFTER_ERROR
+        return QUIET_END if self.answer.finished else self._bounds.idle_timeout
+
+    def _take_frames(self, frames: list[Frame], now: float) -> bool:
+        """Take the chunks of these events. Returns True if one of them says anything."""
+        chunks: list[bytes] = []
+        told = False
+        read, over = self.answer.read, self.answer.over
+        try:
             for frame in frames:
-                chunk = read(frame.data)
+                chunk = read(frame.data, frame.event)
                 if chunk is not None:
                     self._relayed += len(chunk)
                     if self._relayed > self._bounds.max_response:
                         raise ResponseTooLarge
                     chunks.append(chunk)
-        except EventTooLarge:
-            raise ResponseTooLarge from None
+                elif not over and not says_nothing(frame.data):
+                    told = True
         finally:
             if chunks:
-                if self.first_chunk_at is None:
-                    self.first_chunk_at = now
-                self._take(chunks, now)
-        if frames:
-            self.data_due = now + (QUIET_END if self.answer.finished else self._bounds.idle_timeout)
+                self._hand_on(chunks, now)
+        return told or bool(chunks)
+
+    def _hand_on(self, chunks: list[bytes], now: float) -> None:
+        if self.first_chunk_at is None:
+            self.first_chunk_at = now
+        self._take(chunks, now)
+
+    def _read_rest(self) -> None:
+        """Take the event that the body ended in without a blank line, if it can be read."""
+        frames = self._decoder.flush()
+        if frames and (frames[0].event == "error" or is_readable(frames[0].data)):
+            self._take_frames(frames, self._loop.time())
+
+    def _read_completion(self, completion: dict[str, Any]) -> None:
+        """Take a whole answer that came as one JSON document."""
+        chunk = self.answer.read_completion(completion)
+        if chunk is None:
+            raise UpstreamInvalid
+        if len(chunk) > self._bounds.max_response:
+            raise ResponseTooLarge
+        self._hand_on([chunk], self._loop.time())

@@ -11,12 +11,14 @@ Nothing of openai, httpx2 or aiohttp leaves this folder: `map_errors` turns all 
 from __future__ import annotations
 
 import json
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import httpx2
 import openai
+import orjson
 from openai import AsyncOpenAI, DefaultAioHttpClient
 
 from broker.core.errors import (
@@ -26,22 +28,33 @@ from broker.core.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from broker.core.faults import fault_in_body, fault_of_status, parse_retry_after
+from broker.core.faults import fault_in_body, fault_of_status, other_cap, wait_in_headers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator
 
-KEEPALIVE = 15.0
-"""Seconds that an idle connection is kept. Servers close theirs at some time, and a request that meets that moment is
-lost for good, for it must not be sent twice."""
+KEEPALIVE = 4.0
+"""Seconds that an idle connection is kept. Servers close theirs at some time, many after 5 s, and a request that meets
+that moment is lost for good, for it must not be sent twice."""
 
 MAX_ERROR_BODY = 64 * 1024
-"""Bytes read of an answer that is not a stream; what is longer is not understood."""
+"""Bytes read of a refusal; what is longer is not understood."""
+
+MAX_HEAD = 4 * 1024
+"""Bytes of an answer within which a line must show that it is an event stream."""
+
+MAX_CAP_NAMES = 500
+"""Models of which it is remembered how they call the cap on their output."""
+
+_CAP_NAMES = ("max_tokens", "max_completion_tokens")
+_FIELDS = (b"data:", b"event:", b"id:", b"retry:", b"error:", b":")
+_BOM = b"\xef\xbb\xbf"
 
 _NOT_CONNECTED = (
     aiohttp.ClientConnectorError,
     aiohttp.ConnectionTimeoutError,
     aiohttp.ClientProxyConnectionError,
+    aiohttp.ClientHttpProxyError,
 )
 
 
@@ -54,15 +67,28 @@ class UpstreamClient:
         title: the application's name, for attribution.
         connect_timeout: seconds for a connection, the wait for a free one included.
         max_connections: streams at once and a few for everything else.
+        speaks_openrouter: tells whether the service understands OpenRouter's own headers.
+        proxy: address of an HTTP proxy through which all goes.
 
     Attributes:
         secrets: words that no message may carry.
     """
 
     def __init__(
-        self, *, base_url: str, api_key: str, title: str, connect_timeout: float, max_connections: int
+        self,
+        *,
+        base_url: str,
+        api_key: str,
+        title: str,
+        connect_timeout: float,
+        max_connections: int,
+        speaks_openrouter: Callable[[], bool] = lambda: True,
+        proxy: str | None = None,
     ) -> None:
         self.secrets: tuple[str, ...] = (api_key,)
+        self._speaks_openrouter = speaks_openrouter
+        self._attribution = {"X-Title": title, "X-OpenRouter-Title": title}
+        self._cap_names: dict[str, str] = {}
         timeout = httpx2.Timeout(None, connect=connect_timeout, pool=connect_timeout)
         self._http = DefaultAioHttpClient(
             # A redirect would send the request a second time, to somebody else.
@@ -70,6 +96,7 @@ class UpstreamClient:
             timeout=timeout,
             limits=httpx2.Limits(max_connections=max_connections, keepalive_expiry=KEEPALIVE),
             trust_env=False,
+            proxy=proxy,
             event_hooks={"response": [_bound_error_body]},
         )
         self.openai = AsyncOpenAI(
@@ -79,11 +106,7 @@ class UpstreamClient:
             max_retries=0,
             timeout=timeout,
             http_client=self._http,
-            default_headers={
-                "X-Title": title,
-                "X-OpenRouter-Title": title,
-                "Accept-Encoding": "identity",
-            },
+            default_headers={"Accept-Encoding": "identity"},
         )
         self._chat_url = httpx2.URL(f"{str(self.openai.base_url).rstrip('/')}/chat/completions")
         self._chat_headers = self._make_chat_headers()
@@ -98,31 +121,64 @@ class UpstreamClient:
         headers = {**self.openai.default_headers, **self.openai.auth_headers, "Accept": "text/event-stream"}
         return httpx2.Headers({k: v for k, v in headers.items() if isinstance(v, str)})
 
-    async def open_chat(self, body: bytes, *, referer: str) -> UpstreamStream:
+    async def open_chat(self, body: bytes, *, referer: str, model: str = "") -> UpstreamStream:
         """Ask for a chat completion and return its answer once the status and the headers are there.
+
+        A service that refuses the name of the cap on the output is asked once more with the other one: that refusal
+        says that nothing was generated.
 
         Args:
             body: the JSON of the request.
             referer: origin of the page, for attribution; may be empty.
+            model: what is asked, to remember how it calls its cap.
 
         Raises:
             UpstreamError: it could not be reached, or refused.
         """
-        request = httpx2.Request("POST", self._chat_url, headers=self._chat_headers, content=body)
-        if referer:
-            request.headers["HTTP-Referer"] = referer
+        known = self._cap_names.get(model)
+        if known is not None and (renamed := _rename_cap(body, known)) is not None:
+            body = renamed
+        response = await self._send(body, referer)
+        if response.is_success:
+            return UpstreamStream(response, self.secrets)
+        names = _caps_in(body) if response.status_code == 400 else ()
         with map_errors(self.secrets):
-            response = await self._http.send(request, stream=True)
-            if not response.is_success:
-                raise await self._refusal(response)
+            fault, name = await self._refusal(response, names)
+        if name is None or (renamed := _rename_cap(body, name)) is None:
+            raise fault
+        response = await self._send(renamed, referer)
+        if not response.is_success:
+            with map_errors(self.secrets):
+                fault, _ = await self._refusal(response)
+            raise fault
+        self._remember_cap(model, name)
         return UpstreamStream(response, self.secrets)
 
-    async def _refusal(self, response: httpx2.Response) -> UpstreamError:
+    async def _send(self, body: bytes, referer: str) -> httpx2.Response:
+        request = httpx2.Request("POST", self._chat_url, headers=self._chat_headers, content=body)
+        if self._speaks_openrouter():
+            request.headers.update(self._attribution)
+            if referer:
+                request.headers["HTTP-Referer"] = referer
+        with map_errors(self.secrets):
+            return await self._http.send(request, stream=True)
+
+    async def _refusal(
+        self, response: httpx2.Response, cap_names: tuple[str, ...] = ()
+    ) -> tuple[UpstreamError, str | None]:
+        """What a refusal means, and the name of the cap that it asks for."""
         try:
             await response.aread()
         finally:
             await response.aclose()
-        return _fault_of(response, self.secrets)
+        wanted = other_cap(response.status_code, _json(response.content), cap_names) if cap_names else None
+        return _fault_of(response, self.secrets), wanted
+
+    def _remember_cap(self, model: str, name: str) -> None:
+        self._cap_names.pop(model, None)
+        self._cap_names[model] = name
+        if len(self._cap_names) > MAX_CAP_NAMES:
+            del self._cap_names[next(iter(self._cap_names))]
 
     async def close(self) -> None:
         """Close every connection."""
@@ -134,15 +190,20 @@ class UpstreamStream:
 
     Attributes:
         generation_id: the upstream's name for this generation, known before the first byte of it; may be None.
+        completion: the whole answer, where it came as one JSON document in place of a stream.
     """
 
     def __init__(self, response: httpx2.Response, secrets: tuple[str, ...]) -> None:
         self.generation_id: str | None = response.headers.get("x-generation-id")
+        self.completion: dict[str, Any] | None = None
         self._response = response
         self._secrets = secrets
 
-    async def blocks(self) -> AsyncGenerator[bytes]:
-        """The bytes as they come.
+    async def blocks(self, max_body: int = MAX_ERROR_BODY) -> AsyncGenerator[bytes]:
+        """The bytes as they come; none where the answer is a JSON completion, which `completion` has then.
+
+        Args:
+            max_body: bytes of the largest completion.
 
         Raises:
             UpstreamInterrupted: the line broke.
@@ -152,13 +213,22 @@ class UpstreamStream:
         # add to its function is decompression.
         encoded = "content-encoding" in self._response.headers
         source: Any = self._response.aiter_bytes() if encoded else self._response.stream
+        blocks = aiter(source)
         with map_errors(self._secrets):
-            if not self._is_event_stream():
-                raise fault_in_body(_json(await _beginning(source)), secrets=self._secrets)
-            async for block in source:
-                yield block
+            head, is_stream = await _head(blocks)
+            if is_stream or (is_stream is None and self._is_called_event_stream()):
+                yield head
+                async for block in blocks:
+                    yield block
+                return
+            body = _json(head + await _beginning(blocks, max_body - len(head)))
+            if isinstance(body, list) and len(body) == 1:
+                body = body[0]
+            if not isinstance(body, dict) or not body.get("choices"):
+                raise fault_in_body(body, secrets=self._secrets, now=time.time())
+            self.completion = body
 
-    def _is_event_stream(self) -> bool:
+    def _is_called_event_stream(self) -> bool:
         kind: str = self._response.headers.get("content-type", "")
         return kind.partition(";")[0].strip().lower() == "text/event-stream"
 
@@ -187,20 +257,62 @@ class _Beginning(httpx2.AsyncByteStream):
         await self._stream.aclose()
 
 
-async def _beginning(stream: AsyncIterable[bytes]) -> bytes:
-    body = b""
+async def _beginning(stream: AsyncIterable[bytes], limit: int = MAX_ERROR_BODY) -> bytes:
+    blocks: list[bytes] = []
+    size = 0
     async for block in stream:
-        body += block
-        if len(body) > MAX_ERROR_BODY:
+        blocks.append(block)
+        size += len(block)
+        if size > limit:
             break
-    return body
+    return b"".join(blocks)
+
+
+async def _head(blocks: AsyncIterator[bytes]) -> tuple[bytes, bool | None]:
+    """The first bytes, and whether they show that this is an event stream.
+
+    True as soon as a line begins as one of an event stream does, False where a JSON document or markup begins, None
+    where the first 4 KiB or the whole body show neither.
+    """
+    head = b""
+    async for block in blocks:
+        head += block
+        start = head[:MAX_HEAD].removeprefix(_BOM)
+        if any(line.startswith(_FIELDS) for line in start.splitlines()):
+            return head, True
+        if len(head) >= MAX_HEAD:
+            break
+    return head, False if head.removeprefix(_BOM).lstrip()[:1] in {b"{", b"[", b"<"} else None
 
 
 def _json(body: bytes) -> Any:
     """The document, as leniently as it can be read; None for what is none."""
     try:
-        return json.loads(body)
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return json.loads(body) if len(body) <= MAX_ERROR_BODY else None
     except (ValueError, RecursionError):
+        return None
+
+
+def _caps_in(body: bytes) -> tuple[str, ...]:
+    """The names by which a request caps the output."""
+    document = _json(body)
+    return tuple(name for name in _CAP_NAMES if isinstance(document, dict) and name in document)
+
+
+def _rename_cap(body: bytes, name: str) -> bytes | None:
+    """The request with its cap under this name; None where it has none under the other one alone."""
+    document = _json(body)
+    other = _CAP_NAMES[1 - _CAP_NAMES.index(name)]
+    if not isinstance(document, dict) or other not in document or name in document:
+        return None
+    document[name] = document.pop(other)
+    try:
+        return orjson.dumps(document)
+    except orjson.JSONEncodeError:
         return None
 
 
@@ -219,8 +331,11 @@ def map_errors(secrets: tuple[str, ...] = ()) -> Iterator[None]:
 
 def _fault_of(response: httpx2.Response, secrets: tuple[str, ...]) -> UpstreamError:
     """What a refusal means; its body has been read."""
-    wait = parse_retry_after(response.headers.get("retry-after"))
-    return fault_of_status(response.status_code, _json(response.content), retry_after=wait, secrets=secrets)
+    now = time.time()
+    wait = wait_in_headers(response.headers, response.status_code, now)
+    return fault_of_status(
+        response.status_code, _json(response.content), retry_after=wait, secrets=secrets, now=now
+    )
 
 
 def _connection_error(error: BaseException) -> UpstreamError:

@@ -100,3 +100,21 @@ def test_an_event_over_its_bound_is_refused(piece: bytes) -> None:
 
 def test_many_events_together_may_be_larger_than_the_bound_of_one() -> None:
     assert len(decode(b"data: 0123456789\n\n" * 100, limit=20)) == 100
+
+
+def test_what_a_stream_ended_in_can_be_had() -> None:
+    decoder = Decoder(1000)
+    assert decoder.feed(b"data: a\n\nevent: b\ndata: c\r\ndata: d") == [Frame("message", b"a", "")]
+    assert decoder.flush() == [Frame("b", b"c\nd", "")]
+    assert decoder.flush() == []
+    assert Decoder(1000).flush() == []
+
+
+@pytest.mark.parametrize("line", [b"error: {}", b"error:{}"])
+def test_an_error_line_is_an_event_where_that_is_asked_for(line: bytes) -> None:
+    for ends in (b"\n", b"\r\n", b"\r"):
+        for cut in range(len(line + ends) + 1):
+            decoder, data = Decoder(1000, error_lines=True), line + ends
+            frames = decoder.feed(data[:cut]) + decoder.feed(data[cut:]) + decoder.flush()
+            assert frames == [Frame("error", b"{}", "")]
+    assert Decoder(1000).feed(line + b"\n\n") == []

@@ -70,7 +70,8 @@ async def test_an_error_in_the_stream_ends_the_session(
             "upstream_error",
             502,
         ),
-        ("application/json", '{"choices": [{"message": {"content": "whole"}}]}', "upstream_invalid", None),
+        ("application/json", '[{"error": {"code": 400, "message": "x"}}]', "upstream_error", 400),
+        ("application/json", '{"choices": []}', "upstream_invalid", None),
         ("application/json", "[]", "upstream_invalid", None),
         ("application/json", '"text"', "upstream_invalid", None),
         ("application/json", "null", "upstream_invalid", None),
@@ -78,7 +79,8 @@ async def test_an_error_in_the_stream_ends_the_session(
         ("application/json", "", "upstream_invalid", None),
         ("application/json", "x" * 200_000, "upstream_invalid", None),
         ("text/html", "<html>nginx</html>", "upstream_invalid", None),
-        ("text/plain", "data: {}\n\n", "upstream_invalid", None),
+        ("text/plain", "the data: {}\n\n", "upstream_invalid", None),
+        ("text/plain", "x" * 5000 + "\ndata: {}\n\n", "upstream_invalid", None),
     ],
 )
 async def test_an_answer_that_is_no_stream_ends_the_session(
@@ -91,8 +93,10 @@ async def test_an_answer_that_is_no_stream_ends_the_session(
     assert len(upstream.calls) == 1
 
 
-async def test_an_error_after_the_reason_is_still_one(broker: Broker, upstream: ScriptedUpstream) -> None:
-    upstream.replies = [streaming(chunk("Hello", finish="stop"), {"error": {"code": 500, "message": "x"}})]
+async def test_an_error_on_the_chunk_with_the_reason_is_one(
+    broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    upstream.replies = [streaming(chunk("Hello"), chunk(finish="stop", error={"code": 500, "message": "x"}))]
     assert (await outcome(broker, chunks=1))["code"] == "upstream_error"
 
 
