@@ -172,8 +172,20 @@ class RateLimited(LimitError):
 
 
 class BudgetExceeded(LimitError):
+    """The budget does not cover a request.
+
+    Attributes:
+        final: nothing that others have reserved could make room for it, so waiting does not help.
+    """
+
     code = "budget_exceeded"
     default_message = "The budget for today does not cover this."
+
+    def __init__(
+        self, message: str = "", *, details: Any = None, retry_after: float | None = None, final: bool = False
+    ) -> None:
+        super().__init__(message, details=details, retry_after=retry_after)
+        self.final = final
 
 
 class TooManyStreams(LimitError):
@@ -219,6 +231,12 @@ class NotYetClaimed(Overloaded):
     """A page asks to continue a session that has not begun: its claim may still be on the way."""
 
     default_message = "This session has not begun yet."
+
+
+class BeingClaimed(Overloaded):
+    """Another worker is claiming the session, and whether it wins is not known yet."""
+
+    default_message = "This session is just being started."
 
 
 class SessionError(BrokerError):

@@ -9,9 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from broker.core.errors import BrokerError, InternalError, LimitError, Overloaded, StoreUnavailable
+from broker.core.errors import (
+    BeingClaimed,
+    BrokerError,
+    BudgetExceeded,
+    InternalError,
+    LimitError,
+    Overloaded,
+    StoreUnavailable,
+)
+from broker.core.events import cancelled_before_start
 from broker.core.session import State, short
-from broker.store.accounts import LEASE, AccountStore, Reservation
+from broker.store.accounts import BUDGET_RETRY, LEASE, AccountStore, Reservation
 from broker.store.sessions import Prepared, SessionStore, Standing
 
 if TYPE_CHECKING:
@@ -26,6 +35,12 @@ RETRY = 0.3
 
 GIVE_BACK_TRIES = 20
 """Tries to give a reservation back; after that it is found among those that nobody renews."""
+
+ELSEWHERE_TRIES = 10
+"""Looks at a session that another worker is claiming, until a page is asked to come again."""
+
+ELSEWHERE_PAUSE = 0.1
+"""Seconds between them."""
 
 
 class Claims:
@@ -56,61 +71,95 @@ class Claims:
         self._give_up_after = give_up_after
         self._begin = begin
         self._spawn = spawn
-        self._under_way: dict[str, asyncio.Future[Generation | Standing]] = {}
+        self._under_way: dict[str, _Pursuit] = {}
         self._loop = asyncio.get_running_loop()
 
     def __len__(self) -> int:
         return len(self._under_way)
 
-    def get(self, session_id: str) -> asyncio.Future[Generation | Standing] | None:
-        """The answer to a claim that is under way."""
-        return self._under_way.get(session_id)
+    def __contains__(self, session_id: str) -> bool:
+        """Whether a claim of this session is under way."""
+        return session_id in self._under_way
 
     async def claim(self, session_id: str) -> Generation | Standing:
         """Claim for one viewer or several: those who ask while a claim is under way share its answer.
 
         Raises:
             TooManyStreams, BudgetExceeded: there is no room now; the session stays prepared.
-            StoreUnavailable: the outcome is not known. It is still asked for, and a generation that turns out to be
-                won starts without a viewer.
+            BeingClaimed: another worker is claiming it, and has not done so in time.
+            StoreUnavailable: the outcome is not known. Where the claim was sent, its outcome is still asked for, and
+                a generation that turns out to be won starts without a viewer.
         """
-        answer = self._under_way.get(session_id)
-        if answer is None:
-            answer = self._under_way[session_id] = self._loop.create_future()
-            answer.add_done_callback(
-                lambda done: done.cancelled() or done.exception()
-            )  # perhaps nobody asks any more
-            self._spawn(self._pursue(session_id, answer))
+        pursuit = self._under_way.get(session_id)
+        if pursuit is None:
+            pursuit = self._under_way[session_id] = _Pursuit(session_id, str(uuid.uuid4()))
+            self._spawn(self._pursue(pursuit))
         # A viewer that leaves takes its own wait along and not the claim.
-        return await asyncio.shield(answer)
+        return await pursuit.attempt.wait()
 
-    async def _pursue(self, session_id: str, answer: asyncio.Future[Generation | Standing]) -> None:
-        """Ask with one token until the outcome is known: a claim whose reply was lost may have taken effect."""
-        pursuit = _Pursuit(session_id, str(uuid.uuid4()))
+    def withdraw(self, session_id: str) -> bool:
+        """Let no generation begin by a claim that is under way; returns True if one was.
+
+        Where it has won, or may have, the session is given the end of a cancel, as soon as Redis can be told.
+        """
+        pursuit = self._under_way.get(session_id)
+        if pursuit is None:
+            return False
+        pursuit.withdrawn = True
+        return True
+
+    async def _pursue(self, pursuit: _Pursuit) -> None:
+        """Ask with one token until the outcome is known: a claim whose reply was lost may have taken effect.
+
+        One that was never sent may not, and then nobody waits any more once it has failed.
+        """
         give_up_at = self._loop.time() + self._give_up_after
         try:
             while self._loop.time() < give_up_at:
                 try:
                     result = await self._try(pursuit)
                 except StoreUnavailable as error:
-                    if not answer.done():
-                        answer.set_exception(error)
+                    if not pursuit.sent:
+                        raise
+                    pursuit.attempt.fail(error)
+                    pursuit.attempt = _Attempt()
                     await asyncio.sleep(RETRY)
-                    continue
-                if not answer.done():
-                    answer.set_result(result)
-                return
+                else:
+                    pursuit.attempt.tell(result)
+                    return
+        except BrokerError as error:  # refused: no slot, no budget; or never sent
+            pursuit.attempt.fail(error)
+            # What may have been reserved is given back: a claim that was never sent cannot win. A refusal took nothing.
+            if isinstance(error, StoreUnavailable) and not pursuit.sent and pursuit.reservation is not None:
+                self._spawn(self._give_back(pursuit.reservation))
         except Exception as error:
-            if not isinstance(error, BrokerError):  # else refused: no slot, no budget
-                log.exception("claim failed", session=short(session_id))
-            if not answer.done():
-                answer.set_exception(error if isinstance(error, BrokerError) else InternalError())
+            log.exception("claim failed", session=short(pursuit.session_id), exc_info=error)
+            pursuit.attempt.fail(InternalError())
         finally:
-            del self._under_way[session_id]
-            answer.cancel()
+            del self._under_way[pursuit.session_id]
+            pursuit.attempt.fail(StoreUnavailable())  # unless they have been told already
 
     async def _try(self, pursuit: _Pursuit) -> Generation | Standing:
         """Take slot and budget first, then the session; each step can be asked for again with the same token."""
+        if not pursuit.withdrawn:
+            outcome = await self._take(pursuit)
+            if isinstance(outcome, Prepared) and pursuit.reservation is not None and not pursuit.withdrawn:
+                return self._begin(pursuit.session_id, pursuit.reservation, outcome)
+            if isinstance(outcome, Standing) and not pursuit.withdrawn:
+                return self._lost(pursuit, outcome)
+        # Nothing was sent to the upstream, so nothing was spent, whether it has won or not.
+        await self._sessions.cancel(pursuit.session_id, cancelled_before_start())
+        outcome = await self._sessions.claim(pursuit.session_id, pursuit.token, self._worker)
+        if isinstance(outcome, Prepared):
+            raise StoreUnavailable  # Redis went back to an older state in between: cancel it once more
+        return self._lost(pursuit, outcome)
+
+    def _lost(self, pursuit: _Pursuit, outcome: Standing) -> Standing:
+        if pursuit.reservation is not None:
+            self._spawn(self._give_back(pursuit.reservation))
+        return outcome
+
+    async def _take(self, pursuit: _Pursuit) -> Prepared | Standing:
         if pursuit.reservation is None:
             described = await self._sessions.describe_for_claim(pursuit.session_id)
             if described is None:
@@ -122,20 +171,38 @@ class Claims:
             )
         try:
             reservation = await self._reserve(pursuit, pursuit.reservation)
-        except LimitError:
-            # Another worker may just be claiming it, with the last slot.
+        except (LimitError, BeingClaimed) as error:
+            return await self._taken_elsewhere(pursuit, error)
+        if self._loop.time() >= pursuit.reserved_at + LEASE / 2:
+            # This process stood still meanwhile, and others may have given it back.
+            await self._reserve(pursuit, reservation)
+        if not pursuit.sent:
+            if not pursuit.attempt.waiting and not pursuit.withdrawn:
+                raise StoreUnavailable  # nobody wants it any more
+            if pursuit.withdrawn:
+                return Standing(State.PREPARED)
+        pursuit.sent = True
+        return await self._sessions.claim(pursuit.session_id, pursuit.token, self._worker)
+
+    async def _taken_elsewhere(self, pursuit: _Pursuit, refused: BrokerError) -> Standing:
+        """Where a session stands for which there was no room: another worker may be claiming it, with the last slot.
+
+        Raises:
+            LimitError: nobody else does.
+            BeingClaimed: whether that claim wins is not known in time; the page should come again.
+        """
+        for _ in range(ELSEWHERE_TRIES):
             described = await self._sessions.describe(pursuit.session_id)
             if described is not None and described.state not in (State.PREPARED, State.GONE):
                 return Standing(described.state, described.worker)
-            raise
-        if self._loop.time() >= pursuit.reserved_at + LEASE / 2:
-            # This process stood still meanwhile, and others may have given it back.
-            reservation = await self._reserve(pursuit, reservation)
-        outcome = await self._sessions.claim(pursuit.session_id, pursuit.token, self._worker)
-        if isinstance(outcome, Prepared):
-            return self._begin(pursuit.session_id, reservation, outcome)
-        self._spawn(self._give_back(reservation))
-        return outcome
+            if isinstance(refused, LimitError) or described is None:
+                break
+            await asyncio.sleep(ELSEWHERE_PAUSE)
+        if isinstance(refused, BudgetExceeded) and refused.final:
+            left = await self._sessions.remaining(pursuit.session_id)
+            if left is not None and left > (refused.retry_after or 0):  # a new day begins before it ends
+                raise BudgetExceeded(refused.message, retry_after=BUDGET_RETRY)
+        raise refused
 
     async def _reserve(self, pursuit: _Pursuit, reservation: Reservation) -> Reservation:
         """Reserve, and again when half the lease is over: others give back what nobody renews."""
@@ -144,6 +211,8 @@ class Claims:
             return reservation
         try:
             day = await self._accounts.reserve(reservation)
+        except BeingClaimed:
+            raise
         except Overloaded:  # given back; but a claim whose reply was lost may have overtaken that
             described = await self._sessions.describe(pursuit.session_id)
             if described is None or described.token != pursuit.token:
@@ -163,13 +232,49 @@ class Claims:
                 return
 
 
-class _Pursuit:
-    """How far one claim has got."""
+class _Attempt:
+    """One try of a claim, and those who wait for what comes of it."""
 
-    __slots__ = ("reservation", "reserved_at", "session_id", "token")
+    __slots__ = ("_outcome", "waiting")
+
+    def __init__(self) -> None:
+        self._outcome: asyncio.Future[Generation | Standing] = asyncio.get_running_loop().create_future()
+        self._outcome.add_done_callback(lambda done: done.exception())  # perhaps nobody asks any more
+        self.waiting = 0
+
+    async def wait(self) -> Generation | Standing:
+        """Wait for the outcome, or raise what it failed with."""
+        self.waiting += 1
+        try:
+            return await asyncio.shield(self._outcome)
+        finally:
+            self.waiting -= 1
+
+    def tell(self, outcome: Generation | Standing) -> None:
+        """It has an outcome."""
+        self._outcome.set_result(outcome)
+
+    def fail(self, error: BrokerError) -> None:
+        """It has failed, unless it has an outcome already."""
+        if not self._outcome.done():
+            self._outcome.set_exception(error)
+
+
+class _Pursuit:
+    """How far one claim has got.
+
+    Attributes:
+        sent: it may have reached Redis, and may yet take effect there.
+        withdrawn: somebody has cancelled the session: no generation begins.
+    """
+
+    __slots__ = ("attempt", "reservation", "reserved_at", "sent", "session_id", "token", "withdrawn")
 
     def __init__(self, session_id: str, token: str) -> None:
         self.session_id = session_id
         self.token = token
+        self.attempt = _Attempt()
         self.reservation: Reservation | None = None
         self.reserved_at = float("-inf")
+        self.sent = False
+        self.withdrawn = False

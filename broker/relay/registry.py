@@ -6,7 +6,7 @@ The web asks it for a session by id, and gets something to watch or an error tha
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -194,7 +194,7 @@ class Registry:
 
     async def _claim(self, session_id: str) -> Generation | None:
         """Claim a session; None where it is not to be had, and why is for `_mirror` to find out."""
-        if self._claims.get(session_id) is None:
+        if session_id not in self._claims:
             if self.draining:
                 raise Draining
             if len(self._running) + len(self._claims) >= self._limits.max_streams:
@@ -280,23 +280,27 @@ class Registry:
             SessionNotFound: there is none.
             StoreUnavailable: it is not this worker's, and Redis is away.
         """
-        if (claim := self._claims.get(session_id)) is not None:
-            await asyncio.wait([claim])
         here = self._running.get(session_id) or self._kept.get(session_id)
         if here is not None:
             accepted = here.cancel()
             state = await here.ended()  # it is certain once it is written: this worker may die at any moment
             return Cancelled(state, accepted=accepted and state is State.CANCELLED)
+        withdrawn = self._claims.withdraw(session_id)
         standing = await self._sessions.cancel(session_id, cancelled_before_start())
         if standing.state is State.GONE:
             await self._tell_gone(None)
-        if (
-            standing.state is State.PREPARED
-            and (session := await self._sessions.describe(session_id)) is not None
-        ):
-            await self._accounts.forget(session.client, session_id)
+        if standing.state is State.PREPARED:
+            await self._forget(session_id)
         accepted = standing.state in (State.PREPARED, State.RUNNING)
+        if withdrawn and standing.state is State.CANCELLED:
+            accepted = True  # by the end of the claim's pursuit, which was faster
         return Cancelled(State.CANCELLED if accepted else standing.state, accepted=accepted)
+
+    async def _forget(self, session_id: str) -> None:
+        """A session that was cancelled waits no more. If Redis cannot be told now, that ends by itself."""
+        with suppress(StoreUnavailable):
+            if (session := await self._sessions.describe(session_id)) is not None:
+                await self._accounts.forget(session.client, session_id)
 
     # Among the other workers
 

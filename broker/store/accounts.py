@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import structlog
 
 from broker.core.accounts import Allowances, Spent, Worst
-from broker.core.errors import BudgetExceeded, Overloaded, TooManyStreams
+from broker.core.errors import BeingClaimed, BudgetExceeded, Overloaded, TooManyStreams
 from broker.store.connection import Call, Store, bounded_call
 
 if TYPE_CHECKING:
@@ -169,7 +169,8 @@ class AccountStore:
             force: whatever the limits say, on the day that it has, if any, for a generation that runs already.
 
         Raises:
-            TooManyStreams, BudgetExceeded: there is no room now.
+            TooManyStreams, BudgetExceeded: there is no room now; `final` where nothing could be given back for it.
+            BeingClaimed: there is none because another claim of the same session has taken it.
             Overloaded: it was given back meanwhile.
         """
         allowed, worst = self._allowances, reservation.worst
@@ -405,11 +406,15 @@ def _raise_refusal(reply: list[Any], budget_retry: float | None = None) -> None:
     if kind == b"full":
         message = "Too many requests wait to be started; try again in a moment."
         raise Overloaded(message, retry_after=float(reply[1]))
+    if kind == b"claiming":
+        raise BeingClaimed
     if kind == b"closed":
         raise Overloaded("This claim was given back.")
     everyone = kind == b"total"
     message = "The budget of this service for today is used up." if everyone else ""
-    raise BudgetExceeded(message, retry_after=budget_retry or float(reply[1]))
+    final = len(reply) > 2 and reply[2] == 1
+    wait = float(reply[1]) if final or budget_retry is None else budget_retry
+    raise BudgetExceeded(message, retry_after=wait, final=final)
 
 
 def _reservation(token: str, fields: dict[bytes, bytes]) -> Reservation:

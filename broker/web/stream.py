@@ -76,7 +76,7 @@ async def _show(
 async def _refuse(request: web.Request, error: BrokerError, cursor: Cursor | None) -> web.StreamResponse:
     if may_come_again(error):
         return await _say(request, b"", spread(COME_AGAIN_MS))
-    if isinstance(error, LimitError):
+    if isinstance(error, LimitError) and not (isinstance(error, BudgetExceeded) and error.final):
         # No id and not final: a page that leaves its EventSource open waits its turn.
         wait = BUDGET_RETRY if isinstance(error, BudgetExceeded) else STREAMS_RETRY
         return await _say(request, refusal_event(error, None, final=False), round(wait * 1000))

@@ -6,7 +6,8 @@
 --       limits: streams, tokens a day, cost a day, everyone's cost a day; the day of a generation that runs already
 --       ('0' for today), to reserve whatever the limits say and also what was given back; else ''
 -- Returns {'ok', day}, {'closed'} for a reservation that was given back or settled, or
--- {'streams' | 'tokens' | 'cost' | 'total', seconds until that may change}.
+-- {'streams', seconds until that may change}, {'claiming'} where another claim of the same session holds a slot, or
+-- {'tokens' | 'cost' | 'total', seconds until tomorrow, 1 where nothing that others reserved could make room for it}.
 local now = redis.call('TIME')
 local ms = now[1] * 1000 + math.floor(now[2] / 1000)
 local state, held_day = unpack(redis.call('HMGET', KEYS[1], 'state', 'day'))
@@ -19,9 +20,23 @@ elseif state == 'settled' or state and not runs then
   return {'closed'}
 end
 local day = runs and ARGV[12] ~= '0' and tonumber(ARGV[12]) or math.floor(now[1] / 86400)
-local function taken(account, what)
-  return tonumber(redis.call('HGET', account, day .. ':spent_' .. what) or 0)
-    + tonumber(redis.call('HGET', account, day .. ':reserved_' .. what) or 0)
+local function refused(kind, seconds, final)
+  local records = string.sub(KEYS[1], 1, #KEYS[1] - #ARGV[1])
+  for _, token in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
+    if redis.call('HGET', records .. token, 'session') == ARGV[2] then
+      return {'claiming'}
+    end
+  end
+  return {kind, seconds, final}
+end
+-- 0 where an amount does not fit for now, 1 where it would not even if nothing was reserved, nil where it fits.
+local function misfit(account, what, amount, limit)
+  local spent = tonumber(redis.call('HGET', account, day .. ':spent_' .. what) or 0)
+  local reserved = tonumber(redis.call('HGET', account, day .. ':reserved_' .. what) or 0)
+  if limit > 0 and spent + reserved + amount > limit then
+    return spent + amount > limit and 1 or 0
+  end
+  return nil
 end
 local tokens, cost = tonumber(ARGV[5]), tonumber(ARGV[6])
 local max_streams, max_tokens = tonumber(ARGV[8]), tonumber(ARGV[9])
@@ -31,16 +46,14 @@ if not runs then
   -- worker lives, and only had nobody to renew it with.
   local until_tomorrow = (day + 1) * 86400 - now[1]
   if redis.call('ZCARD', KEYS[2]) >= max_streams then
-    return {'streams', 5}
+    return refused('streams', 5)
   end
-  if max_tokens > 0 and taken(KEYS[3], 'tokens') + tokens > max_tokens then
-    return {'tokens', until_tomorrow}
-  end
-  if max_cost > 0 and taken(KEYS[3], 'cost') + cost > max_cost then
-    return {'cost', until_tomorrow}
-  end
-  if max_total > 0 and taken(KEYS[4], 'cost') + cost > max_total then
-    return {'total', until_tomorrow}
+  for _, limited in ipairs({{'tokens', KEYS[3], 'tokens', tokens, max_tokens}, {'cost', KEYS[3], 'cost', cost, max_cost},
+      {'total', KEYS[4], 'cost', cost, max_total}}) do
+    local final = misfit(limited[2], limited[3], limited[4], limited[5])
+    if final then
+      return refused(limited[1], until_tomorrow, final)
+    end
   end
 end
 redis.call('HSET', KEYS[1], 'state', 'open', 'session', ARGV[2], 'client', ARGV[3], 'model', ARGV[4],

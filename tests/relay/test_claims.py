@@ -1,0 +1,259 @@
+"""Claims whose outcome is not known, that nobody wants any more, that are withdrawn, and that others wait for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+import pytest_asyncio
+
+from broker.core.accounts import Worst
+from broker.core.errors import BeingClaimed, BudgetExceeded, StoreUnavailable, TooManyStreams
+from broker.core.events import cancelled_before_start
+from broker.core.session import State
+from broker.relay.claims import Claims
+from broker.store.accounts import AccountStore, Reservation
+from broker.store.connection import Store
+from broker.store.sessions import Prepared, SessionStore, Standing
+from tests.money import open_reservations, slots, until
+from tests.relay.test_races import FREE
+from tests.wire import Wire, wire_to
+
+if TYPE_CHECKING:
+    from broker.core.accounts import Allowances
+    from broker.relay.generation import Generation
+
+PREPARED = Prepared(b"{}", "model", 1, "", "client", Worst(10, 100))
+CLAIM, RESERVE = b"claimer", b"total-claim"
+"""What only a claim, and only a reservation, has in its packet."""
+
+
+class Claimer:
+    """A worker that claims, over a line of its own."""
+
+    def __init__(self, url: str, allowances: Allowances = FREE) -> None:
+        self.store = Store(url, "test")
+        self.sessions = SessionStore(self.store, session_ttl=600, running_ttl=960, resume_ttl=300)
+        self.accounts = AccountStore(self.store, allowances)
+        self.begun: list[str] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.claims = Claims(
+            self.sessions,
+            self.accounts,
+            worker="claimer",
+            give_up_after=100,
+            begin=self._begin,
+            spawn=self._spawn,
+        )
+
+    def _begin(self, session: str, reservation: Reservation, prepared: Prepared) -> Generation:
+        self.begun.append(session)
+        return cast("Generation", session)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def prepare(self, session: str = "session") -> None:
+        await self.sessions.prepare(session, replace(PREPARED, model="total-claim"))
+
+    async def idle(self) -> None:
+        """Wait until nothing is pursued any more."""
+        await until(lambda: asyncio.sleep(0, not self._tasks))
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.store.close()
+
+
+@pytest_asyncio.fixture
+async def wire(valkey_url: str) -> AsyncIterator[Wire]:
+    async with wire_to(valkey_url) as wire:
+        yield wire
+
+
+@pytest_asyncio.fixture
+async def claimer(wire: Wire) -> AsyncIterator[Claimer]:
+    claimer = Claimer(wire.url)
+    await claimer.prepare()
+    yield claimer
+    wire.let_go()
+    await claimer.close()
+
+
+async def state_of(store: Store, session: str = "session") -> State:
+    described = await SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300).describe(session)
+    return described.state if described is not None else State.GONE
+
+
+def begun(outcome: object) -> bool:
+    """Whether a claim has won; a generation is nothing but its session's name here."""
+    return outcome == "session"
+
+
+# Whether it is pursued
+
+
+async def test_a_claim_that_was_never_sent_is_not_pursued(store: Store, wire: Wire, claimer: Claimer) -> None:
+    wire.hold = RESERVE
+    with pytest.raises(StoreUnavailable):
+        await claimer.claims.claim("session")
+    assert len(claimer.claims) == 0
+    wire.let_go()
+    await claimer.idle()
+    await until(lambda: asyncio.sleep(0, wire.told("session") >= 1))
+    assert (claimer.begun, await state_of(store)) == ([], State.PREPARED)
+    assert await slots(store.redis) == await open_reservations(store.redis) == 0
+    await claimer.claims.claim("session")  # as the page does that comes again
+    assert claimer.begun == ["session"]
+
+
+async def test_a_claim_that_was_sent_is_pursued_though_nobody_waits(
+    store: Store, wire: Wire, claimer: Claimer
+) -> None:
+    wire.hold = CLAIM
+    with pytest.raises(StoreUnavailable):
+        await claimer.claims.claim("session")
+    assert "session" in claimer.claims
+    wire.let_go()
+    await claimer.idle()
+    assert (claimer.begun, await state_of(store)) == (["session"], State.RUNNING)
+    assert await slots(store.redis) == 1
+
+
+async def test_viewers_that_leave_before_a_claim_is_sent_take_it_along(
+    store: Store, wire: Wire, claimer: Claimer
+) -> None:
+    wire.hold = RESERVE
+    waiting = [asyncio.create_task(claimer.claims.claim("session")) for _ in range(3)]
+    await wire.caught()
+    for viewer in waiting:
+        viewer.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    wire.let_go()
+    await claimer.idle()
+    assert (claimer.begun, await state_of(store)) == ([], State.PREPARED)
+    assert await slots(store.redis) == await open_reservations(store.redis) == 0
+
+
+async def test_one_viewer_that_stays_is_enough(wire: Wire, claimer: Claimer) -> None:
+    wire.hold = RESERVE
+    leaving, staying = [asyncio.create_task(claimer.claims.claim("session")) for _ in range(2)]
+    await wire.caught()
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    wire.let_go()
+    assert begun(await staying)
+    assert claimer.begun == ["session"]
+
+
+async def test_who_comes_while_a_claim_is_pursued_waits_for_its_outcome(wire: Wire, claimer: Claimer) -> None:
+    wire.hold = CLAIM
+    with pytest.raises(StoreUnavailable):
+        await claimer.claims.claim("session")
+    late = [asyncio.create_task(claimer.claims.claim("session")) for _ in range(3)]
+    await asyncio.sleep(0)
+    wire.let_go()
+    assert all(map(begun, await asyncio.gather(*late)))
+    assert claimer.begun == ["session"]
+
+
+# Cancelled meanwhile
+
+
+@pytest.mark.parametrize("held", [CLAIM, RESERVE], ids=["claim", "reservation"])
+@pytest.mark.parametrize("in_time", [True, False], ids=["in time", "too late"])
+async def test_a_claim_that_is_withdrawn_never_begins(
+    store: Store, wire: Wire, claimer: Claimer, held: bytes, in_time: bool
+) -> None:
+    wire.hold = held
+    waiting = asyncio.create_task(claimer.claims.claim("session"))
+    await wire.caught()
+    if not in_time:
+        with suppress(StoreUnavailable):
+            await waiting
+    withdrawn = claimer.claims.withdraw("session")
+    assert withdrawn or (held == RESERVE and not in_time), "what was never sent is over by itself"
+    wire.let_go()
+    outcome = await asyncio.gather(waiting, return_exceptions=True)
+    await claimer.idle()
+    assert claimer.begun == []
+    assert await slots(store.redis) == await open_reservations(store.redis) == 0
+    if withdrawn:
+        assert await state_of(store) is State.CANCELLED
+    if in_time:
+        [standing] = outcome
+        assert isinstance(standing, Standing)
+        assert (standing.state, standing.end) == (State.CANCELLED, cancelled_before_start())
+
+
+async def test_a_claim_that_won_and_was_cancelled_elsewhere_before_its_reply_came_ends_so(
+    store: Store, wire: Wire, claimer: Claimer
+) -> None:
+    elsewhere = SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300)
+    wire.lose = b"total-claim"  # the reply of the claim, which has the model in it
+    with pytest.raises(StoreUnavailable):
+        await claimer.claims.claim("session")
+    assert await state_of(store) is State.RUNNING
+    assert (await elsewhere.cancel("session", cancelled_before_start())).state is State.RUNNING
+    wire.lose = b""
+    await claimer.idle()
+    assert (claimer.begun, await state_of(store)) == ([], State.CANCELLED)
+    assert await slots(store.redis) == await open_reservations(store.redis) == 0
+
+
+async def test_what_is_not_being_claimed_cannot_be_withdrawn(claimer: Claimer) -> None:
+    assert not claimer.claims.withdraw("session")
+    await claimer.claims.claim("session")
+    assert not claimer.claims.withdraw("session"), "it has begun"
+
+
+# Claimed elsewhere
+
+
+@pytest.mark.parametrize(
+    "limits", [{"streams": 1}, {"daily_tokens": 15}, {"daily_cost": 150}, {"total_daily_cost": 150}]
+)
+async def test_who_asks_for_a_session_that_is_being_claimed_elsewhere_needs_no_slot_of_his_own(
+    store: Store, valkey_url: str, wire: Wire, limits: dict[str, int]
+) -> None:
+    allowances = replace(FREE, **limits)
+    one, other = Claimer(wire.url, allowances), Claimer(valkey_url, allowances)
+    await one.prepare()
+    await one.prepare("next")
+    wire.hold = CLAIM
+    first = asyncio.create_task(one.claims.claim("session"))
+    await wire.caught()
+    second = asyncio.create_task(other.claims.claim("session"))
+    with pytest.raises(TooManyStreams if "streams" in limits else BudgetExceeded):
+        await other.claims.claim("next")
+    wire.let_go()
+    assert begun(await first)
+    assert await second == Standing(State.RUNNING, "claimer")
+    assert await slots(store.redis) == 1
+    for each in (one, other):
+        await each.close()
+
+
+async def test_who_asks_for_a_session_that_is_not_claimed_in_time_comes_again(
+    valkey_url: str, wire: Wire
+) -> None:
+    allowances = replace(FREE, streams=1)
+    one, other = Claimer(wire.url, allowances), Claimer(valkey_url, allowances)
+    await one.prepare()
+    wire.hold = CLAIM
+    first = asyncio.create_task(one.claims.claim("session"))
+    await wire.caught()
+    with pytest.raises(BeingClaimed):
+        await other.claims.claim("session")
+    wire.let_go()
+    await asyncio.gather(first, return_exceptions=True)
+    for each in (one, other):
+        await each.close()
