@@ -138,7 +138,8 @@ def refusal(status: int, content: bytes, retry_after: str | None = None) -> Talk
             for at in details
             if isinstance(at, dict) and {"field", "message"} <= set(at)
         ]
-        sentence = "\n  ".join((sentence, *fields))
+        # The message names the first field already.
+        sentence = "\n  ".join((sentence, *(field for field in fields if field not in sentence)))
     return TalkError(after(sentence, wait), error)
 
 

@@ -206,8 +206,8 @@ def test_a_redis_that_is_not_served_yet_is_told_in_one_line(tmp_path: Path, url:
     assert (found.returncode, found.stdout, found.stderr) == (2, "", told)
 
 
-async def test_a_redis_that_refuses_leaves_standard_output_alone(tmp_path: Path, valkey_socket: str) -> None:
-    found = run(tmp_path, f"unix://{valkey_socket}?db=9999", "--json")
+async def test_a_redis_that_refuses_leaves_standard_output_alone(tmp_path: Path, valkey_url: str) -> None:
+    found = run(tmp_path, f"{valkey_url}?db=9999", "--json")
     assert (found.returncode, found.stdout) == (1, "")
     assert "broker: The session store cannot be reached right now.\n" in found.stderr
     assert "Traceback" not in found.stderr

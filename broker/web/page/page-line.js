@@ -142,6 +142,8 @@ function refusal(response, error) {
   const details = Array.isArray(error?.details) ? error.details : [];
   const retryAfter = Number(response.headers.get("Retry-After")) || undefined;
   const message = error?.message ?? `The broker answered with status ${response.status}.`;
-  const exactly = details.map(({ field, message }) => `${field}: ${message}`).join("; ");
+  // The message names the first field already.
+  const more = details.map((each) => `${each.field}: ${each.message}`).filter((each) => !message.includes(each));
+  const exactly = more.join("; ");
   return { code: error?.code ?? `status_${response.status}`, message: [message, exactly].filter(Boolean).join(" "), retryAfter };
 }
