@@ -267,11 +267,12 @@ async def test_a_reset_after_the_reason_is_an_end(broker: Broker, upstream: Scri
     assert (event.kind, event.json["finishReason"]) == ("done", "stop")
 
 
-async def test_five_seconds_of_silence_after_the_reason_are_an_end(
+@pytest.mark.slow
+async def test_ten_seconds_of_silence_after_the_reason_are_an_end(
     valkey_url: str, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Comments are silence, and the other timers are shorter.
-    monkeypatch.setattr("tests.events.PATIENCE", 8.0)
+    monkeypatch.setattr("tests.events.PATIENCE", 30.0)
     async with running(valkey_url, upstream, idle_timeout=0.5, first_data_timeout=0.5) as broker:
         async with broker.stream(await broker.prepare()) as line:
             call = (await upstream.call()).open()
@@ -280,6 +281,6 @@ async def test_five_seconds_of_silence_after_the_reason_are_an_end(
             said = asyncio.get_running_loop().time()
             async with dripping(call.comment):
                 [event] = await line.rest()
-            assert 4.9 < asyncio.get_running_loop().time() - said < 6
+            assert asyncio.get_running_loop().time() - said > 9.9
             assert event.kind == "done"
             await call.wait_gone()
