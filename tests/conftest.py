@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 import pytest_asyncio
 import redis
+from hypothesis import settings
 
 from broker.store.connection import Store
 from tests.broker import Broker, running
@@ -19,6 +20,9 @@ from tests.system import harness
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# A test says what is right, a benchmark what is fast: on a loaded machine an example may take as long as it likes.
+settings.register_profile("broker", deadline=None)
+settings.load_profile("broker")
 
 ON_EVERY_SERVER = ("tests/store/", "tests/relay/", "tests/web/test_limits.py", "tests/web/test_usage.py")
 """Tests that run once on each server of `tests.servers.SERVERS`; all others run on Valkey. What they ask for by the
