@@ -8,33 +8,33 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from broker.admission import Admission
+from broker.bytes_per_token import BytesPerToken
 from broker.catalog import Catalog
-from broker.core.accounts import Allowances
+from broker.core.accounts import Quotas
 from broker.core.origins import Origins
 from broker.core.pricing import to_nano
 from broker.core.speed import estimate_speed
-from broker.density import Densities
 from broker.naming import Naming
+from broker.prepare import Admission
+from broker.relay.config import GenerationLimits, Money, WorkerConfig
 from broker.relay.registry import Registry
 from broker.relay.tasks import keep_running
-from broker.relay.terms import Bounds, Limits, Money
 from broker.relay.ticker import tick
 from broker.store.accounts import AccountStore
-from broker.store.catalog import CatalogStore
+from broker.store.bytes_per_token import BytesPerTokenStore
 from broker.store.connection import Store
-from broker.store.density import DensityStore
 from broker.store.idempotency import IdempotencyStore
 from broker.store.journal import JournalStore
+from broker.store.model_list import CatalogStore
 from broker.store.names import NameStore
 from broker.store.rates import Rates
 from broker.store.sessions import SessionStore
 from broker.store.workers import WorkerStore
 from broker.upstream.client import UpstreamClient
 from broker.upstream.generations import fetch_generation
-from broker.upstream.models import fetch_models
+from broker.upstream.model_list import fetch_models
 from broker.web import keys
-from broker.web.identity import Identifier
+from broker.web.identity import ClientResolver
 from broker.web.refused_origins import RefusedOrigins
 from broker.web.routes import build_web
 
@@ -71,13 +71,13 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         catalog = app[keys.CATALOG] = _catalog(settings, store, upstream, upstream_url)
         stack.push_async_callback(catalog.close)
         await catalog.known((), timeout=0)  # a worker that only ever streams needs the prices too
-        densities = Densities(DensityStore(store, upstream_url))
-        stack.push_async_callback(densities.close)
-        speeds = Densities(DensityStore(store, upstream_url, "speed"), estimate=estimate_speed)
+        bytes_per_token = BytesPerToken(BytesPerTokenStore(store, upstream_url))
+        stack.push_async_callback(bytes_per_token.close)
+        speeds = BytesPerToken(BytesPerTokenStore(store, upstream_url, "speed"), estimate=estimate_speed)
         stack.push_async_callback(speeds.close)
         running_ttl = int(settings.deadline) + settings.resume_ttl + AFTER_DEADLINE
-        allowances = app[keys.ALLOWANCES] = _allowances(settings)
-        accounts = app[keys.ACCOUNTS] = AccountStore(store, allowances)
+        quotas = app[keys.QUOTAS] = _quotas(settings)
+        accounts = app[keys.ACCOUNTS] = AccountStore(store, quotas)
         sessions = SessionStore(
             store,
             session_ttl=settings.session_ttl,
@@ -90,7 +90,7 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
             sessions,
             accounts,
             upstream,
-            _money(catalog, upstream, densities, speeds),
+            _money(catalog, upstream, bytes_per_token, speeds),
             running_ttl,
         )
         stack.push_async_callback(registry.close)
@@ -103,15 +103,15 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         app[keys.REFUSED_ORIGINS] = RefusedOrigins()
         app[keys.RATES] = Rates(store, limit=settings.rate_limit.count, window=settings.rate_limit.seconds)
         naming = await stack.enter_async_context(_naming(settings, store))
-        app[keys.IDENTIFIER] = await stack.enter_async_context(Identifier(settings, naming))
+        app[keys.IDENTIFIER] = await stack.enter_async_context(ClientResolver(settings, naming))
         admission = app[keys.ADMISSION] = Admission(
             store=store,
             settings=settings,
             catalog=catalog,
             sessions=sessions,
             accounts=accounts,
-            allowances=allowances,
-            densities=densities,
+            quotas=quotas,
+            bytes_per_token=bytes_per_token,
             idempotency=IdempotencyStore(store, ttl=settings.session_ttl + running_ttl),
         )
         stack.push_async_callback(admission.close)
@@ -139,8 +139,8 @@ def _catalog(settings: Settings, store: Store, upstream: UpstreamClient, url: st
     return Catalog(fetch, CatalogStore(store, url), ttl=settings.models_ttl)
 
 
-def _allowances(settings: Settings) -> Allowances:
-    return Allowances(
+def _quotas(settings: Settings) -> Quotas:
+    return Quotas(
         waiting=settings.max_prepared,
         streams=settings.max_concurrent_streams,
         daily_tokens=settings.daily_tokens,
@@ -151,7 +151,9 @@ def _allowances(settings: Settings) -> Allowances:
     )
 
 
-def _money(catalog: Catalog, upstream: UpstreamClient, densities: Densities, speeds: Densities) -> Money:
+def _money(
+    catalog: Catalog, upstream: UpstreamClient, bytes_per_token: BytesPerToken, speeds: BytesPerToken
+) -> Money:
     async def prices_of(model: str) -> Prices | None:
         found = (await catalog.known([model], timeout=PRICES_TIMEOUT)).get(model)
         return found.prices if found is not None else None
@@ -167,7 +169,7 @@ def _money(catalog: Catalog, upstream: UpstreamClient, densities: Densities, spe
         name_of=catalog.name_in_list,
         fetch_generation=fetch,
         keeps_records=lambda: catalog.openrouter,
-        learn=densities.learn,
+        learn=bytes_per_token.learn,
         speed_of=speed_of,
         learn_speed=speeds.learn,
     )
@@ -189,7 +191,7 @@ def _registry(
         workers=WorkerStore(store, worker=worker),
         accounts=accounts,
         upstream=upstream,
-        bounds=Bounds(
+        bounds=GenerationLimits(
             first_data_timeout=settings.first_data_timeout,
             idle_timeout=settings.idle_timeout,
             deadline=settings.deadline,
@@ -198,7 +200,7 @@ def _registry(
             max_retries=settings.max_retries,
         ),
         money=money,
-        limits=Limits(
+        limits=WorkerConfig(
             max_streams=settings.max_streams,
             session_ttl=settings.session_ttl,
             running_ttl=running_ttl,

@@ -17,7 +17,8 @@ from uuid import uuid4
 
 import structlog
 
-from broker.core.catalog import (
+from broker.core.errors import ModelsUnavailable, StoreUnavailable
+from broker.core.model_entry import (
     Listing,
     Model,
     Models,
@@ -27,14 +28,13 @@ from broker.core.catalog import (
     speaks_openrouter,
     write_listing,
 )
-from broker.core.errors import ModelsUnavailable, StoreUnavailable
-from broker.store.catalog import KEPT, LOCK_TTL
+from broker.store.model_list import KEPT, LOCK_TTL
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from broker.core.pricing import Prices
-    from broker.store.catalog import CatalogStore
+    from broker.store.model_list import CatalogStore
 
 PATIENCE = 12.0
 """Seconds that `models` waits where there is no list at all: longer than a fetch may take."""

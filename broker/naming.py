@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import structlog
 
 from broker.core.errors import StoreUnavailable
-from broker.core.identity import Names
+from broker.core.identity import ClientNamer
 
 if TYPE_CHECKING:
     from broker.store.names import NameStore
@@ -33,13 +33,13 @@ class Naming:
     def __init__(self, store: NameStore, secret: str | None) -> None:
         self._store = store
         self._agreed: str | None = None
-        self._names = Names(secret) if secret is not None else None
+        self._names = ClientNamer(secret) if secret is not None else None
         if secret is not None and len(secret) < _SHORTEST_SECRET:
             log.warning(
                 "BROKER_NAME_SECRET is short enough to be guessed", wanted=f"{_SHORTEST_SECRET} characters"
             )
 
-    async def names(self) -> Names:
+    async def names(self) -> ClientNamer:
         """Return what names clients. Waits for Redis only until it has answered once.
 
         Raises:
@@ -54,11 +54,11 @@ class Naming:
                 await self._agree()
             await asyncio.sleep(AGREE_EVERY)
 
-    async def _agree(self) -> Names:
+    async def _agree(self) -> ClientNamer:
         agreed = await self._store.agree(self._agreed)
         if self._names is None or agreed != self._agreed:
             if self._agreed is not None:
                 log.warning("clients have new names: redis had lost the secret that made them")
             self._agreed = agreed
-            self._names = Names(agreed)
+            self._names = ClientNamer(agreed)
         return self._names

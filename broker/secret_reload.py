@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from broker.settings import Settings
     from broker.upstream.client import UpstreamClient
-    from broker.web.identity import Identifier
+    from broker.web.identity import ClientResolver
 
 LOOK_EVERY = 1.0
 """Seconds between looks at the files."""
@@ -48,7 +48,7 @@ class SecretReload:
         *,
         load: Callable[[], Settings],
         upstream: UpstreamClient,
-        identifier: Identifier,
+        identifier: ClientResolver,
         hide: Callable[[Iterable[str]], None],
     ) -> None:
         self._settings = settings

@@ -228,7 +228,7 @@ RedisUrl = Annotated[
     AfterValidator(_redis_url),
     Expects("a redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// URL"),
 ]
-Names = Annotated[tuple[Text, ...], BeforeValidator(_listed), Expects("a comma list of names")]
+ClientNamer = Annotated[tuple[Text, ...], BeforeValidator(_listed), Expects("a comma list of names")]
 Origins = Annotated[
     tuple[Annotated[str, AfterValidator(_origin)], ...],
     BeforeValidator(_listed),

@@ -94,9 +94,9 @@ class Settings(BaseSettings):
     max_prompt_tokens: kinds.CountOrNone = 0
     max_output_tokens: kinds.Count = 4096
 
-    allowed_models: kinds.Names = ("*",)
+    allowed_models: kinds.ClientNamer = ("*",)
     default_model: kinds.Text | None = None
-    extra_parameters: kinds.Names = ()
+    extra_parameters: kinds.ClientNamer = ()
     cors_origins: kinds.Origins = ()
 
     name_secret: kinds.NamingSecret | None = None

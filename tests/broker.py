@@ -15,7 +15,7 @@ from broker.app import build
 from broker.settings import Settings
 from broker.web import keys
 from broker.web.server import Runner
-from tests.events import Event, Line, opened
+from tests.events import Connection, Event, opened
 from tests.scripted import NOTHING, PATIENCE, ScriptedUpstream
 
 KEY = "sk-or-v1-0123456789abcdef"
@@ -77,7 +77,7 @@ class Broker:
         query: str = "",
         headers: Mapping[str, str] = NOTHING,
         **options: Any,
-    ) -> AbstractAsyncContextManager[Line]:
+    ) -> AbstractAsyncContextManager[Connection]:
         """An EventSource for a session, from its start or from a cursor."""
         resumed = {"Last-Event-ID": cursor} if cursor is not None else {}
         return opened(self.url, f"/stream/{session_id}{query}", {**resumed, **headers}, **options)

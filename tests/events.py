@@ -32,7 +32,7 @@ class Broken(Exception):  # noqa: N818 - says what happened
     """The line ended in the middle of an answer."""
 
 
-class Line:
+class Connection:
     """One GET and its answer.
 
     Attributes:
@@ -136,7 +136,7 @@ async def opened(
     *,
     method: str = "GET",
     receive_buffer: int | None = None,
-) -> AsyncIterator[Line]:
+) -> AsyncIterator[Connection]:
     """Ask for ``target`` as an EventSource does, and drop the line when the block ends.
 
     Args:
@@ -158,7 +158,7 @@ async def opened(
         raise
     # A small limit: the reader takes little from the system that nobody has asked for.
     reader, writer = await asyncio.open_connection(sock=connection, limit=receive_buffer or 65536)
-    line = Line(reader, writer)
+    line = Connection(reader, writer)
     try:
         await line.start(method, target, {"Host": parts.netloc, "Accept": STREAM, **headers})
         yield line

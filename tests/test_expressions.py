@@ -32,7 +32,7 @@ GLOBS_FROM_SETTINGS = {
     "core/chat.py parse_chat",
     "core/parameters.py is_open",
     "core/nested.py Opened",
-    "core/catalog.py allows",
+    "core/model_entry.py allows",
 }
 """Functions that compare names with globs of the operator, tested below by hand."""
 

@@ -9,7 +9,7 @@ from broker.cli.output import write
 from broker.cli.words import complain
 from broker.logs import configure_logs
 from broker.rehearsal.app import rehearsal_beside
-from broker.rehearsal.models import MODELS
+from broker.rehearsal.behaviours import MODELS
 
 
 def rehearse(port: int) -> int:

@@ -13,12 +13,12 @@ from broker.cli.output import require_output, write
 from broker.cli.serve import require_served_store
 from broker.cli.tables import cell, show
 from broker.cli.words import BAD_USE, complain
-from broker.core.accounts import Allowances
+from broker.core.accounts import Quotas
 from broker.core.errors import StoreUnavailable
 from broker.core.pricing import to_usd
 from broker.logs import configure_logs
 from broker.settings import SettingsError, load_settings
-from broker.store.accounts import METRICS, AccountStore, Line
+from broker.store.accounts import METRICS, AccountStore, UsageRow
 from broker.store.connection import Store
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _HEADINGS = (
     *("USD", "estimated", "cancelled", "failed"),
 )
 
-NOTHING = Allowances(0, 0, 0, 0, 0)
+NOTHING = Quotas(0, 0, 0, 0, 0)
 """The books are read whatever anybody may."""
 
 
@@ -68,15 +68,15 @@ def usage(day: str | None, *, by: str, as_json: bool) -> int:
     return 0
 
 
-async def _read(redis_url: str, key_prefix: str, day: dt.date | None) -> tuple[dt.date, list[Line]]:
+async def _read(redis_url: str, key_prefix: str, day: dt.date | None) -> tuple[dt.date, list[UsageRow]]:
     store = Store(redis_url, key_prefix)
     try:
-        return await AccountStore(store, NOTHING).books(day)
+        return await AccountStore(store, NOTHING).usage_rows(day)
     finally:
         await store.close()
 
 
-def summed(lines: Sequence[Line], by: str) -> list[dict[str, Any]]:
+def summed(lines: Sequence[UsageRow], by: str) -> list[dict[str, Any]]:
     """One row a client or a model, the dearest first, with `METRICS` summed and the cost in USD."""
     sums: dict[str, dict[str, int]] = {}
     for line in lines:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Allowances:
+class Quotas:
     """What one client, and everyone together, may have. 0 is no limit, but for the numbers of streams.
 
     Attributes:
@@ -43,14 +43,14 @@ class Allowances:
         return self.daily_cost > 0 or self.total_daily_cost > 0
 
 
-class Worst(NamedTuple):
+class WorstCase(NamedTuple):
     """The most that a request can take: prompt and output tokens together, and nano-USD."""
 
     tokens: int
     cost: int
 
 
-class Spent(NamedTuple):
+class Usage(NamedTuple):
     """What a generation took.
 
     Attributes:
@@ -72,16 +72,16 @@ class Spent(NamedTuple):
         return self.prompt + self.completion
 
 
-def spent_at_worst(worst: Worst) -> Spent:
+def usage_at_worst(worst: WorstCase) -> Usage:
     """What to book where nothing is known any more of a generation that ran: all that it may have taken."""
-    return Spent(prompt=worst.tokens, cost=worst.cost or None, estimated=True)
+    return Usage(prompt=worst.tokens, cost=worst.cost or None, estimated=True)
 
 
-def spent_of(usage: Mapping[str, Any], cost: int | None, *, estimated: bool) -> Spent:
+def usage_of(usage: Mapping[str, Any], cost: int | None, *, estimated: bool) -> Usage:
     """Read an upstream's usage, whatever it holds."""
     prompt = count_of(usage.get("prompt_tokens")) or 0
     completion = completion_of({**usage, "prompt_tokens": prompt}) or 0
-    return Spent(
+    return Usage(
         prompt,
         completion,
         min(detail_of(usage, "prompt_tokens_details", "cached_tokens"), prompt),

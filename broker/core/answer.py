@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from broker.core.errors import UpstreamError, UpstreamFailed, UpstreamInvalid
-from broker.core.faults import fault_in_stream
+from broker.core.upstream_errors import fault_in_stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

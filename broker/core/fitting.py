@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from broker.core.density import teaching_size
+from broker.core.bytes_per_token import calibration_size
 from broker.core.errors import InvalidRequest, PromptTooLong
 from broker.core.parameters import OURS_IN_STREAM_OPTIONS
 from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, Size, measure_frame, measure_message
@@ -71,7 +71,7 @@ class FittedChat:
         max_output_tokens: the cap on each answer.
         dropped_messages: how many trimming took out.
         answers: how many answers are asked for; more than one only where ``n`` was opened.
-        teaches: the size of a prompt whose usage will tell the model's bytes per token; None for any other.
+        calibration_sample: the size of a prompt whose usage will tell the model's bytes per token; None for any other.
     """
 
     body: dict[str, Any]
@@ -81,7 +81,7 @@ class FittedChat:
     max_output_tokens: int
     dropped_messages: int
     answers: int = 1
-    teaches: Size | None = None
+    calibration_sample: Size | None = None
 
 
 def fit(
@@ -129,7 +129,9 @@ def fit(
         max_output_tokens=cap,
         dropped_messages=len(request.messages) - len(kept),
         answers=request.parameters.get("n", 1),
-        teaches=teaching_size(request.parameters, messages, frame, [sizes[index] for index in kept]),
+        calibration_sample=calibration_size(
+            request.parameters, messages, frame, [sizes[index] for index in kept]
+        ),
     )
 
 

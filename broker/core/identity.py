@@ -52,7 +52,7 @@ class Client:
     authenticated: bool
 
 
-class Names:
+class ClientNamer:
     """Names clients. Addresses and subjects are personal data, so only keyed hashes of them are ever kept.
 
     Args:

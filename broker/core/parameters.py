@@ -3,7 +3,7 @@
 `Parameters` is what every page may send. What would let a page raise its own cost or reach is either missing from
 it (plugins, transforms, image_config, …) or narrower than the upstream takes it (`CLOSABLE`).
 
-Names and ranges: https://openrouter.ai/docs/api-reference/parameters and the schema of its chat completions.
+ClientNamer and ranges: https://openrouter.ai/docs/api-reference/parameters and the schema of its chat completions.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Positive = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, le=_LARGEST_EXACT)]
 Price = Annotated[Any, BeforeValidator(_price)]
-Names = Annotated[list[Name], Field(max_length=64, fail_fast=True)]
+ClientNamer = Annotated[list[Name], Field(max_length=64, fail_fast=True)]
 FunctionName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[!-~]+$")]
 Effort = Literal["max", "xhigh", "high", "medium", "low", "minimal", "none"]
 SortBy = Literal["price", "throughput", "latency", "exacto"]
@@ -128,10 +128,10 @@ class Provider(TypedDict, total=False):
     data_collection: Literal["allow", "deny"] | None
     zdr: bool | None
     enforce_distillable_text: bool | None
-    order: Names | None
-    only: Names | None
-    ignore: Names | None
-    quantizations: Names | None
+    order: ClientNamer | None
+    only: ClientNamer | None
+    ignore: ClientNamer | None
+    quantizations: ClientNamer | None
     sort: Annotated[Annotated[SortBy, PLAIN] | Annotated[Sorting, INNER], by_kind(dict)] | None
     max_price: MaxPrice | None
     preferred_min_throughput: Threshold | None

@@ -11,7 +11,7 @@ from collections import defaultdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from broker.core.density import Sample, without_variant
+from broker.core.bytes_per_token import Sample, without_variant
 from broker.core.pricing import completion_of
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from aiohttp import web
 
 from broker.rehearsal.answer import Answer
 from broker.rehearsal.ask import Ask, AskError, read_ask
-from broker.rehearsal.books import Attempts, Generations, generation_entry
-from broker.rehearsal.catalog import Model, catalog_entry
-from broker.rehearsal.models import MODELS
+from broker.rehearsal.behaviours import MODELS
+from broker.rehearsal.ledger import Attempts, Generations, generation_entry
+from broker.rehearsal.model_entries import Model, catalog_entry
 from broker.rehearsal.scripts import unstreamed
 from broker.rehearsal.stage import act
 from broker.rehearsal.steps import problem

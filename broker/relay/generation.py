@@ -28,16 +28,16 @@ from broker.core.events import chunk_events, error_data
 from broker.core.lifecycle import CANCELLED, FINISHED, Action, Event, Lifecycle, Proposal, Step
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal, short
-from broker.relay.ending import ALL, DECIDE_TIMEOUT, NOTHING, Ending
 from broker.relay.feed import Feed
-from broker.relay.reading import Reading
-from broker.store.sessions import Refusal
+from broker.relay.finishing import ALL, DECIDE_TIMEOUT, NOTHING, Finishing
+from broker.relay.upstream_reader import UpstreamReader
+from broker.store.sessions import EndConflict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from broker.relay.settling import Settler
-    from broker.relay.terms import Bounds
+    from broker.relay.config import GenerationLimits
+    from broker.relay.settlement import Settlement
     from broker.store.accounts import Reservation
     from broker.store.sessions import Prepared, SessionStore
     from broker.upstream.client import UpstreamClient
@@ -53,14 +53,14 @@ ABANDONED = Proposal(Step.ABANDON, Abandoned())
 class JournalQueue(Protocol):
     """What a generation needs of the journal writer."""
 
-    def hurry(self, generation: Generation) -> None:
+    def flush_soon(self, generation: Generation) -> None:
         """Write this one's events at the next tick."""
 
 
 class OwnershipWatch(Protocol):
     """What a generation needs of the part that knows whether the session is still this worker's."""
 
-    def look_for_freeze(self, now: float) -> None:
+    def check_for_freeze(self, now: float) -> None:
         """Find out whether the process stood still, before anything is shown."""
 
     def confirm(self, generation: Generation) -> None:
@@ -77,7 +77,7 @@ class Generation:
         upstream: whom to ask.
         sessions: where the end is decided.
         bounds: how long and how much.
-        settler: who books what it took.
+        settlement: who books what it took.
         journal: where its events are written behind the viewers; None where events are not journaled.
         ownership: notices that the process stood still.
         write_later: takes over an end that Redis could not be told of in time.
@@ -88,7 +88,7 @@ class Generation:
         saved: number of the last event in the journal.
         watched_elsewhere: a viewer on another worker was registered when Redis was last asked.
         was_watched: a viewer of this worker has come.
-        ending: what it took, and which end stands.
+        finishing: what it took, and which end stands.
     """
 
     def __init__(
@@ -99,15 +99,15 @@ class Generation:
         *,
         upstream: UpstreamClient,
         sessions: SessionStore,
-        bounds: Bounds,
-        settler: Settler,
+        bounds: GenerationLimits,
+        settlement: Settlement,
         journal: JournalQueue | None,
         ownership: OwnershipWatch,
         write_later: Callable[[Generation, Terminal], None],
     ) -> None:
         self.session_id = session_id
         self.reservation = reservation
-        self.token = reservation.token
+        self.claim_id = reservation.claim_id
         # Only the reading needs the prompt, and only until it is sent.
         self.prepared = replace(prepared, request=b"")
         self.feed = Feed()
@@ -121,21 +121,21 @@ class Generation:
         self._ownership = ownership
         self._write_later = write_later
         self._loop = asyncio.get_running_loop()
-        self._reading = Reading(prepared, upstream=upstream, bounds=bounds, take=self._take)
-        self.ending = Ending(
+        self._reader = UpstreamReader(prepared, upstream=upstream, bounds=bounds, take=self._take)
+        self.finishing = Finishing(
             reservation,
             self.prepared,
             feed=self.feed,
-            reading=self._reading,
+            reader=self._reader,
             unsaved=self.unsaved,
             sessions=sessions,
-            settler=settler,
+            settlement=settlement,
         )
         self._started_at = self._loop.time()
         self._viewers = 0
         self._unwatched_since: float | None = self._started_at + max(0.0, FIRST_VIEWER - bounds.grace)
         self._to_decide = asyncio.Event()
-        self._reader: asyncio.Task[SessionError | None] | None = None
+        self._reading_task: asyncio.Task[SessionError | None] | None = None
         self._abandoning: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -143,7 +143,7 @@ class Generation:
 
     def start(self) -> asyncio.Task[None]:
         """Start the task, which ends by itself and does not raise. It belongs to the caller."""
-        self._reader = asyncio.create_task(self._read(), name=f"reader {short(self.session_id)}")
+        self._reading_task = asyncio.create_task(self._read(), name=f"reader {short(self.session_id)}")
         self._task = asyncio.create_task(self._run(), name=f"generation {short(self.session_id)}")
         return self._task
 
@@ -208,9 +208,9 @@ class Generation:
             return
         if now >= self._started_at + self._bounds.deadline:
             self._handle(Event.TIMED_OUT, Proposal(Step.FAIL, DeadlineExceeded()))
-        elif now >= self._reading.data_due:
+        elif now >= self._reader.data_due:
             # Once the answer is finished, silence is its end.
-            finished = self._reading.answer.finished
+            finished = self._reader.answer.finished
             self._handle(Event.TIMED_OUT, FINISHED if finished else Proposal(Step.FAIL, UpstreamTimeout()))
         elif self._unwatched_since is not None and now >= self._unwatched_since + self._bounds.grace:
             self._handle(Event.GRACE_OVER)
@@ -221,7 +221,7 @@ class Generation:
         The upstream and the pages were not listened to meanwhile, so their silence does not count. The deadline stays.
         """
         if Action.EXTEND_TIMERS in self._handle(Event.FROZE):
-            self._reading.data_due += seconds
+            self._reader.data_due += seconds
             if self._unwatched_since is not None:
                 self._unwatched_since += seconds
 
@@ -257,8 +257,8 @@ class Generation:
             self.feed.hide()
         elif action is Action.SHOW:
             self.feed.show()
-        elif action is Action.STOP_READING and self._reader is not None:
-            self._reader.cancel()
+        elif action is Action.STOP_READING and self._reading_task is not None:
+            self._reading_task.cancel()
         elif action is Action.CONFIRM:
             self._ownership.confirm(self)
         elif action is Action.ABANDON:
@@ -277,10 +277,10 @@ class Generation:
 
     async def _ask_to_abandon(self) -> None:
         """Have Redis end the session, which it refuses while somebody watches on another worker."""
-        end = self.ending.terminal(ABANDONED, after=self.feed.shown)
+        end = self.finishing.terminal(ABANDONED, after=self.feed.shown)
         try:
             answer = await self._sessions.end(
-                *(self.session_id, self.token, end, self.unsaved()),
+                *(self.session_id, self.claim_id, end, self.unsaved()),
                 timeout=DECIDE_TIMEOUT,
                 only_if_unwatched=True,
             )
@@ -293,7 +293,7 @@ class Generation:
             log.exception("abandoning failed", session=short(self.session_id))
             self._handle(Event.ABANDON_REFUSED, ABANDONED)
             return
-        if not isinstance(answer, Refusal):
+        if not isinstance(answer, EndConflict):
             if answer.end is None:
                 self._handle(Event.ABANDON_REFUSED, ABANDONED)
             else:
@@ -315,28 +315,28 @@ class Generation:
             await self._end()
         finally:
             # Both are done unless this task was cancelled, which only the close of the worker does.
-            owned = [task for task in (self._reader, self._abandoning) if task is not None]
+            owned = [task for task in (self._reading_task, self._abandoning) if task is not None]
             for task in owned:
                 task.cancel()
             await asyncio.gather(*owned, return_exceptions=True)
-            await self._reading.let_go()
+            await self._reader.close()
 
     async def _read_to_the_end(self) -> None:
-        reader = self._reader
+        reader = self._reading_task
         if reader is None:
             return
         await asyncio.wait([reader])
         failure = None if reader.cancelled() else reader.result()
-        if isinstance(failure, UpstreamInterrupted) and self._reading.answer.finished:
+        if isinstance(failure, UpstreamInterrupted) and self._reader.answer.finished:
             failure = None  # once the answer is finished, what becomes of the line does not matter
         self._handle(Event.UPSTREAM_ENDED, FINISHED if failure is None else Proposal(Step.FAIL, failure))
-        if not self._reading.answer.complete:
-            await self._reading.let_go()
+        if not self._reader.answer.complete:
+            await self._reader.close()
 
     async def _read(self) -> SessionError | None:
         """Read until the upstream ends, and return what failed."""
         try:
-            await self._reading.run()
+            await self._reader.run()
         except SessionError as error:
             # A finished session is kept for replay, and the frames of a traceback would keep its prompt with it.
             error.__cause__ = error.__context__ = None
@@ -349,10 +349,10 @@ class Generation:
     async def _end(self) -> None:
         """Have Redis decide the end, settle what the answer took, and tell the viewers."""
         while self.feed.end is None:
-            event, end = await self.ending.decide(self.lifecycle.proposal, self.lifecycle.standing)
+            event, end = await self.finishing.decide(self.lifecycle.proposal, self.lifecycle.standing)
             actions = self._handle(event, standing=end if event is Event.END_STORED else None)
             if Action.WRITE_LATER in actions or (
-                Action.SETTLE in actions and not await self.ending.settle_in_time(end.state)
+                Action.SETTLE in actions and not await self.finishing.settle_in_time(end.state)
             ):
                 self._write_later(self, end)
             if Action.TELL in actions:
@@ -362,10 +362,10 @@ class Generation:
                 )
 
     def _take(self, chunks: list[bytes], now: float) -> None:
-        self._ownership.look_for_freeze(now)
+        self._ownership.check_for_freeze(now)
         first = self.feed.last + 1
         if self.watched_elsewhere and self._journal is not None:
-            self._journal.hurry(self)
+            self._journal.flush_soon(self)
         self.feed.add(Batch(first, first + len(chunks) - 1, chunk_events(chunks, first)), now)
         if (
             self._journal is None

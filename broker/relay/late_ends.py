@@ -14,14 +14,14 @@ from broker.core.errors import StoreUnavailable
 from broker.core.lifecycle import CANCELLED
 from broker.core.session import short
 from broker.store.accounts import RECORD
-from broker.store.sessions import Refusal
+from broker.store.sessions import EndConflict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from broker.core.session import Terminal
+    from broker.relay.finished_cache import FinishedCache
     from broker.relay.generation import Generation
-    from broker.relay.kept import Kept
     from broker.relay.membership import Membership
     from broker.store.accounts import Reservation
 
@@ -45,7 +45,11 @@ class LateEnds:
     """
 
     def __init__(
-        self, kept: Kept, membership: Membership, *, spawn: Callable[[Coroutine[Any, Any, None]], None]
+        self,
+        kept: FinishedCache,
+        membership: Membership,
+        *,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
         self._kept = kept
         self._membership = membership
@@ -59,7 +63,7 @@ class LateEnds:
 
     def add(self, generation: Generation, end: Terminal) -> None:
         """Redis could not be told of an end, or of what it cost: go on trying."""
-        self._waiting[generation.token] = generation.reservation
+        self._waiting[generation.claim_id] = generation.reservation
         self._spawn(self._pursue(generation, end))
 
     async def _pursue(self, generation: Generation, end: Terminal) -> None:
@@ -72,21 +76,21 @@ class LateEnds:
                     return
                 await asyncio.sleep(RETRY)
         finally:
-            self._waiting.pop(generation.token, None)
+            self._waiting.pop(generation.claim_id, None)
 
     async def _try(self, generation: Generation, end: Terminal) -> bool:
         """Whether it is written and booked now."""
         try:
-            standing = await generation.ending.store(end)
+            standing = await generation.finishing.store(end)
             if isinstance(
-                standing, Refusal
+                standing, EndConflict
             ):  # a cancel was accepted meanwhile, and that is what later readers get
-                standing = await generation.ending.store(generation.ending.terminal(CANCELLED))
-            if isinstance(standing, Refusal):
+                standing = await generation.finishing.store(generation.finishing.terminal(CANCELLED))
+            if isinstance(standing, EndConflict):
                 return False
             if standing is None and not await self._membership.is_gone():
                 return False  # it may just be written anew as running
-            await generation.ending.settle((standing or end).state)
+            await generation.finishing.settle((standing or end).state)
         except StoreUnavailable:
             return False
         if standing not in (None, end):

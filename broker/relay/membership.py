@@ -14,7 +14,7 @@ from broker.store.workers import WIPED_FOR
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from broker.store.workers import Ring, WorkerStore
+    from broker.store.workers import Notification, WorkerStore
 
 log = structlog.get_logger(__name__)
 
@@ -71,7 +71,7 @@ class Membership:
             self._unwritten.set()
         self._marker = marker
 
-    async def write_anew(self, write: Callable[[], Awaitable[None]]) -> NoReturn:
+    async def rewrite_sessions(self, write: Callable[[], Awaitable[None]]) -> NoReturn:
         """Have everything written again each time that Redis came back empty; the lease is renewed meanwhile."""
         while True:
             await self._unwritten.wait()
@@ -98,12 +98,12 @@ class Membership:
                 away = False
             await asyncio.sleep(BEAT)
 
-    async def listen(self, heard: Callable[[Ring], None]) -> NoReturn:
+    async def listen(self, heard: Callable[[Notification], None]) -> NoReturn:
         """Pass on what this worker's bell says, until cancelled."""
         while True:
             try:
-                async with aclosing(self._workers.listen()) as rings:
-                    async for ring in rings:
-                        heard(ring)
+                async with aclosing(self._workers.listen()) as notifications:
+                    async for notification in notifications:
+                        heard(notification)
             except StoreUnavailable:
                 await asyncio.sleep(LISTEN_AGAIN)

@@ -23,29 +23,29 @@ from broker.core.errors import (
 )
 from broker.core.events import cancelled_before_start
 from broker.core.session import Cursor, State
-from broker.relay.bookkeeper import Bookkeeper
-from broker.relay.claims import Claims
-from broker.relay.follower import Follower, Mirror
+from broker.relay.claiming import Claiming
+from broker.relay.finished_cache import FinishedCache
 from broker.relay.generation import Generation
-from broker.relay.holding import Holding
-from broker.relay.journal import Journal
-from broker.relay.kept import Kept
+from broker.relay.journal_writer import JournalWriter
 from broker.relay.late_ends import LateEnds
 from broker.relay.membership import Membership
-from broker.relay.settling import Settler
+from broker.relay.mirror import Mirror, Mirrors
+from broker.relay.ownership import Ownership
+from broker.relay.reaper import Reaper
+from broker.relay.settlement import Settlement
 from broker.relay.tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from broker.core.replay import Batch
+    from broker.relay.config import GenerationLimits, Money, WorkerConfig
     from broker.relay.feed import Feed
-    from broker.relay.terms import Bounds, Limits, Money
     from broker.relay.viewer import Viewer
     from broker.store.accounts import AccountStore, Reservation
     from broker.store.journal import JournalStore
     from broker.store.sessions import Prepared, SessionStore
-    from broker.store.workers import Ring, WorkerStore
+    from broker.store.workers import Notification, WorkerStore
     from broker.upstream.client import UpstreamClient
 
 log = structlog.get_logger(__name__)
@@ -86,10 +86,10 @@ class Registry:
         journal: JournalStore,
         workers: WorkerStore,
         upstream: UpstreamClient,
-        bounds: Bounds,
+        bounds: GenerationLimits,
         accounts: AccountStore,
         money: Money,
-        limits: Limits,
+        limits: WorkerConfig,
     ) -> None:
         self.draining = False
         self.viewers: set[Viewer] = set()
@@ -102,10 +102,10 @@ class Registry:
         self._learn, self._learn_speed = money.learn, money.learn_speed
         self._limits = limits
         self._running: dict[str, Generation] = {}
-        self._kept = Kept(limits.resume_ttl)
+        self._kept = FinishedCache(limits.resume_ttl)
         self._tasks = Tasks()
-        self._settler = Settler(accounts, money, spawn=self._tasks.spawn_extra)
-        self._claims = Claims(
+        self._settlement = Settlement(accounts, money, spawn=self._tasks.spawn_extra)
+        self._claims = Claiming(
             sessions,
             accounts,
             worker=workers.worker,
@@ -115,8 +115,8 @@ class Registry:
         )
         self._membership = Membership(workers)
         self._late_ends = LateEnds(self._kept, self._membership, spawn=self._tasks.spawn)
-        self._journal = Journal(journal, interval=limits.journal_interval)
-        self._holding = Holding(
+        self._journal = JournalWriter(journal, interval=limits.journal_interval)
+        self._ownership = Ownership(
             self._running,
             self._kept,
             worker=workers.worker,
@@ -128,25 +128,25 @@ class Registry:
             resuming=limits.resume_ttl > 0,
             spawn=self._tasks.spawn,
         )
-        self._bookkeeper = Bookkeeper(accounts, sessions, journal, workers, self._settler)
-        self._follower = Follower(journal, sessions, workers, self._membership.is_gone, self._let_go)
+        self._reaper = Reaper(accounts, sessions, journal, workers, self._settlement)
+        self._mirrors = Mirrors(journal, sessions, workers, self._membership.is_gone, self._disconnect)
 
     def start(self) -> None:
         """Begin to live among the other workers."""
         self._tasks.keep_running(
             {
                 "lease": self._membership.run,
-                "bell": partial(self._membership.listen, self._hear),
-                "writing anew": partial(self._membership.write_anew, self._holding.write_anew),
-                "journal": partial(self._journal.run, self._holding),
-                "mirrors": self._follower.run,
-                "reservations": partial(self._bookkeeper.run, self._reservations),
+                "bell": partial(self._membership.listen, self._on_notification),
+                "writing anew": partial(self._membership.rewrite_sessions, self._ownership.rewrite_sessions),
+                "journal": partial(self._journal.run, self._ownership),
+                "mirrors": self._mirrors.run,
+                "reservations": partial(self._reaper.run, self._reservations),
             }
         )
 
     def _reservations(self) -> list[Reservation]:
         running = (generation.reservation for generation in self._running.values())
-        return list({each.token: each for each in (*running, *self._late_ends.reservations())}.values())
+        return list({each.claim_id: each for each in (*running, *self._late_ends.reservations())}.values())
 
     # Watching
 
@@ -173,7 +173,7 @@ class Registry:
     @contextmanager
     def watching(self, source: Generation | Mirror, viewer: Viewer) -> Iterator[None]:
         """Count a viewer, and keep its line alive, for as long as the block runs."""
-        watched = source.watched() if isinstance(source, Generation) else self._follower.watched(source)
+        watched = source.watched() if isinstance(source, Generation) else self._mirrors.watched(source)
         with watched:
             self.viewers.add(viewer)
             try:
@@ -209,7 +209,7 @@ class Registry:
         return None
 
     async def _mirror(self, session_id: str, cursor: Cursor | None) -> Mirror:
-        mirror = self._follower.get(session_id)
+        mirror = self._mirrors.get(session_id)
         if mirror is not None:
             return mirror
         if self.draining:
@@ -217,7 +217,7 @@ class Registry:
         # Whoever is refused must not be registered as a viewer. What was never claimed was never streamed.
         if self._limits.resume_ttl == 0 and (await self._journal_store.look(session_id)).worker:
             raise AlreadyClaimed
-        opened = await self._follower.open(session_id, cursor.n if cursor is not None else 0)
+        opened = await self._mirrors.open(session_id, cursor.n if cursor is not None else 0)
         if opened is State.GONE:
             await self._tell_gone(cursor)
         if isinstance(opened, State):
@@ -233,7 +233,7 @@ class Registry:
             raise StoreUnavailable
         raise SessionNotFound if cursor is None else SessionExpired
 
-    def _let_go(self, feed: Feed) -> None:
+    def _disconnect(self, feed: Feed) -> None:
         """Send the viewers of a feed away; their pages will come back."""
         for viewer in tuple(self.viewers):
             if viewer.feed is feed:
@@ -249,9 +249,9 @@ class Registry:
             upstream=self._upstream,
             sessions=self._sessions,
             bounds=self._bounds,
-            settler=self._settler,
+            settlement=self._settlement,
             journal=self._journal if self._limits.resume_ttl > 0 else None,
-            ownership=self._holding,
+            ownership=self._ownership,
             write_later=self._late_ends.add,
         )
         self._running[session_id] = generation
@@ -264,9 +264,9 @@ class Registry:
     def _ended(self, generation: Generation) -> None:
         self._running.pop(generation.session_id, None)
         self._journal.remove(generation)
-        if (sample := generation.ending.sample()) is not None:
+        if (sample := generation.finishing.sample()) is not None:
             self._tasks.spawn_extra(self._learn(sample))
-        if (speed := generation.ending.speed()) is not None:
+        if (speed := generation.finishing.speed()) is not None:
             self._tasks.spawn_extra(self._learn_speed(speed))
         if generation.wrote_its_end:
             self._kept.add(generation, asyncio.get_running_loop().time())
@@ -304,21 +304,21 @@ class Registry:
 
     # Among the other workers
 
-    def _hear(self, ring: Ring) -> None:
-        generation = self._running.get(ring.session_id)
-        if ring.kind == "cancel" and generation is not None:
+    def _on_notification(self, notification: Notification) -> None:
+        generation = self._running.get(notification.session_id)
+        if notification.kind == "cancel" and generation is not None:
             generation.cancel()
-        elif ring.kind == "watched" and generation is not None:
+        elif notification.kind == "watched" and generation is not None:
             generation.note_elsewhere(watched=True)
-            self._journal.hurry(generation)
-        elif ring.kind in ("news", "ended"):
-            self._follower.hear(ring.session_id, ring.batch)
+            self._journal.flush_soon(generation)
+        elif notification.kind in ("news", "ended"):
+            self._mirrors.on_notification(notification.session_id, notification.batch)
 
     # Time and shutdown
 
     def check(self, now: float) -> None:
         """Look at the timers of every generation, and drop what has been kept long enough."""
-        self._holding.tick(now)
+        self._ownership.tick(now)
         for generation in tuple(self._running.values()):
             generation.check(now)
         self._kept.expire(now)
@@ -327,7 +327,7 @@ class Registry:
         """Begin nothing more, let what runs finish for ``timeout`` seconds, and end the rest."""
         self.draining = True
         for viewer in tuple(self.viewers):
-            if self._follower.has(viewer.feed):
+            if self._mirrors.has(viewer.feed):
                 viewer.release()
         await self._tasks.finish(timeout)
         for generation in tuple(self._running.values()):

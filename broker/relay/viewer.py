@@ -29,7 +29,7 @@ ReadJournal = Callable[[int], Awaitable[list[Batch]]]
 """Reads a part of the session's journal after the event of a number; raises `StoreUnavailable`."""
 
 
-class Line(Protocol):
+class Connection(Protocol):
     """A connection to a page."""
 
     def write_now(self, block: bytes) -> None:
@@ -52,7 +52,7 @@ class Viewer:
     Args:
         feed: what to follow.
         read_journal: where to look for what the feed no longer has.
-        line: where to write.
+        connection: where to write.
         cursor: what the page has already.
         now: the monotonic clock, in seconds.
 
@@ -62,9 +62,9 @@ class Viewer:
     """
 
     __slots__ = (
+        "_connection",
         "_epoch",
         "_halfway",
-        "_line",
         "_n",
         "_read_journal",
         "_released",
@@ -74,12 +74,12 @@ class Viewer:
     )
 
     def __init__(
-        self, feed: Feed, read_journal: ReadJournal, line: Line, cursor: Cursor | None, now: float
+        self, feed: Feed, read_journal: ReadJournal, connection: Connection, cursor: Cursor | None, now: float
     ) -> None:
         self.feed = feed
         self.written_at = now
         self._read_journal = read_journal
-        self._line = line
+        self._connection = connection
         self._epoch, self._n, _ = cursor or START
         self._woken = asyncio.Event()
         self._released = False
@@ -94,10 +94,10 @@ class Viewer:
         if len(batch.events) > MAX_BACKLOG:
             self.wake()
             return
-        self._line.write_now(batch.events)
+        self._connection.write_now(batch.events)
         self._n = batch.last
         self.written_at = now
-        if self._line.backlog() > MAX_BACKLOG:
+        if self._connection.backlog() > MAX_BACKLOG:
             self.wake()
 
     def wake(self) -> None:
@@ -108,8 +108,8 @@ class Viewer:
     def beat(self, block: bytes, now: float) -> None:
         """Write a heartbeat, unless the line is in the middle of an event or has enough to do with what came before."""
         self.written_at = now
-        if not self._halfway and self._line.backlog() <= MAX_BACKLOG:
-            self._line.write_now(block)
+        if not self._halfway and self._connection.backlog() <= MAX_BACKLOG:
+            self._connection.write_now(block)
 
     def release(self) -> None:
         """Let the line go without an end: the page will come back, to another worker."""
@@ -124,8 +124,8 @@ class Viewer:
         """
         try:
             while not self._released and await self._step():
-                await self._line.drain()
-            await self._line.drain()
+                await self._connection.drain()
+            await self._connection.drain()
         finally:
             self.feed.leave(self)
 
@@ -142,7 +142,7 @@ class Viewer:
             feed.go_live(self)
             await self._woken.wait()
         elif step is Next.END and feed.end is not None:
-            self._line.write_now(terminal_event(feed.end))
+            self._connection.write_now(terminal_event(feed.end))
             return False
         else:
             self._tell_gap()
@@ -169,10 +169,10 @@ class Viewer:
         """Write events in parts, so that however many come at once, few wait in this process."""
         self._halfway = True  # a part may end within an event
         for start in range(0, len(batch.events), MAX_BLOCK):
-            self._line.write_now(batch.events[start : start + MAX_BLOCK])
-            await self._line.drain()
+            self._connection.write_now(batch.events[start : start + MAX_BLOCK])
+            await self._connection.drain()
         self._halfway = False
         self._n = batch.last
 
     def _tell_gap(self) -> None:
-        self._line.write_now(refusal_event(ReplayGap(), Cursor(self._epoch, self._n)))
+        self._connection.write_now(refusal_event(ReplayGap(), Cursor(self._epoch, self._n)))

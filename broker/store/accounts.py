@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
 
-from broker.core.accounts import Allowances, Spent, Worst
+from broker.core.accounts import Quotas, Usage, WorstCase
 from broker.core.errors import BeingClaimed, BudgetExceeded, Overloaded, TooManyStreams
 from broker.store.connection import Call, Store, bounded_call
 
@@ -61,7 +61,7 @@ class Reservation:
     """What a generation has taken from the accounts.
 
     Attributes:
-        token: of its claim.
+        claim_id: of its claim.
         session_id: whose generation.
         client: who pays.
         model: which it asked for.
@@ -70,11 +70,11 @@ class Reservation:
         ran: its generation was seen to run; told of those that are found.
     """
 
-    token: str
+    claim_id: str
     session_id: str
     client: str
     model: str
-    worst: Worst
+    worst: WorstCase
     day: int = 0
     ran: bool = field(default=False, compare=False)
 
@@ -104,7 +104,7 @@ class Day(NamedTuple):
     estimated: int
 
 
-class Line(NamedTuple):
+class UsageRow(NamedTuple):
     """One line of the books: a client's use of a model on a day; ``counts`` has `METRICS`."""
 
     client: str
@@ -117,12 +117,12 @@ class AccountStore:
 
     Args:
         store: the connection.
-        allowances: what one may have.
+        quotas: what one may have.
     """
 
-    def __init__(self, store: Store, allowances: Allowances) -> None:
+    def __init__(self, store: Store, quotas: Quotas) -> None:
         self._store = store
-        self._allowances = allowances
+        self._quotas = quotas
         self._admit = store.script("admit")
         self._forget = store.script("forget")
         self._reserve = store.script("reserve")
@@ -130,9 +130,11 @@ class AccountStore:
         self._settle = store.script("settle")
         self._asked = store.script("asked")
         self._take = store.script("take")
-        self._hold = store.script("hold")
+        self._hold = store.script("renew_reservations")
 
-    async def admit(self, client: str, session_id: str, worst: Worst, *, ttl: int, stored: int = 0) -> None:
+    async def admit(
+        self, client: str, session_id: str, worst: WorstCase, *, ttl: int, stored: int = 0
+    ) -> None:
         """Note a session that is prepared; it waits for ``ttl`` seconds and takes ``stored`` bytes.
 
         Raises:
@@ -144,12 +146,12 @@ class AccountStore:
             (await self._store.run([self.admitting(client, session_id, worst, ttl=ttl, stored=stored)]))[0]
         )
 
-    def admitting(self, client: str, session_id: str, worst: Worst, *, ttl: int, stored: int = 0) -> Call:
+    def admitting(self, client: str, session_id: str, worst: WorstCase, *, ttl: int, stored: int = 0) -> Call:
         """What `admit` does, to be run together with something else; its reply is for `check_admitted`."""
-        allowed = self._allowances
+        allowed = self._quotas
         own, own_bytes, all_waiting, all_bytes = self._waiting(client)
         return self._admit.call(
-            [own, self._key("account", client), self._everyone, own_bytes, all_waiting, all_bytes],
+            [own, self._key("account", client), self._global, own_bytes, all_waiting, all_bytes],
             [
                 *(session_id, ttl, worst.tokens, worst.cost),
                 *(allowed.waiting, allowed.daily_tokens, allowed.daily_cost, allowed.total_daily_cost),
@@ -173,11 +175,11 @@ class AccountStore:
             BeingClaimed: there is none because another claim of the same session has taken it.
             Overloaded: it was given back meanwhile.
         """
-        allowed, worst = self._allowances, reservation.worst
+        allowed, worst = self._quotas, reservation.worst
         reply = await self._reserve(
-            [*self._keys(reservation.token, reservation.client), *self._waiting(reservation.client)],
+            [*self._keys(reservation.claim_id, reservation.client), *self._waiting(reservation.client)],
             [
-                *(reservation.token, reservation.session_id, reservation.client, reservation.model),
+                *(reservation.claim_id, reservation.session_id, reservation.client, reservation.model),
                 *(worst.tokens, worst.cost, round(LEASE * 1000)),
                 *(allowed.streams, allowed.daily_tokens, allowed.daily_cost, allowed.total_daily_cost),
                 reservation.day if force else "",
@@ -188,14 +190,14 @@ class AccountStore:
         _raise_refusal(reply, BUDGET_RETRY)
         return int(reply[1])
 
-    async def release(self, token: str, client: str) -> None:
+    async def release(self, claim_id: str, client: str) -> None:
         """Give a reservation back: its claim came to nothing."""
-        await self._release(self._keys(token, client), [token, RECORD])
+        await self._release(self._keys(claim_id, client), [claim_id, RECORD])
 
     async def settle(
         self,
         reservation: Reservation,
-        spent: Spent,
+        spent: Usage,
         state: State,
         *,
         generation_id: str | None = None,
@@ -217,21 +219,21 @@ class AccountStore:
             generation_id=generation_id or "",
         )
 
-    async def correct(self, reservation: Reservation, spent: Spent) -> None:
+    async def correct(self, reservation: Reservation, spent: Usage) -> None:
         """Put the truth in place of an estimate, and do nothing else."""
         await self._book(reservation, spent, state="", generation_id="")
 
-    async def _book(self, reservation: Reservation, spent: Spent, *, state: str, generation_id: str) -> None:
-        keys, day = self._keys(reservation.token, reservation.client), _date(reservation.day)
+    async def _book(self, reservation: Reservation, spent: Usage, *, state: str, generation_id: str) -> None:
+        keys, day = self._keys(reservation.claim_id, reservation.client), _date(reservation.day)
         await self._settle(
             [
                 *keys,
-                self._books(day),
+                self._ledger(day),
                 self._estimates,
                 *(self._names(kind, day) for kind in ("clients", "models")),
             ],
             [
-                *(reservation.token, reservation.client, reservation.model, state),
+                *(reservation.claim_id, reservation.client, reservation.model, state),
                 *(spent.prompt, spent.completion, spent.cached, spent.reasoning, spent.cost or 0),
                 *(int(spent.cost is not None), int(spent.estimated), int(not state), reservation.day, RECORD),
                 *(generation_id, round(ASKED_AFTER * 1000), MAX_CLIENTS, MAX_MODELS),
@@ -240,14 +242,14 @@ class AccountStore:
 
     async def asked(self, reservation: Reservation) -> None:
         """The truth behind an estimate is not to be had: the estimate stands, and what was kept for it is free."""
-        keys = self._keys(reservation.token, reservation.client)
-        await self._asked([keys[0], keys[2], keys[3], self._estimates], [reservation.token])
+        keys = self._keys(reservation.claim_id, reservation.client)
+        await self._asked([keys[0], keys[2], keys[3], self._estimates], [reservation.claim_id])
 
-    async def look_later(self, token: str, seconds: float) -> None:
+    async def look_later(self, claim_id: str, seconds: float) -> None:
         """Tell others that this worker asks for the truth behind an estimate in so many seconds."""
         later = await self._now() + round((seconds + ASKED_AFTER) * 1000)
         async with bounded_call():
-            await self._store.redis.zadd(self._estimates, {token: later}, xx=True)
+            await self._store.redis.zadd(self._estimates, {claim_id: later}, xx=True)
 
     async def unasked(self, limit: int) -> list[Estimate]:
         """Estimates for whose truth nobody has asked in time.
@@ -259,20 +261,20 @@ class AccountStore:
         now, tokens = await self._take([self._estimates], [limit, round(ASKED_AFTER * 1000)])
         async with bounded_call():
             pipe = self._store.redis.pipeline(transaction=False)
-            for token in tokens:
-                pipe.hgetall(self._key("reservation", token.decode()))
+            for claim_id in tokens:
+                pipe.hgetall(self._key("reservation", claim_id.decode()))
             found: Any = await pipe.execute(raise_on_error=False)
             estimates, gone = [], []
-            for token, fields in zip(tokens, found, strict=True):
-                if not _is_readable(token.decode(), fields):
+            for claim_id, fields in zip(tokens, found, strict=True):
+                if not _is_readable(claim_id.decode(), fields):
                     continue
                 # A record that was born with its settlement, after Redis had lost it, tells too little.
                 if fields.get(b"estimated") == b"1" and {b"tokens", b"generation"} <= fields.keys():
                     age = (now - int(fields.get(b"ended", now))) / 1000
-                    reservation = _reservation(token.decode(), fields)
+                    reservation = _reservation(claim_id.decode(), fields)
                     estimates.append(Estimate(reservation, fields[b"generation"].decode(), age))
                 else:
-                    gone.append(token)
+                    gone.append(claim_id)
             if gone:
                 await self._store.redis.zrem(self._estimates, *gone)
         return estimates
@@ -283,17 +285,19 @@ class AccountStore:
             return []
         keys = [self._open]
         for each in reservations:
-            keys += [self._key("reservation", each.token), self._key("slots", each.client)]
-        closed = await self._hold(keys, [round(LEASE * 1000), *(each.token for each in reservations)])
+            keys += [self._key("reservation", each.claim_id), self._key("slots", each.client)]
+        closed = await self._hold(keys, [round(LEASE * 1000), *(each.claim_id for each in reservations)])
         return [reservations[number - 1] for number in closed]
 
     async def orphans(self, limit: int) -> list[Reservation]:
         """Open reservations that nobody has renewed in time."""
         found = await self._due(self._open, limit)
-        if closed := [token for token, fields in found.items() if fields.get(b"state") != b"open"]:
+        if closed := [claim_id for claim_id, fields in found.items() if fields.get(b"state") != b"open"]:
             async with bounded_call():
                 await self._store.redis.zrem(self._open, *closed)
-        return [_reservation(token, fields) for token, fields in found.items() if token not in closed]
+        return [
+            _reservation(claim_id, fields) for claim_id, fields in found.items() if claim_id not in closed
+        ]
 
     async def put_off(self, tokens: Collection[str]) -> None:
         """Let others have their turn before these: they could not be settled, and would be found first each time."""
@@ -311,15 +315,15 @@ class AccountStore:
         async with bounded_call():
             tokens: Any = await self._store.redis.zrangebyscore(key, "-inf", now, start=0, num=limit)
             pipe = self._store.redis.pipeline(transaction=False)
-            for token in tokens:
-                pipe.hgetall(self._key("reservation", token.decode()))
+            for claim_id in tokens:
+                pipe.hgetall(self._key("reservation", claim_id.decode()))
             records = await pipe.execute(raise_on_error=False)
-        found = {token.decode(): fields for token, fields in zip(tokens, records, strict=True)}
-        unreadable = [token for token, fields in found.items() if not _is_readable(token, fields)]
+        found = {claim_id.decode(): fields for claim_id, fields in zip(tokens, records, strict=True)}
+        unreadable = [claim_id for claim_id, fields in found.items() if not _is_readable(claim_id, fields)]
         if unreadable:
             log.warning("reservations cannot be read", count=len(unreadable))
             await self._put_off(key, unreadable, UNREADABLE_MS)
-        return {token: fields for token, fields in found.items() if token not in unreadable}
+        return {claim_id: fields for claim_id, fields in found.items() if claim_id not in unreadable}
 
     async def _now(self) -> int:
         """Milliseconds since 1970, by Redis's clock."""
@@ -338,23 +342,23 @@ class AccountStore:
             values: Any = await self._store.redis.hmget(self._key("account", client), names)
         return Day(_date(day), *(int(value or 0) for value in values))
 
-    async def books(self, day: dt.date | None) -> tuple[dt.date, list[Line]]:
+    async def usage_rows(self, day: dt.date | None) -> tuple[dt.date, list[UsageRow]]:
         """All lines of a day's books; of today, by Redis's clock, where none is given."""
         async with bounded_call():
             if day is None:
                 now, _ = await self._store.redis.time()
                 day = _date(int(now) // 86_400)
-            fields: Any = await self._store.redis.hgetall(self._books(day))
+            fields: Any = await self._store.redis.hgetall(self._ledger(day))
         lines: dict[tuple[str, str], dict[str, int]] = {}
         for name, value in fields.items():
             client, model, metric = name.decode().split("\x1f")
             lines.setdefault((client, model), dict.fromkeys(METRICS, 0))[metric] = int(value)
-        return day, [Line(client, model, counts) for (client, model), counts in sorted(lines.items())]
+        return day, [UsageRow(client, model, counts) for (client, model), counts in sorted(lines.items())]
 
-    def _keys(self, token: str, client: str) -> list[str]:
+    def _keys(self, claim_id: str, client: str) -> list[str]:
         return [
-            *(self._key("reservation", token), self._key("slots", client), self._key("account", client)),
-            *(self._everyone, self._open),
+            *(self._key("reservation", claim_id), self._key("slots", client), self._key("account", client)),
+            *(self._global, self._open),
         ]
 
     def _waiting(self, client: str) -> list[str]:
@@ -369,11 +373,11 @@ class AccountStore:
     def _names(self, kind: str, day: dt.date) -> str:
         return self._key(f"named:{kind}", day.isoformat())
 
-    def _books(self, day: dt.date) -> str:
+    def _ledger(self, day: dt.date) -> str:
         return self._key("books", day.isoformat())
 
     @property
-    def _everyone(self) -> str:
+    def _global(self) -> str:
         return f"{self._store.prefix}:{{accounts}}:everyone"
 
     @property
@@ -417,21 +421,21 @@ def _raise_refusal(reply: list[Any], budget_retry: float | None = None) -> None:
     raise BudgetExceeded(message, retry_after=wait, final=final)
 
 
-def _reservation(token: str, fields: dict[bytes, bytes]) -> Reservation:
+def _reservation(claim_id: str, fields: dict[bytes, bytes]) -> Reservation:
     text = {name.decode(): value.decode() for name, value in fields.items()}
-    worst = Worst(int(text["tokens"]), int(text["cost"]))
+    worst = WorstCase(int(text["tokens"]), int(text["cost"]))
     day, ran = int(text["day"]), "ran" in text
-    return Reservation(token, text["session"], text["client"], text["model"], worst, day, ran)
+    return Reservation(claim_id, text["session"], text["client"], text["model"], worst, day, ran)
 
 
-def _is_readable(token: str, fields: dict[bytes, bytes] | Exception) -> bool:
+def _is_readable(claim_id: str, fields: dict[bytes, bytes] | Exception) -> bool:
     """Whether a record can be read; one that is closed or missing needs no fields."""
     if isinstance(fields, Exception):
         return False
     if fields.get(b"state") != b"open" and b"tokens" not in fields:
         return True
     try:
-        _reservation(token, fields)
+        _reservation(claim_id, fields)
     except (KeyError, ValueError):
         return False
     return True

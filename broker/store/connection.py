@@ -68,12 +68,12 @@ class Store:
     Attributes:
         redis: the client, for commands; use it within `store_errors`.
         prefix: what every key begins with: the configured prefix and the schema's version.
-        bells: what the name of a worker's channel begins with.
+        channels: what the name of a worker's channel begins with.
     """
 
     def __init__(self, url: str, key_prefix: str) -> None:
         self.prefix = f"{key_prefix}:{SCHEMA}"
-        self.bells = f"{self.prefix}:bell:"
+        self.channels = f"{self.prefix}:bell:"
         self._pool = BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,

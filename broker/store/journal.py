@@ -14,7 +14,7 @@ from broker.core.errors import StoreRefused
 from broker.core.replay import Batch
 from broker.core.session import State
 from broker.store.connection import Store, bounded_call
-from broker.store.sessions import Standing, read_standing
+from broker.store.sessions import SessionStatus, read_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -34,7 +34,7 @@ class Append:
     """Events to be journaled, or none, which only asks what others want of the session."""
 
     session_id: str
-    token: str
+    claim_id: str
     batch: Batch
 
 
@@ -57,7 +57,7 @@ class Appended(NamedTuple):
 class Followed(NamedTuple):
     """What a follower reads: where the session stands, how far its journal goes, and a part of it."""
 
-    standing: Standing
+    standing: SessionStatus
     last: int
     batches: list[Batch]
 
@@ -91,8 +91,8 @@ class JournalStore:
             self._append.call(
                 self.keys(append.session_id),
                 [
-                    *(append.token, append.batch.first, append.batch.last, append.batch.events),
-                    *(self._running_ttl, self._store.bells),
+                    *(append.claim_id, append.batch.first, append.batch.last, append.batch.events),
+                    *(self._running_ttl, self._store.channels),
                 ],
             )
             for append in appends
@@ -118,7 +118,7 @@ class JournalStore:
         replies = await self._store.run_each(calls)
         return [None if isinstance(reply, StoreRefused) else _followed(reply) for reply in replies]
 
-    async def look(self, session_id: str) -> Standing:
+    async def look(self, session_id: str) -> SessionStatus:
         """Where a session stands; changes nothing."""
         return (await self.follow(session_id, 0, entries=0, register=False)).standing
 
@@ -143,7 +143,7 @@ class JournalStore:
         self, session_id: str, after: int, entries: int, register: bool
     ) -> tuple[list[str], list[Any]]:
         watcher = self._worker if register else ""
-        return self.keys(session_id), [watcher, WATCH_MS, after, entries, READ_BYTES, self._store.bells]
+        return self.keys(session_id), [watcher, WATCH_MS, after, entries, READ_BYTES, self._store.channels]
 
 
 def _appended(reply: bytes) -> Appended:
@@ -152,7 +152,7 @@ def _appended(reply: bytes) -> Appended:
 
 
 def _followed(reply: list[Any]) -> Followed:
-    standing = read_standing(reply[:5])
+    standing = read_status(reply[:5])
     if standing.state is State.GONE:
         return Followed(standing, 0, [])
     return Followed(standing, int(reply[5]), [_batch(entry_id, fields) for entry_id, fields in reply[6]])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from broker.core.accounts import Worst
+from broker.core.accounts import WorstCase
 from broker.core.errors import StoreUnavailable
 from broker.core.events import cancelled_before_start
 from broker.core.replay import Batch
@@ -38,7 +38,7 @@ class Prepared:
         referer: origin of the page, for the upstream's attribution; may be empty.
         client: who pays.
         worst: the most that it may take.
-        teaches: size of the prompt, where what comes back can teach of the model's tokenizer.
+        calibration_sample: size of the prompt, where what comes back can teach of the model's tokenizer.
     """
 
     request: bytes
@@ -46,17 +46,17 @@ class Prepared:
     prompt_tokens: int
     referer: str
     client: str
-    worst: Worst
-    teaches: Size | None = None
+    worst: WorstCase
+    calibration_sample: Size | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
+class SessionRecord:
     """What Redis has of a session, but for its prompt.
 
     Attributes:
         state: where it stands.
-        token: of the claim that it runs for, empty before.
+        claim_id: of the claim that it runs for, empty before.
         worker: its owner, empty before the claim.
         client: who pays.
         model: the model asked for first.
@@ -66,17 +66,17 @@ class Described:
     """
 
     state: State
-    token: str
+    claim_id: str
     worker: str
     client: str
     model: str
-    worst: Worst
+    worst: WorstCase
     prompt_tokens: int
     end_data: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class SessionStatus:
     """Where a session stands in Redis: its state, its owner once it has one, its end once it has one."""
 
     state: State
@@ -87,7 +87,7 @@ class Standing:
 REFUSALS = frozenset({"cancel", "watched", "behind"})
 
 
-class Refusal(NamedTuple):
+class EndConflict(NamedTuple):
     """Why an end was not written.
 
     Attributes:
@@ -116,13 +116,13 @@ class SessionStore:
         self._running_ttl = running_ttl
         self._kept = max(resume_ttl, MIN_KEPT)
         self._replayed = resume_ttl
-        self._prepared_here: dict[str, Described] = {}
+        self._prepared_here: dict[str, SessionRecord] = {}
         self._prepare = store.script("prepare")
         self._claim = store.script("claim")
         self._refuse = store.script("refuse")
         self._cancel = store.script("cancel")
         self._end = store.script("end")
-        self._lose = store.script("lose")
+        self._mark_lost = store.script("mark_lost")
         self._restore = store.script("restore")
 
     def _keys(self, session_id: str) -> list[str]:
@@ -138,7 +138,7 @@ class SessionStore:
     def preparing(self, session_id: str, prepared: Prepared) -> Call:
         """What `prepare` does, to be run together with something else."""
         self._remember(session_id, prepared)
-        size = prepared.teaches or Size(0, 0)
+        size = prepared.calibration_sample or Size(0, 0)
         fields = [
             *("request", prepared.request, "model", prepared.model, "prompt_tokens", prepared.prompt_tokens),
             *("referer", prepared.referer, "client", prepared.client),
@@ -150,27 +150,27 @@ class SessionStore:
     def _remember(self, session_id: str, prepared: Prepared) -> None:
         if len(self._prepared_here) >= REMEMBERED:
             del self._prepared_here[next(iter(self._prepared_here))]
-        self._prepared_here[session_id] = Described(
+        self._prepared_here[session_id] = SessionRecord(
             State.PREPARED,
             *("", "", prepared.client, prepared.model),
             worst=prepared.worst,
             prompt_tokens=prepared.prompt_tokens,
         )
 
-    async def claim(self, session_id: str, token: str, worker: str) -> Prepared | Standing:
+    async def claim(self, session_id: str, claim_id: str, worker: str) -> Prepared | SessionStatus:
         """Claim a session: its prompt for the one token that wins, else where it stands.
 
         Asking again with the same token gives the same answer, so a lost reply can be asked for again. Where a cancel
         was accepted meanwhile, that is the end: nothing has begun, so it is written here.
         """
-        reply = await self._claim([self._key(session_id)], [token, worker, self._running_ttl])
+        reply = await self._claim([self._key(session_id)], [claim_id, worker, self._running_ttl])
         if reply[0] == b"cancel":
-            ended = await self.end(session_id, token, cancelled_before_start(), Batch(1, 0, b""))
-            if isinstance(ended, Refusal):  # a cancel is never refused by the script
+            ended = await self.end(session_id, claim_id, cancelled_before_start(), Batch(1, 0, b""))
+            if isinstance(ended, EndConflict):  # a cancel is never refused by the script
                 raise StoreUnavailable
             return ended
         if reply[0] != b"won":
-            return read_standing(reply)
+            return read_status(reply)
         request, model, prompt_tokens, referer, client, tokens, cost, text_bytes, flat_tokens = reply[1:]
         return Prepared(
             request,
@@ -178,15 +178,15 @@ class SessionStore:
             int(prompt_tokens),
             referer.decode(),
             client.decode(),
-            Worst(int(tokens), int(cost)),
+            WorstCase(int(tokens), int(cost)),
             Size(int(text_bytes), int(flat_tokens)) if int(text_bytes) else None,
         )
 
-    async def refuse(self, session_id: str, token: str) -> bool:
+    async def refuse(self, session_id: str, claim_id: str) -> bool:
         """Let a claim win no more, and tell whether that is certain; it is not where it has won, or may have."""
-        return bool(await self._refuse([self._key(session_id)], [token]))
+        return bool(await self._refuse([self._key(session_id)], [claim_id]))
 
-    async def describe(self, session_id: str) -> Described | None:
+    async def describe(self, session_id: str) -> SessionRecord | None:
         """What Redis has of a session, None where it has none."""
         names = ["state", "token", "worker", "client", "model", "worst_tokens", "worst_cost", "prompt_tokens"]
         async with bounded_call():
@@ -195,41 +195,43 @@ class SessionStore:
         state, *rest = [(field or b"").decode() for field in fields]
         if not state:
             return None
-        token, worker, client, model, tokens, cost, prompt_tokens = rest
-        worst = Worst(int(tokens or 0), int(cost or 0))
-        return Described(State(state), token, worker, client, model, worst, int(prompt_tokens or 0), end_data)
+        claim_id, worker, client, model, tokens, cost, prompt_tokens = rest
+        worst = WorstCase(int(tokens or 0), int(cost or 0))
+        return SessionRecord(
+            State(state), claim_id, worker, client, model, worst, int(prompt_tokens or 0), end_data
+        )
 
-    async def describe_for_claim(self, session_id: str) -> Described | None:
+    async def describe_for_claim(self, session_id: str) -> SessionRecord | None:
         """`describe`, but of a session that was prepared here what it was then: what the claim costs never changes.
 
         That saves the claim a round trip, once; where it stands by now the claim itself finds out.
         """
         return self._prepared_here.pop(session_id, None) or await self.describe(session_id)
 
-    async def cancel(self, session_id: str, end: Terminal) -> Standing:
+    async def cancel(self, session_id: str, end: Terminal) -> SessionStatus:
         """Cancel a session and return where it stood before.
 
         A prepared one ends in ``end``. A running one is marked, so that it can end in nothing but a cancel, and its
         owner's bell is rung.
         """
-        args = [self._kept, end.event, str(end.id), end.data, self._store.bells]
-        return read_standing(await self._cancel([self._key(session_id)], args))
+        args = [self._kept, end.event, str(end.id), end.data, self._store.channels]
+        return read_status(await self._cancel([self._key(session_id)], args))
 
     async def end(
         self,
         session_id: str,
-        token: str,
+        claim_id: str,
         end: Terminal,
         rest: Batch,
         *,
         timeout: float = CALL_TIMEOUT,
         only_if_unwatched: bool = False,
-    ) -> Standing | Refusal:
+    ) -> SessionStatus | EndConflict:
         """Write the end of a running session with the rest of its events, unless an end stands already.
 
         Args:
             session_id: whose end.
-            token: the claim's own; another's changes nothing.
+            claim_id: the claim's own; another's changes nothing.
             end: what the owner proposes.
             rest: the events not yet journaled, or none.
             timeout: seconds to wait for Redis.
@@ -239,16 +241,25 @@ class SessionStore:
             Where the session now stands, with the end that counts; or why nothing was written.
         """
         args = [
-            *(token, end.state, end.event, str(end.id), end.data, self._kept),
-            *(rest.first, rest.last, rest.events, int(only_if_unwatched), self._store.bells, self._replayed),
+            *(claim_id, end.state, end.event, str(end.id), end.data, self._kept),
+            *(
+                rest.first,
+                rest.last,
+                rest.events,
+                int(only_if_unwatched),
+                self._store.channels,
+                self._replayed,
+            ),
         ]
         reply = await self._end(self._keys(session_id), args, timeout=timeout)
         kind = reply[0].decode()
         if kind in REFUSALS:
-            return Refusal(kind, int(reply[1]) if len(reply) > 1 else 0)
-        return read_standing(reply)
+            return EndConflict(kind, int(reply[1]) if len(reply) > 1 else 0)
+        return read_status(reply)
 
-    async def lose(self, session_id: str, worker: str, *, error: bytes, cancelled: bytes) -> Standing:
+    async def mark_lost(
+        self, session_id: str, worker: str, *, error: bytes, cancelled: bytes
+    ) -> SessionStatus:
         """End a session for a dead worker: in `worker_lost`, or cancelled where that had been accepted.
 
         Args:
@@ -257,13 +268,13 @@ class SessionStore:
             error: data of the error.
             cancelled: data of the `done`, should it be that.
         """
-        args = [worker, self._kept, error, cancelled, self._store.bells]
-        return read_standing(await self._lose(self._keys(session_id), args))
+        args = [worker, self._kept, error, cancelled, self._store.channels]
+        return read_status(await self._mark_lost(self._keys(session_id), args))
 
     async def restore(
         self,
         session_id: str,
-        token: str,
+        claim_id: str,
         worker: str,
         prepared: Prepared,
         *,
@@ -274,7 +285,7 @@ class SessionStore:
         """Write a session of this worker anew, with what is held of its events, after Redis came back empty."""
         ttl = self._running_ttl if end is None else self._kept
         ending = [end.event, str(end.id), end.data] if end is not None else ["", "", ""]
-        args = [token, worker, state, ttl, held.first, held.last, held.events, *ending]
+        args = [claim_id, worker, state, ttl, held.first, held.last, held.events, *ending]
         args += [prepared.client, prepared.model, *prepared.worst, prepared.prompt_tokens]
         await self._restore(self._keys(session_id)[:2], args)
 
@@ -302,11 +313,11 @@ class SessionStore:
             await self._store.redis.unlink(self._key(session_id))
 
 
-def read_standing(reply: Sequence[bytes | None]) -> Standing:
+def read_status(reply: Sequence[bytes | None]) -> SessionStatus:
     """Read {state, worker, end event, end id, end data}, or its beginning."""
     state, worker, event, end_id, data = (*reply[:5], None, None, None, None)[:5]
     standing = State((state or b"gone").decode())
     end = None
     if event and end_id and (cursor := parse_cursor(end_id.decode())) is not None:
         end = Terminal(standing, event.decode(), cursor, data or b"{}")
-    return Standing(standing, (worker or b"").decode(), end)
+    return SessionStatus(standing, (worker or b"").decode(), end)

@@ -32,7 +32,7 @@ LISTEN_TIMEOUT = 5.0
 """Seconds of silence after which a subscription is asked whether it lives."""
 
 
-class Ring(NamedTuple):
+class Notification(NamedTuple):
     """What a bell says.
 
     Attributes:
@@ -97,7 +97,7 @@ class WorkerStore:
             found = await pipe.execute()
         return {name for name, exists in zip(names, found, strict=True) if not exists}
 
-    async def listen(self) -> AsyncGenerator[Ring, None]:
+    async def listen(self) -> AsyncGenerator[Notification, None]:
         """This worker's bell, until the subscription breaks.
 
         Raises:
@@ -106,9 +106,9 @@ class WorkerStore:
         with store_errors():
             async with self._store.redis.pubsub() as pubsub:
                 async with asyncio.timeout(CALL_TIMEOUT):
-                    await pubsub.subscribe(f"{self._store.bells}{self.worker}")
+                    await pubsub.subscribe(f"{self._store.channels}{self.worker}")
                 async for data in _messages(pubsub):
-                    yield _ring(data)
+                    yield _notification(data)
 
     def _lease(self, worker: str) -> str:
         return self._key(f"lease:{worker}")
@@ -141,8 +141,8 @@ async def _messages(pubsub: PubSub) -> AsyncIterator[bytes]:
                 yield message["data"]
 
 
-def _ring(data: bytes) -> Ring:
+def _notification(data: bytes) -> Notification:
     head, _, events = data.partition(b"\n")
     kind, session_id, *numbers = head.decode().split(" ")
     batch = Batch(int(numbers[0]), int(numbers[1]), events) if len(numbers) == 2 else None
-    return Ring(kind, session_id, batch)
+    return Notification(kind, session_id, batch)

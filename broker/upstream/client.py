@@ -28,7 +28,7 @@ from broker.core.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from broker.core.faults import fault_in_body, fault_of_status, other_cap, wait_in_headers
+from broker.core.upstream_errors import fault_in_body, fault_of_status, other_cap, wait_in_headers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator

@@ -22,7 +22,7 @@ JITTER = 0.2
 
 
 class EventStream(EventSourceResponse):
-    """The stream of one viewer; a `relay.viewer.Line`.
+    """The stream of one viewer; a `relay.viewer.Connection`.
 
     Args:
         send_timeout: seconds after which a reader that takes nothing is cut off.
@@ -92,6 +92,6 @@ def opening(retry_ms: int) -> bytes:
     return encode_retry(retry_ms) + encode_comment("stream")
 
 
-def spread(milliseconds: int) -> int:
+def jitter(milliseconds: int) -> int:
     """A reconnection time, varied."""
     return round(milliseconds * random.uniform(1 - JITTER, 1 + JITTER))  # noqa: S311 - jitter is no secret

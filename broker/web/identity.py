@@ -11,7 +11,7 @@ import structlog
 from aiohttp import hdrs
 
 from broker.core.errors import Unauthorized
-from broker.core.identity import Client, Names, Proxies, bearer, network_of
+from broker.core.identity import Client, ClientNamer, Proxies, bearer, network_of
 from broker.identity.api_keys import ApiKeys
 from broker.identity.jwks import PublishedKeys
 from broker.identity.tokens import INVALID, Tokens
@@ -36,11 +36,11 @@ log = structlog.get_logger(__name__)
 class Naming(Protocol):
     """Knows what names clients."""
 
-    async def names(self) -> Names:
+    async def names(self) -> ClientNamer:
         """Return it, or raise `StoreUnavailable`."""
 
 
-class Identifier:
+class ClientResolver:
     """Tells clients apart: by API key, else by token, else by address. An async context manager.
 
     Where keys or tokens are set up, every caller must show one. Where neither is, ``Authorization`` means nothing.

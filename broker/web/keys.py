@@ -6,17 +6,17 @@ import asyncio
 
 from aiohttp import web
 
-from broker.admission import Admission
 from broker.catalog import Catalog
-from broker.core.accounts import Allowances
+from broker.core.accounts import Quotas
 from broker.core.origins import Origins
+from broker.prepare import Admission
 from broker.relay.registry import Registry
 from broker.settings import Settings
 from broker.store.accounts import AccountStore
 from broker.store.connection import Store
 from broker.store.rates import Rates
 from broker.upstream.client import UpstreamClient
-from broker.web.identity import Identifier
+from broker.web.identity import ClientResolver
 from broker.web.refused_origins import RefusedOrigins
 
 SETTINGS = web.AppKey("settings", Settings)
@@ -25,10 +25,10 @@ REFUSED_ORIGINS = web.AppKey("refused_origins", RefusedOrigins)
 STORE = web.AppKey("store", Store)
 CATALOG = web.AppKey("catalog", Catalog)
 ACCOUNTS = web.AppKey("accounts", AccountStore)
-ALLOWANCES = web.AppKey("allowances", Allowances)
+QUOTAS = web.AppKey("allowances", Quotas)
 RATES = web.AppKey("rates", Rates)
 ADMISSION = web.AppKey("admission", Admission)
-IDENTIFIER = web.AppKey("identifier", Identifier)
+IDENTIFIER = web.AppKey("identifier", ClientResolver)
 STORE_SEEN = web.AppKey("store_seen", asyncio.Event)
 """Redis has answered at least once."""
 REGISTRY = web.AppKey("registry", Registry)

@@ -12,7 +12,7 @@ from broker.web.keys import CATALOG, IDENTIFIER, SETTINGS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from broker.core.catalog import Listing
+    from broker.core.model_entry import Listing
 
 # A copy may be kept, and asked about each time: the list changes when it likes.
 HEADERS = {"Cache-Control": "no-cache"}

@@ -10,7 +10,7 @@ from aiohttp import hdrs, web
 from broker.core.errors import BodyTooLarge, InvalidJson, InvalidRequest, RateLimited, UnsupportedMediaType
 from broker.web.errors import json_response
 from broker.web.keys import ADMISSION, IDENTIFIER, RATES, SETTINGS
-from broker.web.rates import Counting
+from broker.web.rates import RateCheck
 
 BODY_TIMEOUT = 30.0
 """Seconds that a body may take to arrive."""
@@ -21,10 +21,10 @@ _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 async def prepare(request: web.Request) -> web.Response:
     """Validate a chat request, trim it to fit, and store it for the stream that will claim it."""
     client = await request.app[IDENTIFIER].identify(request)
-    counting = Counting(request, request.app[RATES], client.name)
+    rate_check = RateCheck(request, request.app[RATES], client.name)
     key = _idempotency_key(request)
     try:
-        counting.check()
+        rate_check.check()
     except RateLimited:  # a key that is known is answered all the same, and costs next to nothing
         if key is None or not await request.app[ADMISSION].knows(client, key):
             raise
@@ -32,7 +32,7 @@ async def prepare(request: web.Request) -> web.Response:
     admitted = await request.app[ADMISSION].admit(
         body,
         client=client,
-        counting=counting,
+        rate_check=rate_check,
         referer=request.headers.get(hdrs.ORIGIN, ""),
         idempotency_key=key,
     )

@@ -24,7 +24,7 @@ RATE_STATUS = web.RequestKey("rate_status", RateStatus)
 """How the client of a request stands, once the request was counted."""
 
 
-class Counting:
+class RateCheck:
     """The counting of one prepare: alone, or in one round trip with what else it does.
 
     Args:

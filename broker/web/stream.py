@@ -14,12 +14,12 @@ from broker.core.session import Cursor, is_session_id, parse_cursor
 from broker.relay.viewer import Viewer
 from broker.store.accounts import BUDGET_RETRY, STREAMS_RETRY
 from broker.web.errors import json_response, may_come_again
-from broker.web.eventstream import EventStream, spread
+from broker.web.eventstream import EventStream, jitter
 from broker.web.keys import REGISTRY, SETTINGS
 
 if TYPE_CHECKING:
-    from broker.relay.follower import Mirror
     from broker.relay.generation import Generation
+    from broker.relay.mirror import Mirror
 
 COME_AGAIN_MS = 3000
 """Milliseconds after which a page comes back to a session that cannot be served now."""
@@ -67,7 +67,7 @@ async def _show(
     read_journal = partial(registry.read_journal, session_id)
     viewer = Viewer(source.feed, read_journal, response, cursor, asyncio.get_running_loop().time())
     with registry.watching(source, viewer):
-        await response.open(request, spread(settings.retry_ms))
+        await response.open(request, jitter(settings.retry_ms))
         async with response:
             await viewer.follow()
     return response
@@ -75,12 +75,12 @@ async def _show(
 
 async def _refuse(request: web.Request, error: BrokerError, cursor: Cursor | None) -> web.StreamResponse:
     if may_come_again(error):
-        return await _say(request, b"", spread(COME_AGAIN_MS))
+        return await _say(request, b"", jitter(COME_AGAIN_MS))
     if isinstance(error, LimitError) and not (isinstance(error, BudgetExceeded) and error.final):
         # No id and not final: a page that leaves its EventSource open waits its turn.
         wait = BUDGET_RETRY if isinstance(error, BudgetExceeded) else STREAMS_RETRY
         return await _say(request, refusal_event(error, None, final=False), round(wait * 1000))
-    return await _say(request, refusal_event(error, cursor), spread(request.app[SETTINGS].retry_ms))
+    return await _say(request, refusal_event(error, cursor), jitter(request.app[SETTINGS].retry_ms))
 
 
 async def _say(request: web.Request, event: bytes, retry_ms: int) -> web.StreamResponse:

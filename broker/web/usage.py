@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from broker.core.pricing import to_usd
 from broker.web.errors import json_response
-from broker.web.keys import ACCOUNTS, ALLOWANCES, IDENTIFIER
+from broker.web.keys import ACCOUNTS, IDENTIFIER, QUOTAS
 
 if TYPE_CHECKING:
     from aiohttp import web
 
-    from broker.core.accounts import Allowances
+    from broker.core.accounts import Quotas
     from broker.store.accounts import Day
 
 
@@ -19,10 +19,10 @@ async def get_usage(request: web.Request) -> web.Response:
     """Answer for the caller's own day, UTC."""
     client = await request.app[IDENTIFIER].identify(request)
     day = await request.app[ACCOUNTS].day(client.name)
-    return json_response(told(day, request.app[ALLOWANCES]))
+    return json_response(told(day, request.app[QUOTAS]))
 
 
-def told(day: Day, allowances: Allowances) -> dict[str, Any]:
+def told(day: Day, quotas: Quotas) -> dict[str, Any]:
     """A day as JSON: tokens and USD. A limit that is not set is null, and so is what is left of it."""
     tokens = day.prompt + day.completion
     return {
@@ -34,10 +34,10 @@ def told(day: Day, allowances: Allowances) -> dict[str, Any]:
         "cost": to_usd(day.cost),
         "estimatedRequests": day.estimated,
         "limits": {
-            "tokens": _limit(allowances.daily_tokens, tokens),
+            "tokens": _limit(quotas.daily_tokens, tokens),
             "cost": {
                 name: None if nano is None else to_usd(nano)
-                for name, nano in _limit(allowances.daily_cost, day.cost).items()
+                for name, nano in _limit(quotas.daily_cost, day.cost).items()
             },
         },
     }

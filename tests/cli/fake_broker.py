@@ -17,7 +17,7 @@ from tests.system.harness import clean_environment
 
 SESSION = "3f2b8c1e-9a4d-4e6f-8b7a-1c2d3e4f5a6b"
 
-Line = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Connection = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @dataclass
@@ -27,7 +27,7 @@ class FakeBroker:
     With ``key`` it asks who is there; ``shown`` is what /prepare and /models were shown.
     """
 
-    lines: Sequence[Line]
+    lines: Sequence[Connection]
     prepare: list[web.Response] = field(default_factory=list)
     models: list[dict[str, Any]] = field(default_factory=list)
     key: str = ""
@@ -76,7 +76,7 @@ class FakeBroker:
 
 @asynccontextmanager
 async def fake_broker(
-    *lines: Line, tls: ssl.SSLContext | None = None, **told: Any
+    *lines: Connection, tls: ssl.SSLContext | None = None, **told: Any
 ) -> AsyncIterator[FakeBroker]:
     broker = FakeBroker(lines, **told)
     app = web.Application()
@@ -95,7 +95,7 @@ async def fake_broker(
         await runner.cleanup()
 
 
-def sends(*blocks: str, breaks: bool = False, stays: bool = False) -> Line:
+def sends(*blocks: str, breaks: bool = False, stays: bool = False) -> Connection:
     """A line that sends these blocks of an event stream, and ends, breaks, or stays."""
 
     async def line(request: web.Request) -> web.StreamResponse:
@@ -115,7 +115,7 @@ def sends(*blocks: str, breaks: bool = False, stays: bool = False) -> Line:
     return line
 
 
-def answers(status: int, body: object = None) -> Line:
+def answers(status: int, body: object = None) -> Connection:
     """A line that is refused."""
 
     async def line(_request: web.Request) -> web.StreamResponse:

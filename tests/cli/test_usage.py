@@ -16,9 +16,9 @@ import pytest
 import pytest_asyncio
 
 from broker.cli.usage import summed
-from broker.core.accounts import Allowances, Spent, Worst
+from broker.core.accounts import Quotas, Usage, WorstCase
 from broker.core.session import State
-from broker.store.accounts import METRICS, AccountStore, Line, Reservation
+from broker.store.accounts import METRICS, AccountStore, Reservation, UsageRow
 from broker.store.connection import Store
 from tests.cli.fake_broker import run_shell
 from tests.system.harness import clean_environment, free_port
@@ -33,15 +33,15 @@ THIRTY_FIVE_DAYS = 35 * 86_400
 async def accounts(valkey_url: str) -> AsyncIterator[AccountStore]:
     """The accounts of a service with the default key prefix."""
     store = Store(valkey_url, "broker")
-    yield AccountStore(store, Allowances(0, 1000, 0, 0, 0))
+    yield AccountStore(store, Quotas(0, 1000, 0, 0, 0))
     await store.close()
 
 
 async def book(
-    accounts: AccountStore, token: str, client: str, model: str, spent: Spent, state: State = State.DONE
+    accounts: AccountStore, token: str, client: str, model: str, spent: Usage, state: State = State.DONE
 ) -> int:
     """Settle one session; returns its day."""
-    wanted = Reservation(token, f"session-{token}", client, model, Worst(100, 100))
+    wanted = Reservation(token, f"session-{token}", client, model, WorstCase(100, 100))
     reservation = replace(wanted, day=await accounts.reserve(wanted))
     await accounts.settle(reservation, spent, state)
     return reservation.day
@@ -50,10 +50,10 @@ async def book(
 @pytest_asyncio.fixture
 async def day(accounts: AccountStore) -> str:
     """A day with some use; its date."""
-    await book(accounts, "1", "key:ann", "a/one", Spent(1000, 200, 300, 40, 2_500_000))
-    await book(accounts, "2", "key:ann", "b/two", Spent(10, 5, cost=None, estimated=True), State.CANCELLED)
-    await book(accounts, "3", "key:bob", "a/one", Spent(1, 2, cost=7_000_000), State.FAILED)
-    number = await book(accounts, "4", "key:bob", "a/one", Spent(0, 0, cost=0), State.LOST)
+    await book(accounts, "1", "key:ann", "a/one", Usage(1000, 200, 300, 40, 2_500_000))
+    await book(accounts, "2", "key:ann", "b/two", Usage(10, 5, cost=None, estimated=True), State.CANCELLED)
+    await book(accounts, "3", "key:bob", "a/one", Usage(1, 2, cost=7_000_000), State.FAILED)
+    number = await book(accounts, "4", "key:bob", "a/one", Usage(0, 0, cost=0), State.LOST)
     return (dt.date(1970, 1, 1) + dt.timedelta(days=number)).isoformat()
 
 
@@ -158,7 +158,7 @@ async def test_no_figure_and_no_name_is_cut_or_folded_on_a_narrow_terminal(
 async def test_a_name_is_shown_as_it_is_and_on_one_line(
     tmp_path: Path, valkey_url: str, accounts: AccountStore
 ) -> None:
-    await book(accounts, "1", "key:ann", "[red]a/one[/red] :smile:\n\x1b[2J", Spent(1, 1, cost=0))
+    await book(accounts, "1", "key:ann", "[red]a/one[/red] :smile:\n\x1b[2J", Usage(1, 1, cost=0))
     found = run(tmp_path, valkey_url, "--by", "model")
     assert found.stdout.splitlines()[2].startswith("[red]a/one[/red] :smile: [2J ")
 
@@ -220,8 +220,8 @@ async def test_a_full_disk_is_told_in_one_line(valkey_url: str, day: str, flag: 
 
 
 def test_the_dearest_come_first_then_the_busiest_then_by_name() -> None:
-    def line(client: str, cost: int, requests: int) -> Line:
-        return Line(client, "m", {**dict.fromkeys(METRICS, 0), "cost": cost, "requests": requests})
+    def line(client: str, cost: int, requests: int) -> UsageRow:
+        return UsageRow(client, "m", {**dict.fromkeys(METRICS, 0), "cost": cost, "requests": requests})
 
     found = summed([line("d", 0, 1), line("c", 0, 1), line("b", 0, 5), line("a", 1, 1)], "client")
     assert [row["client"] for row in found] == ["a", "b", "c", "d"]

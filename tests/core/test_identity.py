@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.core.identity import MAX_HOPS, Names, Proxies, bearer, parse_hop
+from broker.core.identity import MAX_HOPS, ClientNamer, Proxies, bearer, parse_hop
 
 PRIVATE = Proxies(["private"])
 TRUSTED = ["10.0.0.1", "192.168.7.8", "127.0.0.1", "::1", "fd00::5", "::ffff:10.9.8.7", "172.31.255.255:4711"]
@@ -199,11 +199,11 @@ def test_anything_else_shows_nothing(lines: list[str]) -> None:
 
 
 def named(address: str, secret: str = "secret") -> str:
-    return Names(secret).of_address(parse_hop(address)).name
+    return ClientNamer(secret).of_address(parse_hop(address)).name
 
 
 def test_names_say_what_kind_they_are_and_whether_something_was_shown() -> None:
-    names = Names("secret")
+    names = ClientNamer("secret")
     key, subject, address = (
         names.of_key("ann"),
         names.of_subject("", "ann"),
@@ -218,16 +218,16 @@ def test_names_say_what_kind_they_are_and_whether_something_was_shown() -> None:
 
 
 def test_all_workers_give_the_same_names_and_nobody_else_does() -> None:
-    assert Names("one").of_key("ann") == Names("one").of_key("ann")
-    assert Names("one").of_subject("i", "ann") == Names("one").of_subject("i", "ann")
+    assert ClientNamer("one").of_key("ann") == ClientNamer("one").of_key("ann")
+    assert ClientNamer("one").of_subject("i", "ann") == ClientNamer("one").of_subject("i", "ann")
     assert named("8.8.8.8", "one") == named("8.8.8.8", "one")
     assert named("8.8.8.8", "one") != named("8.8.8.8", "two")
-    assert Names("one").of_key("ann").user != Names("two").of_key("ann").user
-    assert Names("one").of_subject("i", "ann").name != Names("two").of_subject("i", "ann").name
+    assert ClientNamer("one").of_key("ann").user != ClientNamer("two").of_key("ann").user
+    assert ClientNamer("one").of_subject("i", "ann").name != ClientNamer("two").of_subject("i", "ann").name
 
 
 def test_what_the_upstream_is_told_is_not_in_the_name() -> None:
-    client = Names("secret").of_address(parse_hop("8.8.8.8"))
+    client = ClientNamer("secret").of_address(parse_hop("8.8.8.8"))
     assert client.user.removeprefix("u_") != client.name.removeprefix("addr:")
 
 
@@ -242,10 +242,10 @@ def test_an_ipv4_address_has_one_name_however_it_comes() -> None:
 
 
 def test_a_subject_belongs_to_its_issuer() -> None:
-    names = Names("secret")
+    names = ClientNamer("secret")
     assert names.of_subject("https://a", "ann").name != names.of_subject("https://b", "ann").name
 
 
 @pytest.mark.parametrize("subject", ["ann", "\0", "é", "\ud800", "x" * 255])
 def test_any_subject_can_be_named(subject: str) -> None:
-    assert Names("secret").of_subject(subject, subject).authenticated
+    assert ClientNamer("secret").of_subject(subject, subject).authenticated

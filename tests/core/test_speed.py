@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from broker.core.density import Sample
+from broker.core.bytes_per_token import Sample
 from broker.core.speed import ENOUGH, LEAST, MOST, estimate_speed, speed_of
 
 

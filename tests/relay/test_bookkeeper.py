@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from broker.core.accounts import Worst
+from broker.core.accounts import WorstCase
 from broker.core.events import cancelled_before_start, chunk_events
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
-from broker.relay.bookkeeper import AT_ONCE, Bookkeeper
+from broker.relay.reaper import AT_ONCE, Reaper
 from broker.store.accounts import AccountStore, Reservation
 from broker.store.journal import Append, JournalStore
-from broker.store.sessions import MIN_KEPT, Prepared, SessionStore, Standing
+from broker.store.sessions import MIN_KEPT, Prepared, SessionStatus, SessionStore
 from tests.money import Ledger, ledger, open_reservations, slots
 from tests.relay.test_races import FREE, bookkeeper_of, come, reserved
 
 if TYPE_CHECKING:
     from broker.store.connection import Store
 
-PREPARED = Prepared(b"{}", "model", 4, "", "client", Worst(10, 100))
+PREPARED = Prepared(b"{}", "model", 4, "", "client", WorstCase(10, 100))
 NOTHING = Batch(1, 0, b"")
 CHUNK = chunk_events([b'{"choices":[{"delta":{"content":"four"}}]}'], 1)
 USAGE = b'"usage":{"prompt_tokens":3,"completion_tokens":4},"cost":0.00000005'
@@ -37,40 +37,42 @@ class Dead:
         self.sessions = SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=1)
         self.journal = JournalStore(store, worker="dead", running_ttl=960)
 
-    async def claimed(self, token: str) -> Reservation:
+    async def claimed(self, claim_id: str) -> Reservation:
         """A session that has begun."""
-        session = f"session-{token}"
+        session = f"session-{claim_id}"
         await self.sessions.prepare(session, PREPARED)
-        reservation = await reserved(self.accounts, token)
-        assert isinstance(await self.sessions.claim(session, token, "dead"), Prepared)
+        reservation = await reserved(self.accounts, claim_id)
+        assert isinstance(await self.sessions.claim(session, claim_id, "dead"), Prepared)
         return reservation
 
-    async def ended(self, token: str, data: bytes, *, state: State = State.DONE) -> Reservation:
+    async def ended(self, claim_id: str, data: bytes, *, state: State = State.DONE) -> Reservation:
         """A session that has begun, said something, and ended, and is not settled."""
-        reservation = await self.claimed(token)
+        reservation = await self.claimed(claim_id)
         session = reservation.session_id
-        await self.journal.append([Append(session, token, Batch(1, 1, CHUNK))])
+        await self.journal.append([Append(session, claim_id, Batch(1, 1, CHUNK))])
         event = "done" if state is State.DONE else "error"
-        await self.sessions.end(session, token, Terminal(state, event, Cursor(1, 2, end=True), data), NOTHING)
+        await self.sessions.end(
+            session, claim_id, Terminal(state, event, Cursor(1, 2, end=True), data), NOTHING
+        )
         return reservation
 
-    async def forget_journal(self, token: str) -> None:
+    async def forget_journal(self, claim_id: str) -> None:
         """Its time to be replayed is over; its end is known a little longer."""
-        await self.store.redis.delete(self.store.session_key("events", f"session-{token}"))
+        await self.store.redis.delete(self.store.session_key("events", f"session-{claim_id}"))
 
-    async def break_session(self, token: str) -> None:
+    async def break_session(self, claim_id: str) -> None:
         """Leave something under its name that no script can read."""
-        key = self.store.session_key("session", f"session-{token}")
+        key = self.store.session_key("session", f"session-{claim_id}")
         await self.store.redis.delete(key)
         await self.store.redis.set(key, "no hash")
 
-    async def is_open(self, token: str) -> bool:
-        return await self.store.redis.zscore(f"{self.store.prefix}:{{accounts}}:open", token) is not None
+    async def is_open(self, claim_id: str) -> bool:
+        return await self.store.redis.zscore(f"{self.store.prefix}:{{accounts}}:open", claim_id) is not None
 
     async def found(self, rounds: int = 1) -> None:
         """Let all leases be over, and have another worker look."""
         await come(self.store, "open")
-        keeper: Bookkeeper = bookkeeper_of(self.store, self.accounts)
+        keeper: Reaper = bookkeeper_of(self.store, self.accounts)
         for _ in range(rounds):
             assert await keeper._round([]), "Redis could be reached"
 
@@ -107,8 +109,8 @@ async def test_an_error_that_outlives_its_journal_is_booked_at_its_worst(store: 
 
 async def test_a_dead_workers_journal_that_is_gone_keeps_no_other_from_being_settled(store: Store) -> None:
     dead = Dead(store)
-    for token in ("1", "2", "3"):
-        await dead.ended(token, b"{}")
+    for claim_id in ("1", "2", "3"):
+        await dead.ended(claim_id, b"{}")
     await dead.forget_journal("1")
     await dead.found()
     assert await open_reservations(store.redis) == 0
@@ -118,8 +120,8 @@ async def test_a_dead_workers_journal_that_is_gone_keeps_no_other_from_being_set
 @pytest.mark.parametrize("broken", ["session", "journal", "reservation", "fields"])
 async def test_one_that_cannot_be_read_keeps_no_other_from_being_settled(store: Store, broken: str) -> None:
     dead = Dead(store)
-    for token in ("a", "b", "c"):
-        await dead.ended(token, b"{}")
+    for claim_id in ("a", "b", "c"):
+        await dead.ended(claim_id, b"{}")
     record = f"{store.prefix}:{{accounts}}:reservation:a"
     if broken == "session":
         await dead.break_session("a")
@@ -133,7 +135,7 @@ async def test_one_that_cannot_be_read_keeps_no_other_from_being_settled(store: 
         await store.redis.hset(record, "tokens", "many")
     await dead.found(rounds=2)
     assert (await ledger(store.redis)).requests == 2
-    assert [await dead.is_open(token) for token in ("a", "b", "c")] == [True, False, False]
+    assert [await dead.is_open(claim_id) for claim_id in ("a", "b", "c")] == [True, False, False]
 
 
 async def test_many_that_cannot_be_read_do_not_stand_before_the_others_for_ever(store: Store) -> None:
@@ -153,14 +155,14 @@ async def test_many_that_cannot_be_read_do_not_stand_before_the_others_for_ever(
 
 async def test_a_reservation_that_cannot_be_renewed_keeps_no_other_from_being_renewed(store: Store) -> None:
     dead = Dead(store)
-    running = [await dead.claimed(token) for token in ("1", "2", "3")]
+    running = [await dead.claimed(claim_id) for claim_id in ("1", "2", "3")]
     record = f"{store.prefix}:{{accounts}}:reservation:1"
     await store.redis.delete(record)
     await store.redis.set(record, "no hash")
     await come(store, "open")
     await bookkeeper_of(store, dead.accounts)._round(running)
     open_until: Any = await store.redis.zrange(f"{store.prefix}:{{accounts}}:open", 0, -1, withscores=True)
-    renewed = {token for token, score in open_until if score > 1}
+    renewed = {claim_id for claim_id, score in open_until if score > 1}
     assert {b"2", b"3"} <= renewed
 
 
@@ -182,7 +184,7 @@ async def test_a_claim_that_is_on_its_way_as_its_reservation_is_given_back_does_
     await reserved(dead.accounts, "1")
     await dead.found()
     assert await open_reservations(store.redis) == 0
-    assert await dead.sessions.claim("session-1", "1", "dead") == Standing(State.PREPARED)
+    assert await dead.sessions.claim("session-1", "1", "dead") == SessionStatus(State.PREPARED)
     assert isinstance(await dead.sessions.claim("session-1", "2", "another"), Prepared), "any other does"
 
 
@@ -193,7 +195,7 @@ async def test_a_claim_that_has_won_meanwhile_is_not_given_back(store: Store) ->
     before = await dead.sessions.describe(reservation.session_id)
     assert before is not None
     keeper = bookkeeper_of(store, dead.accounts)
-    await keeper._look_after(reservation, replace(before, state=State.PREPARED, token=""), set())
+    await keeper._look_after(reservation, replace(before, state=State.PREPARED, claim_id=""), set())
     assert await dead.is_open("1")
 
 
@@ -218,5 +220,5 @@ async def test_a_claim_asked_again_after_an_accepted_cancel_gets_that_end(store:
     end = cancelled_before_start()
     for _ in range(2):
         answer = await dead.sessions.claim("session-1", "1", "dead")
-        assert isinstance(answer, Standing)
+        assert isinstance(answer, SessionStatus)
         assert (answer.state, answer.end) == (State.CANCELLED, end)

@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 import pytest_asyncio
 
-from broker.core.accounts import Worst
+from broker.core.accounts import WorstCase
 from broker.core.errors import BeingClaimed, BudgetExceeded, StoreUnavailable, TooManyStreams
 from broker.core.events import cancelled_before_start
 from broker.core.session import State
-from broker.relay.claims import Claims
+from broker.relay.claiming import Claiming
 from broker.store.accounts import AccountStore, Reservation
 from broker.store.connection import Store
-from broker.store.sessions import Prepared, SessionStore, Standing
+from broker.store.sessions import Prepared, SessionStatus, SessionStore
 from tests.money import open_reservations, slots, until
 from tests.relay.test_races import FREE
 from tests.wire import Wire, wire_to
 
 if TYPE_CHECKING:
-    from broker.core.accounts import Allowances
+    from broker.core.accounts import Quotas
     from broker.relay.generation import Generation
 
-PREPARED = Prepared(b"{}", "model", 1, "", "client", Worst(10, 100))
+PREPARED = Prepared(b"{}", "model", 1, "", "client", WorstCase(10, 100))
 CLAIM, RESERVE = b"claimer", b"total-claim"
 """What only a claim, and only a reservation, has in its packet."""
 
@@ -35,13 +35,13 @@ CLAIM, RESERVE = b"claimer", b"total-claim"
 class Claimer:
     """A worker that claims, over a line of its own."""
 
-    def __init__(self, url: str, allowances: Allowances = FREE) -> None:
+    def __init__(self, url: str, quotas: Quotas = FREE) -> None:
         self.store = Store(url, "test")
         self.sessions = SessionStore(self.store, session_ttl=600, running_ttl=960, resume_ttl=300)
-        self.accounts = AccountStore(self.store, allowances)
+        self.accounts = AccountStore(self.store, quotas)
         self.begun: list[str] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self.claims = Claims(
+        self.claims = Claiming(
             self.sessions,
             self.accounts,
             worker="claimer",
@@ -190,7 +190,7 @@ async def test_a_claim_that_is_withdrawn_never_begins(
         assert await state_of(store) is State.CANCELLED
     if in_time:
         [standing] = outcome
-        assert isinstance(standing, Standing)
+        assert isinstance(standing, SessionStatus)
         assert (standing.state, standing.end) == (State.CANCELLED, cancelled_before_start())
 
 
@@ -198,12 +198,12 @@ async def test_a_claim_that_won_and_was_cancelled_elsewhere_before_its_reply_cam
     store: Store, wire: Wire, claimer: Claimer
 ) -> None:
     elsewhere = SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300)
-    wire.lose = b"total-claim"  # the reply of the claim, which has the model in it
+    wire.mark_lost = b"total-claim"  # the reply of the claim, which has the model in it
     with pytest.raises(StoreUnavailable):
         await claimer.claims.claim("session")
     assert await state_of(store) is State.RUNNING
     assert (await elsewhere.cancel("session", cancelled_before_start())).state is State.RUNNING
-    wire.lose = b""
+    wire.mark_lost = b""
     await claimer.idle()
     assert (claimer.begun, await state_of(store)) == ([], State.CANCELLED)
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
@@ -224,8 +224,8 @@ async def test_what_is_not_being_claimed_cannot_be_withdrawn(claimer: Claimer) -
 async def test_who_asks_for_a_session_that_is_being_claimed_elsewhere_needs_no_slot_of_his_own(
     store: Store, valkey_url: str, wire: Wire, limits: dict[str, int]
 ) -> None:
-    allowances = replace(FREE, **limits)
-    one, other = Claimer(wire.url, allowances), Claimer(valkey_url, allowances)
+    quotas = replace(FREE, **limits)
+    one, other = Claimer(wire.url, quotas), Claimer(valkey_url, quotas)
     await one.prepare()
     await one.prepare("next")
     wire.hold = CLAIM
@@ -236,7 +236,7 @@ async def test_who_asks_for_a_session_that_is_being_claimed_elsewhere_needs_no_s
         await other.claims.claim("next")
     wire.let_go()
     assert begun(await first)
-    assert await second == Standing(State.RUNNING, "claimer")
+    assert await second == SessionStatus(State.RUNNING, "claimer")
     assert await slots(store.redis) == 1
     for each in (one, other):
         await each.close()
@@ -245,8 +245,8 @@ async def test_who_asks_for_a_session_that_is_being_claimed_elsewhere_needs_no_s
 async def test_who_asks_for_a_session_that_is_not_claimed_in_time_comes_again(
     valkey_url: str, wire: Wire
 ) -> None:
-    allowances = replace(FREE, streams=1)
-    one, other = Claimer(wire.url, allowances), Claimer(valkey_url, allowances)
+    quotas = replace(FREE, streams=1)
+    one, other = Claimer(wire.url, quotas), Claimer(valkey_url, quotas)
     await one.prepare()
     wire.hold = CLAIM
     first = asyncio.create_task(one.claims.claim("session"))

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from broker.core.accounts import Allowances, Spent, Worst
+from broker.core.accounts import Quotas, Usage, WorstCase
 from broker.core.errors import Overloaded
 from broker.core.session import State
-from broker.relay.bookkeeper import Bookkeeper
-from broker.relay.claims import Claims
+from broker.relay.claiming import Claiming
+from broker.relay.config import Money
 from broker.relay.feed import WINDOW
-from broker.relay.settling import Settler
-from broker.relay.terms import Money
+from broker.relay.reaper import Reaper
+from broker.relay.settlement import Settlement
 from broker.store.accounts import LEASE, AccountStore, Reservation
 from broker.store.connection import Store
 from broker.store.journal import JournalStore
-from broker.store.sessions import Prepared, SessionStore, Standing
+from broker.store.sessions import Prepared, SessionStatus, SessionStore
 from broker.store.workers import WorkerStore
 from broker.web import keys
 from tests.broker import Broker, running
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from broker.relay.generation import Generation
     from tests.scripted import Call, ScriptedUpstream
 
-FREE = Allowances(waiting=1000, streams=1000, daily_tokens=0, daily_cost=0, total_daily_cost=0)
+FREE = Quotas(waiting=1000, streams=1000, daily_tokens=0, daily_cost=0, total_daily_cost=0)
 ENOUGH = 128 * 1024
 """Bytes that say a piece of something is left somewhere, and not all of it."""
 
@@ -103,7 +103,7 @@ async def test_a_cancel_that_was_accepted_elsewhere_as_the_answer_ended_is_the_e
             call.chunk("a")
             await line.take(1)
             await journaled(owner, session, 1)  # so that the owner does not ask again before the end
-            wire.lose, wire.hold = b"cancel " + session.encode(), b'"finishReason":"cancelled"'
+            wire.mark_lost, wire.hold = b"cancel " + session.encode(), b'"finishReason":"cancelled"'
             assert (await other.cancel(session)).status == 202
             call.chunk("b", finish="stop")
             call.usage()
@@ -118,12 +118,12 @@ async def test_a_cancel_that_was_accepted_elsewhere_as_the_answer_ended_is_the_e
 # Somebody else's reservations
 
 
-def wanted(token: str, session: str = "") -> Reservation:
-    return Reservation(token, session or f"session-{token}", "client", "model", Worst(10, 100))
+def wanted(claim_id: str, session: str = "") -> Reservation:
+    return Reservation(claim_id, session or f"session-{claim_id}", "client", "model", WorstCase(10, 100))
 
 
-async def reserved(accounts: AccountStore, token: str) -> Reservation:
-    return replace(wanted(token), day=await accounts.reserve(wanted(token)))
+async def reserved(accounts: AccountStore, claim_id: str) -> Reservation:
+    return replace(wanted(claim_id), day=await accounts.reserve(wanted(claim_id)))
 
 
 async def come(store: Store, name: str) -> None:
@@ -149,19 +149,19 @@ async def test_a_hundred_orphans_are_found_by_a_worker_far_from_redis(store: Sto
         await accounts.reserve(wanted(str(n)))
     await come(store, "open")
     async with far_accounts(valkey_url) as far:
-        assert {orphan.token for orphan in await far.orphans(100)} == {str(n) for n in range(100)}
+        assert {orphan.claim_id for orphan in await far.orphans(100)} == {str(n) for n in range(100)}
 
 
 async def test_a_hundred_estimates_are_found_by_a_worker_far_from_redis(
     store: Store, valkey_url: str
 ) -> None:
     accounts = AccountStore(store, FREE)
-    guess = Spent(1, 1, cost=7, estimated=True)
+    guess = Usage(1, 1, cost=7, estimated=True)
     for n in range(100):
         await accounts.settle(await reserved(accounts, str(n)), guess, State.LOST, generation_id=f"gen-{n}")
     await come(store, "estimates")
     async with far_accounts(valkey_url) as far:
-        found = {each.reservation.token: each.generation_id for each in await far.unasked(100)}
+        found = {each.reservation.claim_id: each.generation_id for each in await far.unasked(100)}
         assert found == {str(n): f"gen-{n}" for n in range(100)}
 
 
@@ -169,17 +169,17 @@ async def unknown(_: object) -> None:
     return None
 
 
-def bookkeeper_of(store: Store, accounts: AccountStore) -> Bookkeeper:
+def bookkeeper_of(store: Store, accounts: AccountStore) -> Reaper:
     def spawn(work: Coroutine[Any, Any, Any]) -> None:
         work.close()
         pytest.fail("there is nothing to ask the upstream")
 
-    return Bookkeeper(
+    return Reaper(
         accounts,
         SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300),
         JournalStore(store, worker="living", running_ttl=960),
         WorkerStore(store, worker="living"),
-        Settler(
+        Settlement(
             accounts,
             Money(unknown, lambda model: model, unknown, lambda: True, unknown, unknown, unknown),
             spawn=spawn,
@@ -202,7 +202,7 @@ async def test_an_orphan_that_never_ran_is_given_back(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     await reserved(accounts, "idle")
     sessions = SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300)
-    await sessions.prepare("session-idle", Prepared(b"{}", "model", 1, "", "client", Worst(10, 100)))
+    await sessions.prepare("session-idle", Prepared(b"{}", "model", 1, "", "client", WorstCase(10, 100)))
     await come(store, "open")
     await bookkeeper_of(store, accounts)._look_around()
     assert await ledger(store.redis) == Ledger()
@@ -233,7 +233,7 @@ class FrozenAfterReserving(AccountStore):
         day = await super().reserve(reservation, force=force)
         if self.thawed is None:
             self.thawed = reservation
-            await self.release(reservation.token, reservation.client)
+            await self.release(reservation.claim_id, reservation.client)
             await super().reserve(wanted("another"))
             loop = asyncio.get_running_loop()
             assert isinstance(loop, StandingLoop)
@@ -251,9 +251,9 @@ def test_a_worker_that_stood_still_before_its_claim_does_not_run_beyond_the_limi
 
         def begin(session: str, reservation: Reservation, prepared: Prepared) -> Any:
             begun.append(session)
-            return Standing(State.RUNNING)
+            return SessionStatus(State.RUNNING)
 
-        claims = Claims(
+        claims = Claiming(
             sessions,
             accounts,
             worker="frozen",
@@ -261,7 +261,7 @@ def test_a_worker_that_stood_still_before_its_claim_does_not_run_beyond_the_limi
             begin=begin,
             spawn=lambda work: tasks.add(asyncio.create_task(work)),
         )
-        await sessions.prepare("session", Prepared(b"{}", "model", 1, "", "client", Worst(10, 100)))
+        await sessions.prepare("session", Prepared(b"{}", "model", 1, "", "client", WorstCase(10, 100)))
         with pytest.raises(Overloaded):
             await claims.claim("session")
         described = await sessions.describe("session")

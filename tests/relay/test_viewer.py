@@ -13,7 +13,7 @@ from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal, parse_cursor
 from broker.core.sse import Decoder, Frame
 from broker.relay.feed import Feed
-from broker.relay.viewer import MAX_BACKLOG, Line, Viewer
+from broker.relay.viewer import MAX_BACKLOG, Connection, Viewer
 
 MIB = 1024 * 1024
 
@@ -104,11 +104,11 @@ async def no_journal(_after: int) -> list[Batch]:
 
 def viewer(
     feed: Feed,
-    line: Line,
+    connection: Connection,
     cursor: str = "",
     journal: Callable[[int], object] = no_journal,
 ) -> Viewer:
-    return Viewer(feed, journal, line, parse_cursor(cursor), 0.0)  # type: ignore[arg-type]  # a journal awaits
+    return Viewer(feed, journal, connection, parse_cursor(cursor), 0.0)  # type: ignore[arg-type]  # a journal awaits
 
 
 @asynccontextmanager
@@ -137,58 +137,58 @@ def filled(*batches: Batch, start: int = 0) -> Feed:
 
 
 async def test_a_viewer_gets_what_was_there_and_then_what_comes() -> None:
-    feed, line = filled(batch(1, 2)), QuickLine()
-    async with following(viewer(feed, line)) as task:
-        assert line.ids == ["1-1", "1-2"]
+    feed, connection = filled(batch(1, 2)), QuickLine()
+    async with following(viewer(feed, connection)) as task:
+        assert connection.ids == ["1-1", "1-2"]
         feed.add(batch(3, 3), 1.0)
-        assert line.ids[2:] == ["1-3"]  # without a task being woken
+        assert connection.ids[2:] == ["1-3"]  # without a task being woken
         feed.add(batch(4, 5), 2.0)
         feed.finish(end(6))
         await task
-    assert line.ids == ["1-1", "1-2", "1-3", "1-4", "1-5", "1-6.end"]
+    assert connection.ids == ["1-1", "1-2", "1-3", "1-4", "1-5", "1-6.end"]
 
 
 async def test_a_viewer_of_an_ended_session_gets_all_of_it() -> None:
-    feed, line = filled(*(batch(n, n, 5000) for n in range(1, 100))), QuickLine()
+    feed, connection = filled(*(batch(n, n, 5000) for n in range(1, 100))), QuickLine()
     feed.finish(end(100))
-    await viewer(feed, line).follow()
-    assert line.ids == [*(f"1-{n}" for n in range(1, 100)), "1-100.end"]
+    await viewer(feed, connection).follow()
+    assert connection.ids == [*(f"1-{n}" for n in range(1, 100)), "1-100.end"]
 
 
 @pytest.mark.parametrize("seen", range(5))
 async def test_a_cursor_is_continued_from(seen: int) -> None:
-    feed, line = filled(batch(1, 2), batch(3, 4)), QuickLine()
+    feed, connection = filled(batch(1, 2), batch(3, 4)), QuickLine()
     feed.finish(end(5))
-    await viewer(feed, line, f"1-{seen}").follow()
-    assert line.ids == [*(f"1-{n}" for n in range(seen + 1, 5)), "1-5.end"]
+    await viewer(feed, connection, f"1-{seen}").follow()
+    assert connection.ids == [*(f"1-{n}" for n in range(seen + 1, 5)), "1-5.end"]
 
 
 async def test_a_cursor_ahead_waits_for_its_turn() -> None:
-    feed, line = filled(batch(1, 1)), QuickLine()
-    async with following(viewer(feed, line, "1-4")) as task:
+    feed, connection = filled(batch(1, 1)), QuickLine()
+    async with following(viewer(feed, connection, "1-4")) as task:
         for each in (batch(2, 2), batch(3, 5), batch(6, 6)):
             feed.add(each, 0.0)
             await settle()
-        assert line.ids == ["1-5", "1-6"]
+        assert connection.ids == ["1-5", "1-6"]
         feed.finish(end(7))
         await task
-    assert line.ids[-1] == "1-7.end"
+    assert connection.ids[-1] == "1-7.end"
 
 
 @pytest.mark.parametrize("cursor", ["1-5", "1-4", "2-1", "2-99"])
 async def test_a_cursor_that_cannot_be_is_told_of_the_gap(cursor: str) -> None:
-    feed, line = filled(batch(1, 3)), QuickLine()
+    feed, connection = filled(batch(1, 3)), QuickLine()
     feed.finish(end(4))
-    await viewer(feed, line, cursor).follow()
-    [frame] = line.frames
+    await viewer(feed, connection, cursor).follow()
+    [frame] = connection.frames
     assert (json.loads(frame.data)["code"], frame.id) == ("replay_gap", f"{cursor}.end")
 
 
 async def test_a_viewer_of_a_dead_worker_may_have_seen_more_than_was_kept() -> None:
-    feed, line = filled(batch(1, 3)), QuickLine()
+    feed, connection = filled(batch(1, 3)), QuickLine()
     feed.finish(end(4, epoch=2))
-    await viewer(feed, line, "1-9").follow()
-    assert line.ids == ["2-4.end"]
+    await viewer(feed, connection, "1-9").follow()
+    assert connection.ids == ["2-4.end"]
 
 
 # The journal
@@ -198,11 +198,11 @@ async def test_what_has_left_memory_is_read_from_the_journal() -> None:
     async def journal(after: int) -> list[Batch]:
         return [batch(1, 3), batch(4, 6)] if after < 3 else [batch(4, 6)]
 
-    feed, line = filled(batch(7, 8), start=6), QuickLine()
-    async with following(viewer(feed, line, "1-1", journal)):
-        assert line.ids == [f"1-{n}" for n in range(2, 9)]
+    feed, connection = filled(batch(7, 8), start=6), QuickLine()
+    async with following(viewer(feed, connection, "1-1", journal)):
+        assert connection.ids == [f"1-{n}" for n in range(2, 9)]
         feed.add(batch(9, 9), 0.0)
-        assert line.ids[-1] == "1-9"
+        assert connection.ids[-1] == "1-9"
 
 
 @pytest.mark.parametrize("found", [[], [batch(4, 6)], [batch(1, 1), batch(3, 6)]])
@@ -210,38 +210,38 @@ async def test_a_hole_in_the_journal_is_told_and_never_jumped(found: list[Batch]
     async def journal(after: int) -> list[Batch]:
         return [each for each in found if each.last > after]
 
-    feed, line = filled(batch(7, 8), start=6), QuickLine()
-    await viewer(feed, line, "", journal).follow()
-    assert json.loads(line.frames[-1].data)["code"] == "replay_gap"
-    assert [each for each in line.ids if not each.endswith(".end")] in ([], ["1-1"])
+    feed, connection = filled(batch(7, 8), start=6), QuickLine()
+    await viewer(feed, connection, "", journal).follow()
+    assert json.loads(connection.frames[-1].data)["code"] == "replay_gap"
+    assert [each for each in connection.ids if not each.endswith(".end")] in ([], ["1-1"])
 
 
 async def test_a_journal_out_of_reach_lets_the_line_go_for_another_time() -> None:
     async def journal(_after: int) -> list[Batch]:
         raise StoreUnavailable
 
-    feed, line = filled(batch(7, 8), start=6), QuickLine()
-    await viewer(feed, line, "1-2", journal).follow()
-    assert line.bytes == b""
+    feed, connection = filled(batch(7, 8), start=6), QuickLine()
+    await viewer(feed, connection, "1-2", journal).follow()
+    assert connection.bytes == b""
 
 
 # The pace of a line
 
 
 async def test_a_line_that_lags_is_waited_for_and_catches_up() -> None:
-    feed, line = Feed(), SlowLine()
-    async with following(viewer(feed, line)) as task:
+    feed, connection = Feed(), SlowLine()
+    async with following(viewer(feed, connection)) as task:
         for n in range(1, 201):
             feed.add(batch(n, n, 20_000), 0.0)
             await settle()
-        assert line.waited.is_set()
-        assert line.most <= MIB
+        assert connection.waited.is_set()
+        assert connection.most <= MIB
         feed.finish(end(201))
         while not task.done():
-            line.take_all()
+            connection.take_all()
             await settle()
-    assert line.ids == [*(f"1-{n}" for n in range(1, 201)), "1-201.end"]
-    assert line.most <= MIB
+    assert connection.ids == [*(f"1-{n}" for n in range(1, 201)), "1-201.end"]
+    assert connection.most <= MIB
 
 
 async def test_a_line_that_lags_slows_no_other() -> None:
@@ -254,24 +254,24 @@ async def test_a_line_that_lags_slows_no_other() -> None:
 
 
 async def test_an_event_larger_than_the_bound_is_written_in_parts() -> None:
-    feed, line = filled(batch(1, 1, 3 * MIB)), SlowLine()
-    async with following(viewer(feed, line)):
-        assert 0 < line.most <= MIB
+    feed, connection = filled(batch(1, 1, 3 * MIB)), SlowLine()
+    async with following(viewer(feed, connection)):
+        assert 0 < connection.most <= MIB
 
 
 @pytest.mark.parametrize("where", ["memory", "journal", "live"])
 async def test_many_events_that_came_as_one_batch_are_written_in_parts(where: str) -> None:
-    whole, line = batch(1, 400, 10_000), SlowLine()
+    whole, connection = batch(1, 400, 10_000), SlowLine()
 
     async def journal(_after: int) -> list[Batch]:
         return [whole]
 
     feed = filled(whole) if where == "memory" else Feed(400 if where == "journal" else 0)
-    async with following(viewer(feed, line, "", journal)):
+    async with following(viewer(feed, connection, "", journal)):
         if where == "live":
             feed.add(whole, 0.0)
             await settle()
-        assert line.most <= MIB
+        assert connection.most <= MIB
 
 
 async def test_a_line_that_is_cut_ends_the_viewer() -> None:
@@ -281,53 +281,53 @@ async def test_a_line_that_is_cut_ends_the_viewer() -> None:
 
 
 async def test_a_viewer_that_left_is_given_nothing_more() -> None:
-    feed, line = Feed(), QuickLine()
-    async with following(viewer(feed, line)):
+    feed, connection = Feed(), QuickLine()
+    async with following(viewer(feed, connection)):
         pass
     feed.add(batch(1, 1), 0.0)
     feed.finish(end(2))
-    assert line.bytes == b""
+    assert connection.bytes == b""
 
 
 async def test_a_viewer_that_is_let_go_ends_without_an_end() -> None:
-    feed, line = filled(batch(1, 1)), QuickLine()
-    watching = viewer(feed, line)
+    feed, connection = filled(batch(1, 1)), QuickLine()
+    watching = viewer(feed, connection)
     async with following(watching) as task:
         watching.release()
         await task
-    assert line.ids == ["1-1"]
+    assert connection.ids == ["1-1"]
 
 
 async def test_a_slow_line_is_given_its_end_before_it_is_closed() -> None:
-    feed, line = filled(batch(1, 10, 50_000)), SlowLine()
+    feed, connection = filled(batch(1, 10, 50_000)), SlowLine()
     feed.finish(end(11))
-    async with following(viewer(feed, line)) as task:
+    async with following(viewer(feed, connection)) as task:
         assert not task.done()
         while not task.done():
-            line.take_all()
+            connection.take_all()
             await settle()
-    assert line.ids[-1] == "1-11.end"
+    assert connection.ids[-1] == "1-11.end"
 
 
 # Heartbeats
 
 
 async def test_a_heartbeat_and_every_event_are_noted() -> None:
-    feed, line = Feed(), QuickLine()
-    watching = viewer(feed, line)
+    feed, connection = Feed(), QuickLine()
+    watching = viewer(feed, connection)
     async with following(watching):
         watching.beat(b": beat\n\n", 5.0)
-        assert (line.bytes, watching.written_at) == (b": beat\n\n", 5.0)
+        assert (connection.bytes, watching.written_at) == (b": beat\n\n", 5.0)
         feed.add(batch(1, 1), 7.0)
         assert watching.written_at == 7.0
 
 
 async def test_a_line_with_enough_to_do_gets_no_heartbeat() -> None:
-    line = SlowLine()
-    watching = viewer(Feed(), line)
-    line.write_now(b"x" * (MAX_BACKLOG + 1))
+    connection = SlowLine()
+    watching = viewer(Feed(), connection)
+    connection.write_now(b"x" * (MAX_BACKLOG + 1))
     watching.beat(b": beat\n\n", 5.0)
-    assert line.backlog() == MAX_BACKLOG + 1
+    assert connection.backlog() == MAX_BACKLOG + 1
 
 
 async def test_no_heartbeat_comes_within_an_event_that_is_written_in_parts() -> None:
@@ -338,9 +338,9 @@ async def test_no_heartbeat_comes_within_an_event_that_is_written_in_parts() -> 
             watching.beat(b": beat\n\n", 5.0)
             await asyncio.sleep(0)
 
-    whole, line = batch(1, 3, 200_000), BeatenLine()
+    whole, connection = batch(1, 3, 200_000), BeatenLine()
     feed = filled(whole)
     feed.finish(end(4))
-    watching = viewer(feed, line)
+    watching = viewer(feed, connection)
     await watching.follow()
-    assert line.bytes.replace(b"\n\n: beat", b"").startswith(whole.events)
+    assert connection.bytes.replace(b"\n\n: beat", b"").startswith(whole.events)

@@ -16,14 +16,14 @@ from openai import AsyncOpenAI, DefaultAioHttpClient
 
 from broker.catalog import MAX_LISTINGS, Catalog
 from broker.core.errors import ModelsUnavailable, StoreUnavailable
-from broker.store.catalog import KEPT, CatalogStore
 from broker.store.connection import Store
 from broker.store.embedded import embedded_valkey
-from broker.upstream import models as upstream_models
-from broker.upstream.models import fetch_models
+from broker.store.model_list import KEPT, CatalogStore
+from broker.upstream import model_list as upstream_models
+from broker.upstream.model_list import fetch_models
 
 if TYPE_CHECKING:
-    from broker.core.catalog import Models
+    from broker.core.model_entry import Models
 
 T = TypeVar("T")
 Pass = Callable[[int], Awaitable[None]]

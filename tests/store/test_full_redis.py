@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
-from broker.core.accounts import Allowances, Spent, Worst
+from broker.core.accounts import Quotas, Usage, WorstCase
 from broker.core.errors import StoreUnavailable
 from broker.core.events import chunk_events
 from broker.core.replay import Batch
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from broker.store.connection import Store
 
 RUNNING_TTL = 500
-PREPARED = Prepared(b'{"messages":[]}', "model", 10, "", "client", Worst(10, 100))
+PREPARED = Prepared(b'{"messages":[]}', "model", 10, "", "client", WorstCase(10, 100))
 NOTHING = Batch(1, 0, b"")
 ONE = Batch(1, 1, chunk_events([b"1"], 1))
 DONE = Terminal(State.DONE, "done", Cursor(1, 2, end=True), b"{}")
 CANCELLED = Terminal(State.CANCELLED, "done", Cursor(1, 1, end=True), b"{}")
 
 
-def wanted(token: str) -> Reservation:
-    return Reservation(token, f"session-{token}", "client", "model", Worst(10, 100))
+def wanted(claim_id: str) -> Reservation:
+    return Reservation(claim_id, f"session-{claim_id}", "client", "model", WorstCase(10, 100))
 
 
 class Stage:
@@ -44,7 +44,7 @@ class Stage:
         self.journal = JournalStore(store, worker="owner", running_ttl=RUNNING_TTL)
         self.elsewhere = JournalStore(store, worker="follower", running_ttl=RUNNING_TTL)
         self.workers = WorkerStore(store, worker="owner")
-        self.accounts = AccountStore(store, Allowances(50, 2, 0, 0, 0))
+        self.accounts = AccountStore(store, Quotas(50, 2, 0, 0, 0))
         self.reservation = wanted("token")
 
     async def set(self) -> None:
@@ -131,7 +131,7 @@ async def test_a_session_that_waits_is_cancelled(full: Stage) -> None:
 
 
 async def test_a_dead_workers_session_is_ended(full: Stage) -> None:
-    lost = await full.sessions.lose("running", "owner", error=b'{"lost":1}', cancelled=b"{}")
+    lost = await full.sessions.mark_lost("running", "owner", error=b'{"lost":1}', cancelled=b"{}")
     assert lost.end == Terminal(State.LOST, "error", Cursor(2, 1, end=True), b'{"lost":1}')
     assert (await full.elsewhere.look("running")).end == lost.end
 
@@ -151,7 +151,7 @@ async def test_a_reservation_is_renewed_also_one_whose_lease_has_lapsed(full: St
 
 
 async def test_what_was_spent_is_booked(full: Stage) -> None:
-    await full.accounts.settle(full.reservation, Spent(1, 2, cost=7), State.DONE)
+    await full.accounts.settle(full.reservation, Usage(1, 2, cost=7), State.DONE)
     assert await ledger(full.store.redis) == Ledger(1, 0, 3, 7)
     assert await slots(full.store.redis) == await open_reservations(full.store.redis) == 0
 

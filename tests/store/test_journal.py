@@ -9,19 +9,19 @@ from uuid import uuid4
 import pytest
 import pytest_asyncio
 
-from broker.core.accounts import Worst
+from broker.core.accounts import WorstCase
 from broker.core.errors import StoreRefused, StoreUnavailable
 from broker.core.events import chunk_events
 from broker.core.replay import Batch, read_on
 from broker.core.session import Cursor, State, Terminal
 from broker.store.connection import Store
 from broker.store.journal import Append, Appended, JournalStore
-from broker.store.sessions import Prepared, Refusal, SessionStore, Standing
+from broker.store.sessions import EndConflict, Prepared, SessionStatus, SessionStore
 
 RUNNING_TTL = 500
 RESUME_TTL = 300
 NOTHING = Batch(1, 0, b"")
-PREPARED = Prepared(b'{"messages":[]}', "scripted/model-1", 10, "", "key:tests", Worst(110, 0))
+PREPARED = Prepared(b'{"messages":[]}', "scripted/model-1", 10, "", "key:tests", WorstCase(110, 0))
 
 
 def batch(first: int, last: int) -> Batch:
@@ -39,7 +39,7 @@ class Running:
 
     def __init__(self, store: Store) -> None:
         self.id = str(uuid4())
-        self.token = "token"
+        self.claim_id = "token"
         self.store = store
         self.sessions = SessionStore(store, session_ttl=600, running_ttl=RUNNING_TTL, resume_ttl=RESUME_TTL)
         self.journal = JournalStore(store, worker="owner", running_ttl=RUNNING_TTL)
@@ -47,18 +47,22 @@ class Running:
 
     async def claim(self) -> None:
         await self.sessions.prepare(self.id, PREPARED)
-        assert isinstance(await self.sessions.claim(self.id, self.token, "owner"), Prepared)
+        assert isinstance(await self.sessions.claim(self.id, self.claim_id, "owner"), Prepared)
 
-    async def append(self, events: Batch = NOTHING, token: str | None = None) -> Appended:
-        [answer] = await self.journal.append([Append(self.id, token or self.token, events)])
+    async def append(self, events: Batch = NOTHING, claim_id: str | None = None) -> Appended:
+        [answer] = await self.journal.append([Append(self.id, claim_id or self.claim_id, events)])
         assert answer is not None
         return answer
 
-    async def finish(self, ending: Terminal, rest: Batch = NOTHING, **options: bool) -> Standing | Refusal:
-        return await self.sessions.end(self.id, self.token, ending, rest, **options)
+    async def finish(
+        self, ending: Terminal, rest: Batch = NOTHING, **options: bool
+    ) -> SessionStatus | EndConflict:
+        return await self.sessions.end(self.id, self.claim_id, ending, rest, **options)
 
-    async def lose(self, worker: str = "owner") -> Standing:
-        return await self.sessions.lose(self.id, worker, error=b'{"lost":1}', cancelled=b'{"cancelled":1}')
+    async def mark_lost(self, worker: str = "owner") -> SessionStatus:
+        return await self.sessions.mark_lost(
+            self.id, worker, error=b'{"lost":1}', cancelled=b'{"cancelled":1}'
+        )
 
     async def read(self, after: int = 0) -> tuple[bytes, int]:
         return read_on(await self.elsewhere.read(self.id, after) or [], after)
@@ -79,16 +83,16 @@ async def running(store: Store) -> Running:
 async def bell(store: Store) -> AsyncIterator[asyncio.Queue[bytes]]:
     """What the bell of the following worker says."""
     async with store.redis.pubsub() as pubsub:
-        await pubsub.subscribe(f"{store.bells}follower")
-        rung: asyncio.Queue[bytes] = asyncio.Queue()
+        await pubsub.subscribe(f"{store.channels}follower")
+        notified: asyncio.Queue[bytes] = asyncio.Queue()
 
         async def listen() -> None:
             async for message in pubsub.listen():
                 if message["type"] == "message":
-                    rung.put_nowait(message["data"])
+                    notified.put_nowait(message["data"])
 
         task = asyncio.create_task(listen())
-        yield rung
+        yield notified
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
@@ -131,7 +135,7 @@ async def test_the_prompt_leaves_redis_with_the_first_word_of_the_owner(running:
 
 
 async def test_another_token_writes_nothing(running: Running) -> None:
-    answer = await running.append(batch(1, 3), token="another")
+    answer = await running.append(batch(1, 3), claim_id="another")
     assert answer.state is not State.RUNNING, "and is told that the session is not its own"
     assert await running.read() == (b"", 0)
 
@@ -140,7 +144,9 @@ async def test_many_sessions_are_written_in_one_round_trip(store: Store) -> None
     sessions = [Running(store) for _ in range(70)]
     for session in sessions:
         await session.claim()
-    appends = [Append(session.id, session.token, batch(1, 1 + n % 3)) for n, session in enumerate(sessions)]
+    appends = [
+        Append(session.id, session.claim_id, batch(1, 1 + n % 3)) for n, session in enumerate(sessions)
+    ]
     answers = await sessions[0].journal.append(appends)
     assert [answer and answer.last for answer in answers] == [1 + n % 3 for n in range(70)]
 
@@ -159,7 +165,7 @@ async def test_a_redis_that_has_forgotten_the_scripts_is_told_them_again(running
 async def test_a_reader_learns_how_far_it_goes_and_where_it_stands(running: Running) -> None:
     await running.append(batch(1, 3))
     followed = await running.elsewhere.follow(running.id, 1)
-    assert followed.standing == Standing(State.RUNNING, "owner")
+    assert followed.standing == SessionStatus(State.RUNNING, "owner")
     assert followed.last == 3
     assert read_on(followed.batches, 1) == (batch(2, 3).events, 3)
 
@@ -279,14 +285,14 @@ async def test_watchers_are_told_of_the_end(running: Running, bell: asyncio.Queu
 async def test_the_end_brings_what_was_not_yet_journaled(running: Running) -> None:
     await running.append(batch(1, 2))
     standing = await running.finish(end(6), batch(2, 5))
-    assert standing == Standing(State.DONE, "", end(6))
+    assert standing == SessionStatus(State.DONE, "", end(6))
     assert await running.read() == (batch(1, 5).events, 5)
     assert (await running.elsewhere.look(running.id)).end == end(6)
 
 
 async def test_the_first_end_stands(running: Running) -> None:
     await running.finish(end(1))
-    assert await running.finish(end(4, State.FAILED), batch(1, 3)) == Standing(State.DONE, "", end(1))
+    assert await running.finish(end(4, State.FAILED), batch(1, 3)) == SessionStatus(State.DONE, "", end(1))
     assert await running.read() == (b"", 0)
 
 
@@ -298,37 +304,39 @@ async def test_after_the_end_nothing_is_written(running: Running) -> None:
 
 async def test_an_end_behind_a_hole_is_refused_and_told_where_the_hole_begins(running: Running) -> None:
     await running.append(batch(1, 2))
-    assert await running.finish(end(9), batch(5, 8)) == Refusal("behind", 2)
+    assert await running.finish(end(9), batch(5, 8)) == EndConflict("behind", 2)
     assert (await running.append()).state is State.RUNNING
 
 
 async def test_grace_does_not_end_while_somebody_watches(running: Running) -> None:
     await running.elsewhere.follow(running.id, 0)
     abandoned = end(1, State.ABANDONED)
-    assert await running.finish(abandoned, only_if_unwatched=True) == Refusal("watched", 0)
+    assert await running.finish(abandoned, only_if_unwatched=True) == EndConflict("watched", 0)
     await running.elsewhere.leave([running.id])
-    assert await running.finish(abandoned, only_if_unwatched=True) == Standing(State.ABANDONED, "", abandoned)
+    assert await running.finish(abandoned, only_if_unwatched=True) == SessionStatus(
+        State.ABANDONED, "", abandoned
+    )
 
 
 async def test_after_an_accepted_cancel_no_other_end_is_written(running: Running) -> None:
     assert (await running.sessions.cancel(running.id, end(1, State.CANCELLED))).state is State.RUNNING
     assert (await running.append()).cancel
-    assert await running.finish(end(1)) == Refusal("cancel", 0)
-    assert await running.finish(end(1, State.FAILED)) == Refusal("cancel", 0)
+    assert await running.finish(end(1)) == EndConflict("cancel", 0)
+    assert await running.finish(end(1, State.FAILED)) == EndConflict("cancel", 0)
     cancelled = end(1, State.CANCELLED)
-    assert await running.finish(cancelled) == Standing(State.CANCELLED, "", cancelled)
+    assert await running.finish(cancelled) == SessionStatus(State.CANCELLED, "", cancelled)
 
 
 async def test_a_cancel_after_the_end_changes_nothing(running: Running) -> None:
     await running.finish(end(1))
-    assert await running.sessions.cancel(running.id, end(1, State.CANCELLED)) == Standing(
+    assert await running.sessions.cancel(running.id, end(1, State.CANCELLED)) == SessionStatus(
         State.DONE, "owner", end(1)
     )
 
 
 async def test_the_end_of_a_session_that_is_not_there_is_told_as_gone(running: Running) -> None:
     await running.store.redis.flushall()
-    assert await running.finish(end(1)) == Standing(State.GONE)
+    assert await running.finish(end(1)) == SessionStatus(State.GONE)
 
 
 # Losing
@@ -336,37 +344,37 @@ async def test_the_end_of_a_session_that_is_not_there_is_told_as_gone(running: R
 
 async def test_a_dead_workers_session_ends_behind_its_journal(running: Running) -> None:
     await running.append(batch(1, 4))
-    standing = await running.lose()
+    standing = await running.mark_lost()
     assert standing.end == Terminal(State.LOST, "error", Cursor(2, 5, end=True), b'{"lost":1}')
     assert await running.read() == (batch(1, 4).events, 4)
-    assert await running.lose() == standing, "whoever comes second finds the same"
+    assert await running.mark_lost() == standing, "whoever comes second finds the same"
 
 
 async def test_a_worker_that_wakes_writes_nothing_more(running: Running) -> None:
     await running.append(batch(1, 4))
-    lost = (await running.lose()).end
+    lost = (await running.mark_lost()).end
     assert await running.append(batch(5, 6)) == Appended(State.LOST, 4)
-    assert await running.finish(end(7), batch(5, 6)) == Standing(State.LOST, "", lost)
+    assert await running.finish(end(7), batch(5, 6)) == SessionStatus(State.LOST, "", lost)
     assert await running.read() == (batch(1, 4).events, 4)
 
 
 async def test_a_dead_workers_cancelled_session_ends_cancelled(running: Running) -> None:
     await running.append(batch(1, 2))
     await running.sessions.cancel(running.id, end(1, State.CANCELLED))
-    assert (await running.lose()).end == Terminal(
+    assert (await running.mark_lost()).end == Terminal(
         State.CANCELLED, "done", Cursor(2, 3, end=True), b'{"cancelled":1}'
     )
 
 
 async def test_only_the_dead_workers_own_sessions_are_lost(running: Running) -> None:
-    assert (await running.lose("another")).state is State.RUNNING
+    assert (await running.mark_lost("another")).state is State.RUNNING
     await running.finish(end(1))
-    assert (await running.lose()).state is State.DONE
+    assert (await running.mark_lost()).state is State.DONE
 
 
 async def test_watchers_are_told_of_a_loss(running: Running, bell: asyncio.Queue[bytes]) -> None:
     await running.elsewhere.follow(running.id, 0)
-    await running.lose()
+    await running.mark_lost()
     async with asyncio.timeout(5):
         assert await bell.get() == f"ended {running.id}".encode()
 
@@ -377,7 +385,7 @@ async def test_watchers_are_told_of_a_loss(running: Running, bell: asyncio.Queue
 async def restore(session: Running, held: Batch, ending: Terminal | None = None) -> None:
     state = ending.state if ending is not None else State.RUNNING
     await session.sessions.restore(
-        session.id, session.token, "owner", PREPARED, state=state, held=held, end=ending
+        session.id, session.claim_id, "owner", PREPARED, state=state, held=held, end=ending
     )
 
 
@@ -406,7 +414,7 @@ async def test_a_session_without_events_is_written_anew(running: Running) -> Non
 
 async def test_what_is_there_is_not_written_over(running: Running) -> None:
     await running.append(batch(1, 4))
-    lost = (await running.lose()).end
+    lost = (await running.mark_lost()).end
     await restore(running, batch(1, 6))
     assert (await running.elsewhere.look(running.id)).end == lost
     assert await running.read() == (batch(1, 4).events, 4)
@@ -441,7 +449,7 @@ async def test_every_key_of_an_ended_session_has_the_time_of_replay(store: Store
         await session.claim()
         await session.elsewhere.follow(session.id, 0)
         if how == "lost":
-            await session.lose()
+            await session.mark_lost()
         else:
             await session.finish(end(3), batch(1, 2) if how == "ended with events" else NOTHING)
     ttls = await session.ttls()
@@ -464,7 +472,7 @@ async def test_the_end_of_a_session_that_was_restored_without_its_events_is_told
     await running.append(batch(1, 2))
     await running.store.redis.flushall()
     await running.sessions.restore(
-        running.id, running.token, "owner", PREPARED, state=State.RUNNING, held=Batch(3, 2, b""), end=None
+        running.id, running.claim_id, "owner", PREPARED, state=State.RUNNING, held=Batch(3, 2, b""), end=None
     )
     await running.finish(end(3))
     followed = await running.elsewhere.follow(running.id, 2)

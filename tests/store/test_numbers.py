@@ -8,23 +8,23 @@ from importlib import resources
 
 import pytest
 
-from broker.core.accounts import Allowances, Spent, Worst
+from broker.core.accounts import Quotas, Usage, WorstCase
 from broker.core.session import State
 from broker.store.accounts import AccountStore, Reservation
 from broker.store.connection import Store
 from tests.money import Ledger, ledger, open_reservations, slots
 
-FREE = Allowances(waiting=50, streams=2, daily_tokens=0, daily_cost=0, total_daily_cost=0)
+FREE = Quotas(waiting=50, streams=2, daily_tokens=0, daily_cost=0, total_daily_cost=0)
 AMOUNTS = [0, 1, 2**31, 10**14, 10**15, 2**53, 10**17]
-WORSTS = [Worst(tokens, cost) for tokens in (0, 1, 2**31) for cost in AMOUNTS]
+WORSTS = [WorstCase(tokens, cost) for tokens in (0, 1, 2**31) for cost in AMOUNTS]
 
 
-def wanted(worst: Worst) -> Reservation:
+def wanted(worst: WorstCase) -> Reservation:
     return Reservation("t", "session", "c", "model", worst)
 
 
 @pytest.mark.parametrize("worst", WORSTS, ids=str)
-async def test_what_is_reserved_is_given_back_whole(store: Store, worst: Worst) -> None:
+async def test_what_is_reserved_is_given_back_whole(store: Store, worst: WorstCase) -> None:
     accounts = AccountStore(store, FREE)
     await accounts.reserve(wanted(worst))
     assert await ledger(store.redis) == Ledger(reserved_tokens=worst.tokens, reserved_cost=worst.cost)
@@ -35,10 +35,10 @@ async def test_what_is_reserved_is_given_back_whole(store: Store, worst: Worst) 
 
 @pytest.mark.parametrize("worst", WORSTS, ids=str)
 @pytest.mark.parametrize("spent", [0, 1, 10**15], ids=str)
-async def test_what_is_reserved_is_settled_whole(store: Store, worst: Worst, spent: int) -> None:
+async def test_what_is_reserved_is_settled_whole(store: Store, worst: WorstCase, spent: int) -> None:
     accounts = AccountStore(store, FREE)
     await accounts.reserve(wanted(worst))
-    await accounts.settle(wanted(worst), Spent(spent, 0, cost=spent), State.DONE)
+    await accounts.settle(wanted(worst), Usage(spent, 0, cost=spent), State.DONE)
     assert await ledger(store.redis) == Ledger(1, 0, spent, spent)
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
 
@@ -47,9 +47,9 @@ async def test_what_is_reserved_is_settled_whole(store: Store, worst: Worst, spe
 @pytest.mark.parametrize("after", [0, 7, 10**15], ids=str)
 async def test_an_estimate_becomes_the_truth_whichever_is_more(store: Store, before: int, after: int) -> None:
     accounts = AccountStore(store, FREE)
-    reservation = replace(wanted(Worst(0, 0)), day=await accounts.reserve(wanted(Worst(0, 0))))
-    await accounts.settle(reservation, Spent(before, 0, cost=before, estimated=True), State.DONE)
-    await accounts.correct(reservation, Spent(after, 0, cost=after))
+    reservation = replace(wanted(WorstCase(0, 0)), day=await accounts.reserve(wanted(WorstCase(0, 0))))
+    await accounts.settle(reservation, Usage(before, 0, cost=before, estimated=True), State.DONE)
+    await accounts.correct(reservation, Usage(after, 0, cost=after))
     assert await ledger(store.redis) == Ledger(1, 0, after, after)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from broker.core.accounts import Allowances, Spent, Worst
+from broker.core.accounts import Quotas, Usage, WorstCase
 from broker.core.errors import BudgetExceeded, Overloaded, TooManyStreams
 from broker.core.session import State
 from broker.store.accounts import AccountStore, Reservation
@@ -17,15 +17,15 @@ from tests.money import Ledger, ledger, open_reservations, slots
 if TYPE_CHECKING:
     from broker.store.connection import Store
 
-FREE = Allowances(waiting=50, streams=2, daily_tokens=0, daily_cost=0, total_daily_cost=0)
+FREE = Quotas(waiting=50, streams=2, daily_tokens=0, daily_cost=0, total_daily_cost=0)
 
 
-def wanted(token: str, client: str = "c") -> Reservation:
-    return Reservation(token, f"session-{token}", client, "model", Worst(10, 100))
+def wanted(claim_id: str, client: str = "c") -> Reservation:
+    return Reservation(claim_id, f"session-{claim_id}", client, "model", WorstCase(10, 100))
 
 
-async def reserved(accounts: AccountStore, token: str) -> Reservation:
-    return replace(wanted(token), day=await accounts.reserve(wanted(token)))
+async def reserved(accounts: AccountStore, claim_id: str) -> Reservation:
+    return replace(wanted(claim_id), day=await accounts.reserve(wanted(claim_id)))
 
 
 async def expire(store: Store) -> None:
@@ -53,7 +53,7 @@ async def test_a_slot_whose_lease_ran_out_in_an_outage_is_nobody_elses(store: St
     with pytest.raises(TooManyStreams):
         await accounts.reserve(wanted("3"))  # comes before their worker has renewed them
     await accounts.hold(running)
-    await accounts.settle(running[0], Spent(1, 1, cost=7), State.DONE)
+    await accounts.settle(running[0], Usage(1, 1, cost=7), State.DONE)
     await accounts.reserve(wanted("3"))
     assert await slots(store.redis) == 2
 
@@ -63,7 +63,7 @@ async def test_what_was_seen_to_run_is_told_of_orphans(store: Store) -> None:
     await accounts.hold([await reserved(accounts, "1")])
     await reserved(accounts, "2")
     await expire(store)
-    assert {orphan.token: orphan.ran for orphan in await accounts.orphans(10)} == {"1": True, "2": False}
+    assert {orphan.claim_id: orphan.ran for orphan in await accounts.orphans(10)} == {"1": True, "2": False}
 
 
 async def test_reserving_again_renews(store: Store) -> None:
@@ -88,7 +88,7 @@ async def test_a_generation_whose_reservation_was_given_back_takes_it_again(stor
     assert await ledger(store.redis) == Ledger(reserved_tokens=20, reserved_cost=200)
     with pytest.raises(BudgetExceeded):
         await accounts.reserve(wanted("3"))
-    await accounts.settle(reservation, Spent(1, 1, cost=7), State.DONE)
+    await accounts.settle(reservation, Usage(1, 1, cost=7), State.DONE)
     assert await ledger(store.redis) == Ledger(1, 0, 2, 7, 10, 100)
 
 
@@ -96,7 +96,7 @@ async def test_what_is_settled_is_not_taken_again(store: Store) -> None:
     """Redis came back empty while a generation was ending: its end may be written before its reservation is."""
     accounts = AccountStore(store, FREE)
     reservation = await reserved(accounts, "1")
-    await accounts.settle(reservation, Spent(1, 1, cost=7), State.DONE)
+    await accounts.settle(reservation, Usage(1, 1, cost=7), State.DONE)
     assert await accounts.hold([reservation]) == [reservation]
     assert await accounts.reserve(reservation, force=True) == reservation.day
     assert await ledger(store.redis) == Ledger(1, 0, 2, 7)
@@ -108,7 +108,7 @@ async def test_what_ran_although_it_was_given_back_is_paid(store: Store) -> None
     reservation = await reserved(accounts, "1")
     await accounts.release("1", "c")
     for _ in range(2):
-        await accounts.settle(reservation, Spent(1, 1, cost=7), State.DONE)
+        await accounts.settle(reservation, Usage(1, 1, cost=7), State.DONE)
     assert await ledger(store.redis) == Ledger(1, 0, 2, 7)
 
 
@@ -122,7 +122,7 @@ async def test_what_redis_forgot_is_taken_again_on_its_own_day(store: Store) -> 
     assert await accounts.reserve(yesterday, force=True) == yesterday.day
     fields = await store.redis.hgetall(f"{store.prefix}:{{accounts}}:account:c")
     assert fields[f"{yesterday.day}:reserved_cost".encode()] == b"100"
-    await accounts.settle(yesterday, Spent(1, 1, cost=7), State.DONE)
+    await accounts.settle(yesterday, Usage(1, 1, cost=7), State.DONE)
     fields = await store.redis.hgetall(f"{store.prefix}:{{accounts}}:account:c")
     assert fields[f"{yesterday.day}:spent_cost".encode()] == b"7"
     assert (await accounts.day("c")).requests == 0
@@ -132,9 +132,9 @@ async def test_of_settling_giving_back_and_reserving_at_once_one_counts(store: S
     accounts = AccountStore(store, FREE)
     reservation = await reserved(accounts, "1")
     await asyncio.gather(
-        *(accounts.settle(reservation, Spent(1, 1, cost=7), State.DONE) for _ in range(5)),
+        *(accounts.settle(reservation, Usage(1, 1, cost=7), State.DONE) for _ in range(5)),
         *(accounts.reserve(reservation, force=True) for _ in range(5)),
-        *(accounts.settle(reservation, Spent(2, 2, cost=9, estimated=True), State.LOST) for _ in range(5)),
+        *(accounts.settle(reservation, Usage(2, 2, cost=9, estimated=True), State.LOST) for _ in range(5)),
     )
     assert await ledger(store.redis) == Ledger(1, 0, 2, 7)
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
@@ -147,7 +147,7 @@ async def test_days_that_are_long_over_leave_an_account_that_is_used_every_day(s
     for ago in range(12, -1, -1):
         reservation = replace(wanted(str(ago)), day=today - ago)
         await accounts.reserve(reservation, force=True)
-        await accounts.settle(reservation, Spent(1, 1, cost=1), State.DONE)
+        await accounts.settle(reservation, Usage(1, 1, cost=1), State.DONE)
     for name in ("account:c", "everyone"):
         fields: Any = await store.redis.hgetall(f"{store.prefix}:{{accounts}}:{name}")
         assert {int(field.partition(b":")[0]) for field in fields} == {today - ago for ago in range(4)}
@@ -172,7 +172,7 @@ async def test_an_estimate_is_asked_for_by_anybody_once_its_worker_had_its_time(
     accounts = AccountStore(store, FREE)
     reservation = await reserved(accounts, "1")
     await accounts.settle(
-        reservation, Spent(1, 1, cost=7, estimated=True), State.CANCELLED, generation_id="gen-1"
+        reservation, Usage(1, 1, cost=7, estimated=True), State.CANCELLED, generation_id="gen-1"
     )
     assert await accounts.unasked(10) == []
     await due(store)
@@ -185,22 +185,22 @@ async def test_an_estimate_is_asked_for_by_anybody_once_its_worker_had_its_time(
 
 async def test_an_estimate_that_was_corrected_or_asked_for_is_asked_for_no_more(store: Store) -> None:
     accounts = AccountStore(store, FREE)
-    for token in ("1", "2", "3"):
-        reservation = await reserved(accounts, token)
+    for claim_id in ("1", "2", "3"):
+        reservation = await reserved(accounts, claim_id)
         await accounts.settle(
-            reservation, Spent(1, 1, cost=7, estimated=True), State.LOST, generation_id="gen"
+            reservation, Usage(1, 1, cost=7, estimated=True), State.LOST, generation_id="gen"
         )
-        await accounts.settle(reservation, Spent(1, 1, cost=7, estimated=True), State.LOST)
+        await accounts.settle(reservation, Usage(1, 1, cost=7, estimated=True), State.LOST)
     await due(store)
-    await accounts.correct(wanted("1"), Spent(1, 1, cost=8))
+    await accounts.correct(wanted("1"), Usage(1, 1, cost=8))
     await accounts.asked(wanted("2"))
-    assert [reservation.token for reservation, _ in await unasked(accounts)] == ["3"]
+    assert [reservation.claim_id for reservation, _ in await unasked(accounts)] == ["3"]
 
 
 async def test_whoever_knows_the_name_of_a_generation_adds_it_to_an_estimate(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     reservation = await reserved(accounts, "1")
-    guess = Spent(1, 1, cost=7, estimated=True)
+    guess = Usage(1, 1, cost=7, estimated=True)
     await accounts.settle(reservation, guess, State.LOST)
     await accounts.settle(reservation, guess, State.LOST, generation_id="gen-1")
     await due(store)
@@ -210,14 +210,14 @@ async def test_whoever_knows_the_name_of_a_generation_adds_it_to_an_estimate(sto
 async def test_nothing_is_asked_where_the_truth_is_known_or_no_name_is(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     known, unnamed = await reserved(accounts, "1"), await reserved(accounts, "2")
-    await accounts.settle(known, Spent(1, 1, cost=7), State.DONE, generation_id="gen")
-    await accounts.settle(unnamed, Spent(1, 1, cost=7, estimated=True), State.LOST)
+    await accounts.settle(known, Usage(1, 1, cost=7), State.DONE, generation_id="gen")
+    await accounts.settle(unnamed, Usage(1, 1, cost=7, estimated=True), State.LOST)
     assert await store.redis.keys("*:{accounts}:estimates") == []
 
 
 async def test_an_estimate_of_which_redis_had_lost_the_reservation_holds_up_no_other(store: Store) -> None:
     accounts = AccountStore(store, FREE)
-    guess = Spent(1, 1, cost=7, estimated=True)
+    guess = Usage(1, 1, cost=7, estimated=True)
     await accounts.settle(wanted("lost"), guess, State.LOST, generation_id="gen-1")
     known = await reserved(accounts, "known")
     await accounts.settle(known, guess, State.LOST, generation_id="gen-2")
@@ -227,12 +227,12 @@ async def test_an_estimate_of_which_redis_had_lost_the_reservation_holds_up_no_o
     assert await unasked(accounts) == [(known, "gen-2")]
 
 
-GUESS = Spent(1, 1, cost=7, estimated=True)
+GUESS = Usage(1, 1, cost=7, estimated=True)
 
 
-async def estimated(accounts: AccountStore, token: str, guess: Spent = GUESS) -> Reservation:
+async def estimated(accounts: AccountStore, claim_id: str, guess: Usage = GUESS) -> Reservation:
     """A reservation of 10 tokens and 100 nano-USD that was settled by an estimate."""
-    reservation = await reserved(accounts, token)
+    reservation = await reserved(accounts, claim_id)
     await accounts.hold([reservation])
     await accounts.settle(reservation, guess, State.CANCELLED, generation_id="gen")
     return reservation
@@ -244,7 +244,7 @@ async def test_what_was_reserved_above_an_estimate_stays_reserved_and_the_slot_d
     assert await ledger(store.redis) == Ledger(1, 1, 2, 7, 8, 93)
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
     await reserved(accounts, "2")
-    await accounts.settle(replace(wanted("2"), day=0), Spent(1, 1, cost=100), State.DONE)
+    await accounts.settle(replace(wanted("2"), day=0), Usage(1, 1, cost=100), State.DONE)
     with pytest.raises(BudgetExceeded):
         await accounts.reserve(wanted("3"))
 
@@ -255,10 +255,10 @@ async def test_the_truth_frees_what_stayed_reserved_once(store: Store, times: in
     reservation = await estimated(accounts, "1")
     other = await reserved(accounts, "2")
     for _ in range(times):
-        await accounts.correct(reservation, Spent(2, 3, cost=50))
+        await accounts.correct(reservation, Usage(2, 3, cost=50))
         await accounts.asked(reservation)
     assert await ledger(store.redis) == Ledger(1, 0, 5, 50, 10, 100)
-    await accounts.release(other.token, other.client)
+    await accounts.release(other.claim_id, other.client)
     assert await ledger(store.redis) == Ledger(1, 0, 5, 50)
 
 
@@ -269,13 +269,13 @@ async def test_after_the_last_look_the_estimate_stands_and_the_rest_is_free(stor
     for _ in range(times):
         await accounts.asked(reservation)
     assert await ledger(store.redis) == Ledger(1, 1, 2, 7)
-    await accounts.correct(reservation, Spent(2, 3, cost=50))  # the truth may still come later
+    await accounts.correct(reservation, Usage(2, 3, cost=50))  # the truth may still come later
     assert await ledger(store.redis) == Ledger(1, 0, 5, 50)
 
 
 async def test_an_estimate_as_high_as_its_reservation_keeps_nothing(store: Store) -> None:
     accounts = AccountStore(store, FREE)
-    reservation = await estimated(accounts, "1", Spent(8, 8, cost=120, estimated=True))
+    reservation = await estimated(accounts, "1", Usage(8, 8, cost=120, estimated=True))
     assert await ledger(store.redis) == Ledger(1, 1, 16, 120)
     await accounts.asked(reservation)
     assert await ledger(store.redis) == Ledger(1, 1, 16, 120)

@@ -9,14 +9,14 @@ from uuid import uuid4
 import pytest
 import pytest_asyncio
 
-from broker.core.accounts import Worst
+from broker.core.accounts import WorstCase
 from broker.core.errors import StoreUnavailable
 from broker.core.events import cancelled_before_start
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
 from broker.store.connection import CALL_TIMEOUT, MAX_CONNECTIONS, Store
 from broker.store.journal import JournalStore
-from broker.store.sessions import MIN_KEPT, REMEMBERED, Prepared, Refusal, SessionStore, Standing
+from broker.store.sessions import MIN_KEPT, REMEMBERED, EndConflict, Prepared, SessionStatus, SessionStore
 from tests.system.harness import running_valkey
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NOTHING = Batch(1, 0, b"")
 PREPARED = Prepared(
-    '{"messages": "€ \\u0000"}'.encode(), "a/b", 812, "https://a.example", "key:tests", Worst(4908, 7)
+    '{"messages": "€ \\u0000"}'.encode(), "a/b", 812, "https://a.example", "key:tests", WorstCase(4908, 7)
 )
 CANCELLED = cancelled_before_start()
 DONE = Terminal(State.DONE, "done", Cursor(1, 1, end=True), '{"a": "€"}'.encode())
@@ -119,8 +119,8 @@ async def test_asking_again_with_the_same_token_gets_the_same(sessions: SessionS
 
 async def test_another_token_learns_who_has_it(sessions: SessionStore, prepared: str) -> None:
     await sessions.claim(prepared, "token", "w1")
-    assert await sessions.claim(prepared, "another", "w2") == Standing(State.RUNNING, "w1")
-    assert await sessions.claim(prepared, "another", "w1") == Standing(State.RUNNING, "w1")
+    assert await sessions.claim(prepared, "another", "w2") == SessionStatus(State.RUNNING, "w1")
+    assert await sessions.claim(prepared, "another", "w1") == SessionStatus(State.RUNNING, "w1")
 
 
 async def test_of_fifty_claims_at_once_one_wins(sessions: SessionStore, prepared: str) -> None:
@@ -128,14 +128,14 @@ async def test_of_fifty_claims_at_once_one_wins(sessions: SessionStore, prepared
     winners = [n for n, outcome in enumerate(outcomes) if isinstance(outcome, Prepared)]
     assert len(winners) == 1
     assert all(
-        outcome == Standing(State.RUNNING, f"w{winners[0]}")
+        outcome == SessionStatus(State.RUNNING, f"w{winners[0]}")
         for n, outcome in enumerate(outcomes)
         if n != winners[0]
     )
 
 
 async def test_an_unknown_session_cannot_be_claimed(store: Store, sessions: SessionStore) -> None:
-    assert await sessions.claim(str(uuid4()), "token", "w1") == Standing(State.GONE)
+    assert await sessions.claim(str(uuid4()), "token", "w1") == SessionStatus(State.GONE)
     assert await store.redis.keys("*") == []
 
 
@@ -146,7 +146,7 @@ async def test_a_cancelled_session_can_no_longer_be_claimed(
     store: Store, sessions: SessionStore, prepared: str
 ) -> None:
     assert (await sessions.cancel(prepared, CANCELLED)).state is State.PREPARED
-    assert await sessions.claim(prepared, "token", "w1") == Standing(State.CANCELLED, "", CANCELLED)
+    assert await sessions.claim(prepared, "token", "w1") == SessionStatus(State.CANCELLED, "", CANCELLED)
     assert b"request" not in await held(store)
     assert await times(store) == [300]
     assert await sessions.remaining(prepared) is None
@@ -154,11 +154,11 @@ async def test_a_cancelled_session_can_no_longer_be_claimed(
 
 async def test_cancelling_again_tells_the_end(sessions: SessionStore, prepared: str) -> None:
     await sessions.cancel(prepared, CANCELLED)
-    assert await sessions.cancel(prepared, CANCELLED) == Standing(State.CANCELLED, "", CANCELLED)
+    assert await sessions.cancel(prepared, CANCELLED) == SessionStatus(State.CANCELLED, "", CANCELLED)
 
 
 async def test_an_unknown_session_cannot_be_cancelled(store: Store, sessions: SessionStore) -> None:
-    assert await sessions.cancel(str(uuid4()), CANCELLED) == Standing(State.GONE)
+    assert await sessions.cancel(str(uuid4()), CANCELLED) == SessionStatus(State.GONE)
     assert await store.redis.keys("*") == []
 
 
@@ -166,10 +166,10 @@ async def test_once_cancelled_a_running_session_ends_in_nothing_else(
     sessions: SessionStore, prepared: str
 ) -> None:
     await sessions.claim(prepared, "token", "w1")
-    assert await sessions.cancel(prepared, CANCELLED) == Standing(State.RUNNING, "w1")
-    assert await sessions.end(prepared, "token", DONE, NOTHING) == Refusal("cancel", 0)
-    assert await sessions.end(prepared, "token", FAILED, NOTHING) == Refusal("cancel", 0)
-    assert await sessions.end(prepared, "token", CANCELLED, NOTHING) == Standing(
+    assert await sessions.cancel(prepared, CANCELLED) == SessionStatus(State.RUNNING, "w1")
+    assert await sessions.end(prepared, "token", DONE, NOTHING) == EndConflict("cancel", 0)
+    assert await sessions.end(prepared, "token", FAILED, NOTHING) == EndConflict("cancel", 0)
+    assert await sessions.end(prepared, "token", CANCELLED, NOTHING) == SessionStatus(
         State.CANCELLED, "", CANCELLED
     )
 
@@ -183,7 +183,7 @@ async def test_a_claim_and_a_cancel_at_once_agree(sessions: SessionStore) -> Non
         first, second = steps if number % 2 else reversed(steps)
         outcomes = await asyncio.gather(first, second)
         claim, cancel = outcomes if number % 2 else reversed(outcomes)
-        assert isinstance(cancel, Standing)
+        assert isinstance(cancel, SessionStatus)
         assert isinstance(claim, Prepared) is (cancel.state is State.RUNNING)
         seen.add(cancel.state)
     assert seen == {State.RUNNING, State.PREPARED}
@@ -196,23 +196,23 @@ async def test_an_end_is_kept_and_the_prompt_is_not(
     store: Store, sessions: SessionStore, prepared: str
 ) -> None:
     await sessions.claim(prepared, "token", "w1")
-    assert await sessions.end(prepared, "token", DONE, NOTHING) == Standing(State.DONE, "", DONE)
+    assert await sessions.end(prepared, "token", DONE, NOTHING) == SessionStatus(State.DONE, "", DONE)
     assert b"request" not in await held(store)
     assert await times(store) == [300]
-    assert await sessions.claim(prepared, "token", "w1") == Standing(State.DONE, "w1", DONE)
+    assert await sessions.claim(prepared, "token", "w1") == SessionStatus(State.DONE, "w1", DONE)
 
 
 async def test_the_first_end_stands(sessions: SessionStore, prepared: str) -> None:
     await sessions.claim(prepared, "token", "w1")
     await sessions.end(prepared, "token", DONE, NOTHING)
-    assert await sessions.end(prepared, "token", FAILED, NOTHING) == Standing(State.DONE, "", DONE)
-    assert await sessions.cancel(prepared, CANCELLED) == Standing(State.DONE, "w1", DONE)
+    assert await sessions.end(prepared, "token", FAILED, NOTHING) == SessionStatus(State.DONE, "", DONE)
+    assert await sessions.cancel(prepared, CANCELLED) == SessionStatus(State.DONE, "w1", DONE)
 
 
 async def test_another_token_ends_nothing(sessions: SessionStore, prepared: str) -> None:
     await sessions.claim(prepared, "token", "w1")
-    assert await sessions.end(prepared, "another", DONE, NOTHING) == Standing(State.RUNNING)
-    assert await sessions.end(prepared, "token", FAILED, NOTHING) == Standing(State.FAILED, "", FAILED)
+    assert await sessions.end(prepared, "another", DONE, NOTHING) == SessionStatus(State.RUNNING)
+    assert await sessions.end(prepared, "token", FAILED, NOTHING) == SessionStatus(State.FAILED, "", FAILED)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -220,7 +220,7 @@ async def test_what_does_not_run_cannot_end(
     store: Store, sessions: SessionStore, prepared: str, known: bool
 ) -> None:
     standing = await sessions.end(prepared if known else str(uuid4()), "token", DONE, NOTHING)
-    assert standing == Standing(State.PREPARED if known else State.GONE)
+    assert standing == SessionStatus(State.PREPARED if known else State.GONE)
     assert len(await store.redis.keys("*")) == 1
 
 
@@ -294,7 +294,7 @@ async def test_a_frozen_redis_costs_a_second_and_confuses_nobody_afterwards(redi
         # An answer that came too late must not be taken for that of the next question.
         for number in range(MAX_CONNECTIONS * 2):
             assert 590 <= (await sessions.remaining(session) or 0) <= 600
-            assert await sessions.claim(str(uuid4()), f"t{number}", "w1") == Standing(State.GONE)
+            assert await sessions.claim(str(uuid4()), f"t{number}", "w1") == SessionStatus(State.GONE)
         assert await sessions.claim(session, "token", "w1") == PREPARED
         await store.close()
 

@@ -11,7 +11,7 @@ import pytest
 from broker.core.errors import StoreUnavailable
 from broker.core.replay import Batch
 from broker.store.connection import Store
-from broker.store.workers import LEASE_MS, Ring, WorkerStore
+from broker.store.workers import LEASE_MS, Notification, WorkerStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -84,65 +84,65 @@ async def test_leases_and_marker_have_their_time(store: Store) -> None:
 async def subscribed(store: Store, name: str) -> None:
     """Wait until a worker's bell is heard by somebody."""
     async with asyncio.timeout(5):
-        while (await store.redis.pubsub_numsub(f"{store.bells}{name}"))[0][1] == 0:  # noqa: ASYNC110 - Redis tells nobody
+        while (await store.redis.pubsub_numsub(f"{store.channels}{name}"))[0][1] == 0:  # noqa: ASYNC110 - Redis tells nobody
             await asyncio.sleep(0)
 
 
-async def first(rings: AsyncIterator[Ring]) -> Ring:
-    async for ring in rings:
-        return ring
+async def first(notifications: AsyncIterator[Notification]) -> Notification:
+    async for notification in notifications:
+        return notification
     raise AssertionError("the bell is silent")
 
 
 @pytest.mark.parametrize(
-    ("rung", "heard"),
+    ("notified", "heard"),
     [
-        (f"cancel {SESSION}".encode(), Ring("cancel", SESSION, None)),
-        (f"ended {SESSION}".encode(), Ring("ended", SESSION, None)),
-        (f"watched {SESSION}".encode(), Ring("watched", SESSION, None)),
+        (f"cancel {SESSION}".encode(), Notification("cancel", SESSION, None)),
+        (f"ended {SESSION}".encode(), Notification("ended", SESSION, None)),
+        (f"watched {SESSION}".encode(), Notification("watched", SESSION, None)),
         (
             f"news {SESSION} 3 5\nid: 1-3\n\nx\ny".encode(),
-            Ring("news", SESSION, Batch(3, 5, b"id: 1-3\n\nx\ny")),
+            Notification("news", SESSION, Batch(3, 5, b"id: 1-3\n\nx\ny")),
         ),
     ],
 )
-async def test_a_bell_says_what_was_rung(store: Store, rung: bytes, heard: Ring) -> None:
-    async with aclosing(worker(store).listen()) as rings:
-        ring = asyncio.create_task(first(rings))
+async def test_a_bell_says_what_was_rung(store: Store, notified: bytes, heard: Notification) -> None:
+    async with aclosing(worker(store).listen()) as notifications:
+        notification = asyncio.create_task(first(notifications))
         await subscribed(store, "one")
-        await store.redis.publish(f"{store.bells}one", rung)
+        await store.redis.publish(f"{store.channels}one", notified)
         async with asyncio.timeout(5):
-            assert await ring == heard
+            assert await notification == heard
 
 
 async def test_a_bell_is_one_workers_own(store: Store) -> None:
-    async with aclosing(worker(store).listen()) as rings:
-        ring = asyncio.create_task(first(rings))
+    async with aclosing(worker(store).listen()) as notifications:
+        notification = asyncio.create_task(first(notifications))
         await subscribed(store, "one")
-        await store.redis.publish(f"{store.bells}two", f"cancel {SESSION}".encode())
-        await store.redis.publish(f"{store.bells}one", f"ended {SESSION}".encode())
+        await store.redis.publish(f"{store.channels}two", f"cancel {SESSION}".encode())
+        await store.redis.publish(f"{store.channels}one", f"ended {SESSION}".encode())
         async with asyncio.timeout(5):
-            assert (await ring).kind == "ended"
+            assert (await notification).kind == "ended"
 
 
 async def test_a_subscription_that_is_cut_says_so(store: Store) -> None:
-    async with aclosing(worker(store).listen()) as rings:
-        ring = asyncio.create_task(first(rings))
+    async with aclosing(worker(store).listen()) as notifications:
+        notification = asyncio.create_task(first(notifications))
         await subscribed(store, "one")
         await store.redis.client_kill_filter(_type="pubsub")
         async with asyncio.timeout(5):
             with pytest.raises(StoreUnavailable):
-                await ring
+                await notification
 
 
 async def test_listening_can_be_cancelled(store: Store) -> None:
-    async with aclosing(worker(store).listen()) as rings:
-        ring = asyncio.create_task(first(rings))
+    async with aclosing(worker(store).listen()) as notifications:
+        notification = asyncio.create_task(first(notifications))
         await subscribed(store, "one")
-        ring.cancel()
+        notification.cancel()
         async with asyncio.timeout(5):
             with pytest.raises(asyncio.CancelledError):
-                await ring
+                await notification
 
 
 # Away

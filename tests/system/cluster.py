@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import aiohttp
 import redis.asyncio
 
-from tests.events import Broken, Event, Line, opened
+from tests.events import Broken, Connection, Event, opened
 from tests.scripted import NOTHING, PATIENCE, Call, ScriptedUpstream, chunk, scripted_upstream
 from tests.system.harness import (
     DRAIN_TIMEOUT,
@@ -326,7 +326,7 @@ class Session:
 
     def stream(
         self, worker: Worker, cursor: str | None = None, *, query: bool = False, **options: Any
-    ) -> AbstractAsyncContextManager[Line]:
+    ) -> AbstractAsyncContextManager[Connection]:
         """An EventSource on a worker, from the start or from a cursor, told by header or by query."""
         target, headers = f"/stream/{self.id}", {}
         if cursor is not None and query:
@@ -396,7 +396,7 @@ def kinds(events: Iterable[Event]) -> Counter[str]:
     return Counter(event.kind for event in events)
 
 
-async def came_again(line: Line) -> bool:
+async def came_again(line: Connection) -> bool:
     """Whether a line asked its page to come again: a reconnection time, a comment, no event, a proper end."""
     try:
         return line.status == 200 and not await line.rest() and line.blocks[0].startswith(b"retry: ")

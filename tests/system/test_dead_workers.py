@@ -14,13 +14,13 @@ from tests.system.cluster import BURIED, LEASE, Script, check_chunks, check_whol
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.events import Event, Line
+    from tests.events import Connection, Event
     from tests.system.cluster import Cluster, NumberedCall, Session
 
 pytestmark = pytest.mark.slow
 
 
-async def until_the_end(line: Line, within: float = BURIED) -> list[Event]:
+async def until_the_end(line: Connection, within: float = BURIED) -> list[Event]:
     """Everything to the terminal, however long the silence before."""
     events: list[Event] = []
     async with asyncio.timeout(within):
@@ -47,7 +47,7 @@ def check_lost(events: list[Event], marker: str, after: int = 0) -> Event:
 @asynccontextmanager
 async def watched_from_afar(
     cluster: Cluster, chunks: int = 3
-) -> AsyncIterator[tuple[Session, NumberedCall, Line, list[Line]]]:
+) -> AsyncIterator[tuple[Session, NumberedCall, Connection, list[Connection]]]:
     """A session of the first worker, which has said so much, with a viewer there and one on each other worker."""
     owner, *others = cluster.workers
     session = await cluster.prepare(owner)

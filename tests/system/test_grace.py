@@ -14,7 +14,7 @@ from tests.system.cluster import Cluster, Script, check_chunks, check_whole, run
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.events import Event, Line
+    from tests.events import Connection, Event
     from tests.system.cluster import NumberedCall, Session
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
@@ -30,7 +30,7 @@ async def cluster() -> AsyncIterator[Cluster]:
         yield cluster
 
 
-async def begin(session: Session, line: Line, chunks: int = 2) -> NumberedCall:
+async def begin(session: Session, line: Connection, chunks: int = 2) -> NumberedCall:
     call = await session.call()
     call.chunks(chunks)
     check_chunks(await line.take(chunks), session.marker)

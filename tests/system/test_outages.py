@@ -19,7 +19,7 @@ from tests.system.harness import ValkeyProcess, running_valkey
 if TYPE_CHECKING:
     from broker.relay.registry import Registry
     from broker.store.connection import Store
-    from tests.events import Event, Line
+    from tests.events import Connection, Event
     from tests.scripted import Call, ScriptedUpstream
 
 OUTAGE = 4.5
@@ -113,7 +113,9 @@ class Watched:
         far: the viewer's line, which has had one chunk.
     """
 
-    def __init__(self, valkey: ValkeyProcess, store: Store, session: str, call: Call, far: Line) -> None:
+    def __init__(
+        self, valkey: ValkeyProcess, store: Store, session: str, call: Call, far: Connection
+    ) -> None:
         self.valkey = valkey
         self.call = call
         self.far = far

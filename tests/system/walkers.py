@@ -15,7 +15,7 @@ from tests.system.cluster import number_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from tests.events import Line
+    from tests.events import Connection
     from tests.system.cluster import Cluster, Script, Session, Worker
     from tests.system.faults import Trouble
 
@@ -80,7 +80,7 @@ class Page:
         finally:
             self.online.append((since, loop.time()))
 
-    async def _read(self, line: Line, session: Session, leave_after: int) -> None:
+    async def _read(self, line: Connection, session: Session, leave_after: int) -> None:
         for _ in range(leave_after):
             event = await line.event()
             if event is None:

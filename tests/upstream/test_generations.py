@@ -43,9 +43,9 @@ async def client_of(url: str) -> AsyncIterator[AsyncOpenAI]:
 
 
 @asynccontextmanager
-async def asking(books: Books) -> AsyncIterator[AsyncOpenAI]:
+async def asking(usage_rows: Books) -> AsyncIterator[AsyncOpenAI]:
     app = web.Application()
-    app.router.add_route("*", "/{path:.*}", books.answer)
+    app.router.add_route("*", "/{path:.*}", usage_rows.answer)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
@@ -63,10 +63,10 @@ async def fetched(status: int, body: bytes) -> Mapping[str, Any] | None:
 
 
 async def test_a_generation_is_asked_for_by_its_name_with_our_key() -> None:
-    books = Books(200, b'{"data": {"id": "gen 1&x", "total_cost": 0.5}}')
-    async with asking(books) as client:
+    usage_rows = Books(200, b'{"data": {"id": "gen 1&x", "total_cost": 0.5}}')
+    async with asking(usage_rows) as client:
         assert await fetch_generation(client, "gen 1&x") == {"id": "gen 1&x", "total_cost": 0.5}
-    [request] = books.asked
+    [request] = usage_rows.asked
     assert (request.method, request.path) == ("GET", "/api/v1/generation")
     assert dict(request.query) == {"id": "gen 1&x"}
     assert request.headers["Authorization"] == f"Bearer {KEY}"
@@ -100,11 +100,11 @@ async def test_a_page_in_place_of_a_record_means_not_yet(body: bytes) -> None:
 async def test_other_refusals_are_the_upstreams_and_asked_once(
     status: int, error: type[UpstreamError]
 ) -> None:
-    books = Books(status, b'{"error": {"code": 1, "message": "No."}}')
-    async with asking(books) as client:
+    usage_rows = Books(status, b'{"error": {"code": 1, "message": "No."}}')
+    async with asking(usage_rows) as client:
         with pytest.raises(error):
             await fetch_generation(client, "gen-1")
-    assert len(books.asked) == 1
+    assert len(usage_rows.asked) == 1
 
 
 async def test_books_that_cannot_be_reached_are_the_upstreams_error() -> None:

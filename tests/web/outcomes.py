@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from tests.broker import KEY, Broker
-from tests.events import Event, Line
+from tests.events import Connection, Event
 from tests.scripted import Call, ScriptedUpstream
 
 
@@ -21,7 +21,7 @@ def text(events: list[Event]) -> str:
 
 
 @asynccontextmanager
-async def started(broker: Broker, upstream: ScriptedUpstream) -> AsyncIterator[tuple[str, Line, Call]]:
+async def started(broker: Broker, upstream: ScriptedUpstream) -> AsyncIterator[tuple[str, Connection, Call]]:
     """A session whose upstream has begun and sent one chunk, and its first viewer, who has that chunk."""
     session, number = await broker.prepare(), len(upstream.calls) + 1
     async with broker.stream(session) as line:

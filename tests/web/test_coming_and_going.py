@@ -12,7 +12,7 @@ from tests.broker import Broker, running
 from tests.scripted import Call, Reply, ScriptedUpstream
 
 if TYPE_CHECKING:
-    from tests.events import Event, Line
+    from tests.events import Connection, Event
 
 PAGES = 6
 ENDS: list[Reply] = [
@@ -45,7 +45,7 @@ class Page:
                 await self._read(line, self._dice.randrange(12))
             await asyncio.sleep(self._dice.choice([0, 0, 0.005]))
 
-    async def _read(self, line: Line, most: int) -> None:
+    async def _read(self, line: Connection, most: int) -> None:
         for _ in range(most):
             event = await line.event()
             if event is None:

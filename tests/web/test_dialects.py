@@ -176,7 +176,7 @@ async def test_content_takes_a_finish_reason_back(
 async def test_a_stopped_answer_may_go_on_after_a_pause(
     broker: Broker, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("broker.relay.reading.QUIET_END", 1.5)
+    monkeypatch.setattr("broker.relay.upstream_reader.QUIET_END", 1.5)
     async with broker.stream(await broker.prepare()) as line:
         call = (await upstream.call()).open()
         call.chunk("a", finish="stop")

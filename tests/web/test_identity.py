@@ -13,12 +13,12 @@ import pytest
 from aiohttp import web
 
 from broker.core.errors import BrokerError
-from broker.core.identity import Names
+from broker.core.identity import ClientNamer
 from broker.identity.api_keys import LOOK_EVERY
 from broker.identity.jwks import PAUSE, PAUSE_WITHOUT_KEYS
 from broker.settings import Settings
 from broker.web.errors import error_response, json_response
-from broker.web.identity import Identifier
+from broker.web.identity import ClientResolver
 from tests.identity.issuer import SECRET, Clock, hs256, key_server, key_set, member, signed
 
 NAME_SECRET = "0123456789abcdef"
@@ -29,8 +29,8 @@ INVALID = "This API key or token is not valid."
 class Fixed:
     """Names clients with a secret of its own."""
 
-    async def names(self) -> Names:
-        return Names(NAME_SECRET)
+    async def names(self) -> ClientNamer:
+        return ClientNamer(NAME_SECRET)
 
 
 class Asker:
@@ -81,7 +81,7 @@ async def asking(
 ) -> AsyncIterator[Asker]:
     """A server that answers with the client it takes one for."""
     chosen = Settings(**settings)
-    async with Identifier(chosen, Fixed(), clock=clock or Clock()) as identifier:
+    async with ClientResolver(chosen, Fixed(), clock=clock or Clock()) as identifier:
 
         async def who(request: web.Request) -> web.Response:
             try:

@@ -15,7 +15,7 @@ from broker.core.errors import BrokerError, InvalidRequest
 from broker.store.connection import Store
 from broker.store.rates import Rates, RateStatus
 from broker.web.errors import error_response
-from broker.web.rates import Counting, add_rate_headers, rate_headers
+from broker.web.rates import RateCheck, add_rate_headers, rate_headers
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
@@ -44,7 +44,7 @@ async def served(rates: Rates) -> AsyncIterator[str]:
 
     async def answer(request: web.Request) -> web.Response:
         if request.path != "/uncounted":
-            await Counting(request, rates, "anna").alone()
+            await RateCheck(request, rates, "anna").alone()
         if request.path == "/wrong":
             raise InvalidRequest
         return web.Response(status=201)

@@ -22,9 +22,9 @@ from broker.rehearsal import faults, scripts, text
 from broker.rehearsal.answer import Answer, Prices
 from broker.rehearsal.app import build_rehearsal, rehearsal_beside
 from broker.rehearsal.ask import Ask, AskError, read_ask
-from broker.rehearsal.books import Attempts, Generations
-from broker.rehearsal.catalog import Model, catalog_entry
-from broker.rehearsal.models import MODELS
+from broker.rehearsal.behaviours import MODELS
+from broker.rehearsal.ledger import Attempts, Generations
+from broker.rehearsal.model_entries import Model, catalog_entry
 from broker.rehearsal.stage import act
 from broker.rehearsal.steps import DONE, PROCESSING, Pause, Reply, Reset, Script, Send, Step
 from broker.rehearsal.tools import calls_for, example_of

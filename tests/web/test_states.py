@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.broker import Broker, running
-from tests.events import Event, Line
+from tests.events import Connection, Event
 from tests.replies import plain
 from tests.scripted import ScriptedUpstream
 from tests.web.outcomes import ids, started, text
@@ -25,7 +25,7 @@ async def refusal(broker: Broker, session: str, cursor: str | None = None, query
         return event
 
 
-async def comes_again(line: Line) -> None:
+async def comes_again(line: Connection) -> None:
     """Whether this line asks its page to come again, and says nothing else."""
     assert line.status == 200
     assert await line.rest() == []

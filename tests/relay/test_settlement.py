@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from broker.core.accounts import Allowances, Spent, Worst
+from broker.core.accounts import Quotas, Usage, WorstCase
 from broker.core.answer import Answer
 from broker.core.pricing import NANO
 from broker.core.session import State
-from broker.relay.settling import LOOKS, estimated_usage, spent_in_record
+from broker.relay.settlement import LOOKS, estimated_usage, usage_in_record
 from broker.store.accounts import AccountStore, Reservation
 from broker.web import keys
 from tests.broker import Broker, running
@@ -55,7 +55,7 @@ async def prepared(broker: Broker, **fields: Any) -> tuple[str, int]:
 
 async def counts(broker: Broker) -> dict[str, int]:
     """The only line of the books."""
-    _, [line] = await broker.app[keys.ACCOUNTS].books(None)
+    _, [line] = await broker.app[keys.ACCOUNTS].usage_rows(None)
     return line.counts
 
 
@@ -324,7 +324,7 @@ async def test_a_cancel_before_the_claim_costs_nothing_and_is_no_request(broker:
     await broker.cancel(session)
     await broker.read(session)
     assert await booked(broker) == Ledger()
-    _, lines = await broker.app[keys.ACCOUNTS].books(None)
+    _, lines = await broker.app[keys.ACCOUNTS].usage_rows(None)
     assert lines == []
 
 
@@ -521,8 +521,8 @@ async def test_a_reservation_that_redis_forgot_is_taken_again_and_settled_once(
 @pytest.mark.parametrize(
     ("record", "spent"),
     [
-        (RECORD, Spent(11, 7, 3, 0, 123_000)),
-        ({"total_cost": 0, "tokens_prompt": 1, "tokens_completion": 2}, Spent(1, 2)),
+        (RECORD, Usage(11, 7, 3, 0, 123_000)),
+        ({"total_cost": 0, "tokens_prompt": 1, "tokens_completion": 2}, Usage(1, 2)),
         (
             {
                 "total_cost": 0,
@@ -530,11 +530,11 @@ async def test_a_reservation_that_redis_forgot_is_taken_again_and_settled_once(
                 "native_tokens_completion": 3,
                 "native_tokens_reasoning": 9,
             },
-            Spent(4, 3, 0, 3),
+            Usage(4, 3, 0, 3),
         ),
         (
             {"total_cost": 0, "native_tokens_prompt": None, "tokens_prompt": 1, "tokens_completion": 2},
-            Spent(1, 2),
+            Usage(1, 2),
         ),
         ({"total_cost": None, "tokens_prompt": 1, "tokens_completion": 2}, None),
         ({"total_cost": -1, "tokens_prompt": 1, "tokens_completion": 2}, None),
@@ -542,29 +542,29 @@ async def test_a_reservation_that_redis_forgot_is_taken_again_and_settled_once(
         ({}, None),
     ],
 )
-def test_a_record_is_read_by_its_native_counts(record: dict[str, Any], spent: Spent | None) -> None:
-    assert spent_in_record(record) == spent
+def test_a_record_is_read_by_its_native_counts(record: dict[str, Any], spent: Usage | None) -> None:
+    assert usage_in_record(record) == spent
 
 
 def test_an_estimate_keeps_to_what_was_reserved() -> None:
     answer = Answer()
     answer.text_bytes = 31
     for reserved, written in ((50, 11), (21, 1), (20, 0), (10, 0)):
-        reservation = Reservation("t", "s", "c", "m", Worst(reserved, 0))
+        reservation = Reservation("t", "s", "c", "m", WorstCase(reserved, 0))
         usage = {"prompt_tokens": 20, "completion_tokens": written}
         assert estimated_usage(answer, reservation, 20) == usage
 
 
 async def test_the_truth_is_not_replaced_and_an_estimate_is_by_whoever_knows_better(store: Store) -> None:
     """A worker that was frozen wakes after another has estimated for it."""
-    accounts = AccountStore(store, Allowances(0, 1, 0, 0, 0))
-    wanted = Reservation("t", "s", "c", "m", Worst(100, 100))
+    accounts = AccountStore(store, Quotas(0, 1, 0, 0, 0))
+    wanted = Reservation("t", "s", "c", "m", WorstCase(100, 100))
     reservation = replace(wanted, day=await accounts.reserve(wanted))
-    await accounts.settle(reservation, Spent(9, 9, cost=9, estimated=True), State.LOST)
-    await accounts.settle(reservation, Spent(5, 5, cost=50, estimated=True), State.LOST)
+    await accounts.settle(reservation, Usage(9, 9, cost=9, estimated=True), State.LOST)
+    await accounts.settle(reservation, Usage(5, 5, cost=50, estimated=True), State.LOST)
     assert await ledger(store.redis) == Ledger(1, 1, 18, 9)
-    await accounts.settle(reservation, Spent(5, 5, cost=50), State.LOST)
-    await accounts.settle(reservation, Spent(6, 6, cost=60), State.LOST)
+    await accounts.settle(reservation, Usage(5, 5, cost=50), State.LOST)
+    await accounts.settle(reservation, Usage(6, 6, cost=60), State.LOST)
     assert await ledger(store.redis) == Ledger(1, 0, 10, 50)
 
 
@@ -575,7 +575,7 @@ async def booked_models(broker: Broker, *models: str) -> list[str]:
     for model in models:
         session, _ = await prepared(broker, model=model)
         await broker.read(session)
-    _, lines = await broker.app[keys.ACCOUNTS].books(None)
+    _, lines = await broker.app[keys.ACCOUNTS].usage_rows(None)
     return [line.model for line in lines]
 
 

@@ -11,14 +11,14 @@ from typing import TypeVar
 import pytest
 import pytest_asyncio
 
-from broker.core.density import Sample, estimate
+from broker.bytes_per_token import FRESH, MAX_PENDING_BYTES, MAX_READS, PAUSE, BytesPerToken
+from broker.core.bytes_per_token import Sample, estimate
 from broker.core.errors import StoreUnavailable
-from broker.density import FRESH, MAX_HELD, MAX_READS, PAUSE, Densities
+from broker.store.bytes_per_token import KEPT_OF_CLIENT, KEPT_OF_MODEL, MAX_MODELS, TTL, BytesPerTokenStore
 from broker.store.connection import Store
-from broker.store.density import KEPT_OF_CLIENT, KEPT_OF_MODEL, MAX_MODELS, TTL, DensityStore
 
 T = TypeVar("T")
-Worker = Callable[[DensityStore], Densities]
+Worker = Callable[[BytesPerTokenStore], BytesPerToken]
 URL = "https://models.example/v1"
 
 
@@ -44,7 +44,7 @@ class Clock:
         return self.now
 
 
-class Gated(DensityStore):
+class Gated(BytesPerTokenStore):
     """A store that counts what is asked of it, answers once its gate is open, and breaks when it is told to."""
 
     def __init__(self, store: Store, upstream_url: str = URL) -> None:
@@ -74,8 +74,8 @@ class Gated(DensityStore):
 
 
 @pytest.fixture
-def density(store: Store) -> DensityStore:
-    return DensityStore(store, URL)
+def density(store: Store) -> BytesPerTokenStore:
+    return BytesPerTokenStore(store, URL)
 
 
 @pytest.fixture
@@ -91,14 +91,14 @@ def clock() -> Clock:
 @pytest_asyncio.fixture
 async def worker(clock: Clock) -> AsyncIterator[Worker]:
     """Makes the densities of as many workers as the test wants."""
-    made: list[Densities] = []
+    made: list[BytesPerToken] = []
 
-    def make(store: DensityStore) -> Densities:
-        made.append(Densities(store, clock=clock))
+    def make(store: BytesPerTokenStore) -> BytesPerToken:
+        made.append(BytesPerToken(store, clock=clock))
         return made[-1]
 
     yield make
-    await asyncio.gather(*(densities.close() for densities in made))
+    await asyncio.gather(*(bytes_per_token.close() for bytes_per_token in made))
 
 
 @pytest_asyncio.fixture
@@ -109,8 +109,8 @@ async def away() -> AsyncIterator[Store]:
     await store.close()
 
 
-async def reads_done(densities: Densities) -> None:
-    reads = set(densities._reads.values())
+async def reads_done(bytes_per_token: BytesPerToken) -> None:
+    reads = set(bytes_per_token._reads.values())
     if reads:
         await soon(asyncio.wait(reads))
 
@@ -118,7 +118,7 @@ async def reads_done(densities: Densities) -> None:
 # The store
 
 
-async def test_samples_come_back_the_newest_first(density: DensityStore) -> None:
+async def test_samples_come_back_the_newest_first(density: BytesPerTokenStore) -> None:
     assert await density.load(["a/b"]) == {"a/b": []}
     await density.learn(sample(4.0))
     kept = await density.learn(sample(2.12345))
@@ -126,7 +126,7 @@ async def test_samples_come_back_the_newest_first(density: DensityStore) -> None
     assert await density.load(["c/d", "a/b"]) == {"c/d": [], "a/b": kept}
 
 
-async def test_clients_are_told_apart_and_not_named(store: Store, density: DensityStore) -> None:
+async def test_clients_are_told_apart_and_not_named(store: Store, density: BytesPerTokenStore) -> None:
     await density.learn(sample(4.0, "ann@example.com"))
     await density.learn(sample(4.0, "bob: with\nspaces \ud800"))
     kept = await density.learn(sample(5.0, "ann@example.com"))
@@ -136,7 +136,7 @@ async def test_clients_are_told_apart_and_not_named(store: Store, density: Densi
     assert b"ann" not in (await store.redis.dump(key) or b"")
 
 
-async def test_of_one_client_only_the_newest_are_kept(density: DensityStore) -> None:
+async def test_of_one_client_only_the_newest_are_kept(density: BytesPerTokenStore) -> None:
     for number in range(KEPT_OF_CLIENT + 5):
         kept = await density.learn(sample(1 + number / 10))
     assert len(kept) == KEPT_OF_CLIENT
@@ -145,7 +145,7 @@ async def test_of_one_client_only_the_newest_are_kept(density: DensityStore) -> 
 
 
 async def test_however_many_answers_one_client_sends_the_others_lose_a_quarter_at_most(
-    density: DensityStore,
+    density: BytesPerTokenStore,
 ) -> None:
     for number in range(KEPT_OF_MODEL):
         await density.learn(sample(4.0, f"c{number}"))
@@ -155,14 +155,14 @@ async def test_however_many_answers_one_client_sends_the_others_lose_a_quarter_a
     assert values(kept).count(4.0) == KEPT_OF_MODEL - KEPT_OF_CLIENT
 
 
-async def test_no_sample_is_lost_among_many_at_once(density: DensityStore) -> None:
+async def test_no_sample_is_lost_among_many_at_once(density: BytesPerTokenStore) -> None:
     lessons = [sample(1 + number / 10, f"c{number % 5}") for number in range(40)]
     await asyncio.gather(*(density.learn(lesson) for lesson in lessons))
     found = await density.load(["a/b"])
     assert sorted(values(found["a/b"])) == pytest.approx(sorted(values(lessons)))
 
 
-async def test_the_model_that_was_not_heard_of_for_longest_goes(density: DensityStore) -> None:
+async def test_the_model_that_was_not_heard_of_for_longest_goes(density: BytesPerTokenStore) -> None:
     await density.learn(sample(4.0, model="first"))
     await density.learn(sample(4.0, model="second"))
     await density.learn(sample(4.0, model="first"))
@@ -175,7 +175,9 @@ async def test_the_model_that_was_not_heard_of_for_longest_goes(density: Density
     assert await density._store.redis.zcard(density._heard_key) == MAX_MODELS
 
 
-async def test_a_model_goes_when_nobody_has_used_it_for_long(store: Store, density: DensityStore) -> None:
+async def test_a_model_goes_when_nobody_has_used_it_for_long(
+    store: Store, density: BytesPerTokenStore
+) -> None:
     await density.learn(sample(4.0, model="old"))
     await density.learn(sample(4.0, model="new"))
     await store.redis.zincrby(density._heard_key, -TTL, "old")
@@ -185,7 +187,7 @@ async def test_a_model_goes_when_nobody_has_used_it_for_long(store: Store, densi
 
 
 async def test_every_key_dies_by_itself_and_lives_on_while_it_is_used(
-    store: Store, density: DensityStore
+    store: Store, density: BytesPerTokenStore
 ) -> None:
     for _ in range(2):
         await density.learn(sample(4.0))
@@ -197,17 +199,17 @@ async def test_every_key_dies_by_itself_and_lives_on_while_it_is_used(
 
 
 async def test_upstreams_are_kept_apart_and_their_keys_in_one_slot(
-    store: Store, density: DensityStore
+    store: Store, density: BytesPerTokenStore
 ) -> None:
     await density.learn(sample(4.0))
-    assert await DensityStore(store, "https://other.example/v1").load(["a/b"]) == {"a/b": []}
-    assert (await DensityStore(store, URL + "/").load(["a/b"]))["a/b"]
+    assert await BytesPerTokenStore(store, "https://other.example/v1").load(["a/b"]) == {"a/b": []}
+    assert (await BytesPerTokenStore(store, URL + "/").load(["a/b"]))["a/b"]
     tags = {key.partition(b"{")[2].partition(b"}")[0] async for key in store.redis.scan_iter()}
     assert len(tags) == 1
 
 
 async def test_a_redis_that_is_away_is_told_as_such(away: Store) -> None:
-    density = DensityStore(away, URL)
+    density = BytesPerTokenStore(away, URL)
     with pytest.raises(StoreUnavailable):
         await density.learn(sample(4.0))
     with pytest.raises(StoreUnavailable):
@@ -217,31 +219,35 @@ async def test_a_redis_that_is_away_is_told_as_such(away: Store) -> None:
 # The workers
 
 
-async def test_of_a_model_that_nobody_has_used_nothing_is_told(density: DensityStore, worker: Worker) -> None:
-    densities = worker(density)
-    assert await densities.of(["a/b", "c/d:nitro"]) == {}
-    assert await densities.of([]) == {}
+async def test_of_a_model_that_nobody_has_used_nothing_is_told(
+    density: BytesPerTokenStore, worker: Worker
+) -> None:
+    bytes_per_token = worker(density)
+    assert await bytes_per_token.of(["a/b", "c/d:nitro"]) == {}
+    assert await bytes_per_token.of([]) == {}
 
 
-async def test_who_learns_knows_at_once(density: DensityStore, worker: Worker) -> None:
-    densities = worker(density)
-    assert await densities.of(["a/b"]) == {}
+async def test_who_learns_knows_at_once(density: BytesPerTokenStore, worker: Worker) -> None:
+    bytes_per_token = worker(density)
+    assert await bytes_per_token.of(["a/b"]) == {}
     for _ in range(20):
-        await densities.learn(sample(5.0))
-    assert await densities.of(["a/b", "a/b:nitro", "c/d"]) == {"a/b": 5.0, "a/b:nitro": 5.0}
+        await bytes_per_token.learn(sample(5.0))
+    assert await bytes_per_token.of(["a/b", "a/b:nitro", "c/d"]) == {"a/b": 5.0, "a/b:nitro": 5.0}
 
 
-async def test_a_new_worker_knows_what_others_have_learned(density: DensityStore, worker: Worker) -> None:
+async def test_a_new_worker_knows_what_others_have_learned(
+    density: BytesPerTokenStore, worker: Worker
+) -> None:
     learner = worker(density)
     for _ in range(20):
         await learner.learn(sample(5.0))
     assert await read(worker(density), "a/b") == 5.0
 
 
-async def read(densities: Densities, model: str) -> float:
+async def read(bytes_per_token: BytesPerToken, model: str) -> float:
     """What there is to know of a model: on a busy machine, reading it may take longer than a request waits."""
     async with asyncio.timeout(5):
-        while not (found := await densities.of([model])):
+        while not (found := await bytes_per_token.of([model])):
             pass
     return found[model]
 
@@ -267,115 +273,115 @@ async def test_several_models_are_read_together_and_variants_once(gated: Gated, 
 
 
 async def test_nobody_waits_for_what_is_in_memory(gated: Gated, worker: Worker, clock: Clock) -> None:
-    densities = worker(gated)
+    bytes_per_token = worker(gated)
     for _ in range(20):
-        await densities.learn(sample(5.0))
+        await bytes_per_token.learn(sample(5.0))
     gated.gate.clear()
     clock.now += FRESH
     started = time.monotonic()
     for _ in range(100):
-        assert await densities.of(["a/b"]) == {"a/b": 5.0}
+        assert await bytes_per_token.of(["a/b"]) == {"a/b": 5.0}
     assert time.monotonic() - started < 1
-    assert len(densities._reads) == 1
+    assert len(bytes_per_token._reads) == 1
 
 
 async def test_who_asks_first_waits_a_moment_only(gated: Gated, worker: Worker) -> None:
     gated.gate.clear()
-    densities = worker(gated)
+    bytes_per_token = worker(gated)
     started = time.monotonic()
-    assert await densities.of(["a/b"]) == {}
+    assert await bytes_per_token.of(["a/b"]) == {}
     assert time.monotonic() - started < 0.5
     gated.gate.set()
-    await reads_done(densities)
-    assert "a/b" in densities._held
+    await reads_done(bytes_per_token)
+    assert "a/b" in bytes_per_token._held
 
 
 async def test_all_who_ask_at_once_share_one_read(gated: Gated, worker: Worker) -> None:
     for _ in range(20):
         await worker(gated).learn(sample(5.0))
-    densities = worker(gated)
-    found = await asyncio.gather(*(densities.of(["a/b"]) for _ in range(50)))
+    bytes_per_token = worker(gated)
+    found = await asyncio.gather(*(bytes_per_token.of(["a/b"]) for _ in range(50)))
     assert found == [{"a/b": 5.0}] * 50
     assert gated.loads == [["a/b"]]
 
 
 async def test_reads_at_once_are_bounded(gated: Gated, worker: Worker) -> None:
     gated.gate.clear()
-    densities = worker(gated)
-    await asyncio.gather(*(densities.of([f"m{number}"]) for number in range(MAX_READS + 20)))
+    bytes_per_token = worker(gated)
+    await asyncio.gather(*(bytes_per_token.of([f"m{number}"]) for number in range(MAX_READS + 20)))
     assert len(gated.loads) == MAX_READS
     gated.gate.set()
-    await reads_done(densities)
-    assert await densities.of([f"m{MAX_READS}"]) == {}
+    await reads_done(bytes_per_token)
+    assert await bytes_per_token.of([f"m{MAX_READS}"]) == {}
     assert gated.loads[-1] == [f"m{MAX_READS}"]
 
 
 async def test_memory_is_bounded(gated: Gated, worker: Worker) -> None:
-    densities = worker(gated)
-    await densities.of(f"m{number}" for number in range(MAX_HELD))
-    await densities.of(["one more"])
-    assert len(densities._held) == MAX_HELD
-    assert "m0" not in densities._held
+    bytes_per_token = worker(gated)
+    await bytes_per_token.of(f"m{number}" for number in range(MAX_PENDING_BYTES))
+    await bytes_per_token.of(["one more"])
+    assert len(bytes_per_token._held) == MAX_PENDING_BYTES
+    assert "m0" not in bytes_per_token._held
 
 
 # When Redis fails
 
 
 async def test_with_redis_away_nothing_is_known_and_nothing_raised(away: Store, worker: Worker) -> None:
-    densities = worker(DensityStore(away, URL))
-    assert await densities.of(["a/b"]) == {}
-    await densities.learn(sample(5.0))
+    bytes_per_token = worker(BytesPerTokenStore(away, URL))
+    assert await bytes_per_token.of(["a/b"]) == {}
+    await bytes_per_token.learn(sample(5.0))
 
 
 async def test_with_redis_away_what_is_in_memory_stays(gated: Gated, worker: Worker, clock: Clock) -> None:
-    densities = worker(gated)
+    bytes_per_token = worker(gated)
     for _ in range(20):
-        await densities.learn(sample(5.0))
+        await bytes_per_token.learn(sample(5.0))
     gated.failure = StoreUnavailable()
     clock.now += 100 * FRESH
     for _ in range(3):
-        assert await densities.of(["a/b"]) == {"a/b": 5.0}
-        await reads_done(densities)
+        assert await bytes_per_token.of(["a/b"]) == {"a/b": 5.0}
+        await reads_done(bytes_per_token)
 
 
 @pytest.mark.parametrize("failure", [StoreUnavailable(), RuntimeError("a bug")], ids=["away", "a bug"])
 async def test_after_a_failure_redis_is_left_alone_for_a_while(
     gated: Gated, worker: Worker, clock: Clock, failure: Exception
 ) -> None:
-    densities = worker(gated)
+    bytes_per_token = worker(gated)
     gated.failure = failure
-    assert await densities.of(["a/b"]) == {}
+    assert await bytes_per_token.of(["a/b"]) == {}
     gated.failure = None
     clock.now += PAUSE - 0.1
-    assert await densities.of(["a/b"]) == {}
-    await densities.learn(sample(5.0))
+    assert await bytes_per_token.of(["a/b"]) == {}
+    await bytes_per_token.learn(sample(5.0))
     assert (gated.loads, gated.lessons) == ([["a/b"]], 0)
     clock.now += 0.2
-    await densities.of(["a/b"])
-    await densities.learn(sample(5.0))
+    await bytes_per_token.of(["a/b"])
+    await bytes_per_token.learn(sample(5.0))
     assert (gated.loads, gated.lessons) == ([["a/b"]] * 2, 1)
 
 
 async def test_a_lesson_that_fails_is_lost_and_pauses_too(gated: Gated, worker: Worker) -> None:
     for failure in (StoreUnavailable(), RuntimeError("a bug")):
-        densities = worker(gated)
+        bytes_per_token = worker(gated)
         gated.failure = failure
-        await densities.learn(sample(5.0))
-        assert await densities.of(["a/b"]) == {}
+        await bytes_per_token.learn(sample(5.0))
+        assert await bytes_per_token.of(["a/b"]) == {}
     assert gated.loads == []
 
 
 async def test_what_is_known_outlives_a_redis_that_comes_back_empty(
     store: Store, gated: Gated, worker: Worker, clock: Clock
 ) -> None:
-    densities = worker(gated)
+    bytes_per_token = worker(gated)
     for _ in range(20):
-        await densities.learn(sample(5.0))
+        await bytes_per_token.learn(sample(5.0))
     await store.redis.flushall()
     clock.now += FRESH
-    await densities.of(["a/b"])
-    await reads_done(densities)
-    assert await densities.of(["a/b"]) == {"a/b": 5.0}
+    await bytes_per_token.of(["a/b"])
+    await reads_done(bytes_per_token)
+    assert await bytes_per_token.of(["a/b"]) == {"a/b": 5.0}
 
 
 # When it is cancelled
@@ -386,38 +392,38 @@ async def test_a_caller_that_leaves_costs_the_others_nothing(gated: Gated, worke
         await worker(gated).learn(sample(5.0))
     gated.asked.clear()
     gated.gate.clear()
-    densities = worker(gated)
-    leaving = asyncio.create_task(densities.of(["a/b"]))
+    bytes_per_token = worker(gated)
+    leaving = asyncio.create_task(bytes_per_token.of(["a/b"]))
     await soon(gated.asked.wait())
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaving
     gated.gate.set()
-    await reads_done(densities)
-    assert await densities.of(["a/b"]) == {"a/b": 5.0}
+    await reads_done(bytes_per_token)
+    assert await bytes_per_token.of(["a/b"]) == {"a/b": 5.0}
 
 
 async def test_a_lesson_can_be_cancelled(gated: Gated, worker: Worker) -> None:
     gated.gate.clear()
-    densities = worker(gated)
-    learning = asyncio.create_task(densities.learn(sample(5.0)))
+    bytes_per_token = worker(gated)
+    learning = asyncio.create_task(bytes_per_token.learn(sample(5.0)))
     await soon(gated.asked.wait())
     learning.cancel()
     with pytest.raises(asyncio.CancelledError):
         await learning
     gated.gate.set()
-    await soon(densities.learn(sample(5.0)))
+    await soon(bytes_per_token.learn(sample(5.0)))
     assert gated.lessons == 2
 
 
 async def test_close_ends_what_is_being_read(gated: Gated, worker: Worker) -> None:
     gated.gate.clear()
-    densities = worker(gated)
-    await densities.of(["a/b"])
-    reads = set(densities._reads.values())
-    await soon(densities.close())
+    bytes_per_token = worker(gated)
+    await bytes_per_token.of(["a/b"])
+    reads = set(bytes_per_token._reads.values())
+    await soon(bytes_per_token.close())
     assert [read.cancelled() for read in reads] == [True]
-    assert await densities.of(["c/d"]) == {}
+    assert await bytes_per_token.of(["c/d"]) == {}
     assert gated.loads == [["a/b"]]
 
 
@@ -427,7 +433,7 @@ async def test_close_ends_what_is_being_read(gated: Gated, worker: Worker) -> No
 @pytest.mark.parametrize("truth", [1.5, 3.0, 6.0])
 @pytest.mark.parametrize("clients", [1, 3, 20])
 async def test_after_twenty_answers_every_worker_is_near_the_truth(
-    density: DensityStore, worker: Worker, truth: float, clients: int
+    density: BytesPerTokenStore, worker: Worker, truth: float, clients: int
 ) -> None:
     noise = random.Random(7)
     workers = [worker(density) for _ in range(3)]
@@ -439,13 +445,13 @@ async def test_after_twenty_answers_every_worker_is_near_the_truth(
 
 @pytest.mark.parametrize("odd", [1.0, 2.0, 6.0, 8.0])
 async def test_a_flood_of_one_odd_client_moves_the_estimate_of_others_by_little(
-    density: DensityStore, worker: Worker, odd: float
+    density: BytesPerTokenStore, worker: Worker, odd: float
 ) -> None:
-    densities = worker(density)
+    bytes_per_token = worker(density)
     for number in range(20):
-        await densities.learn(sample(4.0, f"c{number % 4}"))
+        await bytes_per_token.learn(sample(4.0, f"c{number % 4}"))
     for _ in range(300):
-        await densities.learn(sample(odd, "odd"))
-    found = await densities.of(["a/b"])
+        await bytes_per_token.learn(sample(odd, "odd"))
+    found = await bytes_per_token.of(["a/b"])
     assert found["a/b"] == pytest.approx(4.0, rel=0.05)
     assert found["a/b"] == estimate((await density.load(["a/b"]))["a/b"])

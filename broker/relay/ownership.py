@@ -9,15 +9,15 @@ import structlog
 
 from broker.core.errors import StoreUnavailable
 from broker.core.session import State, short
-from broker.relay.ending import ALL, NOTHING
+from broker.relay.finishing import ALL, NOTHING
 from broker.relay.rounds import for_each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
+    from broker.relay.finished_cache import FinishedCache
     from broker.relay.generation import Generation
-    from broker.relay.journal import Journal
-    from broker.relay.kept import Kept
+    from broker.relay.journal_writer import JournalWriter
     from broker.relay.membership import Membership
     from broker.store.accounts import AccountStore
     from broker.store.journal import JournalStore
@@ -38,7 +38,7 @@ RESTORE_PAUSE = 0.5
 """Seconds between them."""
 
 
-class Holding:
+class Ownership:
     """The sessions of this worker, and Redis's word on whose they are.
 
     Args:
@@ -57,13 +57,13 @@ class Holding:
     def __init__(
         self,
         running: Mapping[str, Generation],
-        kept: Kept,
+        kept: FinishedCache,
         *,
         worker: str,
         sessions: SessionStore,
         accounts: AccountStore,
         reads: JournalStore,
-        writes: Journal,
+        writes: JournalWriter,
         membership: Membership,
         resuming: bool,
         spawn: Callable[[Coroutine[Any, Any, Any]], None],
@@ -82,7 +82,7 @@ class Holding:
         self._unconfirmed: set[Generation] = set()
         self._asked_in: dict[Generation, object] = {}
 
-    async def lost_hold(self, generation: Generation) -> None:
+    async def on_session_lost(self, generation: Generation) -> None:
         """Redis does not have a running session as ours: write it anew if all was lost, else it is another's."""
         try:
             gone = await self._membership.is_gone()
@@ -98,7 +98,7 @@ class Holding:
         log.warning("fenced", session=short(generation.session_id), state=standing.state)
         generation.fence(standing.end)
 
-    async def write_anew(self) -> None:
+    async def rewrite_sessions(self) -> None:
         """Redis came back empty: write every session that is held here; those that it refuses are tried again.
 
         Raises:
@@ -117,13 +117,13 @@ class Holding:
         return generation in (self._running.get(session_id), self._kept.get(session_id))
 
     async def _restore(self, generation: Generation) -> None:
-        self._writes.doubt()
+        self._writes.suspend_watch_expiry()
         if generation.state is State.RUNNING:
             await self._accounts.reserve(generation.reservation, force=True)
         held = generation.feed.unsaved(0, ALL) if self._resuming else NOTHING
         await self._sessions.restore(
             generation.session_id,
-            generation.token,
+            generation.claim_id,
             self._worker,
             generation.prepared,
             state=generation.state,
@@ -132,19 +132,19 @@ class Holding:
         )
         generation.saved = held.last
 
-    def look_for_freeze(self, now: float) -> None:
+    def check_for_freeze(self, now: float) -> None:
         """Find out whether this process stood still; asked before anything is shown."""
         stood_still = now - self._ticked_at
         if stood_still > FREEZE:
-            self._thaw(stood_still)
+            self._after_freeze(stood_still)
             self._ticked_at = now
 
     def tick(self, now: float) -> None:
         """Time goes by."""
-        self.look_for_freeze(now)
+        self.check_for_freeze(now)
         self._ticked_at = now
 
-    def _thaw(self, stood_still: float) -> None:
+    def _after_freeze(self, stood_still: float) -> None:
         """Nothing is shown until Redis has confirmed that the sessions are still ours."""
         frozen = list(self._running.values())
         if frozen:

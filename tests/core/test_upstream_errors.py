@@ -17,7 +17,13 @@ from broker.core.errors import (
     UpstreamUnavailable,
     UpstreamUnreachable,
 )
-from broker.core.faults import backoff, fault_in_stream, fault_of_status, parse_retry_after, retry_delay
+from broker.core.upstream_errors import (
+    backoff,
+    fault_in_stream,
+    fault_of_status,
+    parse_retry_after,
+    retry_delay,
+)
 
 KEY = "sk-or-v1-0123456789abcdef"
 

@@ -6,8 +6,8 @@ A model is one row. What it does is in its script; what a page sees of it is sai
 from __future__ import annotations
 
 from broker.rehearsal import faults, scripts
-from broker.rehearsal.catalog import DEAR, FREE, PARAMETERS, UNKNOWN, Model
 from broker.rehearsal.faults import mid_stream_error, refusing
+from broker.rehearsal.model_entries import DEAR, FREE, PARAMETERS, UNKNOWN, Model
 
 MODELS = (
     # Answers that end well. The first of all is the one that a page gets to see without choosing.

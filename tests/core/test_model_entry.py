@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
-from broker.core.catalog import (
+from broker.core.model_entry import (
     Model,
     Models,
     allows,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import orjson
 
-from broker.core.accounts import Allowances, Worst
+from broker.core.accounts import Quotas, WorstCase
 from broker.core.chat import ChatRequest, ChatRules, parse_chat, refuse_fetched_images
 from broker.core.demand import demand_of
 from broker.core.document import SMALL_BODY, check_document, outline, read_json
@@ -32,9 +32,9 @@ from broker.store.sessions import Prepared
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from broker.bytes_per_token import BytesPerToken
     from broker.catalog import Catalog
     from broker.core.identity import Client
-    from broker.density import Densities
     from broker.settings import Settings
     from broker.store.accounts import AccountStore
     from broker.store.connection import Call, Store
@@ -63,7 +63,7 @@ class Admitted(NamedTuple):
     created: bool
 
 
-class Counting(Protocol):
+class RateCheck(Protocol):
     """Counts one prepare against its client's rate."""
 
     def call(self) -> Call:
@@ -76,12 +76,12 @@ class Counting(Protocol):
         """Count it by itself; raises `RateLimited`."""
 
 
-class _Order(NamedTuple):
+class AdmittedRequest(NamedTuple):
     """A request that is fit to be stored."""
 
     client: Client
     fitted: FittedChat
-    worst: Worst
+    worst: WorstCase
 
 
 class Admission:
@@ -93,8 +93,8 @@ class Admission:
         catalog: what is known of the models.
         sessions: where sessions are kept.
         accounts: what clients have spent, and what of theirs waits.
-        allowances: what they may.
-        densities: what has been learned of the models' tokenizers.
+        quotas: what they may.
+        bytes_per_token: what has been learned of the models' tokenizers.
         idempotency: which keys have been used.
     """
 
@@ -106,8 +106,8 @@ class Admission:
         catalog: Catalog,
         sessions: SessionStore,
         accounts: AccountStore,
-        allowances: Allowances,
-        densities: Densities,
+        quotas: Quotas,
+        bytes_per_token: BytesPerToken,
         idempotency: IdempotencyStore,
     ) -> None:
         self._store = store
@@ -117,8 +117,8 @@ class Admission:
         self._catalog = catalog
         self._sessions = sessions
         self._accounts = accounts
-        self._allowances = allowances
-        self._densities = densities
+        self._quotas = quotas
+        self._bytes_per_token = bytes_per_token
         self._idempotency = idempotency
         self._rules = ChatRules(
             default_model=settings.default_model,
@@ -128,14 +128,14 @@ class Admission:
         )
 
     async def admit(
-        self, body: bytes, *, client: Client, counting: Counting, referer: str, idempotency_key: str | None
+        self, body: bytes, *, client: Client, rate_check: RateCheck, referer: str, idempotency_key: str | None
     ) -> Admitted:
         """Make a session of a request, or find the one that its Idempotency-Key made.
 
         Args:
             body: the request as JSON.
             client: who asks, and pays.
-            counting: counts the prepare, whatever becomes of it.
+            rate_check: counts the prepare, whatever becomes of it.
             referer: origin of the page, or empty.
             idempotency_key: of the request's header.
 
@@ -156,15 +156,15 @@ class Admission:
         # A large body is counted before it is looked at. A small one is counted in the round trip that stores it.
         early = idempotency_key is not None or len(body) > SMALL_BODY
         if early:
-            await counting.alone()
+            await rate_check.alone()
         try:
             order = await self._order(body, client)
         except RequestError:
             if not early:
-                await counting.alone()
+                await rate_check.alone()
             raise
         if idempotency_key is None:
-            return Admitted(await self._keep(order, referer, None if early else counting), created=True)
+            return Admitted(await self._keep(order, referer, None if early else rate_check), created=True)
         return await self._keep_once(body, order, referer, idempotency_key, bound)
 
     async def knows(self, client: Client, idempotency_key: str) -> bool:
@@ -176,7 +176,7 @@ class Admission:
         bound = await self._idempotency.find(client.name, idempotency_key)
         return bound is not None and await self._sessions.remaining(bound.session_id) is not None
 
-    async def _order(self, body: bytes, client: Client) -> _Order:
+    async def _order(self, body: bytes, client: Client) -> AdmittedRequest:
         """The request as it would be sent, and what it may cost."""
         async with self._turn_of(body):
             request = await self._read(body)
@@ -194,12 +194,12 @@ class Admission:
             switch_off_compression=self._catalog.openrouter,
             user=client.user,
         )
-        densities = await self._densities.of(names)
+        bytes_per_token = await self._bytes_per_token.of(names)
         async with self._turn_of(body):
-            fitted = fit(request, limits, rules, densities)
+            fitted = fit(request, limits, rules, bytes_per_token)
             await _pause(body)
             prices = [known[name].prices if name in known else None for name in names]
-            return _Order(client, fitted, self._worst(fitted, prices, names))
+            return AdmittedRequest(client, fitted, self._worst(fitted, prices, names))
 
     @asynccontextmanager
     async def _turn_of(self, body: bytes) -> AsyncIterator[None]:
@@ -233,7 +233,7 @@ class Admission:
         await _pause(body)
         return request
 
-    def _worst(self, fitted: FittedChat, prices: Sequence[Prices | None], names: Sequence[str]) -> Worst:
+    def _worst(self, fitted: FittedChat, prices: Sequence[Prices | None], names: Sequence[str]) -> WorstCase:
         """The most that a request can take; where money is counted, the upstream is held to the price as well."""
         prompt, output = fitted.reserved_prompt_tokens, fitted.max_output_tokens * fitted.answers
         demand = demand_of(fitted.body, names)
@@ -245,13 +245,13 @@ class Admission:
             dearest = self._catalog.dearest
             costs = [worst_case(prompt, output, dearest, demand)]
             known = [dearest] if dearest is not None else []
-        if self._allowances.limit_cost:
+        if self._quotas.limit_cost:
             self._check_priced(prices, names, demand)
             if known and self._catalog.openrouter:
                 provider = fitted.body.get("provider") or {}
                 limited = narrow_max_price(provider.get("max_price"), max_price(known, demand))
                 fitted.body["provider"] = {**provider, "max_price": limited}
-        return Worst(prompt + output, max(cost or 0 for cost in costs))
+        return WorstCase(prompt + output, max(cost or 0 for cost in costs))
 
     def _check_priced(self, prices: Sequence[Prices | None], names: Sequence[str], demand: Demand) -> None:
         """See that a budget of money can cover these models.
@@ -269,7 +269,9 @@ class Admission:
             if worst_case(0, 0, listed, demand) is None:
                 raise ModelNotAllowed(f"The price of {name} is not known, so no budget can cover it.")
 
-    async def _keep(self, order: _Order, referer: str, counting: Counting | None = None) -> dict[str, Any]:
+    async def _keep(
+        self, order: AdmittedRequest, referer: str, rate_check: RateCheck | None = None
+    ) -> dict[str, Any]:
         session_id = str(uuid.uuid4())
         fitted, settings = order.fitted, self._settings
         prepared = Prepared(
@@ -279,19 +281,19 @@ class Admission:
             referer=settings.referer or referer,
             client=order.client.name,
             worst=order.worst,
-            teaches=fitted.teaches,
+            calibration_sample=fitted.calibration_sample,
         )
         client, ttl = order.client.name, settings.session_ttl
         # All that is asked of Redis goes in one round trip; where something refuses, the rest is undone.
         calls = [
             self._accounts.admitting(client, session_id, order.worst, ttl=ttl, stored=len(prepared.request)),
             self._sessions.preparing(session_id, prepared),
-            *([counting.call()] if counting is not None else []),
+            *([rate_check.call()] if rate_check is not None else []),
         ]
         try:
             admitted, _, *counted = await self._store.run(calls)
-            if counting is not None:
-                counting.note(*counted)
+            if rate_check is not None:
+                rate_check.note(*counted)
             check_admitted(admitted)
         except BaseException:
             self._forget(client, session_id)
@@ -337,7 +339,7 @@ class Admission:
         return Admitted({**bound.answer, "expiresIn": remaining}, created=False)
 
     async def _keep_once(
-        self, body: bytes, order: _Order, referer: str, key: str, bound: Binding | None
+        self, body: bytes, order: AdmittedRequest, referer: str, key: str, bound: Binding | None
     ) -> Admitted:
         client, digest = order.client.name, _digest(body)
         # The session is stored before the key is bound to it, so that a key never leads to nothing: of two requests at

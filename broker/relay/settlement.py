@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from broker.core.accounts import Spent, spent_of
+from broker.core.accounts import Usage, usage_of
 from broker.core.errors import StoreUnavailable, UpstreamError
 from broker.core.pricing import completion_of, cost_of, count_of, told_cost, told_cost_of_record
 from broker.core.session import short
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from broker.core.answer import Answer
     from broker.core.session import State
-    from broker.relay.terms import Money
+    from broker.relay.config import Money
     from broker.store.accounts import AccountStore, Reservation
 
 log = structlog.get_logger(__name__)
@@ -44,7 +44,7 @@ RETRIES = 600
 """Tries before a settlement is given up for lost."""
 
 
-class Settler:
+class Settlement:
     """Counts and books what generations took.
 
     Args:
@@ -73,7 +73,7 @@ class Settler:
         prompt_tokens: int,
         asked: bool,
         seconds: float = 0.0,
-    ) -> Spent:
+    ) -> Usage:
         """What an answer took.
 
         Args:
@@ -84,7 +84,7 @@ class Settler:
             seconds: from the request to the end, where that is known.
         """
         if not asked:
-            return Spent()
+            return Usage()
         told = has_counts(answer.usage)
         usage = dict(answer.usage or {})
         if not told:
@@ -98,10 +98,10 @@ class Settler:
             cost = cost_of(usage, prices, minute_of_day=_minute_of_day())
             if (least := told_cost(answer.interim_usage or {})) is not None and not told:
                 cost = max(cost or 0, least)
-        return spent_of(usage, cost, estimated=not told and told_cost(usage) is None)
+        return usage_of(usage, cost, estimated=not told and told_cost(usage) is None)
 
     async def settle(
-        self, reservation: Reservation, spent: Spent, state: State, generation_id: str | None
+        self, reservation: Reservation, spent: Usage, state: State, generation_id: str | None
     ) -> None:
         """Book it, and have an estimate corrected in the background.
 
@@ -138,9 +138,9 @@ class Settler:
 
         Where too many are asked for already, this one is left to whoever finds it later.
         """
-        token = estimate.reservation.token
-        if token not in self._asking and self.room:
-            self._asking.add(token)
+        claim_id = estimate.reservation.claim_id
+        if claim_id not in self._asking and self.room:
+            self._asking.add(claim_id)
             self._spawn(self._correct(estimate))
 
     async def _correct(self, estimate: Estimate) -> None:
@@ -148,29 +148,29 @@ class Settler:
         try:
             ended_at = asyncio.get_running_loop().time() - age
             for after in [look for look in LOOKS if look > age] or [age]:
-                await self._wait(reservation.token, ended_at + after)
+                await self._wait(reservation.claim_id, ended_at + after)
                 if (spent := await self._truth(reservation, generation_id)) is not None:
                     await self._persist(partial(self._accounts.correct, reservation, spent))
                     return
             await self._persist(partial(self._accounts.asked, reservation))
         finally:
-            self._asking.discard(reservation.token)
+            self._asking.discard(reservation.claim_id)
 
-    async def _wait(self, token: str, until: float) -> None:
+    async def _wait(self, claim_id: str, until: float) -> None:
         loop = asyncio.get_running_loop()
         if (seconds := until - loop.time()) > LOOKS[0]:
             with suppress(StoreUnavailable):  # then another may ask too, which does no harm
-                await self._accounts.look_later(token, seconds)
+                await self._accounts.look_later(claim_id, seconds)
         await asyncio.sleep(until - loop.time())
 
-    async def _truth(self, reservation: Reservation, generation_id: str) -> Spent | None:
+    async def _truth(self, reservation: Reservation, generation_id: str) -> Usage | None:
         """What the upstream's books say now; None where they do not."""
         try:
             record = await self._money.fetch_generation(generation_id)
         except UpstreamError as error:
             log.info("generation not told", session=short(reservation.session_id), code=error.code)
             return None
-        return spent_in_record(record) if record is not None else None
+        return usage_in_record(record) if record is not None else None
 
     @staticmethod
     async def _persist(step: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -217,7 +217,7 @@ def estimated_usage(
     }
 
 
-def spent_in_record(record: Mapping[str, Any]) -> Spent | None:
+def usage_in_record(record: Mapping[str, Any]) -> Usage | None:
     """What OpenRouter's record of a generation says; None where it does not say.
 
     Native counts are those of the model's own tokenizer, by which it is billed.
@@ -229,7 +229,7 @@ def spent_in_record(record: Mapping[str, Any]) -> Spent | None:
         return None
     cached = min(_first(record, "native_tokens_cached") or 0, prompt)
     reasoning = min(_first(record, "native_tokens_reasoning") or 0, completion)
-    return Spent(prompt, completion, cached, reasoning, cost, estimated=False)
+    return Usage(prompt, completion, cached, reasoning, cost, estimated=False)
 
 
 def _first(record: Mapping[str, Any], *names: str) -> int | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import orjson
 import structlog
 
-from broker.core.accounts import spent_at_worst, spent_of
+from broker.core.accounts import usage_at_worst, usage_of
 from broker.core.answer import Answer
 from broker.core.errors import StoreRefused, StoreUnavailable, UpstreamError, WorkerLost
 from broker.core.events import cancelled_unseen, error_data
@@ -22,16 +22,16 @@ from broker.core.pricing import to_nano
 from broker.core.session import ENDED, State, short
 from broker.core.sse import Decoder, EventTooLarge
 from broker.relay.rounds import for_each
-from broker.relay.settling import has_counts
+from broker.relay.settlement import has_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from broker.core.accounts import Spent, Worst
-    from broker.relay.settling import Settler
+    from broker.core.accounts import Usage, WorstCase
+    from broker.relay.settlement import Settlement
     from broker.store.accounts import AccountStore, Reservation
     from broker.store.journal import JournalStore
-    from broker.store.sessions import Described, SessionStore
+    from broker.store.sessions import SessionRecord, SessionStore
     from broker.store.workers import WorkerStore
 
 log = structlog.get_logger(__name__)
@@ -52,7 +52,7 @@ MAX_EVENT = 16 * 1024 * 1024
 """Bytes of one journaled event; larger ones were never relayed."""
 
 
-class Bookkeeper:
+class Reaper:
     """Looks after the reservations.
 
     Args:
@@ -60,7 +60,7 @@ class Bookkeeper:
         sessions: whose they are.
         journal: what was relayed.
         workers: who lives.
-        settler: counts and books.
+        settlement: counts and books.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class Bookkeeper:
         sessions: SessionStore,
         journal: JournalStore,
         workers: WorkerStore,
-        settler: Settler,
+        settlement: Settlement,
     ) -> None:
         self._accounts = accounts
         self._sessions = sessions
         self._journal = journal
         self._workers = workers
-        self._settler = settler
+        self._settlement = settlement
         self._absent: dict[str, int] = {}
 
     async def run(self, running: Callable[[], Sequence[Reservation]]) -> NoReturn:
@@ -104,22 +104,22 @@ class Bookkeeper:
 
     async def _look_around(self) -> None:
         orphans = await self._accounts.orphans(AT_ONCE)
-        found: list[tuple[Reservation, Described | None]] = []
+        found: list[tuple[Reservation, SessionRecord | None]] = []
 
         async def describe(orphan: Reservation) -> None:
             found.append((orphan, await self._sessions.describe(orphan.session_id)))
 
-        async def look_after(one: tuple[Reservation, Described | None]) -> None:
+        async def look_after(one: tuple[Reservation, SessionRecord | None]) -> None:
             await self._look_after(*one, dead)
 
         failed = await for_each(orphans, describe, doing="find the session of a reservation")
         dead = await self._dead({session.worker for _, session in found if session is not None})
         failed += [orphan for orphan, _ in await for_each(found, look_after, doing="settle for the dead")]
-        await self._accounts.put_off([orphan.token for orphan in failed])
+        await self._accounts.put_off([orphan.claim_id for orphan in failed])
 
     async def _ask(self) -> None:
-        for estimate in await self._accounts.unasked(min(AT_ONCE, self._settler.room)):
-            self._settler.ask(estimate)
+        for estimate in await self._accounts.unasked(min(AT_ONCE, self._settlement.room)):
+            self._settlement.ask(estimate)
 
     async def _dead(self, owners: set[str]) -> set[str]:
         """Those of these workers whose lease was absent in so many rounds in a row."""
@@ -128,21 +128,21 @@ class Bookkeeper:
         self._absent = {worker: self._absent.get(worker, 0) + 1 for worker in absent}
         return {worker for worker, rounds in self._absent.items() if rounds > ABSENT_ROUNDS}
 
-    async def _look_after(self, orphan: Reservation, session: Described | None, dead: set[str]) -> None:
+    async def _look_after(self, orphan: Reservation, session: SessionRecord | None, dead: set[str]) -> None:
         if session is None:
             # All workers were away for longer than it is kept, and whether its claim had won nobody can tell any more.
             # The most that it can have cost is safe.
-            await self._settler.settle(orphan, spent_at_worst(orphan.worst), State.LOST, None)
+            await self._settlement.settle(orphan, usage_at_worst(orphan.worst), State.LOST, None)
             return
         if (
-            session.token != orphan.token
+            session.claim_id != orphan.claim_id
         ):  # its claim has not won so far; one that is still on its way must not
-            if await self._sessions.refuse(orphan.session_id, orphan.token):
-                await self._accounts.release(orphan.token, orphan.client)
+            if await self._sessions.refuse(orphan.session_id, orphan.claim_id):
+                await self._accounts.release(orphan.claim_id, orphan.client)
             return
         state = session.state
         if state is State.RUNNING and session.worker in dead:
-            lost = await self._sessions.lose(
+            lost = await self._sessions.mark_lost(
                 orphan.session_id,
                 session.worker,
                 error=error_data(WorkerLost()),
@@ -152,14 +152,16 @@ class Bookkeeper:
         if state in ENDED:
             await self._settle(orphan, session, state)
 
-    async def _settle(self, orphan: Reservation, session: Described, state: State) -> None:
+    async def _settle(self, orphan: Reservation, session: SessionRecord, state: State) -> None:
         answer = await self._read(orphan.session_id)
         if answer is None:  # an end is known for longer than what led to it
             spent, generation_id = spent_in_end(session.end_data, orphan.worst), None
         else:
-            spent = await self._settler.count(answer, orphan, prompt_tokens=session.prompt_tokens, asked=True)
+            spent = await self._settlement.count(
+                answer, orphan, prompt_tokens=session.prompt_tokens, asked=True
+            )
             generation_id = answer.generation_id
-        await self._settler.settle(orphan, spent, state, generation_id)
+        await self._settlement.settle(orphan, spent, state, generation_id)
         log.warning("settled for a dead worker", session=short(orphan.session_id), estimated=spent.estimated)
 
     async def _read(self, session_id: str) -> Answer | None:
@@ -180,7 +182,7 @@ class Bookkeeper:
             after = followed.batches[-1].last
 
 
-def spent_in_end(data: bytes, worst: Worst) -> Spent:
+def spent_in_end(data: bytes, worst: WorstCase) -> Usage:
     """What the end of a session tells that it took; else all that it may have taken.
 
     Args:
@@ -190,5 +192,5 @@ def spent_in_end(data: bytes, worst: Worst) -> Spent:
     told = orjson.loads(data) if data else {}
     usage, cost = told.get("usage"), told.get("cost")
     if not isinstance(usage, dict) or not has_counts(usage):
-        return spent_at_worst(worst)
-    return spent_of(usage, to_nano(cost), estimated=bool(told.get("estimated")))
+        return usage_at_worst(worst)
+    return usage_of(usage, to_nano(cost), estimated=bool(told.get("estimated")))

@@ -17,7 +17,7 @@ import structlog
 
 from broker.core.errors import StoreUnavailable
 from broker.core.session import State, short
-from broker.relay.ending import NOTHING
+from broker.relay.finishing import NOTHING
 from broker.relay.rounds import for_each
 from broker.store.journal import Append, Appended, JournalStore
 
@@ -48,18 +48,18 @@ REGISTER_AGAIN = 2.0
 """Seconds after Redis was away, or came back empty, in which viewers elsewhere may not be registered again yet: two of
 their workers' looks, and a call that is slow. Until then nobody is missed."""
 
-MAX_HELD = 256 * 1024 * 1024
+MAX_PENDING_BYTES = 256 * 1024 * 1024
 """Bytes of events that all generations of a worker hold in memory; over it, what is not journaled is dropped."""
 
 
 class Owner(Protocol):
     """Who is told when a session is found to be another's."""
 
-    async def lost_hold(self, generation: Generation) -> None:
+    async def on_session_lost(self, generation: Generation) -> None:
         """Redis no longer has this generation's session as its own."""
 
 
-class Journal:
+class JournalWriter:
     """Writes the journals of the generations of one worker.
 
     Args:
@@ -78,7 +78,7 @@ class Journal:
         self._asked_at: dict[Generation, float] = {}
         self._urgent: set[Generation] = set()
         self._added = 0
-        self._doubted_until = float("-inf")
+        self._watch_expiry_suspended_until = float("-inf")
         self._wanted = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
@@ -99,7 +99,7 @@ class Journal:
             del self._asked_at[generation]
         self._urgent.discard(generation)
 
-    def hurry(self, generation: Generation) -> None:
+    def flush_soon(self, generation: Generation) -> None:
         """Write this one at the next tick."""
         if generation in self._slot_of:
             self._urgent.add(generation)
@@ -125,9 +125,9 @@ class Journal:
         """Ask Redis at once whether these are still this worker's; whether it answered."""
         return await self._write(list(generations), owner)
 
-    def doubt(self) -> None:
+    def suspend_watch_expiry(self) -> None:
         """Redis was away or came back empty."""
-        self._doubted_until = self._loop.time() + REGISTER_AGAIN
+        self._watch_expiry_suspended_until = self._loop.time() + REGISTER_AGAIN
 
     def _due(self, slot: Collection[Generation]) -> list[Generation]:
         now = self._loop.time()
@@ -140,18 +140,18 @@ class Journal:
         return due
 
     async def _write(self, generations: list[Generation], owner: Owner) -> bool:
-        appends = [Append(g.session_id, g.token, self._batch_of(g)) for g in generations]
+        appends = [Append(g.session_id, g.claim_id, self._batch_of(g)) for g in generations]
         try:
             answers = await self._store.append(appends)
         except StoreUnavailable:
-            self.doubt()
+            self.suspend_watch_expiry()
             self._hold_back()
             await asyncio.sleep(TICK)
             return False
         now = self._loop.time()
         refused = None in answers
         if refused:
-            self.doubt()
+            self.suspend_watch_expiry()
             self._hold_back()
 
         async def note(one: tuple[Generation, Appended | None]) -> None:
@@ -168,11 +168,11 @@ class Journal:
 
     async def _note(self, generation: Generation, answer: Appended, owner: Owner) -> None:
         if answer.state is not State.RUNNING:
-            await owner.lost_hold(generation)
+            await owner.on_session_lost(generation)
             return
         generation.saved = answer.last
         generation.feed.trim(answer.last)
-        if answer.watched > 0 or self._loop.time() >= self._doubted_until:
+        if answer.watched > 0 or self._loop.time() >= self._watch_expiry_suspended_until:
             generation.note_elsewhere(watched=answer.watched > 0)
         if answer.cancel:
             generation.cancel()
@@ -189,7 +189,7 @@ class Journal:
         """Keep what waits for Redis within its bound: the largest feeds give way first."""
         by_size = sorted(self._slot_of, key=lambda generation: generation.feed.size)
         held = sum(generation.feed.size for generation in by_size)
-        while held > MAX_HELD and by_size:
+        while held > MAX_PENDING_BYTES and by_size:
             generation = by_size.pop()
             held -= generation.feed.size
             generation.feed.trim(generation.feed.last, keep=0)

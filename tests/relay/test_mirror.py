@@ -8,11 +8,11 @@ from uuid import uuid4
 
 import pytest
 
-from broker.core.accounts import Worst
+from broker.core.accounts import WorstCase
 from broker.core.events import chunk_events
 from broker.core.replay import Batch
 from broker.core.session import State
-from broker.relay.follower import Follower, Mirror
+from broker.relay.mirror import Mirror, Mirrors
 from broker.store.journal import Append, JournalStore
 from broker.store.sessions import Prepared, SessionStore
 from broker.store.workers import WorkerStore
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from broker.store.connection import Store
     from broker.store.journal import Followed
 
-PREPARED = Prepared(b"{}", "scripted/model-1", 10, "", "key:tests", Worst(110, 0))
+PREPARED = Prepared(b"{}", "scripted/model-1", 10, "", "key:tests", WorstCase(110, 0))
 
 
 def batch(first: int, last: int) -> Batch:
@@ -53,7 +53,7 @@ class Afar:
         self.late = Late(store)
         self.owner = JournalStore(store, worker="owner", running_ttl=500)
         self.sessions = SessionStore(store, session_ttl=600, running_ttl=500, resume_ttl=300)
-        self.follower = Follower(
+        self.follower = Mirrors(
             self.late, self.sessions, WorkerStore(store, worker="follower"), self._never, lambda _: None
         )
 
@@ -83,7 +83,7 @@ async def test_news_that_comes_while_a_mirror_is_made_is_in_it(
     await afar.late.answered.wait()
     for news in (batch(3, 3), batch(4, 6)):
         await afar.say(news)
-        afar.follower.hear(afar.id, news)
+        afar.follower.on_notification(afar.id, news)
     afar.late.let.set()
     mirrors = await asyncio.gather(*opening)
     assert len(set(mirrors)) == 1
@@ -104,7 +104,7 @@ async def test_a_viewer_that_leaves_while_its_mirror_is_made_leaves_nothing(stor
     leaving.cancel()
     await asyncio.gather(leaving, return_exceptions=True)
     await afar.say(batch(2, 2))
-    afar.follower.hear(afar.id, batch(2, 2))
+    afar.follower.on_notification(afar.id, batch(2, 2))
     afar.late.let.set()
     mirror = await staying
     assert isinstance(mirror, Mirror)

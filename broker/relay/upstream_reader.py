@@ -1,7 +1,7 @@
 """Reading one answer from the upstream: asking, asking again where that is safe, and taking chunks as they come.
 
 The law of money: nothing here asks twice but before any byte of an answer, and only where the upstream said that it
-did not generate or was never reached. `core.faults.retry_delay` decides.
+did not generate or was never reached. `core.upstream_errors.retry_delay` decides.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import structlog
 
 from broker.core.answer import Answer, is_readable, says_nothing
 from broker.core.errors import ResponseTooLarge, UpstreamError, UpstreamInterrupted, UpstreamInvalid
-from broker.core.faults import may_have_generated, retry_delay
 from broker.core.sse import Decoder, EventTooLarge
+from broker.core.upstream_errors import may_have_generated, retry_delay
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from broker.core.sse import Frame
-    from broker.relay.terms import Bounds
+    from broker.relay.config import GenerationLimits
     from broker.store.sessions import Prepared
     from broker.upstream.client import UpstreamClient, UpstreamStream
 
@@ -39,7 +39,7 @@ LINGER = 1.0
 """Seconds to wait for an upstream's end of stream after its last event, so that the connection can be used again."""
 
 
-class Reading:
+class UpstreamReader:
     """One answer, from the request to the last chunk.
 
     Args:
@@ -61,7 +61,7 @@ class Reading:
         prepared: Prepared,
         *,
         upstream: UpstreamClient,
-        bounds: Bounds,
+        bounds: GenerationLimits,
         take: Callable[[list[bytes], float], None],
     ) -> None:
         self.answer = Answer(upstream.secrets, time.time)
@@ -101,7 +101,7 @@ class Reading:
         if not self.answer.end():
             raise UpstreamInterrupted
 
-    async def let_go(self) -> None:
+    async def close(self) -> None:
         """Close the upstream's stream; one that has said its last word gets a moment to end by itself."""
         # A finished session is kept for replay, and with it whatever is held here.
         self._request, self._decoder = b"", Decoder(self._bounds.max_response)

@@ -76,7 +76,7 @@ def without_variant(model: str) -> str:
     return model.partition(":")[0] or model
 
 
-def teaching_size(
+def calibration_size(
     parameters: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], frame: Size, sizes: Iterable[Size]
 ) -> Size | None:
     """The size of a whole prompt that can teach; None for one that holds what cannot be measured.
@@ -123,7 +123,7 @@ def sample_of(
         model: the one that was asked first.
         answered: the one that answered, as the upstream names it, where it does.
         client: who asked.
-        size: of the prompt, as ``teaching_size`` gives it.
+        size: of the prompt, as ``calibration_size`` gives it.
         usage: the upstream's own object.
     """
     prompt_tokens = (usage or {}).get("prompt_tokens")
@@ -148,7 +148,7 @@ def _same_author(asked: str, answered: str) -> bool:
 
 def estimate(samples: Iterable[Sample]) -> float | None:
     """Bytes per token of the model that these samples are of; None while there are too few."""
-    voices = [_Voice(median(values), len(values)) for values in _speakers(samples)]
+    voices = [_ClientSample(median(values), len(values)) for values in _speakers(samples)]
     heard = [voice for voice in voices if LIKELY[0] <= voice.says <= LIKELY[1]] or voices
     if not heard:
         return None
@@ -157,7 +157,7 @@ def estimate(samples: Iterable[Sample]) -> float | None:
     return min(agreed, DEFAULT_BYTES_PER_TOKEN + (agreed - DEFAULT_BYTES_PER_TOKEN) * trust)
 
 
-class _Voice(NamedTuple):
+class _ClientSample(NamedTuple):
     """Bytes per token, and the number of samples behind them."""
 
     says: float
@@ -174,7 +174,7 @@ def _speakers(samples: Iterable[Sample]) -> list[list[float]]:
     return [*alone, together] if len(together) >= ENOUGH else alone
 
 
-def _agreed(voices: Sequence[_Voice]) -> float:
+def _agreed(voices: Sequence[_ClientSample]) -> float:
     """The mean of the voices, each brought as near to the middle one as ``ROOM`` asks.
 
     Where two are in the middle and contradict each other, it is what lies between them and nearest to the default.

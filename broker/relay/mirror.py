@@ -64,10 +64,10 @@ class _Opening:
 
     def __init__(self) -> None:
         self.viewers = 0
-        self.rung: list[Batch | None] = []
+        self.notified: list[Batch | None] = []
 
 
-class Follower:
+class Mirrors:
     """Keeps the mirrors of this worker.
 
     Args:
@@ -75,7 +75,7 @@ class Follower:
         sessions: where the end of a dead owner's session is written.
         workers: who lives.
         is_gone: whether a session that Redis does not know is gone for good.
-        let_go: is told of a mirror whose session is gone, to send its viewers away.
+        close: is told of a mirror whose session is gone, to send its viewers away.
     """
 
     def __init__(
@@ -84,16 +84,16 @@ class Follower:
         sessions: SessionStore,
         workers: WorkerStore,
         is_gone: Callable[[], Awaitable[bool]],
-        let_go: Callable[[Feed], None],
+        close: Callable[[Feed], None],
     ) -> None:
         self._journal = journal
         self._sessions = sessions
         self._workers = workers
         self._is_gone = is_gone
-        self._let_go = let_go
-        self._mirrors: dict[str, Mirror] = {}
+        self._disconnect = close
+        self._open_mirrors: dict[str, Mirror] = {}
         self._opening: dict[str, _Opening] = {}
-        self._hurried: set[str] = set()
+        self._read_next: set[str] = set()
         self._left: set[str] = set()
         self._leaving: set[str] = set()
         self._wake = asyncio.Event()
@@ -103,11 +103,11 @@ class Follower:
 
     def get(self, session_id: str) -> Mirror | None:
         """The mirror of a session that is being watched here."""
-        return self._mirrors.get(session_id)
+        return self._open_mirrors.get(session_id)
 
     def has(self, feed: Feed) -> bool:
         """Whether a feed is one of the mirrors'."""
-        return any(mirror.feed is feed for mirror in self._mirrors.values())
+        return any(mirror.feed is feed for mirror in self._open_mirrors.values())
 
     async def open(self, session_id: str, after: int) -> Mirror | State:
         """Register as watching a session, and mirror it; or the state of one that cannot be watched.
@@ -119,19 +119,19 @@ class Follower:
         Raises:
             StoreUnavailable: Redis cannot be reached.
         """
-        with self._noting(session_id) as rung:
+        with self._noting(session_id) as notified:
             followed = await self._journal.follow(session_id, after)
         if followed.standing.state in (State.GONE, State.PREPARED):
             return followed.standing.state
-        mirror = self._mirrors.get(session_id)
+        mirror = self._open_mirrors.get(session_id)
         if mirror is None:
-            mirror = self._mirrors[session_id] = _mirror(session_id, followed, after)
-            for batch in rung:  # before it was there
+            mirror = self._open_mirrors[session_id] = _mirror(session_id, followed, after)
+            for batch in notified:  # before it was there
                 self._tell(mirror, batch)
         if followed.standing.end is not None and mirror.feed.end is None:
             self._finish(mirror, followed)
         if session_id in self._leaving:
-            self._hurry(session_id)  # its registration may just have been taken back
+            self._read_soon(session_id)  # its registration may just have been taken back
         return mirror
 
     @contextmanager
@@ -140,15 +140,15 @@ class Follower:
         opening = self._opening.setdefault(session_id, _Opening())
         opening.viewers += 1
         try:
-            yield opening.rung
+            yield opening.notified
         finally:
             opening.viewers -= 1
             if not opening.viewers:
                 del self._opening[session_id]
 
-    def _hurry(self, session_id: str) -> None:
+    def _read_soon(self, session_id: str) -> None:
         """Look at this one at once."""
-        self._hurried.add(session_id)
+        self._read_next.add(session_id)
         self._wake.set()
 
     @contextmanager
@@ -159,25 +159,25 @@ class Follower:
             yield
         finally:
             mirror.viewers -= 1
-            if mirror.viewers == 0 and self._mirrors.get(mirror.session_id) is mirror:
-                del self._mirrors[mirror.session_id]
+            if mirror.viewers == 0 and self._open_mirrors.get(mirror.session_id) is mirror:
+                del self._open_mirrors[mirror.session_id]
                 if mirror.feed.end is None:
                     self._left.add(mirror.session_id)
                     self._wake.set()
 
-    def hear(self, session_id: str, batch: Batch | None) -> None:
+    def on_notification(self, session_id: str, batch: Batch | None) -> None:
         """The bell rang: here are events, or there is something to read."""
-        mirror = self._mirrors.get(session_id)
+        mirror = self._open_mirrors.get(session_id)
         if mirror is not None:
             self._tell(mirror, batch)
         elif (opening := self._opening.get(session_id)) is not None:
-            opening.rung.append(batch)
+            opening.notified.append(batch)
 
     def _tell(self, mirror: Mirror, batch: Batch | None) -> None:
         if mirror.feed.end is not None:
             return
         if batch is None or batch.first > mirror.feed.last + 1:
-            self._hurry(mirror.session_id)
+            self._read_soon(mirror.session_id)
         else:
             self._add(mirror, [batch])
 
@@ -194,26 +194,26 @@ class Follower:
             if everything:
                 look_at = now + LOOK
             try:
-                await self._say_goodbye()
+                await self._unregister()
                 await self._look(everything=everything)
             except StoreUnavailable:
                 self._absent_since.clear()
                 await asyncio.sleep(LOOK)
 
-    async def _say_goodbye(self) -> None:
-        self._leaving, self._left = self._left - self._mirrors.keys(), set()
+    async def _unregister(self) -> None:
+        self._leaving, self._left = self._left - self._open_mirrors.keys(), set()
         try:
             if self._leaving:
                 await self._journal.leave(self._leaving)
-                self._hurried |= self._leaving & self._mirrors.keys()  # somebody came at that moment
+                self._read_next |= self._leaving & self._open_mirrors.keys()  # somebody came at that moment
         finally:
             self._leaving = set()
 
     async def _look(self, *, everything: bool) -> None:
-        hurried, self._hurried = self._hurried, set()
+        hurried, self._read_next = self._read_next, set()
         wanted = [
             mirror
-            for mirror in self._mirrors.values()
+            for mirror in self._open_mirrors.values()
             if mirror.feed.end is None and (everything or mirror.session_id in hurried)
         ]
         for start in range(0, len(wanted), LOOK_AT_ONCE):
@@ -225,9 +225,9 @@ class Follower:
                 if followed.standing.state is not State.GONE:
                     self._note(mirror, followed)
                 elif await self._is_gone():
-                    self._let_go(mirror.feed)
+                    self._disconnect(mirror.feed)
         if everything and wanted:
-            await self._bury({mirror.worker for mirror in wanted})
+            await self._reap({mirror.worker for mirror in wanted})
 
     def _note(self, mirror: Mirror, followed: Followed) -> None:
         if mirror.feed.end is not None:
@@ -237,7 +237,7 @@ class Follower:
         elif followed.last > mirror.feed.last:
             mirror.feed.skip_to(followed.last)  # not there although it should be: viewers will find the gap
         if followed.last > mirror.feed.last:
-            self._hurry(mirror.session_id)
+            self._read_soon(mirror.session_id)
         elif followed.standing.end is not None:
             self._finish(mirror, followed)
 
@@ -261,7 +261,7 @@ class Follower:
             mirror.feed.skip_to(end.id.n - 1)
         mirror.feed.finish(end)
 
-    async def _bury(self, owners: set[str]) -> None:
+    async def _reap(self, owners: set[str]) -> None:
         """End the sessions of workers that have been dead for long enough."""
         absent = await self._workers.absent(owners)
         now = self._loop.time()
@@ -271,19 +271,19 @@ class Follower:
         self._absent_since = {worker: self._absent_since.get(worker, now) for worker in absent}
         lost = [
             mirror
-            for mirror in self._mirrors.values()
+            for mirror in self._open_mirrors.values()
             if mirror.feed.end is None and now - self._absent_since.get(mirror.worker, now) >= DEAD_AFTER
         ]
-        await for_each(lost, self._lose, doing="end the sessions of a dead worker")
+        await for_each(lost, self._mark_lost, doing="end the sessions of a dead worker")
 
-    async def _lose(self, mirror: Mirror) -> None:
-        standing = await self._sessions.lose(
+    async def _mark_lost(self, mirror: Mirror) -> None:
+        standing = await self._sessions.mark_lost(
             mirror.session_id, mirror.worker, error=error_data(WorkerLost()), cancelled=cancelled_unseen(None)
         )
         log.warning(
             "worker lost", session=short(mirror.session_id), worker=mirror.worker, state=standing.state
         )
-        self._hurry(mirror.session_id)
+        self._read_soon(mirror.session_id)
 
 
 def _mirror(session_id: str, followed: Followed, after: int) -> Mirror:

@@ -21,7 +21,7 @@ from broker.core.errors import (
 from broker.core.events import cancelled_before_start
 from broker.core.session import State, short
 from broker.store.accounts import BUDGET_RETRY, LEASE, AccountStore, Reservation
-from broker.store.sessions import Prepared, SessionStore, Standing
+from broker.store.sessions import Prepared, SessionStatus, SessionStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -43,7 +43,7 @@ ELSEWHERE_PAUSE = 0.1
 """Seconds between them."""
 
 
-class Claims:
+class Claiming:
     """The claims under way.
 
     Args:
@@ -81,7 +81,7 @@ class Claims:
         """Whether a claim of this session is under way."""
         return session_id in self._under_way
 
-    async def claim(self, session_id: str) -> Generation | Standing:
+    async def claim(self, session_id: str) -> Generation | SessionStatus:
         """Claim for one viewer or several: those who ask while a claim is under way share its answer.
 
         Raises:
@@ -139,35 +139,35 @@ class Claims:
             del self._under_way[pursuit.session_id]
             pursuit.attempt.fail(StoreUnavailable())  # unless they have been told already
 
-    async def _try(self, pursuit: _Pursuit) -> Generation | Standing:
+    async def _try(self, pursuit: _Pursuit) -> Generation | SessionStatus:
         """Take slot and budget first, then the session; each step can be asked for again with the same token."""
         if not pursuit.withdrawn:
             outcome = await self._take(pursuit)
             if isinstance(outcome, Prepared) and pursuit.reservation is not None and not pursuit.withdrawn:
                 return self._begin(pursuit.session_id, pursuit.reservation, outcome)
-            if isinstance(outcome, Standing) and not pursuit.withdrawn:
+            if isinstance(outcome, SessionStatus) and not pursuit.withdrawn:
                 return self._lost(pursuit, outcome)
         # Nothing was sent to the upstream, so nothing was spent, whether it has won or not.
         await self._sessions.cancel(pursuit.session_id, cancelled_before_start())
-        outcome = await self._sessions.claim(pursuit.session_id, pursuit.token, self._worker)
+        outcome = await self._sessions.claim(pursuit.session_id, pursuit.claim_id, self._worker)
         if isinstance(outcome, Prepared):
             raise StoreUnavailable  # Redis went back to an older state in between: cancel it once more
         return self._lost(pursuit, outcome)
 
-    def _lost(self, pursuit: _Pursuit, outcome: Standing) -> Standing:
+    def _lost(self, pursuit: _Pursuit, outcome: SessionStatus) -> SessionStatus:
         if pursuit.reservation is not None:
             self._spawn(self._give_back(pursuit.reservation))
         return outcome
 
-    async def _take(self, pursuit: _Pursuit) -> Prepared | Standing:
+    async def _take(self, pursuit: _Pursuit) -> Prepared | SessionStatus:
         if pursuit.reservation is None:
             described = await self._sessions.describe_for_claim(pursuit.session_id)
             if described is None:
-                return Standing(State.GONE)
+                return SessionStatus(State.GONE)
             if described.state is not State.PREPARED:
-                return Standing(described.state, described.worker)
+                return SessionStatus(described.state, described.worker)
             pursuit.reservation = Reservation(
-                pursuit.token, pursuit.session_id, described.client, described.model, described.worst
+                pursuit.claim_id, pursuit.session_id, described.client, described.model, described.worst
             )
         try:
             reservation = await self._reserve(pursuit, pursuit.reservation)
@@ -180,11 +180,11 @@ class Claims:
             if not pursuit.attempt.waiting and not pursuit.withdrawn:
                 raise StoreUnavailable  # nobody wants it any more
             if pursuit.withdrawn:
-                return Standing(State.PREPARED)
+                return SessionStatus(State.PREPARED)
         pursuit.sent = True
-        return await self._sessions.claim(pursuit.session_id, pursuit.token, self._worker)
+        return await self._sessions.claim(pursuit.session_id, pursuit.claim_id, self._worker)
 
-    async def _taken_elsewhere(self, pursuit: _Pursuit, refused: BrokerError) -> Standing:
+    async def _taken_elsewhere(self, pursuit: _Pursuit, refused: BrokerError) -> SessionStatus:
         """Where a session stands for which there was no room: another worker may be claiming it, with the last slot.
 
         Raises:
@@ -194,7 +194,7 @@ class Claims:
         for _ in range(ELSEWHERE_TRIES):
             described = await self._sessions.describe(pursuit.session_id)
             if described is not None and described.state not in (State.PREPARED, State.GONE):
-                return Standing(described.state, described.worker)
+                return SessionStatus(described.state, described.worker)
             if isinstance(refused, LimitError) or described is None:
                 break
             await asyncio.sleep(ELSEWHERE_PAUSE)
@@ -215,7 +215,7 @@ class Claims:
             raise
         except Overloaded:  # given back; but a claim whose reply was lost may have overtaken that
             described = await self._sessions.describe(pursuit.session_id)
-            if described is None or described.token != pursuit.token:
+            if described is None or described.claim_id != pursuit.claim_id:
                 raise
             day = await self._accounts.reserve(reservation, force=True)
         pursuit.reserved_at = now
@@ -225,7 +225,7 @@ class Claims:
     async def _give_back(self, reservation: Reservation) -> None:
         for _ in range(GIVE_BACK_TRIES):
             try:
-                await self._accounts.release(reservation.token, reservation.client)
+                await self._accounts.release(reservation.claim_id, reservation.client)
             except StoreUnavailable:
                 await asyncio.sleep(RETRY)
             else:
@@ -238,11 +238,11 @@ class _Attempt:
     __slots__ = ("_outcome", "waiting")
 
     def __init__(self) -> None:
-        self._outcome: asyncio.Future[Generation | Standing] = asyncio.get_running_loop().create_future()
+        self._outcome: asyncio.Future[Generation | SessionStatus] = asyncio.get_running_loop().create_future()
         self._outcome.add_done_callback(lambda done: done.exception())  # perhaps nobody asks any more
         self.waiting = 0
 
-    async def wait(self) -> Generation | Standing:
+    async def wait(self) -> Generation | SessionStatus:
         """Wait for the outcome, or raise what it failed with."""
         self.waiting += 1
         try:
@@ -250,7 +250,7 @@ class _Attempt:
         finally:
             self.waiting -= 1
 
-    def tell(self, outcome: Generation | Standing) -> None:
+    def tell(self, outcome: Generation | SessionStatus) -> None:
         """It has an outcome."""
         self._outcome.set_result(outcome)
 
@@ -268,11 +268,11 @@ class _Pursuit:
         withdrawn: somebody has cancelled the session: no generation begins.
     """
 
-    __slots__ = ("attempt", "reservation", "reserved_at", "sent", "session_id", "token", "withdrawn")
+    __slots__ = ("attempt", "claim_id", "reservation", "reserved_at", "sent", "session_id", "withdrawn")
 
-    def __init__(self, session_id: str, token: str) -> None:
+    def __init__(self, session_id: str, claim_id: str) -> None:
         self.session_id = session_id
-        self.token = token
+        self.claim_id = claim_id
         self.attempt = _Attempt()
         self.reservation: Reservation | None = None
         self.reserved_at = float("-inf")

@@ -1,4 +1,4 @@
-"""Fetching the list of models: one GET, its bytes as they came. What they mean is in `core/catalog.py`.
+"""Fetching the list of models: one GET, its bytes as they came. What they mean is in `core/model_entry.py`.
 
 Through the OpenAI client, for its address, key and errors, but without its parsing, which would drop every field that
 OpenAI's own list does not have.

@@ -17,7 +17,7 @@ MAX_SESSIONS = 10_000
 """How many, however small."""
 
 
-class Kept:
+class FinishedCache:
     """Generations that have ended.
 
     Args:

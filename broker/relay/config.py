@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from broker.core.density import Sample
+    from broker.core.bytes_per_token import Sample
     from broker.core.pricing import Prices
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class GenerationLimits:
     """What one generation may take: seconds, bytes, and tries."""
 
     first_data_timeout: float
@@ -23,7 +23,7 @@ class Bounds:
     max_retries: int
 
 
-class Limits(NamedTuple):
+class WorkerConfig(NamedTuple):
     """What one worker keeps to.
 
     Attributes:

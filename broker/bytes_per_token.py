@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
-from broker.core.density import Sample, estimate, without_variant
+from broker.core.bytes_per_token import Sample, estimate, without_variant
 from broker.core.errors import StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from broker.store.density import DensityStore
+    from broker.store.bytes_per_token import BytesPerTokenStore
 
 FRESH = 10.0
 """Seconds after which what is in memory is read anew, while it is used."""
@@ -29,7 +29,7 @@ PATIENCE = 0.05
 PAUSE = 5.0
 """Seconds without any try after Redis has failed."""
 
-MAX_HELD = 1000
+MAX_PENDING_BYTES = 1000
 """Models in memory; beyond it, the one goes that was read or taught longest ago."""
 
 MAX_READS = 8
@@ -45,7 +45,7 @@ class _Held(NamedTuple):
     fresh_until: float
 
 
-class Densities:
+class BytesPerToken:
     """The bytes per token of one upstream's models.
 
     Args:
@@ -56,7 +56,7 @@ class Densities:
 
     def __init__(
         self,
-        store: DensityStore,
+        store: BytesPerTokenStore,
         *,
         estimate: Callable[[Iterable[Sample]], float | None] = estimate,
         clock: Callable[[], float] = time.monotonic,
@@ -140,7 +140,7 @@ class Densities:
         if known is None and before is not None:  # Redis has lost what it knew; this worker need not
             known = before.bytes_per_token
         self._held[name] = _Held(known, self._clock() + FRESH)
-        if len(self._held) > MAX_HELD:
+        if len(self._held) > MAX_PENDING_BYTES:
             del self._held[next(iter(self._held))]
 
     def _pause(self) -> None:

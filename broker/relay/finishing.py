@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from broker.core.accounts import Spent
-from broker.core.density import Sample, sample_of
+from broker.core.accounts import Usage
+from broker.core.bytes_per_token import Sample, sample_of
 from broker.core.errors import GenerationFailed, StoreUnavailable
 from broker.core.events import done_data, error_data
 from broker.core.lifecycle import FINISHED, SESSION, Event, Proposal, Step
@@ -20,14 +20,14 @@ from broker.core.pricing import to_usd
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal, short
 from broker.core.speed import speed_of
-from broker.store.sessions import Refusal
+from broker.store.sessions import EndConflict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from broker.relay.feed import Feed
-    from broker.relay.reading import Reading
-    from broker.relay.settling import Settler
+    from broker.relay.settlement import Settlement
+    from broker.relay.upstream_reader import UpstreamReader
     from broker.store.accounts import Reservation
     from broker.store.sessions import Prepared, SessionStore
 
@@ -46,17 +46,17 @@ NOTHING = Batch(1, 0, b"")
 """No events."""
 
 
-class Ending:
+class Finishing:
     """Proposes, decides and books the end of one generation.
 
     Args:
         reservation: what it has taken from the accounts, under the token of its claim.
         prepared: what was asked.
         feed: its events.
-        reading: its answer.
+        reader: its answer.
         unsaved: gives the events that are not journaled yet.
         sessions: where the end is decided.
-        settler: who books what it took.
+        settlement: who books what it took.
 
     Attributes:
         spent: what it took, once `decide` has counted.
@@ -68,19 +68,19 @@ class Ending:
         prepared: Prepared,
         *,
         feed: Feed,
-        reading: Reading,
+        reader: UpstreamReader,
         unsaved: Callable[[], Batch],
         sessions: SessionStore,
-        settler: Settler,
+        settlement: Settlement,
     ) -> None:
-        self.spent = Spent()
+        self.spent = Usage()
         self._reservation = reservation
         self._prepared = prepared
         self._feed = feed
-        self._reading = reading
+        self._reader = reader
         self._unsaved = unsaved
         self._sessions = sessions
-        self._settler = settler
+        self._settlement = settlement
         self._counted = False
         self._loop = asyncio.get_running_loop()
         self._started_at = self._loop.time()
@@ -106,13 +106,13 @@ class Ending:
                 answer = await self.store(end)
         except (StoreUnavailable, TimeoutError):
             return Event.END_UNREACHABLE, end
-        if isinstance(answer, Refusal):
+        if isinstance(answer, EndConflict):
             return Event.CANCEL_FOUND, end
         if answer is None:  # Redis came back empty, and this may just be written again as running
             return Event.END_UNREACHABLE, end
         return Event.END_STORED, answer
 
-    async def store(self, end: Terminal) -> Terminal | Refusal | None:
+    async def store(self, end: Terminal) -> Terminal | EndConflict | None:
         """Write an end to Redis, with what is left to be journaled.
 
         Returns:
@@ -124,8 +124,8 @@ class Ending:
         """
         reservation, rest = self._reservation, self._unsaved()
         for _ in range(END_TRIES):
-            answer = await self._sessions.end(reservation.session_id, reservation.token, end, rest)
-            if not isinstance(answer, Refusal):
+            answer = await self._sessions.end(reservation.session_id, reservation.claim_id, end, rest)
+            if not isinstance(answer, EndConflict):
                 return answer.end
             if answer.kind == "cancel":
                 return answer
@@ -150,23 +150,23 @@ class Ending:
         Raises:
             StoreUnavailable: it could not be booked now.
         """
-        generation_id = self._reading.answer.generation_id
-        await self._settler.settle(self._reservation, self.spent, state, generation_id)
+        generation_id = self._reader.answer.generation_id
+        await self._settlement.settle(self._reservation, self.spent, state, generation_id)
 
     def sample(self) -> Sample | None:
         """What this answer teaches of its model's tokenizer, if it does."""
-        answer = self._reading.answer
+        answer = self._reader.answer
         return sample_of(
             model=self._prepared.model,
             answered=answer.model,
             client=self._prepared.client,
-            size=self._prepared.teaches,
+            size=self._prepared.calibration_sample,
             usage=answer.usage,
         )
 
     def speed(self) -> Sample | None:
         """What this answer teaches of how fast its model writes, if it does."""
-        answer = self._reading.answer
+        answer = self._reader.answer
         if not answer.complete or answer.finish_reason is None:
             return None
         return speed_of(
@@ -189,14 +189,14 @@ class Ending:
             self.spent = await self._count()
             self._counted = True
 
-    async def _count(self) -> Spent:
-        if self._reading.asked_at is not None:
-            self._seconds = self._loop.time() - self._reading.asked_at
-        return await self._settler.count(
-            self._reading.answer,
+    async def _count(self) -> Usage:
+        if self._reader.asked_at is not None:
+            self._seconds = self._loop.time() - self._reader.asked_at
+        return await self._settlement.count(
+            self._reader.answer,
             self._reservation,
             prompt_tokens=self._prepared.prompt_tokens,
-            asked=self._reading.asked,
+            asked=self._reader.asked,
             seconds=self._seconds or 0.0,
         )
 
@@ -207,14 +207,14 @@ class Ending:
         at = Cursor(1, (self._feed.last if after is None else after) + 1, end=True)
         if failure is not None:
             return Terminal(state, "error", at, error_data(failure))
-        answer = self._reading.answer
+        answer = self._reader.answer
         data = done_data(
             answer,
             finish_reason="cancelled" if step is Step.END_CANCELLED else answer.finish_reason,
             model=self._prepared.model,
             cost=None if self.spent.cost is None else to_usd(self.spent.cost),
             estimated=self.spent.estimated,
-            ttft_ms=self._milliseconds(self._reading.first_chunk_at),
+            ttft_ms=self._milliseconds(self._reader.first_chunk_at),
             total_ms=self._milliseconds(self._loop.time()),
         )
         return Terminal(state, "done", at, data)

@@ -10,7 +10,7 @@ import asyncio
 from hashlib import blake2b, sha256
 from typing import TYPE_CHECKING, Any
 
-from broker.core.density import Sample
+from broker.core.bytes_per_token import Sample
 from broker.store.connection import CALL_TIMEOUT, Store, store_errors
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ TTL = 30 * 24 * 3600
 """Seconds that a model is kept after its last sample."""
 
 
-class DensityStore:
+class BytesPerTokenStore:
     """The samples of one upstream's models. Every method raises `StoreUnavailable` where Redis cannot be reached.
 
     Args:

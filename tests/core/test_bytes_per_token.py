@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.core.chat import ChatRequest
-from broker.core.density import (
+from broker.core.bytes_per_token import (
     AGREEMENT,
     ENOUGH,
     LIKELY,
@@ -22,6 +21,7 @@ from broker.core.density import (
     sample_of,
     without_variant,
 )
+from broker.core.chat import ChatRequest
 from broker.core.fitting import FitRules, fit
 from broker.core.tokens import (
     DEFAULT_BYTES_PER_TOKEN,
@@ -44,9 +44,9 @@ def say(content: Any, role: str = "user", **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
-def teaches(*messages: dict[str, Any], most: int = 0, **parameters: Any) -> Size | None:
+def calibration_sample(*messages: dict[str, Any], most: int = 0, **parameters: Any) -> Size | None:
     asked = ChatRequest("a/b", list(messages), parameters)
-    return fit(asked, {}, FitRules(most, 4096, switch_off_compression=False, user=None)).teaches
+    return fit(asked, {}, FitRules(most, 4096, switch_off_compression=False, user=None)).calibration_sample
 
 
 def learned(
@@ -71,26 +71,26 @@ def samples(client: str, *values: float) -> list[Sample]:
 
 def test_a_prompt_of_text_teaches_what_it_measures() -> None:
     talk = [say("Be terse", "system"), say("é" * 50), say([{"type": "text", "text": "x" * 30}])]
-    assert teaches(*talk) == Size(8 + 100 + 30, PROMPT_TOKENS + 3 * MESSAGE_TOKENS)
+    assert calibration_sample(*talk) == Size(8 + 100 + 30, PROMPT_TOKENS + 3 * MESSAGE_TOKENS)
 
 
 def test_only_what_is_sent_counts() -> None:
     old, new = say("x" * 3000), say("y" * 300)
-    assert teaches(old, say("z" * 300, "assistant"), new, most=400) == teaches(new)
+    assert calibration_sample(old, say("z" * 300, "assistant"), new, most=400) == calibration_sample(new)
 
 
 def test_calls_of_functions_teach() -> None:
     tools = [{"type": "function", "function": {"name": "f", "description": "x" * 300}}]
     talk = [say("Hi"), say(None, "assistant", tool_calls=[CALL]), say("x" * 90, "tool", tool_call_id="c")]
     whole = [measure_frame({"tools": tools}), *map(measure_message, talk)]
-    assert teaches(*talk, tools=tools) == Size(
+    assert calibration_sample(*talk, tools=tools) == Size(
         sum(size.text_bytes for size in whole), sum(size.flat_tokens for size in whole)
     )
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "video_url"])
 def test_what_is_no_text_teaches_nothing(kind: str) -> None:
-    assert teaches(say("x" * 900), say([{"type": "text", "text": "x"}, {"type": kind}])) is None
+    assert calibration_sample(say("x" * 900), say([{"type": "text", "text": "x"}, {"type": kind}])) is None
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,11 @@ def test_what_is_no_text_teaches_nothing(kind: str) -> None:
     ids=str,
 )
 def test_what_only_some_models_read_again_teaches_nothing(more: dict[str, Any]) -> None:
-    assert teaches(say("Hi"), say("Hello", "assistant", **more), say("x" * 900)) is None
-    assert teaches(say("Hi"), say("Hello", "assistant", **dict.fromkeys(more)), say("x" * 900)) is not None
+    assert calibration_sample(say("Hi"), say("Hello", "assistant", **more), say("x" * 900)) is None
+    assert (
+        calibration_sample(say("Hi"), say("Hello", "assistant", **dict.fromkeys(more)), say("x" * 900))
+        is not None
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,12 +126,12 @@ def test_what_only_some_models_read_again_teaches_nothing(more: dict[str, Any]) 
     ids=str,
 )
 def test_a_prompt_that_is_changed_on_its_way_teaches_nothing(parameters: dict[str, Any]) -> None:
-    assert teaches(say("x" * 900), **parameters) is None
+    assert calibration_sample(say("x" * 900), **parameters) is None
 
 
 def test_what_changes_nothing_does_not_keep_a_prompt_from_teaching() -> None:
     nothing: dict[str, Any] = {"plugins": [], "transforms": [], "tools": []}
-    assert teaches(say("x" * 900), temperature=1, **nothing) == teaches(say("x" * 900))
+    assert calibration_sample(say("x" * 900), temperature=1, **nothing) == calibration_sample(say("x" * 900))
 
 
 # What an answer teaches
