@@ -35,6 +35,7 @@ from broker.upstream.generations import fetch_generation
 from broker.upstream.model_list import fetch_models
 from broker.web import keys
 from broker.web.identity import ClientResolver
+from broker.web.occupancy import Occupancy
 from broker.web.refused_origins import RefusedOrigins
 from broker.web.routes import build_web
 
@@ -101,6 +102,7 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
             frozenset(origin.lower() for origin in settings.cors_origins), settings.listens_on_loopback
         )
         app[keys.REFUSED_ORIGINS] = RefusedOrigins()
+        app[keys.OCCUPANCY] = Occupancy()
         app[keys.RATES] = Rates(store, limit=settings.rate_limit.count, window=settings.rate_limit.seconds)
         naming = await stack.enter_async_context(_naming(settings, store))
         app[keys.IDENTIFIER] = await stack.enter_async_context(ClientResolver(settings, naming))

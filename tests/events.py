@@ -6,14 +6,20 @@ It reads the format by itself, so that a mistake of ours cannot hide behind the 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import socket
+import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from tests.scripted import NOTHING, PATIENCE, STREAM
+
+OWN_ADDRESSES = sys.platform == "linux"  # elsewhere the loopback has one address
+
+_addresses = (f"127.0.{n // 250 % 250 + 1}.{n % 250 + 1}" for n in itertools.count())
 
 
 class Event(NamedTuple):
@@ -136,6 +142,7 @@ async def opened(
     *,
     method: str = "GET",
     receive_buffer: int | None = None,
+    address: str | None = None,
 ) -> AsyncIterator[Connection]:
     """Ask for ``target`` as an EventSource does, and drop the line when the block ends.
 
@@ -145,6 +152,7 @@ async def opened(
         headers: beside those that an EventSource sends, or instead of them.
         method: of the request.
         receive_buffer: bytes that the system takes for a reader who reads nothing.
+        address: of this machine, to come from; otherwise each line has one of its own, as pages have.
     """
     parts = urlsplit(url)
     connection = socket.socket()
@@ -152,6 +160,8 @@ async def opened(
     if receive_buffer is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     try:
+        if parts.hostname == "127.0.0.1" and (address or OWN_ADDRESSES):
+            connection.bind((address or next(_addresses), 0))
         await asyncio.get_running_loop().sock_connect(connection, (parts.hostname, parts.port))
     except BaseException:
         connection.close()

@@ -17,11 +17,13 @@ from broker.store.connection import Store
 from broker.store.rates import Rates
 from broker.upstream.client import UpstreamClient
 from broker.web.identity import ClientResolver
+from broker.web.occupancy import Occupancy
 from broker.web.refused_origins import RefusedOrigins
 
 SETTINGS = web.AppKey("settings", Settings)
 ORIGINS = web.AppKey("origins", Origins)
 REFUSED_ORIGINS = web.AppKey("refused_origins", RefusedOrigins)
+OCCUPANCY = web.AppKey("occupancy", Occupancy)
 STORE = web.AppKey("store", Store)
 CATALOG = web.AppKey("catalog", Catalog)
 ACCOUNTS = web.AppKey("accounts", AccountStore)

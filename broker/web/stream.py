@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from broker.relay.viewer import Viewer
 from broker.store.accounts import BUDGET_RETRY, STREAMS_RETRY
 from broker.web.errors import json_response, may_come_again
 from broker.web.eventstream import EventStream, jitter
-from broker.web.keys import REGISTRY, SETTINGS
+from broker.web.keys import IDENTIFIER, OCCUPANCY, REGISTRY, SETTINGS
 
 if TYPE_CHECKING:
     from broker.relay.generation import Generation
@@ -34,19 +35,22 @@ async def stream(request: web.Request) -> web.StreamResponse:
     if _is_prefetch(request):
         return _nothing(hdrs.CACHE_CONTROL)
     cursor: Cursor | None = None
-    try:
-        cursor = _cursor(request)
-        if cursor is not None and cursor.end:
-            return _nothing()
-        session_id = request.match_info["session_id"]
-        if not is_session_id(session_id):
-            raise SessionNotFound
-        found = await request.app[REGISTRY].find(session_id, cursor)
-    except BrokerError as error:
-        if not _wants_events(request):
-            raise
-        return await _refuse(request, error, cursor)
-    return await _show(request, session_id, found, cursor)
+    with ExitStack() as places:
+        try:
+            cursor = _cursor(request)
+            if cursor is not None and cursor.end:
+                return _nothing()
+            session_id = request.match_info["session_id"]
+            if not is_session_id(session_id):
+                raise SessionNotFound
+            address = request.app[IDENTIFIER].network(request)
+            places.enter_context(request.app[OCCUPANCY].taken(session_id, address))
+            found = await request.app[REGISTRY].find(session_id, cursor)
+        except BrokerError as error:
+            if not _wants_events(request):
+                raise
+            return await _refuse(request, error, cursor)
+        return await _show(request, session_id, found, cursor)
 
 
 async def cancel(request: web.Request) -> web.Response:

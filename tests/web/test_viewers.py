@@ -34,22 +34,22 @@ async def follow(broker: Broker, session: str) -> list[Event]:
     return events
 
 
-async def test_fifty_pages_at_once_are_one_generation(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_many_pages_at_once_are_one_generation(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.replies = [plain]
     session = await broker.prepare()
-    views = await asyncio.gather(*(broker.read(session) for _ in range(50)))
+    views = await asyncio.gather(*(broker.read(session) for _ in range(16)))
     assert all(view == views[0] for view in views)
     assert [event.id for event in views[0]] == ["1-1", "1-2", "1-3", "1-4", "1-5.end"]
     assert len(upstream.calls) == 1
 
 
-async def test_fifty_pages_at_two_workers_are_one_generation(
+async def test_many_pages_at_two_workers_are_one_generation(
     valkey_url: str, broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     upstream.replies = [plain]
     async with running(valkey_url, upstream) as other:
         session = await broker.prepare()
-        views = await asyncio.gather(*(follow((broker, other)[n % 2], session) for n in range(50)))
+        views = await asyncio.gather(*(follow((broker, other)[n % 2], session) for n in range(32)))
         assert all(view == views[0] for view in views)
         assert views[0][-1].kind == "done"
     assert len(upstream.calls) == 1

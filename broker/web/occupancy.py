@@ -1,0 +1,56 @@
+"""How many streams there may be of one session, and of one address, at a worker.
+
+A session's id is all that a stream needs, so without a bound one page could take every place of a worker.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from broker.core.errors import Overloaded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+VIEWERS_OF_A_SESSION: Final = 16
+STREAMS_OF_AN_ADDRESS: Final = 64
+
+OVERLOADED_RETRY: Final = 3.0
+"""Seconds after which a caller may try again."""
+
+
+class Occupancy:
+    """Counts the streams that are open, and those that are just being looked for."""
+
+    def __init__(self) -> None:
+        self._of_session: Counter[str] = Counter()
+        self._of_address: Counter[str] = Counter()
+
+    @contextmanager
+    def taken(self, session_id: str, address: str) -> Iterator[None]:
+        """Hold a place of a session and of an address for as long as the block runs.
+
+        Checked and taken in one step: nothing is awaited in between, so of many at once no more than may pass.
+
+        Raises:
+            Overloaded: there is none.
+        """
+        if self._of_session[session_id] >= VIEWERS_OF_A_SESSION:
+            raise Overloaded("This answer is watched by too many already.", retry_after=OVERLOADED_RETRY)
+        if self._of_address[address] >= STREAMS_OF_AN_ADDRESS:
+            raise Overloaded("Too many streams are open from your address.", retry_after=OVERLOADED_RETRY)
+        self._of_session[session_id] += 1
+        self._of_address[address] += 1
+        try:
+            yield
+        finally:
+            _give_back(self._of_session, session_id)
+            _give_back(self._of_address, address)
+
+
+def _give_back(counter: Counter[str], name: str) -> None:
+    counter[name] -= 1
+    if not counter[name]:
+        del counter[name]

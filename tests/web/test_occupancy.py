@@ -1,0 +1,140 @@
+"""How many streams there may be of one session and of one address, and that all places are given back."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack, ExitStack
+
+import pytest
+
+from broker.core.errors import Overloaded
+from broker.web import keys
+from broker.web.occupancy import STREAMS_OF_AN_ADDRESS, VIEWERS_OF_A_SESSION, Occupancy
+from tests.broker import Broker, running
+from tests.events import Connection
+from tests.money import until
+from tests.scripted import ScriptedUpstream
+
+HERE = "127.0.0.1"
+
+
+async def comes_again(line: Connection) -> bool:
+    """Whether a page is asked to come again: 200, a `retry:` of about 3 s, no event, closed."""
+    assert line.status == 200
+    assert await line.rest() == []
+    [retry] = [block for block in line.blocks if b"retry:" in block]
+    return 2400 <= int(retry.partition(b"retry:")[2].split()[0]) <= 3600
+
+
+def places(broker: Broker) -> int:
+    """How many sessions and addresses hold any place."""
+    occupancy = broker.app[keys.OCCUPANCY]
+    return len(occupancy._of_session) + len(occupancy._of_address)
+
+
+async def all_free(broker: Broker) -> None:
+    await until(lambda: asyncio.sleep(0, places(broker) == 0))
+
+
+async def test_a_session_has_so_many_viewers(broker: Broker, upstream: ScriptedUpstream) -> None:
+    session = await broker.prepare()
+    async with AsyncExitStack() as watching:
+        lines = [
+            await watching.enter_async_context(broker.stream(session)) for _ in range(VIEWERS_OF_A_SESSION)
+        ]
+        call = (await upstream.call()).open()
+        for cursor in (None, "1-0"):
+            async with broker.stream(session, cursor) as line:
+                assert await comes_again(line)
+        refused = await broker.ask("GET", f"/stream/{session}")
+        assert (refused.status, refused.code) == (503, "overloaded")
+        assert int(refused.headers["Retry-After"]) > 0
+        await watching.enter_async_context(
+            broker.stream(await broker.prepare())
+        )  # another session has places
+        call.chunk("x", finish="stop")
+        call.done()
+        for line in lines:
+            assert (await line.rest())[-1].kind == "done"
+        assert (await broker.read(session))[-1].kind == "done"
+    await all_free(broker)
+
+
+async def test_an_address_has_so_many_streams(broker: Broker, upstream: ScriptedUpstream) -> None:
+    sessions = [await broker.prepare() for _ in range(STREAMS_OF_AN_ADDRESS + 1)]
+    async with AsyncExitStack() as watching:
+        first = await watching.enter_async_context(broker.stream(sessions[0], address=HERE))
+        call = (await upstream.call()).open()
+        for session in sessions[1:-1]:
+            await watching.enter_async_context(broker.stream(session, address=HERE))
+        async with broker.stream(sessions[-1], address=HERE) as line:
+            assert await comes_again(line)
+        refused = await broker.ask("GET", f"/stream/{sessions[-1]}")
+        assert (refused.status, refused.code) == (503, "overloaded")
+        async with broker.stream(sessions[-1], address="127.0.0.9") as line:
+            assert line.status == 200
+            await upstream.call(len(sessions) - 1)
+        call.chunk("x", finish="stop")
+        call.done()
+        assert (await first.rest())[-1].kind == "done"
+        await until(lambda: asyncio.sleep(0, len(upstream.calls) == len(sessions)))
+        async with broker.stream(sessions[0], "1-0", address=HERE) as line:
+            assert (await line.rest())[-1].kind == "done"
+    await all_free(broker)
+
+
+async def test_the_address_is_the_one_that_a_trusted_proxy_tells(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    async with (
+        running(valkey_url, upstream, trusted_proxies=("private",)) as broker,
+        AsyncExitStack() as watching,
+    ):
+
+        async def come(address: str) -> Connection:
+            headers = {"X-Forwarded-For": address}
+            return await watching.enter_async_context(
+                broker.stream(await broker.prepare(), headers=headers, address=HERE)
+            )
+
+        for n in range(STREAMS_OF_AN_ADDRESS):
+            await come(f"2001:db8:0:1::{n:x}")
+        assert await comes_again(await come("2001:db8:0:1:ffff::1"))
+        assert (await come("2001:db8:0:2::1")).status == 200
+        await upstream.call(STREAMS_OF_AN_ADDRESS)
+
+
+async def test_of_many_at_once_no_more_than_may_are_let_in(
+    broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    session = await broker.prepare()
+    async with AsyncExitStack() as watching:
+        lines = await asyncio.gather(
+            *(watching.enter_async_context(broker.stream(session)) for _ in range(3 * VIEWERS_OF_A_SESSION))
+        )
+        call = await upstream.call()
+        call.open().chunk("x")
+        events = await asyncio.gather(*(line.event() for line in lines))
+        assert sum(event is not None for event in events) == VIEWERS_OF_A_SESSION
+    await all_free(broker)
+
+
+@pytest.mark.parametrize("target", ["/stream/nonsense", "/stream/00000000-1111-4222-8333-444444444444"])
+async def test_what_is_refused_holds_no_place(broker: Broker, target: str) -> None:
+    for _ in range(STREAMS_OF_AN_ADDRESS + 1):
+        assert (await broker.ask("GET", target)).status == 404
+    await all_free(broker)
+
+
+def test_a_place_is_given_back_whatever_happens() -> None:
+    occupancy = Occupancy()
+    for _ in range(3 * STREAMS_OF_AN_ADDRESS):
+        with pytest.raises(KeyError), occupancy.taken("s", "a"):
+            raise KeyError
+    with ExitStack() as held:
+        for n in range(VIEWERS_OF_A_SESSION):
+            held.enter_context(occupancy.taken("s", f"a{n}"))
+        with pytest.raises(Overloaded), occupancy.taken("s", "b"):
+            pass
+    with occupancy.taken("s", "b"):
+        pass
