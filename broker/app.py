@@ -102,7 +102,7 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
             frozenset(origin.lower() for origin in settings.cors_origins), settings.listens_on_loopback
         )
         app[keys.REFUSED_ORIGINS] = RefusedOrigins()
-        app[keys.OCCUPANCY] = Occupancy()
+        app[keys.OCCUPANCY] = Occupancy(settings.max_streams)
         app[keys.RATES] = Rates(store, limit=settings.rate_limit.count, window=settings.rate_limit.seconds)
         naming = await stack.enter_async_context(_naming(settings, store))
         app[keys.IDENTIFIER] = await stack.enter_async_context(ClientResolver(settings, naming))

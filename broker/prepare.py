@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import orjson
 
-from broker.core.accounts import Quotas, WorstCase
+from broker.core.accounts import Quotas, WorstCase, beyond_limits
 from broker.core.chat import ChatRequest, ChatRules, parse_chat, refuse_fetched_images
 from broker.core.demand import demand_of
 from broker.core.document import SMALL_BODY, check_document, outline, read_json
 from broker.core.errors import (
     IdempotencyConflict,
+    InvalidRequest,
     ModelNotAllowed,
     Overloaded,
     RequestError,
@@ -199,7 +200,10 @@ class Admission:
             fitted = fit(request, limits, rules, bytes_per_token)
             await _pause(body)
             prices = [known[name].prices if name in known else None for name in names]
-            return AdmittedRequest(client, fitted, self._worst(fitted, prices, names))
+            worst = self._worst(fitted, prices, names)
+            if faults := beyond_limits(worst, self._quotas):
+                raise InvalidRequest(details=faults)
+            return AdmittedRequest(client, fitted, worst)
 
     @asynccontextmanager
     async def _turn_of(self, body: bytes) -> AsyncIterator[None]:
@@ -239,9 +243,8 @@ class Admission:
         demand = demand_of(fitted.body, names)
         costs = [worst_case(prompt, output, each, demand) for each in prices]
         known = [each for each in prices if each is not None]
-        if (
-            None in costs
-        ):  # a budget may be switched on before the claim: without one, it is reserved all the same
+        if None in costs:
+            # Without a budget it is reserved too: one may be switched on before the claim.
             dearest = self._catalog.dearest
             costs = [worst_case(prompt, output, dearest, demand)]
             known = [dearest] if dearest is not None else []

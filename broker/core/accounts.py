@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from broker.core.pricing import completion_of, count_of, detail_of
+from broker.core.pricing import completion_of, count_of, detail_of, to_usd
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,6 +70,28 @@ class Usage(NamedTuple):
     def tokens(self) -> int:
         """Prompt and completion together."""
         return self.prompt + self.completion
+
+
+def beyond_limits(worst: WorstCase, quotas: Quotas) -> list[dict[str, Any]]:
+    """Return what is wrong with a request that no budget can ever cover, as details of a 422; empty if nothing is.
+
+    Each detail has both figures: ``worstCase`` and ``limit``, in tokens or in USD.
+    """
+    found = []
+    if 0 < quotas.daily_tokens < worst.tokens:
+        found.append(_beyond("tokens", worst.tokens, quotas.daily_tokens, "of a day"))
+    for limit, whose in (
+        (quotas.daily_cost, "of a day"),
+        (quotas.total_daily_cost, "of all clients of a day"),
+    ):
+        if 0 < limit < worst.cost:
+            found.append(_beyond("USD", to_usd(worst.cost), to_usd(limit), whose))
+    return found
+
+
+def _beyond(unit: str, worst: float, limit: float, whose: str) -> dict[str, Any]:
+    sentence = f"This request may take {worst} {unit}, and the whole budget {whose} is {limit} {unit}."
+    return {"field": "max_tokens", "message": sentence, "worstCase": worst, "limit": limit}
 
 
 def usage_at_worst(worst: WorstCase) -> Usage:

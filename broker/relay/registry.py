@@ -160,8 +160,6 @@ class Registry:
             AlreadyClaimed: it has been streamed, and resuming is off.
             StoreUnavailable, Draining, Overloaded, NotYetClaimed: not now; the page should come again.
         """
-        if len(self.viewers) >= self._limits.max_streams:
-            raise Overloaded
         here = self._running.get(session_id) or self._kept.get(session_id)
         if here is not None:
             self._check_resuming()

@@ -1,4 +1,4 @@
-"""How many streams there may be of one session, and of one address, at a worker.
+"""How many streams there may be at a worker: in all, of one session, and of one address.
 
 A session's id is all that a stream needs, so without a bound one page could take every place of a worker.
 """
@@ -22,9 +22,15 @@ OVERLOADED_RETRY: Final = 3.0
 
 
 class Occupancy:
-    """Counts the streams that are open, and those that are just being looked for."""
+    """Counts the streams that are open, and those that are just being looked for.
 
-    def __init__(self) -> None:
+    Args:
+        max_streams: of this worker.
+    """
+
+    def __init__(self, max_streams: int) -> None:
+        self._max_streams = max_streams
+        self._streams = 0
         self._of_session: Counter[str] = Counter()
         self._of_address: Counter[str] = Counter()
 
@@ -37,15 +43,19 @@ class Occupancy:
         Raises:
             Overloaded: there is none.
         """
+        if self._streams >= self._max_streams:
+            raise Overloaded(retry_after=OVERLOADED_RETRY)
         if self._of_session[session_id] >= VIEWERS_OF_A_SESSION:
             raise Overloaded("This answer is watched by too many already.", retry_after=OVERLOADED_RETRY)
         if self._of_address[address] >= STREAMS_OF_AN_ADDRESS:
             raise Overloaded("Too many streams are open from your address.", retry_after=OVERLOADED_RETRY)
+        self._streams += 1
         self._of_session[session_id] += 1
         self._of_address[address] += 1
         try:
             yield
         finally:
+            self._streams -= 1
             _give_back(self._of_session, session_id)
             _give_back(self._of_address, address)
 

@@ -127,7 +127,7 @@ async def test_what_is_refused_holds_no_place(broker: Broker, target: str) -> No
 
 
 def test_a_place_is_given_back_whatever_happens() -> None:
-    occupancy = Occupancy()
+    occupancy = Occupancy(1000)
     for _ in range(3 * STREAMS_OF_AN_ADDRESS):
         with pytest.raises(KeyError), occupancy.taken("s", "a"):
             raise KeyError
@@ -138,3 +138,28 @@ def test_a_place_is_given_back_whatever_happens() -> None:
             pass
     with occupancy.taken("s", "b"):
         pass
+
+
+def test_a_worker_has_so_many_streams_and_no_more() -> None:
+    occupancy = Occupancy(2)
+    with occupancy.taken("s", "a"), occupancy.taken("t", "b"):
+        with pytest.raises(Overloaded), occupancy.taken("u", "c"):
+            pass
+    with occupancy.taken("u", "c"):
+        pass
+
+
+async def test_of_many_viewers_at_once_another_worker_takes_as_many_as_it_may(
+    valkey_url: str, broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    session = await broker.prepare()
+    async with AsyncExitStack() as watching:
+        owner = await watching.enter_async_context(broker.stream(session))
+        call = (await upstream.call()).open()
+        other = await watching.enter_async_context(running(valkey_url, upstream, max_streams=5))
+        lines = await asyncio.gather(*(watching.enter_async_context(other.stream(session)) for _ in range(8)))
+        call.chunk("x", finish="stop")
+        call.done()
+        ends = [[event.kind for event in await line.rest()] for line in lines]
+        assert sorted(ends) == [[]] * 3 + [["chunk", "done"]] * 5
+        assert (await owner.rest())[-1].kind == "done"
