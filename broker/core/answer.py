@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from broker.core.errors import UpstreamError, UpstreamFailed, UpstreamInvalid
+from broker.core.foreign import bounded_object, bounded_text
 from broker.core.upstream_errors import fault_in_stream
 
 if TYPE_CHECKING:
@@ -29,8 +30,12 @@ _ENDS = frozenset({DONE, b'"[DONE]"', b"'[DONE]'"})
 _MAY_FAIL = frozenset({"error", "error_message", "base_resp"})
 """Keys of a chunk that tell of a failure, where they are not empty."""
 
-_MAX_USAGE_DEPTH = 16
-"""Levels of a usage object that are kept; no service is known to need more than three."""
+_COUNTED = (
+    *("prompt_tokens", "completion_tokens", "total_tokens"),
+    *("cost", "cost_in_usd_ticks", "is_byok", "cost_details"),
+    *("prompt_tokens_details", "completion_tokens_details"),
+)
+"""Members of a usage object that are kept in any case: what an answer costs is counted by them."""
 
 _NO_TEXT = frozenset(
     {"role", "type", "id", "index", "format", "object", "detail", "p", "obfuscation", "extra_content"}
@@ -224,7 +229,7 @@ class Answer:
             usage = groq.get("usage") if isinstance(groq, dict) else None
             if not isinstance(usage, dict):
                 return
-        usage = _writable(usage)
+        usage = bounded_object(usage, first=_COUNTED)
         if self.over or self._reason_stands:
             self.usage = usage
         else:
@@ -259,7 +264,8 @@ class Answer:
             self._go_on()
         reason = choice.get("finish_reason")
         if reason and isinstance(reason, str):
-            before, self.finish_reason = self.finish_reason, reason
+            before, self.finish_reason = self.finish_reason, bounded_text(reason)
+            reason = self.finish_reason
             native = _text(choice.get("native_finish_reason"))
             if native or reason != before:
                 self.native_finish_reason = native
@@ -370,7 +376,7 @@ def _finite(digits: str) -> int | float | None:
 
 
 def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
+    return bounded_text(value) if isinstance(value, str) and value else None
 
 
 def _native_reason(chunk: dict[str, Any]) -> object:
@@ -409,14 +415,3 @@ def _as_delta(choice: object) -> object:
         return choice
     piece = {key: value for key, value in choice.items() if key not in {"message", "delta"}}
     return {**piece, "delta": choice["message"]}
-
-
-def _writable(usage: dict[str, Any]) -> dict[str, Any]:
-    """A usage object that can be written again: one that is nested absurdly deep loses what is nested."""
-    level: list[Any] = [usage]
-    for _ in range(_MAX_USAGE_DEPTH):
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
-        level = [item for item in level if isinstance(item, dict | list)]
-        if not level:
-            return usage
-    return {key: value for key, value in usage.items() if not isinstance(value, dict | list)}

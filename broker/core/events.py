@@ -96,6 +96,21 @@ def done_data(
     )
 
 
+def unknown_done(finish_reason: str | None) -> bytes:
+    """The data of a `done` event that tells nothing of the answer."""
+    unknown = (
+        "nativeFinishReason",
+        "model",
+        "provider",
+        "generationId",
+        "usage",
+        "cost",
+        "ttftMs",
+        "totalMs",
+    )
+    return orjson.dumps({"finishReason": finish_reason, "estimated": True, **dict.fromkeys(unknown)})
+
+
 def cancelled_unseen(cost: float | None) -> bytes:
     """The data of a `done` event of a cancelled session of which nothing else is known."""
     known = {"finishReason": "cancelled", "cost": cost, "estimated": False}

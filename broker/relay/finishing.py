@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from broker.core.accounts import Usage
+from broker.core.accounts import Usage, usage_at_worst
 from broker.core.bytes_per_token import Sample, sample_of
-from broker.core.errors import GenerationFailed, StoreUnavailable
-from broker.core.events import done_data, error_data
+from broker.core.errors import Abandoned, GenerationFailed, StoreUnavailable
+from broker.core.events import done_data, error_data, unknown_done
 from broker.core.lifecycle import FINISHED, SESSION, Event, Proposal, Step
 from broker.core.pricing import to_usd
 from broker.core.replay import Batch
@@ -44,6 +44,14 @@ ALL = 1 << 62
 
 NOTHING = Batch(1, 0, b"")
 """No events."""
+
+LAST_RESORT = {
+    State.DONE: ("done", unknown_done(None)),
+    State.CANCELLED: ("done", unknown_done("cancelled")),
+    State.ABANDONED: ("error", error_data(Abandoned())),
+    State.FAILED: ("error", error_data(GenerationFailed())),
+}
+"""Event and data of an end of each kind that holds nothing of the answer, so that no answer can prevent it."""
 
 
 class Finishing:
@@ -81,6 +89,7 @@ class Finishing:
         self._unsaved = unsaved
         self._sessions = sessions
         self._settlement = settlement
+        self._name = short(reservation.session_id)
         self._counted = False
         self._loop = asyncio.get_running_loop()
         self._started_at = self._loop.time()
@@ -97,23 +106,27 @@ class Finishing:
             `END_STORED` and the end that stands, `CANCEL_FOUND` where another end has to be proposed, or
             `END_UNREACHABLE` and the end that is told without Redis.
         """
-        end = await self._build(proposal) if standing is None else standing
+        await self._count_once()
         if standing is not None:
-            await self._count_once()
             return Event.END_STORED, standing
+        end = self.terminal(proposal or FINISHED)
+        answer: Terminal | EndConflict | None = None
         try:
             async with asyncio.timeout(DECIDE_TIMEOUT):
                 answer = await self.store(end)
         except (StoreUnavailable, TimeoutError):
-            return Event.END_UNREACHABLE, end
-        if isinstance(answer, EndConflict):
+            pass
+        except Exception:
+            log.exception("end cannot be written", session=self._name)
+        if isinstance(answer, EndConflict) and end.state is not State.CANCELLED:
             return Event.CANCEL_FOUND, end
-        if answer is None:  # Redis came back empty, and this may just be written again as running
-            return Event.END_UNREACHABLE, end
-        return Event.END_STORED, answer
+        if isinstance(answer, Terminal):
+            return Event.END_STORED, answer
+        # Redis is away, or came back empty, and then this may just be written again as running.
+        return Event.END_UNREACHABLE, end
 
     async def store(self, end: Terminal) -> Terminal | EndConflict | None:
-        """Write an end to Redis, with what is left to be journaled.
+        """Write an end to Redis, with what is left to be journaled; a constant end of its kind where that fails.
 
         Returns:
             The end that stands, a refusal where a cancel was accepted and another end proposed, or None where Redis
@@ -122,7 +135,16 @@ class Finishing:
         Raises:
             StoreUnavailable: it could not be written now.
         """
-        reservation, rest = self._reservation, self._unsaved()
+        try:
+            return await self._store(end, self._unsaved())
+        except StoreUnavailable:
+            raise
+        except Exception:
+            log.exception("end cannot be written with its events", session=self._name)
+            return await self._store(_constant(end.state, end.id), NOTHING)
+
+    async def _store(self, end: Terminal, rest: Batch) -> Terminal | EndConflict | None:
+        reservation = self._reservation
         for _ in range(END_TRIES):
             answer = await self._sessions.end(reservation.session_id, reservation.claim_id, end, rest)
             if not isinstance(answer, EndConflict):
@@ -142,16 +164,26 @@ class Finishing:
                 await self.settle(state)
         except (StoreUnavailable, TimeoutError):
             return False
+        except Exception:
+            log.exception("usage cannot be settled", session=self._name)
+            return False
         return True
 
     async def settle(self, state: State) -> None:
-        """Book what it took; again does no harm.
+        """Book what it took, or the worst case where that cannot be booked. Again does no harm.
 
         Raises:
             StoreUnavailable: it could not be booked now.
         """
         generation_id = self._reader.answer.generation_id
-        await self._settlement.settle(self._reservation, self.spent, state, generation_id)
+        try:
+            await self._settlement.settle(self._reservation, self.spent, state, generation_id)
+        except StoreUnavailable:
+            raise
+        except Exception:
+            log.exception("usage cannot be settled as counted", session=self._name)
+            self.spent = self._at_worst()
+            await self._settlement.settle(self._reservation, self.spent, state, None)
 
     def sample(self) -> Sample | None:
         """What this answer teaches of its model's tokenizer, if it does."""
@@ -176,18 +208,19 @@ class Finishing:
             seconds=self._seconds,
         )
 
-    async def _build(self, proposal: Proposal | None) -> Terminal:
-        try:
-            await self._count_once()
-            return self.terminal(proposal or FINISHED)
-        except Exception:
-            log.exception("end failed", session=short(self._reservation.session_id))
-            return self.terminal(Proposal(Step.FAIL, GenerationFailed()))
-
     async def _count_once(self) -> None:
-        if not self._counted:
+        """Count what the answer took; all that is reserved where it cannot be counted."""
+        if self._counted:
+            return
+        try:
             self.spent = await self._count()
-            self._counted = True
+        except Exception:
+            log.exception("usage cannot be counted", session=self._name)
+            self.spent = self._at_worst()
+        self._counted = True
+
+    def _at_worst(self) -> Usage:
+        return usage_at_worst(self._reservation.worst) if self._reader.asked else Usage()
 
     async def _count(self) -> Usage:
         if self._reader.asked_at is not None:
@@ -201,10 +234,20 @@ class Finishing:
         )
 
     def terminal(self, proposal: Proposal, *, after: int | None = None) -> Terminal:
-        """Return the end that is proposed, numbered behind event ``after``, or behind all events."""
-        step, failure = proposal
-        state = SESSION[step][State.RUNNING]
+        """Return the end that is proposed, numbered behind event ``after``, or behind all events.
+
+        Where it cannot be built, it is a constant one of its kind.
+        """
+        state = SESSION[proposal.step][State.RUNNING]
         at = Cursor(1, (self._feed.last if after is None else after) + 1, end=True)
+        try:
+            return self._build(proposal, state, at)
+        except Exception:
+            log.exception("end cannot be built", session=self._name)
+            return _constant(state, at)
+
+    def _build(self, proposal: Proposal, state: State, at: Cursor) -> Terminal:
+        step, failure = proposal
         if failure is not None:
             return Terminal(state, "error", at, error_data(failure))
         answer = self._reader.answer
@@ -221,3 +264,8 @@ class Finishing:
 
     def _milliseconds(self, at: float | None) -> int | None:
         return None if at is None else round((at - self._started_at) * 1000)
+
+
+def _constant(state: State, at: Cursor) -> Terminal:
+    event, data = LAST_RESORT.get(state, LAST_RESORT[State.FAILED])
+    return Terminal(state, event, at, data)

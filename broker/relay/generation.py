@@ -319,7 +319,7 @@ class Generation:
             for task in owned:
                 task.cancel()
             await asyncio.gather(*owned, return_exceptions=True)
-            await self._reader.close()
+            await self._close_reader()
 
     async def _read_to_the_end(self) -> None:
         reader = self._reading_task
@@ -331,7 +331,13 @@ class Generation:
             failure = None  # once the answer is finished, what becomes of the line does not matter
         self._handle(Event.UPSTREAM_ENDED, FINISHED if failure is None else Proposal(Step.FAIL, failure))
         if not self._reader.answer.complete:
+            await self._close_reader()
+
+    async def _close_reader(self) -> None:
+        try:
             await self._reader.close()
+        except Exception:  # what becomes of the line is no part of the session
+            log.exception("upstream cannot be closed", session=short(self.session_id))
 
     async def _read(self) -> SessionError | None:
         """Read until the upstream ends, and return what failed."""

@@ -81,18 +81,26 @@ class LateEnds:
     async def _try(self, generation: Generation, end: Terminal) -> bool:
         """Whether it is written and booked now."""
         try:
-            standing = await generation.finishing.store(end)
-            if isinstance(
-                standing, EndConflict
-            ):  # a cancel was accepted meanwhile, and that is what later readers get
-                standing = await generation.finishing.store(generation.finishing.terminal(CANCELLED))
-            if isinstance(standing, EndConflict):
-                return False
-            if standing is None and not await self._membership.is_gone():
-                return False  # it may just be written anew as running
-            await generation.finishing.settle((standing or end).state)
+            return await self._write(generation, end)
         except StoreUnavailable:
             return False
+        except Exception:
+            log.exception("late end cannot be written", session=short(generation.session_id))
+            # What it took is booked all the same. It is booked once, however often this is done.
+            await generation.finishing.settle_in_time(end.state)
+            return False
+
+    async def _write(self, generation: Generation, end: Terminal) -> bool:
+        standing = await generation.finishing.store(end)
+        if isinstance(
+            standing, EndConflict
+        ):  # a cancel was accepted meanwhile, which is what later readers get
+            standing = await generation.finishing.store(generation.finishing.terminal(CANCELLED))
+        if isinstance(standing, EndConflict):
+            return False
+        if standing is None and not await self._membership.is_gone():
+            return False  # it may just be written anew as running
+        await generation.finishing.settle((standing or end).state)
         if standing not in (None, end):
             self._kept.drop(generation.session_id)  # later readers get the end that stands
         return True

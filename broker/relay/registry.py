@@ -262,12 +262,12 @@ class Registry:
     def _ended(self, generation: Generation) -> None:
         self._running.pop(generation.session_id, None)
         self._journal.remove(generation)
+        if generation.wrote_its_end:
+            self._kept.add(generation, asyncio.get_running_loop().time())
         if (sample := generation.finishing.sample()) is not None:
             self._tasks.spawn_extra(self._learn(sample))
         if (speed := generation.finishing.speed()) is not None:
             self._tasks.spawn_extra(self._learn_speed(speed))
-        if generation.wrote_its_end:
-            self._kept.add(generation, asyncio.get_running_loop().time())
 
     # Cancelling
 

@@ -28,6 +28,7 @@ from broker.core.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
+from broker.core.foreign import bounded_text
 from broker.core.upstream_errors import fault_in_body, fault_of_status, other_cap, wait_in_headers
 
 if TYPE_CHECKING:
@@ -194,7 +195,8 @@ class UpstreamStream:
     """
 
     def __init__(self, response: httpx2.Response, secrets: tuple[str, ...]) -> None:
-        self.generation_id: str | None = response.headers.get("x-generation-id")
+        told: str | None = response.headers.get("x-generation-id")
+        self.generation_id = bounded_text(told) if told else None
         self.completion: dict[str, Any] | None = None
         self._response = response
         self._secrets = secrets
