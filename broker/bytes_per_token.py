@@ -29,7 +29,7 @@ PATIENCE = 0.05
 PAUSE = 5.0
 """Seconds without any try after Redis has failed."""
 
-MAX_PENDING_BYTES = 1000
+MAX_IN_MEMORY = 1000
 """Models in memory; beyond it, the one goes that was read or taught longest ago."""
 
 MAX_READS = 8
@@ -140,7 +140,7 @@ class BytesPerToken:
         if known is None and before is not None:  # Redis has lost what it knew; this worker need not
             known = before.bytes_per_token
         self._held[name] = _Held(known, self._clock() + FRESH)
-        if len(self._held) > MAX_PENDING_BYTES:
+        if len(self._held) > MAX_IN_MEMORY:
             del self._held[next(iter(self._held))]
 
     def _pause(self) -> None:

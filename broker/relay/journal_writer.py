@@ -49,7 +49,8 @@ REGISTER_AGAIN = 2.0
 their workers' looks, and a call that is slow. Until then nobody is missed."""
 
 MAX_PENDING_BYTES = 256 * 1024 * 1024
-"""Bytes of events that all generations of a worker hold in memory; over it, what is not journaled is dropped."""
+"""Bytes of events that all generations of a worker hold in memory, those that ended and wait for Redis included; over
+it, what is not journaled is dropped."""
 
 
 class Owner(Protocol):
@@ -77,6 +78,7 @@ class JournalWriter:
         self._slot_of: dict[Generation, int] = {}
         self._asked_at: dict[Generation, float] = {}
         self._urgent: set[Generation] = set()
+        self._ended: set[Generation] = set()
         self._added = 0
         self._watch_expiry_suspended_until = float("-inf")
         self._wanted = asyncio.Event()
@@ -145,21 +147,20 @@ class JournalWriter:
             answers = await self._store.append(appends)
         except StoreUnavailable:
             self.suspend_watch_expiry()
-            self._hold_back()
+            self.limit_pending()
             await asyncio.sleep(TICK)
             return False
         now = self._loop.time()
         refused = None in answers
         if refused:
             self.suspend_watch_expiry()
-            self._hold_back()
+            self.limit_pending()
 
         async def note(one: tuple[Generation, Appended | None]) -> None:
             generation, answer = one
             if generation in self._slot_of:  # else it ended while Redis answered
-                self._asked_at[generation] = (
-                    now  # one that was refused is not asked about at every tick, either
-                )
+                # One that was refused is not asked about at every tick, either.
+                self._asked_at[generation] = now
                 if answer is not None:
                     await self._note(generation, answer, owner)
 
@@ -185,9 +186,18 @@ class JournalWriter:
         # Events dropped while Redis was away leave a hole that no batch can be written behind.
         return batch if batch.first == generation.saved + 1 else NOTHING
 
-    def _hold_back(self) -> None:
+    def keep_pending(self, generation: Generation) -> None:
+        """Count what this ended generation holds too, until `release_pending`: Redis does not have its end yet."""
+        self._ended.add(generation)
+        self.limit_pending()
+
+    def release_pending(self, generation: Generation) -> None:
+        """Redis has the end of this generation."""
+        self._ended.discard(generation)
+
+    def limit_pending(self) -> None:
         """Keep what waits for Redis within its bound: the largest feeds give way first."""
-        by_size = sorted(self._slot_of, key=lambda generation: generation.feed.size)
+        by_size = sorted({*self._slot_of, *self._ended}, key=lambda generation: generation.feed.size)
         held = sum(generation.feed.size for generation in by_size)
         while held > MAX_PENDING_BYTES and by_size:
             generation = by_size.pop()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from broker.core.session import Terminal
     from broker.relay.finished_cache import FinishedCache
     from broker.relay.generation import Generation
+    from broker.relay.journal_writer import JournalWriter
     from broker.relay.membership import Membership
     from broker.store.accounts import Reservation
 
@@ -41,6 +42,7 @@ class LateEnds:
     Args:
         kept: this worker's finished sessions.
         membership: knows whether Redis came back empty.
+        journal: bounds what waits for Redis in memory.
         spawn: runs work in the background and owns its task.
     """
 
@@ -48,11 +50,13 @@ class LateEnds:
         self,
         kept: FinishedCache,
         membership: Membership,
+        journal: JournalWriter,
         *,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
         self._kept = kept
         self._membership = membership
+        self._journal = journal
         self._spawn = spawn
         self._waiting: dict[str, Reservation] = {}
         self._loop = asyncio.get_running_loop()
@@ -69,6 +73,7 @@ class LateEnds:
     async def _pursue(self, generation: Generation, end: Terminal) -> None:
         try:
             await generation.ended()
+            self._journal.keep_pending(generation)
             give_up_at = self._loop.time() + TRIED_FOR
             while not await self._try(generation, end):
                 if self._loop.time() >= give_up_at:
@@ -76,6 +81,7 @@ class LateEnds:
                     return
                 await asyncio.sleep(RETRY)
         finally:
+            self._journal.release_pending(generation)
             self._waiting.pop(generation.claim_id, None)
 
     async def _try(self, generation: Generation, end: Terminal) -> bool:
@@ -92,9 +98,8 @@ class LateEnds:
 
     async def _write(self, generation: Generation, end: Terminal) -> bool:
         standing = await generation.finishing.store(end)
-        if isinstance(
-            standing, EndConflict
-        ):  # a cancel was accepted meanwhile, which is what later readers get
+        if isinstance(standing, EndConflict):
+            # A cancel was accepted meanwhile, and that is what later readers get.
             standing = await generation.finishing.store(generation.finishing.terminal(CANCELLED))
         if isinstance(standing, EndConflict):
             return False

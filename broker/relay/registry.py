@@ -114,8 +114,8 @@ class Registry:
             spawn=self._tasks.spawn,
         )
         self._membership = Membership(workers)
-        self._late_ends = LateEnds(self._kept, self._membership, spawn=self._tasks.spawn)
         self._journal = JournalWriter(journal, interval=limits.journal_interval)
+        self._late_ends = LateEnds(self._kept, self._membership, self._journal, spawn=self._tasks.spawn)
         self._ownership = Ownership(
             self._running,
             self._kept,

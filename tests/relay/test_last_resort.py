@@ -16,6 +16,7 @@ from broker.core.replay import Batch
 from broker.core.session import State, Terminal
 from broker.relay.config import GenerationLimits
 from broker.relay.generation import Generation
+from broker.relay.journal_writer import JournalWriter
 from broker.relay.late_ends import LateEnds
 from broker.store.accounts import Reservation
 from broker.store.sessions import EndConflict, Prepared, SessionStatus
@@ -251,7 +252,8 @@ async def test_a_late_end_is_written_and_settled_once_redis_is_back_though_somet
     monkeypatch.setattr("broker.relay.late_ends.RETRY", 0.01)
     world, joined = World(), Joined()
     world.reachable = False
-    late = LateEnds(cast("Any", world), cast("Any", world), spawn=joined.spawn)
+    journal = JournalWriter(cast("Any", None), interval=0.5)
+    late = LateEnds(cast("Any", world), cast("Any", world), journal, spawn=joined.spawn)
     world.write_later = late.add
     end = await end_of(world, "finish")
     assert late.reservations()

@@ -11,7 +11,7 @@ from typing import TypeVar
 import pytest
 import pytest_asyncio
 
-from broker.bytes_per_token import FRESH, MAX_PENDING_BYTES, MAX_READS, PAUSE, BytesPerToken
+from broker.bytes_per_token import FRESH, MAX_IN_MEMORY, MAX_READS, PAUSE, BytesPerToken
 from broker.core.bytes_per_token import Sample, estimate
 from broker.core.errors import StoreUnavailable
 from broker.store.bytes_per_token import KEPT_OF_CLIENT, KEPT_OF_MODEL, MAX_MODELS, TTL, BytesPerTokenStore
@@ -318,9 +318,9 @@ async def test_reads_at_once_are_bounded(gated: Gated, worker: Worker) -> None:
 
 async def test_memory_is_bounded(gated: Gated, worker: Worker) -> None:
     bytes_per_token = worker(gated)
-    await bytes_per_token.of(f"m{number}" for number in range(MAX_PENDING_BYTES))
+    await bytes_per_token.of(f"m{number}" for number in range(MAX_IN_MEMORY))
     await bytes_per_token.of(["one more"])
-    assert len(bytes_per_token._held) == MAX_PENDING_BYTES
+    assert len(bytes_per_token._held) == MAX_IN_MEMORY
     assert "m0" not in bytes_per_token._held
 
 
