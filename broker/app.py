@@ -17,9 +17,10 @@ from broker.core.speed import estimate_speed
 from broker.naming import Naming
 from broker.prepare import Admission
 from broker.relay.config import GenerationLimits, Money, WorkerConfig
-from broker.relay.registry import Registry
+from broker.relay.hub import Hub
 from broker.relay.tasks import keep_running
 from broker.relay.ticker import tick
+from broker.relay.worker import Worker
 from broker.store.accounts import AccountStore
 from broker.store.bytes_per_token import BytesPerTokenStore
 from broker.store.connection import Store
@@ -85,17 +86,21 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
             running_ttl=running_ttl,
             resume_ttl=settings.resume_ttl,
         )
-        registry = app[keys.REGISTRY] = _registry(
-            settings,
-            store,
-            sessions,
-            accounts,
-            upstream,
-            _money(catalog, upstream, bytes_per_token, speeds),
-            running_ttl,
+        worker_id = secrets.token_hex(8)
+        journal = JournalStore(store, worker=worker_id, running_ttl=running_ttl)
+        worker = app[keys.WORKER] = Worker(
+            sessions=sessions,
+            journal=journal,
+            workers=WorkerStore(store, worker=worker_id),
+            accounts=accounts,
+            upstream=upstream,
+            limits=_generation_limits(settings),
+            money=_money(catalog, upstream, bytes_per_token, speeds),
+            config=_worker_config(settings, running_ttl),
         )
-        stack.push_async_callback(registry.close)
-        registry.start()
+        app[keys.HUB] = Hub(worker, sessions=sessions, journal=journal, accounts=accounts)
+        stack.push_async_callback(worker.close)
+        worker.start()
         app[keys.SETTINGS] = settings
         app[keys.STORE_SEEN] = asyncio.Event()
         app[keys.ORIGINS] = Origins(
@@ -117,7 +122,7 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
             idempotency=IdempotencyStore(store, ttl=settings.session_ttl + running_ttl),
         )
         stack.push_async_callback(admission.close)
-        await stack.enter_async_context(_timers(settings, registry))
+        await stack.enter_async_context(_timers(settings, worker))
         yield app
 
 
@@ -177,38 +182,24 @@ def _money(
     )
 
 
-def _registry(
-    settings: Settings,
-    store: Store,
-    sessions: SessionStore,
-    accounts: AccountStore,
-    upstream: UpstreamClient,
-    money: Money,
-    running_ttl: int,
-) -> Registry:
-    worker = secrets.token_hex(8)
-    return Registry(
-        sessions=sessions,
-        journal=JournalStore(store, worker=worker, running_ttl=running_ttl),
-        workers=WorkerStore(store, worker=worker),
-        accounts=accounts,
-        upstream=upstream,
-        bounds=GenerationLimits(
-            first_data_timeout=settings.first_data_timeout,
-            idle_timeout=settings.idle_timeout,
-            deadline=settings.deadline,
-            grace=settings.grace,
-            max_response=settings.max_response,
-            max_retries=settings.max_retries,
-        ),
-        money=money,
-        limits=WorkerConfig(
-            max_streams=settings.max_streams,
-            session_ttl=settings.session_ttl,
-            running_ttl=running_ttl,
-            resume_ttl=settings.resume_ttl,
-            journal_interval=settings.journal_interval_ms / 1000,
-        ),
+def _generation_limits(settings: Settings) -> GenerationLimits:
+    return GenerationLimits(
+        first_data_timeout=settings.first_data_timeout,
+        idle_timeout=settings.idle_timeout,
+        deadline=settings.deadline,
+        grace=settings.grace,
+        max_response=settings.max_response,
+        max_retries=settings.max_retries,
+    )
+
+
+def _worker_config(settings: Settings, running_ttl: int) -> WorkerConfig:
+    return WorkerConfig(
+        max_streams=settings.max_streams,
+        session_ttl=settings.session_ttl,
+        running_ttl=running_ttl,
+        resume_ttl=settings.resume_ttl,
+        journal_interval=settings.journal_interval_ms / 1000,
     )
 
 
@@ -228,8 +219,8 @@ async def _naming(settings: Settings, store: Store) -> AsyncIterator[Naming]:
 
 
 @asynccontextmanager
-async def _timers(settings: Settings, registry: Registry) -> AsyncIterator[None]:
-    work = partial(tick, registry, heartbeat=settings.heartbeat, ping_events=settings.ping_events)
+async def _timers(settings: Settings, worker: Worker) -> AsyncIterator[None]:
+    work = partial(tick, worker, heartbeat=settings.heartbeat, ping_events=settings.ping_events)
     task = asyncio.create_task(keep_running("timers", work))
     try:
         yield

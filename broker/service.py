@@ -80,7 +80,7 @@ async def _serve(
 
             upstream_url = await stack.enter_async_context(rehearsal_beside())
         app = await stack.enter_async_context(build(settings, redis_url, upstream_url))
-        registry = app[keys.REGISTRY]
+        worker = app[keys.WORKER]
         await stack.enter_async_context(_secrets_kept_fresh(settings, load, app))
         runner = Runner(app)
         await runner.setup()
@@ -93,7 +93,7 @@ async def _serve(
         _calm_collector()
         await stopping.wait()
         log.info("draining", seconds=settings.drain_timeout)
-        await registry.drain(settings.drain_timeout)
+        await worker.drain(settings.drain_timeout)
         await site.stop()
     return 0
 

@@ -114,6 +114,6 @@ async def running(redis_url: str, upstream: ScriptedUpstream | str, **settings: 
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             host, port = runner.addresses[0]
             yield Broker(f"http://{host}:{port}", app, http)
-            await app[keys.REGISTRY].drain(0)
+            await app[keys.WORKER].drain(0)
         finally:
             await runner.cleanup()

@@ -139,7 +139,7 @@ class Generation:
         self._abandoning: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
-    # For the registry, the journal, the ticker and the viewers
+    # For the worker, the journal and the viewers
 
     def start(self) -> asyncio.Task[None]:
         """Start the task, which ends by itself and does not raise. It belongs to the caller."""

@@ -22,8 +22,9 @@ from broker.relay.feed import Feed
 from broker.relay.rounds import for_each
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Collection, Iterator
 
+    from broker.relay.viewer import Viewer
     from broker.store.journal import Followed, JournalStore
     from broker.store.sessions import SessionStore
     from broker.store.workers import WorkerStore
@@ -44,23 +45,39 @@ LOOK_AT_ONCE = 64
 
 
 class Mirror:
-    """A session of another worker: its feed, and who watches it here.
+    """A session of another worker, followed here; a `relay.source.Source`.
+
+    Args:
+        session_id: of the session.
+        worker: the worker that runs it.
+        last: number of the last event before those of `feed`.
+        unwatched: is told when the last viewer has left.
 
     Attributes:
-        session_id: which.
-        worker: who owns it.
         feed: its events from the moment it was first watched here; what came before is in the journal.
     """
 
-    def __init__(self, session_id: str, worker: str, last: int) -> None:
+    def __init__(self, session_id: str, worker: str, last: int, unwatched: Callable[[Mirror], None]) -> None:
         self.session_id = session_id
         self.worker = worker
         self.feed = Feed(last)
-        self.viewers = 0
+        self._unwatched = unwatched
+        self._viewers = 0
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Count a viewer for as long as the block runs."""
+        self._viewers += 1
+        try:
+            yield
+        finally:
+            self._viewers -= 1
+            if not self._viewers:
+                self._unwatched(self)
 
 
 class _Opening:
-    """A mirror in the making: for how many viewers, and what was rung for meanwhile."""
+    """A mirror that is being made: for how many viewers, and the notifications that came meanwhile."""
 
     def __init__(self) -> None:
         self.viewers = 0
@@ -75,7 +92,7 @@ class Mirrors:
         sessions: where the end of a dead owner's session is written.
         workers: who lives.
         is_gone: whether a session that Redis does not know is gone for good.
-        close: is told of a mirror whose session is gone, to send its viewers away.
+        viewers: all of this worker; those of a session that is gone are disconnected.
     """
 
     def __init__(
@@ -84,13 +101,13 @@ class Mirrors:
         sessions: SessionStore,
         workers: WorkerStore,
         is_gone: Callable[[], Awaitable[bool]],
-        close: Callable[[Feed], None],
+        viewers: Collection[Viewer],
     ) -> None:
         self._journal = journal
         self._sessions = sessions
         self._workers = workers
         self._is_gone = is_gone
-        self._disconnect = close
+        self._viewers = viewers
         self._open_mirrors: dict[str, Mirror] = {}
         self._opening: dict[str, _Opening] = {}
         self._read_next: set[str] = set()
@@ -105,9 +122,15 @@ class Mirrors:
         """The mirror of a session that is being watched here."""
         return self._open_mirrors.get(session_id)
 
-    def has(self, feed: Feed) -> bool:
-        """Whether a feed is one of the mirrors'."""
-        return any(mirror.feed is feed for mirror in self._open_mirrors.values())
+    def release_viewers(self) -> None:
+        """Disconnect the viewers of all mirrors; their pages will come back, to another worker."""
+        for mirror in tuple(self._open_mirrors.values()):
+            self._release(mirror)
+
+    def _release(self, mirror: Mirror) -> None:
+        for viewer in tuple(self._viewers):
+            if viewer.feed is mirror.feed:
+                viewer.release()
 
     async def open(self, session_id: str, after: int) -> Mirror | State:
         """Register as watching a session, and mirror it; or the state of one that cannot be watched.
@@ -125,7 +148,7 @@ class Mirrors:
             return followed.standing.state
         mirror = self._open_mirrors.get(session_id)
         if mirror is None:
-            mirror = self._open_mirrors[session_id] = _mirror(session_id, followed, after)
+            mirror = self._open_mirrors[session_id] = self._new_mirror(session_id, followed, after)
             for batch in notified:  # before it was there
                 self._tell(mirror, batch)
         if followed.standing.end is not None and mirror.feed.end is None:
@@ -151,19 +174,12 @@ class Mirrors:
         self._read_next.add(session_id)
         self._wake.set()
 
-    @contextmanager
-    def watched(self, mirror: Mirror) -> Iterator[None]:
-        """Count a viewer for as long as the block runs."""
-        mirror.viewers += 1
-        try:
-            yield
-        finally:
-            mirror.viewers -= 1
-            if mirror.viewers == 0 and self._open_mirrors.get(mirror.session_id) is mirror:
-                del self._open_mirrors[mirror.session_id]
-                if mirror.feed.end is None:
-                    self._left.add(mirror.session_id)
-                    self._wake.set()
+    def _on_unwatched(self, mirror: Mirror) -> None:
+        if self._open_mirrors.get(mirror.session_id) is mirror:
+            del self._open_mirrors[mirror.session_id]
+            if mirror.feed.end is None:
+                self._left.add(mirror.session_id)
+                self._wake.set()
 
     def on_notification(self, session_id: str, batch: Batch | None) -> None:
         """The bell rang: here are events, or there is something to read."""
@@ -225,7 +241,7 @@ class Mirrors:
                 if followed.standing.state is not State.GONE:
                     self._note(mirror, followed)
                 elif await self._is_gone():
-                    self._disconnect(mirror.feed)
+                    self._release(mirror)
         if everything and wanted:
             await self._reap({mirror.worker for mirror in wanted})
 
@@ -285,15 +301,15 @@ class Mirrors:
         )
         self._read_soon(mirror.session_id)
 
-
-def _mirror(session_id: str, followed: Followed, after: int) -> Mirror:
-    """A mirror that begins with what its first viewer wants next, where that was read to the journal's end."""
-    try:
-        events, last = read_on(followed.batches, after)
-    except JournalGap:
-        last = after
-    if not followed.last == last > after:
-        return Mirror(session_id, followed.standing.worker, followed.last)
-    mirror = Mirror(session_id, followed.standing.worker, after)
-    mirror.feed.add(Batch(after + 1, last, events), 0.0)
-    return mirror
+    def _new_mirror(self, session_id: str, followed: Followed, after: int) -> Mirror:
+        """Return a mirror that begins with what its first viewer wants next, if that was read to the journal's end."""
+        try:
+            events, last = read_on(followed.batches, after)
+        except JournalGap:
+            last = after
+        worker = followed.standing.worker
+        if not followed.last == last > after:
+            return Mirror(session_id, worker, followed.last, self._on_unwatched)
+        mirror = Mirror(session_id, worker, after, self._on_unwatched)
+        mirror.feed.add(Batch(after + 1, last, events), 0.0)
+        return mirror

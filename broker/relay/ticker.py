@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, NoReturn
 from broker.core.sse import encode_comment, encode_event
 
 if TYPE_CHECKING:
-    from broker.relay.registry import Registry
+    from broker.relay.worker import Worker
 
 TICK = 0.1
 """Seconds between two looks, and so the precision of every limit."""
 
 
-async def tick(registry: Registry, *, heartbeat: float, ping_events: bool) -> NoReturn:
+async def tick(worker: Worker, *, heartbeat: float, ping_events: bool) -> NoReturn:
     """Run until cancelled.
 
     Args:
-        registry: whose generations and viewers.
+        worker: whose generations and viewers.
         heartbeat: seconds of silence after which a viewer is sent a comment.
         ping_events: send a `ping` event as well, for pages that want to see it.
     """
@@ -30,7 +30,7 @@ async def tick(registry: Registry, *, heartbeat: float, ping_events: bool) -> No
     while True:
         await asyncio.sleep(TICK)
         now = loop.time()
-        registry.check(now)
-        for viewer in tuple(registry.viewers):
+        worker.check(now)
+        for viewer in tuple(worker.viewers):
             if now - viewer.written_at >= heartbeat:
                 viewer.beat(beat, now)

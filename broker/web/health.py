@@ -8,7 +8,7 @@ from aiohttp import hdrs
 
 from broker.core.errors import BrokerError, Draining, StoreUnavailable
 from broker.web.errors import RETRY_AFTER, json_response
-from broker.web.keys import REGISTRY, STORE, STORE_SEEN
+from broker.web.keys import STORE, STORE_SEEN, WORKER
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -25,7 +25,7 @@ async def ready(request: web.Request) -> web.Response:
     503 until Redis has answered once, and while draining. When Redis goes away later every worker loses it at once,
     and a proxy that took all of them out would cut every stream; so that is told and is still a 200.
     """
-    if request.app[REGISTRY].draining:
+    if request.app[WORKER].draining:
         return _not_ready("draining", Draining(), "shutting down")
     seen = request.app[STORE_SEEN]
     try:

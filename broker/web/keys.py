@@ -10,7 +10,8 @@ from broker.catalog import Catalog
 from broker.core.accounts import Quotas
 from broker.core.origins import Origins
 from broker.prepare import Admission
-from broker.relay.registry import Registry
+from broker.relay.hub import Hub
+from broker.relay.worker import Worker
 from broker.settings import Settings
 from broker.store.accounts import AccountStore
 from broker.store.connection import Store
@@ -33,7 +34,8 @@ ADMISSION = web.AppKey("admission", Admission)
 IDENTIFIER = web.AppKey("identifier", ClientResolver)
 STORE_SEEN = web.AppKey("store_seen", asyncio.Event)
 """Redis has answered at least once."""
-REGISTRY = web.AppKey("registry", Registry)
+HUB = web.AppKey("hub", Hub)
+WORKER = web.AppKey("worker", Worker)
 UPSTREAM = web.AppKey("upstream", UpstreamClient)
 
 REQUEST_ID = web.RequestKey("request_id", str)

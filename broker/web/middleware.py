@@ -15,7 +15,7 @@ from broker.core.errors import BrokerError, HostNotAllowed, InternalError, Origi
 from broker.core.origins import Verdict
 from broker.core.session import short
 from broker.web.errors import error_response, from_http
-from broker.web.keys import ORIGINS, REFUSED_ORIGINS, REGISTRY, REQUEST_ID
+from broker.web.keys import ORIGINS, REFUSED_ORIGINS, REQUEST_ID, WORKER
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
@@ -88,7 +88,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """A signal for every response, streams included: the request's id, and what CORS wants of it."""
     headers = response.headers
-    if request.app[REGISTRY].draining:
+    if request.app[WORKER].draining:
         response.force_close()
         headers[hdrs.CONNECTION] = "close"  # the library has written its own before it asks us
     headers["X-Request-Id"] = request.get(REQUEST_ID) or new_request_id()

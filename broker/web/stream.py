@@ -16,11 +16,10 @@ from broker.relay.viewer import Viewer
 from broker.store.accounts import BUDGET_RETRY, STREAMS_RETRY
 from broker.web.errors import json_response, may_come_again
 from broker.web.eventstream import EventStream, jitter
-from broker.web.keys import IDENTIFIER, OCCUPANCY, REGISTRY, SETTINGS
+from broker.web.keys import HUB, IDENTIFIER, OCCUPANCY, SETTINGS
 
 if TYPE_CHECKING:
-    from broker.relay.generation import Generation
-    from broker.relay.mirror import Mirror
+    from broker.relay.source import Source
 
 COME_AGAIN_MS = 3000
 """Milliseconds after which a page comes back to a session that cannot be served now."""
@@ -45,7 +44,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
                 raise SessionNotFound
             address = request.app[IDENTIFIER].network(request)
             places.enter_context(request.app[OCCUPANCY].taken(session_id, address))
-            found = await request.app[REGISTRY].find(session_id, cursor)
+            found = await request.app[HUB].find(session_id, cursor)
         except BrokerError as error:
             if not _wants_events(request):
                 raise
@@ -58,19 +57,19 @@ async def cancel(request: web.Request) -> web.Response:
     session_id = request.match_info["session_id"]
     if not is_session_id(session_id):
         raise SessionNotFound
-    before = await request.app[REGISTRY].cancel(session_id)
+    before = await request.app[HUB].cancel(session_id)
     return json_response({"state": before.state}, status=202 if before.accepted else 200)
 
 
 async def _show(
-    request: web.Request, session_id: str, source: Generation | Mirror, cursor: Cursor | None
+    request: web.Request, session_id: str, source: Source, cursor: Cursor | None
 ) -> web.StreamResponse:
     """Let a viewer follow a session to its end."""
-    settings, registry = request.app[SETTINGS], request.app[REGISTRY]
+    settings, hub = request.app[SETTINGS], request.app[HUB]
     response = EventStream(send_timeout=settings.send_timeout)
-    read_journal = partial(registry.read_journal, session_id)
+    read_journal = partial(hub.read_journal, session_id)
     viewer = Viewer(source.feed, read_journal, response, cursor, asyncio.get_running_loop().time())
-    with registry.watching(source, viewer):
+    with hub.watching(source, viewer):
         await response.open(request, jitter(settings.retry_ms))
         async with response:
             await viewer.follow()

@@ -54,7 +54,7 @@ class Afar:
         self.owner = JournalStore(store, worker="owner", running_ttl=500)
         self.sessions = SessionStore(store, session_ttl=600, running_ttl=500, resume_ttl=300)
         self.follower = Mirrors(
-            self.late, self.sessions, WorkerStore(store, worker="follower"), self._never, lambda _: None
+            self.late, self.sessions, WorkerStore(store, worker="follower"), self._never, set()
         )
 
     @staticmethod

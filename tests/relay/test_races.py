@@ -39,7 +39,7 @@ ENOUGH = 128 * 1024
 
 
 def generation_of(broker: Broker, session: str) -> Generation:
-    return broker.app[keys.REGISTRY]._running[session]
+    return broker.app[keys.WORKER].running[session]
 
 
 async def journaled(broker: Broker, session: str, n: int) -> None:

@@ -17,7 +17,7 @@ from tests.money import Ledger, ledger, open_reservations, slots, until
 from tests.system.harness import ValkeyProcess, running_valkey
 
 if TYPE_CHECKING:
-    from broker.relay.registry import Registry
+    from broker.relay.worker import Worker
     from broker.store.connection import Store
     from tests.events import Connection, Event
     from tests.scripted import Call, ScriptedUpstream
@@ -45,8 +45,8 @@ async def full(valkey: ValkeyProcess) -> AsyncIterator[None]:
             await client.config_set("maxmemory", 0)
 
 
-def registry_of(broker: Broker) -> Registry:
-    return broker.app[keys.REGISTRY]
+def worker_of(broker: Broker) -> Worker:
+    return broker.app[keys.WORKER]
 
 
 def store_of(broker: Broker) -> Store:
@@ -164,7 +164,7 @@ async def watched_elsewhere(
             await line.take(1)
             await far.take(1)
             line.cut()
-            await until(lambda: asyncio.sleep(0, not registry_of(owner).viewers))
+            await until(lambda: asyncio.sleep(0, not worker_of(owner).viewers))
             yield Watched(valkey, store_of(owner), session, call, far)
 
 

@@ -42,7 +42,7 @@ async def test_a_redis_that_goes_away_later_is_told_and_takes_nobody_out(upstrea
 
 
 async def test_a_broker_that_drains_is_not_ready(broker: Broker) -> None:
-    await broker.app[keys.REGISTRY].drain(0)
+    await broker.app[keys.WORKER].drain(0)
     answer = await broker.ask("GET", "/health/ready")
     assert (answer.status, answer.json["status"], answer.code) == (503, "draining", "draining")
     assert (await broker.ask("GET", "/health/live")).status == 200

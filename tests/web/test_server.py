@@ -136,7 +136,7 @@ async def test_a_connection_is_kept_for_the_next_request(broker: Broker) -> None
 
 
 async def test_a_worker_that_drains_says_that_it_hangs_up(broker: Broker) -> None:
-    await broker.app[keys.REGISTRY].drain(0)
+    await broker.app[keys.WORKER].drain(0)
     body = json.dumps(QUESTION).encode()
     asked = b"POST /prepare HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     for request in (

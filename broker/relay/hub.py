@@ -1,0 +1,185 @@
+"""The one door for `web`: finds or claims the session that a viewer asks for, and cancels sessions."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+from broker.core.errors import (
+    AlreadyClaimed,
+    Draining,
+    NotYetClaimed,
+    Overloaded,
+    SessionExpired,
+    SessionNotFound,
+    StoreUnavailable,
+)
+from broker.core.events import cancelled_before_start
+from broker.core.session import Cursor, State
+from broker.relay.claiming import Claiming
+from broker.relay.generation import Generation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from broker.core.replay import Batch
+    from broker.relay.mirror import Mirror
+    from broker.relay.source import Source
+    from broker.relay.viewer import Viewer
+    from broker.relay.worker import Worker
+    from broker.store.accounts import AccountStore
+    from broker.store.journal import JournalStore
+    from broker.store.sessions import SessionStore
+
+
+class Cancelled(NamedTuple):
+    """The outcome of a cancel.
+
+    Attributes:
+        state: `CANCELLED`, or the state in which the session had ended before.
+        accepted: the session is certain to end as cancelled, and had not ended before.
+    """
+
+    state: State
+    accepted: bool
+
+
+class Hub:
+    """The sessions that viewers of this worker ask for.
+
+    Args:
+        worker: runs generations and follows those of others.
+        sessions: the states of sessions in Redis.
+        journal: their events in Redis.
+        accounts: slots and budgets.
+    """
+
+    def __init__(
+        self, worker: Worker, *, sessions: SessionStore, journal: JournalStore, accounts: AccountStore
+    ) -> None:
+        self._worker = worker
+        self._sessions = sessions
+        self._journal = journal
+        self._accounts = accounts
+        self._config = worker.config
+        self._claiming = Claiming(
+            sessions,
+            accounts,
+            worker=worker.id,
+            give_up_after=self._config.session_ttl + self._config.running_ttl,
+            begin=worker.start_generation,
+            spawn=worker.tasks.spawn,
+        )
+
+    async def find(self, session_id: str, cursor: Cursor | None) -> Source:
+        """Return what to watch of a session.
+
+        A request without a cursor claims a prepared session. One with a cursor never does.
+
+        Raises:
+            SessionNotFound, SessionExpired: there is none (any more).
+            AlreadyClaimed: it has been streamed, and resuming is off.
+            StoreUnavailable, Draining, Overloaded, NotYetClaimed: not now; the page should come again.
+        """
+        here = self._here(session_id)
+        if here is not None:
+            self._check_resuming()
+            return here
+        if cursor is None and (won := await self._claim(session_id)) is not None:
+            return won
+        return await self._mirror(session_id, cursor)
+
+    @contextmanager
+    def watching(self, source: Source, viewer: Viewer) -> Iterator[None]:
+        """Count a viewer, and send it heartbeats, for as long as the block runs."""
+        with source.watched():
+            self._worker.viewers.add(viewer)
+            try:
+                yield
+            finally:
+                self._worker.viewers.discard(viewer)
+
+    async def read_journal(self, session_id: str, after: int) -> list[Batch]:
+        """Return a part of a session's journal, for a viewer that is behind what is in memory.
+
+        Raises:
+            StoreUnavailable: Redis cannot be reached, or does not have it now; the page that comes again learns which.
+        """
+        batches = await self._journal.read(session_id, after)
+        if batches is None:
+            raise StoreUnavailable
+        return batches
+
+    async def cancel(self, session_id: str) -> Cancelled:
+        """Stop a session, on whatever worker it runs.
+
+        Raises:
+            SessionNotFound: there is none.
+            StoreUnavailable: it is not this worker's, and Redis is away.
+        """
+        here = self._here(session_id)
+        if here is not None:
+            accepted = here.cancel()
+            state = await here.ended()  # it is certain once it is written: this worker may die at any moment
+            return Cancelled(state, accepted=accepted and state is State.CANCELLED)
+        withdrawn = self._claiming.withdraw(session_id)
+        status = await self._sessions.cancel(session_id, cancelled_before_start())
+        if status.state is State.GONE:
+            await self._raise_gone(None)
+        if status.state is State.PREPARED:
+            await self._forget(session_id)
+        accepted = status.state in (State.PREPARED, State.RUNNING)
+        if withdrawn and status.state is State.CANCELLED:
+            accepted = True  # by the end of the claim's pursuit, which was faster
+        return Cancelled(State.CANCELLED if accepted else status.state, accepted=accepted)
+
+    def _here(self, session_id: str) -> Generation | None:
+        return self._worker.running.get(session_id) or self._worker.finished.get(session_id)
+
+    async def _claim(self, session_id: str) -> Generation | None:
+        """Claim a session. Returns None if it cannot be claimed; `_mirror` finds out why."""
+        if session_id not in self._claiming:
+            if self._worker.draining:
+                raise Draining
+            if len(self._worker.running) + len(self._claiming) >= self._config.max_streams:
+                raise Overloaded
+        outcome = await self._claiming.claim(session_id)
+        if isinstance(outcome, Generation):
+            if outcome.was_watched:  # by another viewer that waited for the same claim
+                self._check_resuming()
+            return outcome
+        if outcome.state is State.GONE:
+            await self._raise_gone(None)
+        return None
+
+    async def _mirror(self, session_id: str, cursor: Cursor | None) -> Mirror:
+        mirrors = self._worker.mirrors
+        mirror = mirrors.get(session_id)
+        if mirror is not None:
+            return mirror
+        if self._worker.draining:
+            raise Draining
+        # A viewer that is refused must not be registered. What was never claimed was never streamed.
+        if self._config.resume_ttl == 0 and (await self._journal.look(session_id)).worker:
+            raise AlreadyClaimed
+        opened = await mirrors.open(session_id, cursor.n if cursor is not None else 0)
+        if opened is State.GONE:
+            await self._raise_gone(cursor)
+        if isinstance(opened, State):
+            raise NotYetClaimed
+        return opened
+
+    def _check_resuming(self) -> None:
+        if self._config.resume_ttl == 0:
+            raise AlreadyClaimed
+
+    async def _raise_gone(self, cursor: Cursor | None) -> None:
+        if not await self._worker.membership.is_gone():
+            raise StoreUnavailable
+        raise SessionNotFound if cursor is None else SessionExpired
+
+    async def _forget(self, session_id: str) -> None:
+        """Free the pending place of a cancelled session. If Redis cannot be reached now, it expires."""
+        with suppress(StoreUnavailable):
+            if (session := await self._sessions.describe(session_id)) is not None:
+                await self._accounts.forget(session.client, session_id)

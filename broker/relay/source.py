@@ -1,0 +1,20 @@
+"""What a viewer watches: a generation of this worker, or the mirror of another worker's."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from broker.relay.feed import Feed
+
+
+class Source(Protocol):
+    """The events of one session, as a viewer gets them on this worker."""
+
+    @property
+    def feed(self) -> Feed:
+        """The events in memory, and the end once there is one."""
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Count a viewer for as long as the block runs, so that the session is not abandoned."""

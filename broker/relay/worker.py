@@ -1,0 +1,192 @@
+"""This worker: what runs on it, the tasks that keep it going, and how it stops.
+
+It starts generations and owns their tasks. Which session a viewer gets, and from where, is for `relay.hub`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING
+
+import structlog
+
+from broker.core.errors import StoreUnavailable
+from broker.relay.finished_cache import FinishedCache
+from broker.relay.generation import Generation
+from broker.relay.journal_writer import JournalWriter
+from broker.relay.late_ends import LateEnds
+from broker.relay.membership import Membership
+from broker.relay.mirror import Mirrors
+from broker.relay.ownership import Ownership
+from broker.relay.reaper import Reaper
+from broker.relay.settlement import Settlement
+from broker.relay.tasks import Tasks
+
+if TYPE_CHECKING:
+    from broker.relay.config import GenerationLimits, Money, WorkerConfig
+    from broker.relay.viewer import Viewer
+    from broker.store.accounts import AccountStore, Reservation
+    from broker.store.journal import JournalStore
+    from broker.store.sessions import Prepared, SessionStore
+    from broker.store.workers import Notification, WorkerStore
+    from broker.upstream.client import UpstreamClient
+
+log = structlog.get_logger(__name__)
+
+SHUTDOWN_TIMEOUT = 3.0
+"""Seconds that stopped generations have for their ends."""
+
+
+class Worker:
+    """The generations of this worker, and its background tasks.
+
+    Args:
+        sessions: their states in Redis.
+        journal: their events in Redis.
+        workers: the workers in Redis, and which of them this one is.
+        upstream: the model side.
+        limits: of each generation.
+        accounts: slots, budgets and the usage ledger.
+        money: what settling needs to know.
+        config: of this worker.
+
+    Attributes:
+        draining: nothing new is started.
+        running: the generations that run here, by session id.
+        finished: generations that ended here a short while ago.
+        viewers: all viewers of this worker.
+        mirrors: sessions of other workers that are watched here.
+        membership: this worker among the others.
+        tasks: owns the tasks of this worker.
+        config: as given.
+    """
+
+    def __init__(
+        self,
+        *,
+        sessions: SessionStore,
+        journal: JournalStore,
+        workers: WorkerStore,
+        upstream: UpstreamClient,
+        limits: GenerationLimits,
+        accounts: AccountStore,
+        money: Money,
+        config: WorkerConfig,
+    ) -> None:
+        self.draining = False
+        self.running: dict[str, Generation] = {}
+        self.finished = FinishedCache(config.resume_ttl)
+        self.viewers: set[Viewer] = set()
+        self.tasks = Tasks()
+        self.config = config
+        self._sessions = sessions
+        self._workers = workers
+        self._upstream = upstream
+        self._limits = limits
+        self._learn, self._learn_speed = money.learn, money.learn_speed
+        self._settlement = Settlement(accounts, money, spawn=self.tasks.spawn_extra)
+        self.membership = Membership(workers)
+        self._journal = JournalWriter(journal, interval=config.journal_interval)
+        self._late_ends = LateEnds(self.finished, self.membership, self._journal, spawn=self.tasks.spawn)
+        self._ownership = Ownership(
+            self.running,
+            self.finished,
+            worker=workers.worker,
+            sessions=sessions,
+            accounts=accounts,
+            reads=journal,
+            writes=self._journal,
+            membership=self.membership,
+            resuming=config.resume_ttl > 0,
+            spawn=self.tasks.spawn,
+        )
+        self._reaper = Reaper(accounts, sessions, journal, workers, self._settlement)
+        self.mirrors = Mirrors(journal, sessions, workers, self.membership.is_gone, self.viewers)
+
+    @property
+    def id(self) -> str:
+        """This worker's id in Redis."""
+        return self._workers.worker
+
+    def start(self) -> None:
+        """Start the background tasks of this worker."""
+        self.tasks.keep_running(
+            {
+                "lease": self.membership.run,
+                "notifications": partial(self.membership.listen, self._on_notification),
+                "rewriting": partial(self.membership.rewrite_sessions, self._ownership.rewrite_sessions),
+                "journal": partial(self._journal.run, self._ownership),
+                "mirrors": self.mirrors.run,
+                "reservations": partial(self._reaper.run, self._reservations),
+            }
+        )
+
+    def start_generation(self, session_id: str, reservation: Reservation, prepared: Prepared) -> Generation:
+        """Start the one generation of a session that was claimed here."""
+        generation = Generation(
+            session_id,
+            reservation,
+            prepared,
+            upstream=self._upstream,
+            sessions=self._sessions,
+            bounds=self._limits,
+            settlement=self._settlement,
+            journal=self._journal if self.config.resume_ttl > 0 else None,
+            ownership=self._ownership,
+            write_later=self._late_ends.add,
+        )
+        self.running[session_id] = generation
+        self._journal.add(generation)
+        task = generation.start()
+        task.add_done_callback(lambda _: self._ended(generation))
+        self.tasks.adopt(task)
+        return generation
+
+    def check(self, now: float) -> None:
+        """Look at the timers of every generation, and drop finished ones whose time is over."""
+        self._ownership.tick(now)
+        for generation in tuple(self.running.values()):
+            generation.check(now)
+        self.finished.expire(now)
+
+    async def drain(self, timeout: float) -> None:
+        """Start nothing more, let what runs finish for ``timeout`` seconds, and end the rest."""
+        self.draining = True
+        self.mirrors.release_viewers()
+        await self.tasks.finish(timeout)
+        for generation in tuple(self.running.values()):
+            generation.shut_down()
+        await self.tasks.finish(SHUTDOWN_TIMEOUT)
+
+    async def close(self) -> None:
+        """Cancel the tasks that are left, and give the lease back."""
+        await self.tasks.close()
+        try:
+            await self._workers.resign()
+        except StoreUnavailable:
+            log.info("the lease ends by itself")
+
+    def _reservations(self) -> list[Reservation]:
+        running = (generation.reservation for generation in self.running.values())
+        return list({each.claim_id: each for each in (*running, *self._late_ends.reservations())}.values())
+
+    def _ended(self, generation: Generation) -> None:
+        self.running.pop(generation.session_id, None)
+        self._journal.remove(generation)
+        if generation.wrote_its_end:
+            self.finished.add(generation, asyncio.get_running_loop().time())
+        if (sample := generation.finishing.sample()) is not None:
+            self.tasks.spawn_extra(self._learn(sample))
+        if (speed := generation.finishing.speed()) is not None:
+            self.tasks.spawn_extra(self._learn_speed(speed))
+
+    def _on_notification(self, notification: Notification) -> None:
+        generation = self.running.get(notification.session_id)
+        if notification.kind == "cancel" and generation is not None:
+            generation.cancel()
+        elif notification.kind == "watched" and generation is not None:
+            generation.note_elsewhere(watched=True)
+            self._journal.flush_soon(generation)
+        elif notification.kind in ("news", "ended"):
+            self.mirrors.on_notification(notification.session_id, notification.batch)
