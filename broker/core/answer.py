@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from broker.core.errors import UpstreamError, UpstreamFailed, UpstreamInvalid
-from broker.core.foreign import bounded_object, bounded_text
+from broker.core.foreign import bounded_object, bounded_text, is_too_large_to_parse
 from broker.core.upstream_errors import fault_in_stream
 
 if TYPE_CHECKING:
@@ -29,6 +29,12 @@ _ENDS = frozenset({DONE, b'"[DONE]"', b"'[DONE]'"})
 
 _MAY_FAIL = frozenset({"error", "error_message", "base_resp"})
 """Keys of a chunk that tell of a failure, where they are not empty."""
+
+_MAX_LENIENT = 1024 * 1024
+"""Bytes of a chunk that is no strict JSON and is read all the same."""
+
+_MAX_LENIENT_VALUES = 20_000
+"""Values of such a chunk."""
 
 _COUNTED = (
     *("prompt_tokens", "completion_tokens", "total_tokens"),
@@ -342,6 +348,8 @@ def is_readable(data: bytes) -> bool:
 
 def _parse(data: bytes) -> tuple[bytes, dict[str, Any]]:
     """The chunk as JSON, and as bytes that a JSON parser of a page will read alike."""
+    if is_too_large_to_parse(data):
+        raise UpstreamInvalid
     try:
         chunk = orjson.loads(data)
     except orjson.JSONDecodeError:
@@ -355,6 +363,9 @@ def _parse_leniently(data: bytes) -> tuple[bytes, Any]:
     # Half a surrogate pair, as a model that is cut between tokens writes it, and a number beyond all floats are fine
     # for a page's JSON.parse and not for orjson. Bytes that are no UTF-8 become U+FFFD, as the event stream format
     # itself decodes them. What we read for ourselves may have to be written again, so there it is made harmless.
+    # Each number is a call of ours here, and so is each text a copy.
+    if len(data) > _MAX_LENIENT or is_too_large_to_parse(data, most_values=_MAX_LENIENT_VALUES):
+        raise UpstreamInvalid
     text = data.decode("utf-8", "replace")
     try:
         chunk = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_finite)

@@ -22,11 +22,26 @@ MAX_MEMBER = 1024
 MAX_MEMBERS = 64
 """Members that are kept of an object that is too large."""
 
+SMALL = 64 * 1024
+"""Bytes of JSON that can be parsed whatever stands in it."""
+
+MAX_VALUES = 100_000
+"""Values of a chunk or a whole answer; the parser and we take some 30 ms for so many."""
+
 MAX_TEXT = 512
 """Characters of a name, an id or a reason."""
 
 MAX_DEPTH = 32
 """Arrays and objects of a kept object that may stand inside each other; those who read it may count from outside."""
+
+
+def is_too_large_to_parse(data: bytes, *, most_values: int = MAX_VALUES) -> bool:
+    """Return True for JSON of so many values that parsing it, and looking at each, would hold up everybody else.
+
+    Counts commas, at the speed of C: there are no more values than commas and levels of nesting, and a parser bounds
+    the latter. Commas in texts count as well.
+    """
+    return len(data) > SMALL and data.count(b",") > most_values
 
 
 def bounded_object(value: dict[str, Any], *, first: Iterable[str] = ()) -> dict[str, Any]:

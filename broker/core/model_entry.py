@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from broker.core.foreign import fits, is_too_large_to_parse
 from broker.core.pricing import Prices, dearest_list, is_free, parse_prices
 
 if TYPE_CHECKING:
@@ -21,6 +22,22 @@ if TYPE_CHECKING:
 # https://openrouter.ai/docs/guides/routing/model-variants. All others (":free", ":extended", ":thinking") are models
 # of their own, with their own prices and context, and ":online" adds the price of a web search.
 ROUTING_SUFFIXES = frozenset({"nitro", "floor", "exacto"})
+
+
+MAX_LIST_BYTES = 16 * 1024 * 1024
+"""OpenRouter's list of some 500 models takes two or three MB."""
+
+MAX_LIST_VALUES = 1_000_000
+"""JSON values of a list; OpenRouter's has some 60 for each model."""
+
+MAX_MODELS = 10_000
+"""Entries that are kept of a list."""
+
+MAX_ENTRY = 64 * 1024
+"""Bytes of JSON of an entry; a larger one is left out."""
+
+MAX_ID = 256
+"""Characters of an id; it is compared with globs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,23 +96,33 @@ class Listing:
 
 
 def parse_models(body: bytes) -> Models:
-    """Read the upstream's answer. Entries without an id are left out, and of several with one id the first stays.
+    """Read the upstream's answer: an object with a list under ``data``, or a bare list. ``data: null`` is an empty one.
+
+    Entries without an id, and those that are too large, are left out, and of several with one id the first stays.
 
     Raises:
-        ValueError: it is no JSON object with a list under ``data``, or nested absurdly deep.
+        ValueError: it is no list of models, or too large to be read.
     """
+    if len(body) > MAX_LIST_BYTES or is_too_large_to_parse(body, most_values=MAX_LIST_VALUES):
+        raise ValueError("too large for a list of models")
     document = orjson.loads(body)
-    data = document.get("data") if isinstance(document, dict) else None
+    data = document
+    if isinstance(document, dict) and "data" in document:
+        data = [] if document["data"] is None else document["data"]
     if not isinstance(data, list):
         raise ValueError("no list of models")  # noqa: TRY004 - bad data of others, as bad JSON is
     raw_by_id: dict[str, dict[str, Any]] = {}
     for raw in data:
-        if isinstance(raw, dict) and isinstance(raw.get("id"), str) and raw["id"]:
-            raw_by_id.setdefault(raw["id"], raw)
-    try:
-        models = {model_id: _model(raw) for model_id, raw in raw_by_id.items()}
-    except orjson.JSONEncodeError:
-        raise ValueError("an entry is nested too deeply to be written again") from None
+        if len(raw_by_id) >= MAX_MODELS:
+            break
+        if (
+            isinstance(raw, dict)
+            and _is_id(raw.get("id"))
+            and raw["id"] not in raw_by_id
+            and fits(raw, MAX_ENTRY)
+        ):
+            raw_by_id[raw["id"]] = raw
+    models = {model_id: _model(raw) for model_id, raw in raw_by_id.items()}
     slugs = {slug: models[model_id] for slug, model_id in _unique_slugs(raw_by_id).items()}
     openrouter = not models or any("pricing" in raw for raw in raw_by_id.values())
     dearest = dearest_list(model.prices for model in models.values() if model.prices is not None)
@@ -132,6 +159,10 @@ def write_listing(models: Iterable[Model]) -> Listing:
     """The answer that lists these models."""
     body = b'{"data":[' + b",".join(model.entry for model in models) + b"]}"
     return Listing(body, sha256(body).hexdigest()[:32])
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_ID
 
 
 def _model(raw: dict[str, Any]) -> Model:

@@ -6,8 +6,9 @@ opened: the range of a documented parameter stays what it is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from functools import lru_cache
 from types import UnionType
 from typing import (
@@ -28,6 +29,12 @@ from typing_extensions import get_type_hints, is_typeddict
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+MAX_PATH = 256
+"""Characters of a dotted name that can be opened."""
+
+MAX_KEYS = 1000
+"""Keys of an object of which some can be opened; of a larger one none is, and what is not known of it is refused."""
+
 _WILDCARDS = "*?["
 
 
@@ -46,13 +53,15 @@ class Opened:
             for end, character in enumerate(name)
             if character == "." and not any(mark in name for mark in _WILDCARDS)
         )
+        # One expression for all: `fnmatchcase` for each glob and key takes twice as long for the largest body.
+        self._match = re.compile("|".join(map(translate, self._globs))).match if self._globs else None
         self._anywhere = any(mark in name for name in self._globs for mark in _WILDCARDS)
 
     def __bool__(self) -> bool:
         return bool(self._globs)
 
     def __contains__(self, path: str) -> bool:
-        return any(fnmatchcase(path, glob) for glob in self._globs)
+        return len(path) <= MAX_PATH and self._match is not None and self._match(path) is not None
 
     def leads_below(self, path: str) -> bool:
         """Return True if a name of the list may stand below this path."""
@@ -75,7 +84,7 @@ def without_opened(value: Any, kind: Any, opened: Opened, path: str = "") -> Any
         return value
     if shape.item is not None and isinstance(value, list):
         return [without_opened(each, shape.item, opened, path) for each in value]
-    if shape.keys is None or not isinstance(value, dict):
+    if shape.keys is None or not isinstance(value, dict) or len(value) > MAX_KEYS:
         return value
     kept = {}
     for key, each in value.items():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from broker.core.errors import StoreUnavailable
+from broker.core.session import short
 from broker.relay.finished_cache import FinishedCache
 from broker.relay.generation import Generation
 from broker.relay.journal_writer import JournalWriter
@@ -176,9 +177,17 @@ class Worker:
         self._journal.remove(generation)
         if generation.wrote_its_end:
             self.finished.add(generation, asyncio.get_running_loop().time())
-        if (sample := generation.finishing.sample()) is not None:
+        self._learn_from(generation)
+
+    def _learn_from(self, generation: Generation) -> None:
+        try:
+            sample, speed = generation.finishing.sample(), generation.finishing.speed()
+        except Exception:  # what an upstream tells may be odd, and nobody waits for what it teaches
+            log.exception("nothing learned", session=short(generation.session_id))
+            return
+        if sample is not None:
             self.tasks.spawn_extra(self._learn(sample))
-        if (speed := generation.finishing.speed()) is not None:
+        if speed is not None:
             self.tasks.spawn_extra(self._learn_speed(speed))
 
     def _on_notification(self, notification: Notification) -> None:

@@ -28,7 +28,7 @@ from broker.core.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from broker.core.foreign import bounded_text
+from broker.core.foreign import bounded_text, is_too_large_to_parse
 from broker.core.upstream_errors import fault_in_body, fault_of_status, other_cap, wait_in_headers
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ KEEPALIVE = 4.0
 that moment is lost for good, for it must not be sent twice."""
 
 MAX_ERROR_BODY = 64 * 1024
-"""Bytes read of a refusal; what is longer is not understood."""
+"""Bytes read of a refusal, or of the record of a generation; what is longer is not understood."""
 
 MAX_HEAD = 4 * 1024
 """Bytes of an answer within which a line must show that it is an event stream."""
@@ -98,7 +98,7 @@ class UpstreamClient:
             limits=httpx2.Limits(max_connections=max_connections, keepalive_expiry=KEEPALIVE),
             trust_env=False,
             proxy=proxy,
-            event_hooks={"response": [_bound_error_body]},
+            event_hooks={"response": [_bound_body]},
         )
         self.openai = AsyncOpenAI(
             base_url=base_url,
@@ -240,9 +240,10 @@ class UpstreamStream:
             await self._response.aclose()
 
 
-async def _bound_error_body(response: httpx2.Response) -> None:
-    """The SDK reads the whole body of a refusal; see to it that there is an end to it."""
-    if not response.is_success and isinstance(response.stream, httpx2.AsyncByteStream):
+async def _bound_body(response: httpx2.Response) -> None:
+    """The SDK reads the whole body of a refusal or a record; see to it that there is an end to it."""
+    is_read_whole = not response.is_success or response.request.url.path.endswith("/generation")
+    if is_read_whole and isinstance(response.stream, httpx2.AsyncByteStream):
         response.stream = _Beginning(response.stream)
 
 
@@ -278,7 +279,7 @@ async def _head(blocks: AsyncIterator[bytes]) -> tuple[bytes, bool | None]:
     """
     head = b""
     async for block in blocks:
-        head += block
+        head += block  # few and small: it ends with the first block that is over 4 KiB in all
         start = head[:MAX_HEAD].removeprefix(_BOM)
         if any(line.startswith(_FIELDS) for line in start.splitlines()):
             return head, True
@@ -288,7 +289,9 @@ async def _head(blocks: AsyncIterator[bytes]) -> tuple[bytes, bool | None]:
 
 
 def _json(body: bytes) -> Any:
-    """The document, as leniently as it can be read; None for what is none."""
+    """The document, as leniently as it can be read; None for what is none, or has too many values."""
+    if is_too_large_to_parse(body):
+        return None
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError:

@@ -16,15 +16,13 @@ import structlog
 from openai import APIStatusError, AsyncOpenAI, OpenAIError
 
 from broker.core.errors import ModelsUnavailable
+from broker.core.model_entry import MAX_LIST_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FETCH_TIMEOUT = 10.0
 """Seconds for the whole fetch, connecting included."""
-
-MAX_LIST_BYTES = 32 * 1024 * 1024
-"""OpenRouter's list of some 500 models takes two or three MB."""
 
 log = structlog.get_logger(__name__)
 

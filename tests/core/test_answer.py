@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
+import orjson
 import pytest
 
 from broker.core.answer import Answer
@@ -14,6 +16,9 @@ from broker.core.errors import (
     UpstreamPaymentRequired,
     UpstreamRateLimited,
 )
+from broker.core.foreign import MAX_VALUES
+
+USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15, "cost": 0.5}
 
 
 def read(*chunks: Any) -> Answer:
@@ -414,3 +419,40 @@ def test_a_chunk_of_half_characters_is_known_by_names_that_can_be_written() -> N
     answer = read(b'{"model": "a\\ud83d", "usage": {"\\ud83d": 123456789012345678901234567890}}')
     assert answer.model == "a?"
     assert json.dumps(answer.usage).encode()
+
+
+MANY = MAX_VALUES + 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"choices":[{"delta":{"content":[' + b'"",' * MANY + b'""]}}]}',
+        b'{"x":[' + b"{}," * MANY + b"{}]}",
+        b"[" + b"[]," * (4 * MANY) + b"[]]",
+        b'{"x":"\\ud800","y":[' + b"1.5e3," * MANY + b"0]}",
+    ],
+    ids=["parts", "objects", "lists", "lenient"],
+)
+def test_a_chunk_of_too_many_values_is_refused_at_once(data: bytes) -> None:
+    started = time.perf_counter()
+    with pytest.raises(UpstreamInvalid):
+        Answer().read(data)
+    assert time.perf_counter() - started < 0.05
+
+
+def test_a_large_text_in_one_chunk_is_read() -> None:
+    data = orjson.dumps({"choices": [{"delta": {"content": "x" * 4_000_000}}]})
+    answer = Answer()
+    assert answer.read(data) == data
+    assert answer.text_bytes == 4_000_000
+
+
+@pytest.mark.parametrize("before", [10, 20_000])
+def test_counts_are_kept_of_a_usage_that_is_too_large(before: int) -> None:
+    usage = {f"k{n}": "x" * 100 for n in range(before)} | {"huge": "y" * 70_000, **USAGE}
+    answer = Answer()
+    answer.read(orjson.dumps({"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": usage}))
+    assert answer.usage is not None
+    assert {name: answer.usage[name] for name in USAGE} == USAGE
+    assert len(orjson.dumps(answer.usage)) < 70_000

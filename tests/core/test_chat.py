@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import pytest
@@ -350,6 +351,18 @@ def test_a_dotted_name_opens_a_nested_key(name: str, document: Any, field: str) 
     for opened in ((name,), ("unrelated", f"{head}.*"), (f"{name[:-1]}?",)):
         request = accept(document, rules(*opened))
         assert request.messages == document["messages"]
+
+
+@pytest.mark.parametrize("glob", ["provider.*", "*.*", "provider.k?*"])
+def test_globs_open_no_object_of_very_many_keys(glob: str) -> None:
+    for count, accepted in ((1000, True), (1001, False), (49_000, False)):
+        document = chat(provider={f"k{n}{'x' * 10}": 0 for n in range(count)})
+        started = time.perf_counter()
+        if accepted:
+            accept(document, rules(glob))
+        else:
+            assert fields(document, rules(glob)) == ["body"]
+        assert time.perf_counter() - started < 0.2
 
 
 def test_a_dotted_name_opens_no_documented_range_and_hides_no_other_fault() -> None:

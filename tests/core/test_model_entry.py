@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import orjson
 import pytest
 
 from broker.core.model_entry import (
+    MAX_ENTRY,
+    MAX_ID,
+    MAX_LIST_BYTES,
+    MAX_LIST_VALUES,
+    MAX_MODELS,
     Model,
     Models,
     allows,
@@ -95,18 +101,58 @@ def test_of_two_entries_with_one_id_the_first_stays() -> None:
     assert [model.name for model in models.entries] == ["first"]
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"<html>", b"[]", b"null", b"{}", b'{"data":{}}', b'{"data":null}', b'{"data":[]', b"\xff"]
-)
+@pytest.mark.parametrize("body", [b"", b"<html>", b"null", b"{}", b'{"data":{}}', b'{"data":[]', b"\xff"])
 def test_an_answer_that_is_no_list_is_refused(body: bytes) -> None:
     with pytest.raises(ValueError, match=r".+"):
         parse_models(body)
 
 
-def test_an_entry_too_deep_to_be_written_again_is_refused() -> None:
-    deep = b'{"data":[{"id":"m","x":' + b"[" * 500 + b"]" * 500 + b"}]}"
-    with pytest.raises(ValueError, match="nested"):
-        parse_models(deep)
+@pytest.mark.parametrize("body", [b"[]", b'{"data":null}', b'{"data":[]}'])
+def test_a_list_may_be_empty(body: bytes) -> None:
+    assert parse_models(body).entries == ()
+
+
+def test_a_bare_list_is_a_list() -> None:
+    assert [model.id for model in parse_models(orjson.dumps([MINI, LLAMA])).entries] == [
+        MINI["id"],
+        LLAMA["id"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b'{"id":"m","x":' + b"[" * 500 + b"]" * 500 + b"}",
+        b'{"id":"m","x":' + b'{"a":' * 100 + b"1" + b"}" * 100 + b"}",
+        b'{"id":"m","description":"' + b"x" * MAX_ENTRY + b'"}',
+        b'{"id":"' + b"m" * (MAX_ID + 1) + b'"}',
+        b'{"id":"m","x":[' + b"0," * MAX_ENTRY + b"0]}",
+    ],
+    ids=["deep list", "deep object", "large", "long id", "many values"],
+)
+def test_an_entry_that_is_too_large_is_left_out_and_the_others_stay(odd: bytes) -> None:
+    models = parse_models(b'{"data":[' + odd + b"," + orjson.dumps(MINI) + b"]}")
+    assert [model.id for model in models.entries] == [MINI["id"]]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"data":[' + b'{"id":"a"},' * (MAX_LIST_VALUES + 1) + b"{}]}",
+        b'{"data":["' + b"x" * MAX_LIST_BYTES + b'"]}',
+    ],
+    ids=["values", "bytes"],
+)
+def test_a_list_that_is_too_large_is_refused_at_once(body: bytes) -> None:
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="too large"):
+        parse_models(body)
+    assert time.perf_counter() - started < 0.05
+
+
+def test_of_too_many_models_the_first_are_kept() -> None:
+    body = orjson.dumps({"data": [{"id": f"m{n}"} for n in range(MAX_MODELS + 5)]})
+    assert len(parse_models(body).entries) == MAX_MODELS
 
 
 def test_a_model_is_found_by_id_and_by_canonical_slug() -> None:

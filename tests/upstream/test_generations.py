@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from broker.core.errors import UpstreamError, UpstreamUnauthorized, UpstreamUnavailable
-from broker.upstream.client import UpstreamClient
+from broker.upstream.client import MAX_ERROR_BODY, UpstreamClient
 from broker.upstream.generations import fetch_generation
 
 if TYPE_CHECKING:
@@ -94,6 +95,12 @@ async def test_an_answer_without_a_record_means_not_yet(body: bytes) -> None:
 @pytest.mark.parametrize("body", [b"", b"<html>Welcome</html>"])
 async def test_a_page_in_place_of_a_record_means_not_yet(body: bytes) -> None:
     assert await fetched(200, body) is None
+
+
+@pytest.mark.parametrize("size", [4 * MAX_ERROR_BODY, 50_000_000])
+async def test_a_record_without_an_end_is_not_read_to_its_end(size: int) -> None:
+    async with asyncio.timeout(10):
+        assert await fetched(200, b'{"data": {"id": "gen-1", "x": "' + b"y" * size + b'"}}') is None
 
 
 @pytest.mark.parametrize(("status", "error"), [(401, UpstreamUnauthorized), (500, UpstreamUnavailable)])
