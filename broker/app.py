@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from broker.bytes_per_token import BytesPerToken
 from broker.catalog import Catalog
 from broker.core.accounts import Quotas
+from broker.core.errors import StoreUnavailable
 from broker.core.origins import Origins
 from broker.core.pricing import to_nano
 from broker.core.speed import estimate_speed
@@ -123,6 +124,8 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         )
         stack.push_async_callback(admission.close)
         await stack.enter_async_context(_timers(settings, worker))
+        with suppress(StoreUnavailable):
+            await store.load_scripts()
         yield app
 
 

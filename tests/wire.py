@@ -16,7 +16,7 @@ class Wire:
         url: where it begins.
         delay: seconds that every packet takes, either way.
         hold: the packet to Redis with these words waits, and all behind it on its connection, until `let_go`.
-        mark_lost: packets from Redis with these words never come.
+        drop: packets from Redis with these words never come.
         held: one waits.
         sent: all that has reached Redis.
     """
@@ -24,7 +24,7 @@ class Wire:
     def __init__(self, socket: str) -> None:
         self.url = ""
         self.delay = 0.0
-        self.hold = self.mark_lost = b""
+        self.hold = self.drop = b""
         self.held = asyncio.Event()
         self.sent: list[bytes] = []
         self._socket = socket
@@ -62,7 +62,7 @@ class Wire:
 
     async def _down(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async for data in _packets(reader, writer, self.delay):
-            if not self.mark_lost or self.mark_lost not in data:
+            if not self.drop or self.drop not in data:
                 writer.write(data)
 
     async def close(self) -> None:

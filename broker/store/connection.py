@@ -17,7 +17,7 @@ import structlog
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import MasterDownError, NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 from broker.core.errors import StoreRefused, StoreUnavailable
 
@@ -74,6 +74,7 @@ class Store:
     def __init__(self, url: str, key_prefix: str) -> None:
         self.prefix = f"{key_prefix}:{SCHEMA}"
         self.channels = f"{self.prefix}:bell:"
+        self._texts: dict[str, None] = {}
         self._pool = BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,
@@ -136,8 +137,7 @@ class Store:
         if any(isinstance(reply, ResponseError) for reply in replies):
             unknown = [n for n, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
             if unknown:  # Redis is new, or was restarted
-                for text in {calls[n].script.text for n in unknown}:
-                    await self.redis.script_load(text)
+                await self._load()
                 again = await self._send([calls[n].packed for n in unknown])
                 for n, reply in zip(unknown, again, strict=True):
                     replies[n] = reply
@@ -152,9 +152,56 @@ class Store:
         connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]  # as the library has it
         try:
             await connection.send_packed_command([b"".join(packed)])
-            return [await _read_reply(connection) for _ in packed]
+            replies = [await _read_reply(connection) for _ in packed]
+            if any(isinstance(reply, ReadOnlyError | MasterDownError) for reply in replies):
+                await connection.disconnect()
+                await self._reconnect()
+            return replies
         finally:
             await asyncio.shield(self._pool.release(connection))  # a second cancel must not lose a connection
+
+    async def _load(self) -> None:
+        """Load every script in one round trip: one after the other they take seconds on a long line."""
+        commands = [_packed([b"SCRIPT", b"LOAD", text.encode()]) for text in self._texts]
+        for reply in await self._send(commands):
+            if isinstance(reply, ResponseError):
+                raise reply
+
+    async def _reconnect(self) -> None:
+        """Close the idle connections: they lead to a server that is no primary any more.
+
+        After a failover behind a stable name they would stay there, and be refused every write, for ever.
+        """
+        await self._pool.disconnect(inuse_connections=False)
+
+    def register(self, text: str) -> None:
+        """Know a script, so that it is loaded with all others."""
+        self._texts[text] = None
+
+    async def load_scripts(self) -> None:
+        """Load every script that is known by now, in one round trip.
+
+        Raises:
+            StoreUnavailable: Redis is away. They are loaded when one of them is first run.
+        """
+        async with bounded_call():
+            await self._load()
+
+    async def takes_writes(self) -> bool:
+        """Write a key without a meaning. Returns False if Redis answers and refuses.
+
+        Raises:
+            StoreUnavailable: it does not answer.
+        """
+        async with bounded_call():
+            try:
+                await self.redis.set(f"{self.prefix}:written", "1", px=10_000)
+            except ReadOnlyError:
+                await self._reconnect()
+                return False
+            except ResponseError:
+                return False
+        return True
 
     async def ping(self) -> None:
         """Ask whether Redis answers.
@@ -206,6 +253,7 @@ class Script:
     def __init__(self, store: Store, text: str) -> None:
         self.text = text
         self._store = store
+        store.register(text)
         sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
         self._head = f"$7\r\nEVALSHA\r\n$40\r\n{sha}\r\n".encode()
 
@@ -234,6 +282,10 @@ class Call(NamedTuple):
 
     script: Script
     packed: bytes
+
+
+def _packed(words: Sequence[bytes]) -> bytes:
+    return b"*%d\r\n%b" % (len(words), b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words]))
 
 
 async def _read_reply(connection: AbstractConnection) -> Any:

@@ -11,6 +11,10 @@ import asyncio
 import secrets
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import structlog
+from redis.exceptions import NoPermissionError
+
+from broker.core.errors import StoreUnavailable
 from broker.core.replay import Batch
 from broker.store.connection import CALL_TIMEOUT, Store, bounded_call, store_errors
 
@@ -18,6 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 
     from redis.asyncio.client import PubSub
+
+log = structlog.get_logger(__name__)
+
+LISTEN_AGAIN_WITHOUT_RIGHTS = 30.0
+"""Seconds until a Redis user without rights to channels, which is the default of Redis 7, is tried again."""
 
 LEASE_MS = 4000
 """Milliseconds that a lease holds."""
@@ -70,6 +79,7 @@ class WorkerStore:
         self.worker = worker
         self._store = store
         self._renew = store.script("renew")
+        self._told = False
 
     async def renew(self) -> Renewed:
         """Renew this worker's lease and tell the marker, made where there was none."""
@@ -107,8 +117,15 @@ class WorkerStore:
             async with self._store.redis.pubsub() as pubsub:
                 async with asyncio.timeout(CALL_TIMEOUT):
                     await pubsub.subscribe(f"{self._store.channels}{self.worker}")
-                async for data in _messages(pubsub):
-                    yield _notification(data)
+                try:
+                    async for data in _messages(pubsub):
+                        yield _notification(data)
+                except NoPermissionError as error:
+                    if not self._told:
+                        log.warning("the redis user has no rights to channels; stops and events take longer")
+                    self._told = True
+                    await asyncio.sleep(LISTEN_AGAIN_WITHOUT_RIGHTS)
+                    raise StoreUnavailable from error
 
     def _lease(self, worker: str) -> str:
         return self._key(f"lease:{worker}")

@@ -29,12 +29,14 @@ async def ready(request: web.Request) -> web.Response:
         return _not_ready("draining", Draining(), "shutting down")
     seen = request.app[STORE_SEEN]
     try:
-        await request.app[STORE].ping()
+        writes = await request.app[STORE].takes_writes()
     except StoreUnavailable:
         if seen.is_set():
             return json_response({"status": "degraded", "reason": "redis cannot be reached"})
         return _not_ready("starting", StoreUnavailable(), "redis has not answered yet")
     seen.set()
+    if not writes:
+        return json_response({"status": "degraded", "reason": "redis refuses to write"})
     return json_response({"status": "ok"})
 
 

@@ -198,12 +198,12 @@ async def test_a_claim_that_won_and_was_cancelled_elsewhere_before_its_reply_cam
     store: Store, wire: Wire, claimer: Claimer
 ) -> None:
     elsewhere = SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300)
-    wire.mark_lost = b"total-claim"  # the reply of the claim, which has the model in it
+    wire.drop = b"total-claim"  # the reply of the claim, which has the model in it
     with pytest.raises(StoreUnavailable):
         await claimer.claims.claim("session")
     assert await state_of(store) is State.RUNNING
     assert (await elsewhere.cancel("session", cancelled_before_start())).state is State.RUNNING
-    wire.mark_lost = b""
+    wire.drop = b""
     await claimer.idle()
     assert (claimer.begun, await state_of(store)) == ([], State.CANCELLED)
     assert await slots(store.redis) == await open_reservations(store.redis) == 0

@@ -103,7 +103,7 @@ async def test_a_cancel_that_was_accepted_elsewhere_as_the_answer_ended_is_the_e
             call.chunk("a")
             await line.take(1)
             await journaled(owner, session, 1)  # so that the owner does not ask again before the end
-            wire.mark_lost, wire.hold = b"cancel " + session.encode(), b'"finishReason":"cancelled"'
+            wire.drop, wire.hold = b"cancel " + session.encode(), b'"finishReason":"cancelled"'
             assert (await other.cancel(session)).status == 202
             call.chunk("b", finish="stop")
             call.usage()

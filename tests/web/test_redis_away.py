@@ -95,12 +95,12 @@ async def test_a_claim_whose_reply_was_lost_is_found_again(
 ) -> None:
     async with wire_to(valkey_url) as wire, running(wire.url, upstream) as broker:
         session = await broker.prepare()
-        wire.mark_lost = PROMPT  # the reply of the claim has the prompt in it
+        wire.drop = PROMPT  # the reply of the claim has the prompt in it
         clock = Clock()
         pages = [is_asked_to_come_again(broker, session) for _ in range(2)]
         assert await asyncio.gather(*pages) == [True, True]
         assert clock.seconds < 2
-        wire.mark_lost = b""
+        wire.drop = b""
         call = (await upstream.call()).open()  # though nobody has asked again
         async with broker.stream(session) as line:
             call.chunk("Hello", finish="stop")
@@ -117,9 +117,9 @@ async def test_a_claim_that_nobody_comes_back_for_is_abandoned(
         running(wire.url, upstream, disconnect_grace=0.5) as broker,
     ):
         session = await broker.prepare()
-        wire.mark_lost = PROMPT
+        wire.drop = PROMPT
         assert await is_asked_to_come_again(broker, session)
-        wire.mark_lost = b""
+        wire.drop = b""
         await (await upstream.call()).wait_gone()
         async with broker.stream(session) as line:
             [event] = await line.rest()
@@ -176,10 +176,10 @@ async def test_a_claim_whose_reply_was_lost_is_followed_from_another_worker(
         running(wire.url, upstream) as other,
     ):
         session = await broker.prepare()
-        wire.mark_lost = PROMPT
+        wire.drop = PROMPT
         assert await is_asked_to_come_again(broker, session)
         async with other.stream(session) as line:
-            wire.mark_lost = b""
+            wire.drop = b""
             call = (await upstream.call()).open()
             call.chunk("Hello", finish="stop")
             call.done()

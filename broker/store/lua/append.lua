@@ -26,7 +26,7 @@ local now = redis.call('TIME')
 local viewers = redis.call('ZRANGEBYSCORE', KEYS[3], now[1] * 1000 + math.floor(now[2] / 1000), '+inf')
 if fresh then
   for _, worker in ipairs(viewers) do
-    redis.call('PUBLISH', ARGV[6] .. worker, 'news ' .. string.match(KEYS[1], '{(.-)}') .. ' ' .. ARGV[2] .. ' ' .. ARGV[3] .. '\n' .. ARGV[4])
+    redis.pcall('PUBLISH', ARGV[6] .. worker, 'news ' .. string.match(KEYS[1], '{(.-)}') .. ' ' .. ARGV[2] .. ' ' .. ARGV[3] .. '\n' .. ARGV[4])
   end
 end
 return redis.status_reply('running ' .. string.format('%.0f', last) .. ' ' .. (cancel and 1 or 0) .. ' ' .. #viewers)

@@ -13,6 +13,6 @@ if state == 'prepared' then
   redis.call('EXPIRE', KEYS[1], ARGV[1])
 elseif state == 'running' then
   redis.call('HSET', KEYS[1], 'cancel', '1')
-  redis.call('PUBLISH', ARGV[5] .. worker, 'cancel ' .. string.match(KEYS[1], '{(.-)}'))
+  redis.pcall('PUBLISH', ARGV[5] .. worker, 'cancel ' .. string.match(KEYS[1], '{(.-)}'))
 end
 return {state, worker or '', unpack(redis.call('HMGET', KEYS[1], 'end_event', 'end_id', 'end_data'))}

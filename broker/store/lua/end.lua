@@ -37,7 +37,7 @@ if state == 'running' and token == ARGV[1] then
   end
   redis.call('DEL', KEYS[3])
   for _, worker in ipairs(viewers) do
-    redis.call('PUBLISH', ARGV[11] .. worker, 'ended ' .. string.match(KEYS[1], '{(.-)}'))
+    redis.pcall('PUBLISH', ARGV[11] .. worker, 'ended ' .. string.match(KEYS[1], '{(.-)}'))
   end
 end
 return {state, '', unpack(redis.call('HMGET', KEYS[1], 'end_event', 'end_id', 'end_data'))}

@@ -14,7 +14,7 @@ if got[1] == 'running' and ARGV[1] ~= '' then
   -- TTL rounds: in a session's last half second it is 0, and EXPIRE by 0 deletes.
   redis.call('PEXPIRE', KEYS[3], math.max(1000, redis.call('PTTL', KEYS[1])))
   if fresh == 1 then
-    redis.call('PUBLISH', ARGV[6] .. got[2], 'watched ' .. string.match(KEYS[1], '{(.-)}'))
+    redis.pcall('PUBLISH', ARGV[6] .. got[2], 'watched ' .. string.match(KEYS[1], '{(.-)}'))
   end
 end
 local entries, size, at, last = {}, 0, tonumber(ARGV[3]), tonumber(got[6] or 0)

@@ -22,7 +22,7 @@ if state == 'running' and worker == ARGV[1] then
   redis.call('EXPIRE', KEYS[2], ARGV[2])
   local now = redis.call('TIME')
   for _, follower in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], now[1] * 1000, '+inf')) do
-    redis.call('PUBLISH', ARGV[5] .. follower, 'ended ' .. string.match(KEYS[1], '{(.-)}'))
+    redis.pcall('PUBLISH', ARGV[5] .. follower, 'ended ' .. string.match(KEYS[1], '{(.-)}'))
   end
   redis.call('DEL', KEYS[3])
 end
