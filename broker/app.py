@@ -15,6 +15,7 @@ from broker.core.errors import StoreUnavailable
 from broker.core.origins import Origins
 from broker.core.pricing import to_nano
 from broker.core.speed import estimate_speed
+from broker.core.upstream_kind import UpstreamKind
 from broker.naming import Naming
 from broker.prepare import Admission
 from broker.relay.config import GenerationLimits, Money, WorkerConfig
@@ -69,9 +70,10 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         app = build_web(settings)
         store = app[keys.STORE] = Store(redis_url, settings.key_prefix)
         stack.push_async_callback(store.close)
-        upstream = app[keys.UPSTREAM] = _upstream(settings, upstream_url)
+        kind = UpstreamKind(settings.upstream_kind, upstream_url)
+        upstream = app[keys.UPSTREAM] = _upstream(settings, upstream_url, kind)
         stack.push_async_callback(upstream.close)
-        catalog = app[keys.CATALOG] = _catalog(settings, store, upstream, upstream_url)
+        catalog = app[keys.CATALOG] = _catalog(settings, store, upstream, upstream_url, kind)
         stack.push_async_callback(catalog.close)
         await catalog.known((), timeout=0)  # a worker that only ever streams needs the prices too
         bytes_per_token = BytesPerToken(BytesPerTokenStore(store, upstream_url))
@@ -129,13 +131,15 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         yield app
 
 
-def _upstream(settings: Settings, url: str) -> UpstreamClient:
+def _upstream(settings: Settings, url: str, kind: UpstreamKind) -> UpstreamClient:
     return UpstreamClient(
         base_url=url,
         api_key=_upstream_key(settings) or NO_KEY,
         title=settings.x_title,
         connect_timeout=settings.connect_timeout,
         max_connections=settings.max_streams + SPARE_CONNECTIONS,
+        speaks_openrouter=lambda: kind.openrouter,
+        proxy=settings.proxy_for(url),
     )
 
 
@@ -144,9 +148,11 @@ def _upstream_key(settings: Settings) -> str:
     return key.get_secret_value() if key is not None else ""
 
 
-def _catalog(settings: Settings, store: Store, upstream: UpstreamClient, url: str) -> Catalog:
+def _catalog(
+    settings: Settings, store: Store, upstream: UpstreamClient, url: str, kind: UpstreamKind
+) -> Catalog:
     fetch = partial(fetch_models, upstream.openai)
-    return Catalog(fetch, CatalogStore(store, url), ttl=settings.models_ttl)
+    return Catalog(fetch, CatalogStore(store, url), kind=kind, ttl=settings.models_ttl)
 
 
 def _quotas(settings: Settings) -> Quotas:

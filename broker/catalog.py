@@ -25,7 +25,6 @@ from broker.core.model_entry import (
     narrow,
     parse_models,
     search,
-    speaks_openrouter,
     write_listing,
 )
 from broker.store.model_list import KEPT, LOCK_TTL
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from broker.core.pricing import Prices
+    from broker.core.upstream_kind import UpstreamKind
     from broker.store.model_list import CatalogStore
 
 PATIENCE = 12.0
@@ -78,6 +78,7 @@ class Catalog:
     Args:
         fetch: asks the upstream; raises `ModelsUnavailable`.
         store: the list in Redis.
+        kind: learns from each list what the upstream is.
         ttl: seconds that a list is fresh.
         clock: seconds that only go forward.
     """
@@ -87,11 +88,13 @@ class Catalog:
         fetch: Callable[[], Awaitable[bytes]],
         store: CatalogStore,
         *,
+        kind: UpstreamKind,
         ttl: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fetch = fetch
         self._store = store
+        self._kind = kind
         self._ttl = ttl
         self._clock = clock
         self._held: _Held | None = None
@@ -105,9 +108,8 @@ class Catalog:
 
     @property
     def openrouter(self) -> bool:
-        """Whether the upstream understands OpenRouter's own fields, by what is known now; yes until then."""
-        held = self._kept()
-        return speaks_openrouter(held.models if held else None)
+        """True if the upstream understands OpenRouter's own fields, by what is known now."""
+        return self._kind.openrouter
 
     @property
     def has_list(self) -> bool:
@@ -284,6 +286,7 @@ class Catalog:
                 log.warning("model list unreadable", size=len(body))
                 raise ModelsUnavailable from None
         self._held = _Held(models, digest, born)
+        self._kind.learn(models)
         refresh.any_list.set()
         if self._is_fresh(self._held):
             self._failures = 0

@@ -193,7 +193,7 @@ class Admission:
             max_prompt_tokens=self._settings.max_prompt_tokens,
             max_output_tokens=self._settings.max_output_tokens,
             switch_off_compression=self._catalog.openrouter,
-            user=client.user,
+            user=client.user if self._catalog.openrouter else None,
         )
         bytes_per_token = await self._bytes_per_token.of(names)
         async with self._turn_of(body):

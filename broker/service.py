@@ -79,6 +79,7 @@ async def _serve(
             from broker.rehearsal.app import rehearsal_beside  # noqa: PLC0415 - only here, and it takes time
 
             upstream_url = await stack.enter_async_context(rehearsal_beside())
+            settings = settings.model_copy(update={"upstream_kind": "openrouter", "upstream_proxy": None})
         app = await stack.enter_async_context(build(settings, redis_url, upstream_url))
         worker = app[keys.WORKER]
         await stack.enter_async_context(_secrets_kept_fresh(settings, load, app))

@@ -121,6 +121,13 @@ def _http_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _proxy_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+        raise ValueError("proxy")
+    return value
+
+
 def _redis_url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme == "unix":
@@ -222,6 +229,10 @@ HttpUrl = Annotated[
 ]
 WebUrl = Annotated[
     str, AfterValidator(_web_url), Expects("a URL such as https://host/path, without credentials or fragment")
+]
+ProxyUrl = Annotated[str, AfterValidator(_proxy_url), Expects("a URL such as http://host:port")]
+UpstreamKind = Annotated[
+    Literal["auto", "openrouter", "openai"], BeforeValidator(_lower), Expects("auto, openrouter or openai")
 ]
 RedisUrl = Annotated[
     str,

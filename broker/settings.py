@@ -13,6 +13,7 @@ import difflib
 import io
 import ipaddress
 import os
+import urllib.request
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -63,6 +64,8 @@ class Settings(BaseSettings):
 
     openrouter_api_key: kinds.Secret | None = None
     upstream_url: kinds.HttpUrl = "https://openrouter.ai/api/v1"
+    upstream_kind: kinds.UpstreamKind = "auto"
+    upstream_proxy: kinds.ProxyUrl | None = Field(default=None, repr=False)
     referer: kinds.Text | None = None
     x_title: kinds.Text = "Session Broker"
 
@@ -155,6 +158,21 @@ class Settings(BaseSettings):
         """Seconds that a generation goes on without a viewer."""
         return self.disconnect_grace if self.resuming else 0.0
 
+    def proxy_for(self, url: str) -> str | None:
+        """Return the proxy through which a URL is reached, None for none.
+
+        It is ``BROKER_UPSTREAM_PROXY``, else, for an ``https`` URL, the environment's ``HTTPS_PROXY`` where
+        ``NO_PROXY`` does not name the host. The rules are those of `urllib.request`.
+        """
+        if self.upstream_proxy is not None:
+            return self.upstream_proxy
+        parts = urlsplit(url)
+        proxies = urllib.request.getproxies_environment()
+        bypass = urllib.request.proxy_bypass_environment  # type: ignore[attr-defined]  # not in the stubs
+        if parts.scheme != "https" or bypass(parts.netloc, proxies):
+            return None
+        return proxies.get("https")
+
     @property
     def takes_tokens(self) -> bool:
         """Callers may show a JWT."""
@@ -175,6 +193,8 @@ class Settings(BaseSettings):
             *(key for _, key in self.api_keys),
         ]
         found = [secret.get_secret_value() for secret in held if secret is not None]
+        if self.upstream_proxy is not None and (password := urlsplit(self.upstream_proxy).password):
+            found += [password, unquote(password)]
         if self.redis_url is not None and (password := urlsplit(self.redis_url).password):
             found += [password, unquote(password)]
         return tuple(dict.fromkeys(found))

@@ -100,9 +100,10 @@ async def running(redis_url: str, upstream: ScriptedUpstream | str, **settings: 
     Args:
         redis_url: its Redis.
         upstream: a scripted one, or a URL.
-        settings: those that matter to the test. Clients have no limits by default.
+        settings: those that matter to the test. By default clients have no limits and the upstream is OpenRouter.
     """
-    chosen = Settings(**{"openrouter_api_key": KEY, "page": False, **NO_LIMITS, **settings})
+    usual = {"openrouter_api_key": KEY, "upstream_kind": "openrouter", "page": False, **NO_LIMITS}
+    chosen = Settings(**{**usual, **settings})
     upstream_url = upstream if isinstance(upstream, str) else upstream.url
     async with (
         build(chosen, redis_url, upstream_url) as app,

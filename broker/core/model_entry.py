@@ -68,7 +68,7 @@ class Models:
     Attributes:
         entries: in the upstream's order.
         index: by id and, where that names one model for sure, by canonical slug.
-        openrouter: some entry carries OpenRouter's ``pricing``, or there is no entry at all.
+        openrouter: some entry carries OpenRouter's ``pricing.prompt``, a decimal string. Others have a ``pricing`` too.
         dearest: every price at the highest of the list; None where no entry has prices.
     """
 
@@ -124,14 +124,9 @@ def parse_models(body: bytes) -> Models:
             raw_by_id[raw["id"]] = raw
     models = {model_id: _model(raw) for model_id, raw in raw_by_id.items()}
     slugs = {slug: models[model_id] for slug, model_id in _unique_slugs(raw_by_id).items()}
-    openrouter = not models or any("pricing" in raw for raw in raw_by_id.values())
+    openrouter = any(_has_openrouter_prices(raw) for raw in raw_by_id.values())
     dearest = dearest_list(model.prices for model in models.values() if model.prices is not None)
     return Models(tuple(models.values()), {**slugs, **models}, openrouter, dearest)
-
-
-def speaks_openrouter(models: Models | None) -> bool:
-    """Whether this upstream understands OpenRouter's own fields. An unknown or empty list counts as yes."""
-    return models is None or models.openrouter
 
 
 def allows(allowed: Iterable[str], model_id: str) -> bool:
@@ -163,6 +158,11 @@ def write_listing(models: Iterable[Model]) -> Listing:
 
 def _is_id(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_ID
+
+
+def _has_openrouter_prices(raw: Mapping[str, Any]) -> bool:
+    pricing = raw.get("pricing")
+    return isinstance(pricing, dict) and isinstance(pricing.get("prompt"), str)
 
 
 def _model(raw: dict[str, Any]) -> Model:

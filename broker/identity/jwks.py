@@ -55,14 +55,21 @@ class PublishedKeys:
     Args:
         url: where the key set is.
         timeout: seconds that a fetch may take.
+        proxy: address of an HTTP proxy through which they are fetched.
         clock: seconds that only go forward.
     """
 
     def __init__(
-        self, url: str, *, timeout: float = FETCH_TIMEOUT, clock: Callable[[], float] = time.monotonic
+        self,
+        url: str,
+        *,
+        timeout: float = FETCH_TIMEOUT,
+        proxy: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._url = url
         self._timeout = timeout
+        self._proxy = proxy
         self._clock = clock
         self._keys: tuple[jwt.PyJWK, ...] = ()
         self._born = 0.0
@@ -75,6 +82,7 @@ class PublishedKeys:
         self._http = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=self._timeout),
             headers={"Accept": "application/json", "Accept-Encoding": "identity"},
+            proxy=self._proxy,
             auto_decompress=False,  # what is small on the wire could unpack to anything
         )
         self._renew()

@@ -59,7 +59,11 @@ class ClientResolver:
         self._proxies = Proxies(settings.trusted_proxies)
         self._api_keys = ApiKeys(settings.api_keys, settings.api_keys_file, clock=clock)
         jwks_url = settings.jwks_url
-        self._published = PublishedKeys(jwks_url, clock=clock) if jwks_url is not None else None
+        self._published = (
+            PublishedKeys(jwks_url, proxy=settings.proxy_for(jwks_url), clock=clock)
+            if jwks_url is not None
+            else None
+        )
         self._tokens = _build_tokens(settings, self._published) if settings.takes_tokens else None
         self._told_of_forwarded = False
         self._running = AsyncExitStack()

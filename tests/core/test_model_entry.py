@@ -20,7 +20,6 @@ from broker.core.model_entry import (
     narrow,
     parse_models,
     search,
-    speaks_openrouter,
     write_listing,
 )
 
@@ -201,14 +200,19 @@ def test_an_entry_with_an_id_under_a_routing_suffix_wins_over_the_model_itself()
     assert the(read(MINI, {"id": "openai/gpt-4o-mini:nitro"}).find("openai/gpt-4o-mini:nitro")).prices is None
 
 
-def test_openrouter_is_known_by_its_prices() -> None:
-    assert speaks_openrouter(read({"id": "a"}, MINI))
-    assert not speaks_openrouter(read({"id": "a", "object": "model"}))
-
-
-def test_a_list_that_is_unknown_or_empty_counts_as_openrouters() -> None:
-    assert speaks_openrouter(None)
-    assert speaks_openrouter(read())
+@pytest.mark.parametrize(
+    ("entries", "openrouter"),
+    [
+        ([{"id": "a"}, MINI], True),
+        ([{"id": "a", "object": "model"}], False),
+        ([{"id": "a", "pricing": {"input": "0.000001", "output": "0.000002"}}], False),
+        ([{"id": "a", "pricing": {"prompt": 0.5, "completion": 1}}], False),
+        ([{"id": "a", "pricing": None}], False),
+        ([], False),
+    ],
+)
+def test_openrouter_is_known_by_its_prices(entries: list[dict[str, Any]], *, openrouter: bool) -> None:
+    assert read(*entries).openrouter is openrouter
 
 
 @pytest.mark.parametrize(

@@ -447,7 +447,7 @@ async def test_an_upstream_that_is_not_openrouter_is_never_asked(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     upstream.models = b'{"object": "list", "data": [{"id": "scripted/model-1", "object": "model"}]}'
-    async with running(valkey_url, upstream) as broker:
+    async with running(valkey_url, upstream, upstream_kind="auto") as broker:
         await broker.ask("GET", "/models")
         await estimated(broker, upstream)
         assert (await ledger(broker.app[keys.STORE].redis)).reserved_tokens == 0

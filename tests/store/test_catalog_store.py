@@ -16,6 +16,7 @@ from openai import AsyncOpenAI, DefaultAioHttpClient
 
 from broker.catalog import MAX_LISTINGS, Catalog
 from broker.core.errors import ModelsUnavailable, StoreUnavailable
+from broker.core.upstream_kind import UpstreamKind
 from broker.store.connection import Store
 from broker.store.embedded import embedded_valkey
 from broker.store.model_list import KEPT, CatalogStore
@@ -119,7 +120,13 @@ def worker(client: AsyncOpenAI, store: Store, clock: Clock, workers: list[Catalo
 
     def make(store: Store = store, fetch: Callable[[], Awaitable[bytes]] | None = None) -> Catalog:
         workers.append(
-            Catalog(fetch or partial(fetch_models, client), CatalogStore(store, URL), ttl=TTL, clock=clock)
+            Catalog(
+                fetch or partial(fetch_models, client),
+                CatalogStore(store, URL),
+                kind=UpstreamKind("auto", URL),
+                ttl=TTL,
+                clock=clock,
+            )
         )
         return workers[-1]
 
@@ -495,15 +502,14 @@ async def test_what_is_known_is_told_and_the_rest_is_missing(worker: Worker) -> 
     catalog = worker()
     known = await catalog.known(["a", "b:nitro", "c"])
     assert {name: model.id for name, model in known.items()} == {"a": "a", "b:nitro": "b"}
-    assert catalog.openrouter
 
 
 async def test_the_kind_of_upstream_is_told_by_its_list(worker: Worker, upstream: Upstream) -> None:
-    upstream.body = b'{"data":[{"id":"llama3:8b"}]}'
+    upstream.body = b'{"data":[{"id":"llama3:8b","pricing":{"prompt":"0.1","completion":"0.1"}}]}'
     catalog = worker()
-    assert catalog.openrouter
-    await catalog.models()
     assert not catalog.openrouter
+    await catalog.models()
+    assert catalog.openrouter
 
 
 async def test_a_hanging_upstream_holds_the_first_callers_up_no_longer_than_they_agreed(
