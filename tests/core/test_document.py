@@ -187,6 +187,43 @@ def test_the_outline_has_as_many_values_and_keys_as_the_document(
     assert (found.values, found.keys) == (values_of(document), keys_of(document))
 
 
+def depth_of(document: Any) -> int:
+    if isinstance(document, dict):
+        document = list(document.values())
+    return 1 + max(map(depth_of, document), default=0) if isinstance(document, list) else 0
+
+
+TRICKY = st.text(st.sampled_from('[]{},:"\\\n\t 0\u00e9'), max_size=12)
+TRICKY_DOCUMENTS = st.recursive(
+    st.none() | st.integers(0, 9) | TRICKY,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TRICKY, inner, max_size=4),
+    max_leaves=30,
+)
+
+
+@given(TRICKY_DOCUMENTS, st.booleans(), st.sampled_from([None, 1, "\t"]))
+def test_marks_in_texts_and_keys_change_neither_count_nor_depth(
+    document: Any, ascii_only: bool, indent: Any
+) -> None:
+    body = json.dumps(document, ensure_ascii=ascii_only, indent=indent).encode()
+    found = outline(body)
+    assert (found.values, found.keys) == (values_of(document), keys_of(document))
+    depth = depth_of(document)
+    assert outline(body, max_depth=max(1, depth)) == found
+    if depth > 1:
+        with pytest.raises(InvalidRequest, match=f"deeper than {depth - 1} levels"):
+            outline(body, max_depth=depth - 1)
+
+
+@given(JSONISH)
+def test_any_bytes_that_are_json_have_no_more_values_than_the_outline(body: bytes) -> None:
+    try:
+        document = json.loads(body, object_pairs_hook=lambda pairs: [value for _, value in pairs])
+    except (ValueError, UnicodeError):
+        return
+    assert outline(body).values == values_of(document)
+
+
 @given(DOCUMENTS.filter(lambda document: values_of(document) > 1))
 def test_one_value_too_many_is_refused(document: Any) -> None:
     body, values = json.dumps(document).encode(), values_of(document)

@@ -56,7 +56,7 @@ class World:
 
     secrets = ()
     generation_id = None
-    completion = None
+    completion: dict[str, Any] | None = None
 
     def __init__(self, **breaks: int) -> None:
         self.breaks = breaks
@@ -130,11 +130,12 @@ class World:
 
 
 @asynccontextmanager
-async def generation_in(world: World) -> AsyncIterator[Generation]:
+async def generation_in(world: World, **others: Any) -> AsyncIterator[Generation]:
     """A generation that has relayed one chunk and is watched."""
     parts: dict[str, Any] = dict.fromkeys(
         ("upstream", "sessions", "settlement", "journal", "ownership"), world
     )
+    parts |= others
     generation = Generation(
         "01234567-session",
         Reservation("claim", "01234567-session", "anna", "m", WORST),
