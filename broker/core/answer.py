@@ -169,6 +169,10 @@ class Answer:
         chunk = {**completion, "choices": pieces}
         if "object" in chunk:
             chunk["object"] = "chat.completion.chunk"
+        if isinstance(chunk.get("usage"), dict):
+            chunk["usage"] = bounded_object(
+                chunk["usage"], first=_COUNTED
+            )  # what cannot be written is left out
         try:
             data = orjson.dumps(chunk)
         except orjson.JSONEncodeError:
@@ -354,6 +358,8 @@ def _parse(data: bytes) -> tuple[bytes, dict[str, Any]]:
         chunk = orjson.loads(data)
     except orjson.JSONDecodeError:
         data, chunk = _parse_leniently(data)
+    if isinstance(chunk, list) and len(chunk) == 1 and isinstance(chunk[0], dict) and chunk[0].get("error"):
+        chunk = chunk[0]  # as Gemini's own endpoint tells an error
     if not isinstance(chunk, dict):
         raise UpstreamInvalid
     return data, chunk

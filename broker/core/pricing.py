@@ -201,15 +201,20 @@ def told_cost(usage: Mapping[str, Any]) -> int | None:
     one's own at the provider (``is_byok``), ``cost`` is OpenRouter's fee alone and the provider's bill comes on top.
     """
     cost = usage.get("cost")
-    amount = _decimal(cost.get("total_cost") if isinstance(cost, Mapping) else cost)
+    amount = _number(cost.get("total_cost") if isinstance(cost, Mapping) else cost)
     if amount is None and (ticks := _ticks(usage.get("cost_in_usd_ticks"))) is not None:
         amount = _MONEY.divide(ticks, _TICKS)
     if amount is None:
         return None
     details = usage.get("cost_details")
     if usage.get("is_byok") is True and isinstance(details, Mapping):
-        amount = _MONEY.add(amount, _decimal(details.get("upstream_inference_cost")) or _ZERO)
+        amount = _MONEY.add(amount, _number(details.get("upstream_inference_cost")) or _ZERO)
     return _nano(amount)
+
+
+def _number(value: object) -> Decimal | None:
+    """A cost, which is a JSON number: a text in its place is not taken for one."""
+    return None if isinstance(value, str) else _decimal(value)
 
 
 def told_cost_of_record(record: Mapping[str, Any]) -> int | None:

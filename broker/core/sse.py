@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 _BOM = b"\xef\xbb\xbf"
 _LINE_ENDS = (b"\n", b"\r")
+_EMPTY = frozenset({b"", b"null", b"false", b"{}", b"[]", b'""'})
+"""What stands in an ``error:`` line that tells of none."""
 
 
 class Frame(NamedTuple):
@@ -115,7 +117,9 @@ class Decoder:
             elif line.startswith(b"data: "):  # nearly every line of a chat stream
                 self._add_data(line[6:])
             elif self._error_lines and line.startswith(b"error:"):
-                frames.append(Frame("error", line[6:].removeprefix(b" "), self._id))
+                said = line[6:].strip()
+                if said not in _EMPTY:
+                    frames.append(Frame("error", said, self._id))
             else:
                 self._field(line)
         return frames

@@ -45,10 +45,18 @@ _BY_STATUS: dict[int, type[UpstreamError]] = {
 _MODERATION = frozenset({"content_policy_violation", "refusal", "moderation", "content_filter"})
 _MAX_MESSAGE = 300
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-# Whatever looks like a key, with the word before it that says so. Every repetition is possessive or bounded, so that it
-# never looks at a character more often than a fixed number of times; the first digit stands within 64 characters.
+# Keys and tokens: those that name themselves by their beginning, JWTs, and whatever stands behind a word that says so
+# and has a digit, or behind "Bearer" and is long. Every repetition is possessive or bounded, so that no character is
+# looked at more often than a fixed number of times; the first digit stands within 64 characters.
 _SECRET = re.compile(
-    r"(?i)(?:\b|(?<=_))(?:sk|pk|key|bearer|token)[-_ :=]++(?=[A-Z._~+/=-]{0,64}+\d)[A-Z0-9._~+/=-]{6,}+"
+    r"(?i)(?:\b|(?<=_))(?:"
+    r"(?:sk|pk|rk|gsk|hf|r8|xai|ghp|glpat)[-_][A-Z0-9_-]{8,}+"
+    r"|AIza[A-Z0-9_-]{10,}+"
+    r"|eyJ[A-Z0-9_-]{5,}+(?:\.[A-Z0-9_-]++){1,4}+"
+    r"|(?:key|token|bearer|secret|password|req|org|proj|team|sess)[-_ :=]++"
+    r"(?=[A-Z._~+/=-]{0,64}+\d)[A-Z0-9._~+/=-]{6,}+"
+    r"|bearer[ :=]++[A-Z0-9._~+/=-]{15,}+"
+    r")"
 )
 _MAX_READ = 2_000
 """Characters of a message that are looked at; the rest would not be told anyway."""
@@ -86,12 +94,15 @@ def fault_of_status(
         now: seconds since 1970, for a time that the body names.
     """
     body = _unwrapped(body)
-    error = _error_object(body) or (body if isinstance(body, Mapping) else None)
+    error = _error_object(body)
+    if error is None:
+        error = body if isinstance(body, Mapping) else {"message": body} if isinstance(body, str) else None
     wait = retry_after if retry_after is not None else _retry_after(error, status, now)
     if _is_moderation(status, error):
         return UpstreamModerated(upstream_status=status, retry_after=wait)
     kind = _BY_STATUS.get(status) or (UpstreamUnavailable if status >= 500 else UpstreamRejected)
-    message = _told(error, secrets) if kind is UpstreamRejected else ""
+    # What is said beside a 401 may speak of our key.
+    message = _told(error, secrets) if kind is not UpstreamUnauthorized else ""
     return kind(message, upstream_status=status, retry_after=wait)
 
 
@@ -127,7 +138,7 @@ def fault_in_stream(
     elif _is_moderation(status, error):
         kind = UpstreamModerated
     # What is said beside a 401 may speak of our key.
-    message = _told(error, secrets) if kind is UpstreamFailed and status != 401 else ""
+    message = _told(error, secrets) if status != 401 and kind is not UpstreamModerated else ""
     if native and kind is UpstreamFailed and native not in message:
         message = (
             _cut(message or UpstreamFailed.default_message, _MAX_MESSAGE - len(native) - 3) + f" ({native})"
@@ -202,12 +213,11 @@ def parse_retry_after(value: str | None, now: float | None = None) -> float | No
     """Seconds of a ``Retry-After`` header, which may be a date; `now` is in seconds since 1970."""
     if value is None:
         return None
-    try:
+    value = value.strip()[:100]
+    if value.replace(".", "", 1).isdecimal():
         return _plausible_wait(float(value))
-    except ValueError:
-        pass
     try:
-        at = email.utils.parsedate_to_datetime(value[:100]).timestamp()
+        at = email.utils.parsedate_to_datetime(value).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
     return None if now is None else _plausible_wait(max(0.0, round(at - now, 1)))
@@ -242,7 +252,8 @@ def wait_in_headers(headers: Mapping[str, Any], status: int | None, now: float |
 
 
 def _plausible_wait(seconds: float) -> float | None:
-    return seconds if 0 <= seconds < _LONGEST_WAIT else None
+    """Return a wait of at most a month; None for what is no time to wait."""
+    return min(seconds, _LONGEST_WAIT) if seconds >= 0 else None
 
 
 def _unwrapped(body: object) -> object:
@@ -257,7 +268,8 @@ def _error_object(body: object) -> Mapping[str, Any] | None:
     if isinstance(error, Mapping) and any(error.values()):
         return error
     if error and not isinstance(error, Mapping):
-        return {"message": error}
+        # Some only say that it is one, and what it is beside that.
+        return {"message": error} if isinstance(error, str | list) else {**body, "error": None}
     message = body.get("error_message")
     if isinstance(message, str) and message:
         return {**body, "message": message}

@@ -456,3 +456,28 @@ def test_counts_are_kept_of_a_usage_that_is_too_large(before: int) -> None:
     assert answer.usage is not None
     assert {name: answer.usage[name] for name in USAGE} == USAGE
     assert len(orjson.dumps(answer.usage)) < 70_000
+
+
+def test_an_error_in_a_list_of_one_is_read() -> None:
+    with pytest.raises(UpstreamError) as told:
+        Answer().read(b'[{"error":{"code":503,"message":"The model is overloaded."}}]')
+    assert told.value.message == "The model is overloaded."
+
+
+@pytest.mark.parametrize("data", [b"[]", b"[{}]", b'[{"choices":[]}]', b'[{"error":{"code":1}},{}]'])
+def test_any_other_list_is_no_chunk(data: bytes) -> None:
+    with pytest.raises(UpstreamInvalid):
+        Answer().read(data)
+
+
+def test_a_completion_whose_usage_cannot_be_written_is_relayed_without_it() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(300):
+        deep = {"a": deep}
+    answer = Answer()
+    usage = {"prompt_tokens": 5, "completion_tokens": 7, "extra": deep}
+    choices = [{"message": {"content": "Hello"}, "finish_reason": "stop"}]
+    relayed = answer.read_completion({"choices": choices, "usage": usage})
+    assert relayed is not None
+    assert json.loads(relayed)["usage"] == {"prompt_tokens": 5, "completion_tokens": 7}
+    assert answer.usage == {"prompt_tokens": 5, "completion_tokens": 7}

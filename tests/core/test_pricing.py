@@ -60,13 +60,15 @@ def test_the_upstreams_own_cost_comes_first() -> None:
     assert cost_of({"cost": 0.0000303}, None) == 30_300
 
 
-@pytest.mark.parametrize("cost", [0, 0.0, "0"])
+@pytest.mark.parametrize("cost", [0, 0.0])
 def test_a_cost_of_zero_is_zero(cost: Any) -> None:
     assert cost_of(usage(1000, 1000, cost=cost), prices(MINI)) == 0
 
 
-def test_a_decimal_string_is_a_cost_too() -> None:
-    assert cost_of({"cost": "0.0015"}, None) == 1_500_000
+@pytest.mark.parametrize("cost", ["0", "0.0015", {"total_cost": "7"}])
+def test_a_text_is_no_cost(cost: Any) -> None:
+    assert cost_of({"cost": cost}, None) is None
+    assert cost_of(usage(1000, 1000, cost=cost), prices(MINI)) == 750_000
 
 
 @pytest.mark.parametrize(

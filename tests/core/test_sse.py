@@ -110,11 +110,17 @@ def test_what_a_stream_ended_in_can_be_had() -> None:
     assert Decoder(1000).flush() == []
 
 
-@pytest.mark.parametrize("line", [b"error: {}", b"error:{}"])
+@pytest.mark.parametrize("value", [b"", b"{}", b"null", b"[]", b'""', b"false"])
+def test_an_empty_error_line_tells_nothing(value: bytes) -> None:
+    decoder = Decoder(1000, error_lines=True)
+    assert decoder.feed(b"error: " + value + b"\r\nerror:" + value + b"\n") + decoder.flush() == []
+
+
+@pytest.mark.parametrize("line", [b'error: {"code":500}', b'error:{"code":500}'])
 def test_an_error_line_is_an_event_where_that_is_asked_for(line: bytes) -> None:
     for ends in (b"\n", b"\r\n", b"\r"):
         for cut in range(len(line + ends) + 1):
             decoder, data = Decoder(1000, error_lines=True), line + ends
             frames = decoder.feed(data[:cut]) + decoder.feed(data[cut:]) + decoder.flush()
-            assert frames == [Frame("error", b"{}", "")]
+            assert frames == [Frame("error", b'{"code":500}', "")]
     assert Decoder(1000).feed(line + b"\n\n") == []

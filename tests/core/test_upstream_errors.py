@@ -78,10 +78,65 @@ def test_moderation_is_told_apart_and_does_not_quote(error: dict[str, Any]) -> N
     assert fault.message == UpstreamModerated.default_message
 
 
-@pytest.mark.parametrize("status", [401, 402, 429, 500, 503, 504])
-def test_only_a_rejection_passes_the_upstreams_words_on(status: int) -> None:
-    error = fault_of_status(status, {"error": {"message": "something internal"}})
+def test_what_is_said_of_our_key_is_not_passed_on() -> None:
+    error = fault_of_status(401, {"error": {"message": "something about the key"}})
     assert error.message == error.default_message
+
+
+@pytest.mark.parametrize("status", [400, 402, 404, 408, 413, 422, 429, 500, 502, 503, 504, 524, 529])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": "the disk is full"}},
+        {"error": {"message": "Provider returned error", "metadata": {"raw": "the disk is full"}}},
+        {"error": True, "message": "the disk is full"},
+        [{"error": {"message": "the disk is full"}}],
+        "the disk is full",
+    ],
+    ids=str,
+)
+def test_every_other_refusal_is_told_in_the_upstreams_words(status: int, body: object) -> None:
+    assert fault_of_status(status, body).message == "the disk is full"
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "sk-proj-abcdefghijklmnopqrstuvwx",
+        "sk-zzzzzzzzzzzzzzzzzzzz",
+        "sk-or-v1-0123456789abcdef0123456789abcdef",
+        "gsk_Ab12Cd34Ef56Gh78Ij90",
+        "AIzaSyA1234567890abcdefghijk",
+        "hf_AbCdEfGhIjKlMnOpQrSt",
+        "r8_AbCdEfGhIjKl",
+        "xai-AbCdEfGhIjKl",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhIn0.c2lnbmF0dXJl",
+        "req_0123456789abcdef",
+        "org-A1b2C3d4E5f6",
+    ],
+)
+@pytest.mark.parametrize("place", ["Bad thing with {} here", "Bearer {}", "key={}", '"{}"'])
+def test_no_key_and_no_token_is_told(secret: str, place: str) -> None:
+    for body in (
+        {"error": {"message": place.format(secret)}},
+        {"error": {"message": "Provider returned error", "metadata": {"raw": place.format(secret)}}},
+    ):
+        message = fault_of_status(400, body).message
+        assert secret not in message
+        assert secret[:12] not in message
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "The model claude-3-5-sonnet-20241022 does not exist.",
+        "Bearer authentication required.",
+        "max_tokens must be at most 8192, got 100000.",
+        "user_message_is_too_long: keep it under 4096 tokens",
+    ],
+)
+def test_what_is_no_secret_is_told_whole(message: str) -> None:
+    assert fault_of_status(400, {"error": {"message": message}}).message == message
 
 
 @pytest.mark.parametrize(
@@ -166,6 +221,8 @@ def test_the_wait_is_read_from_the_header_first_and_then_from_the_body() -> None
         ("nan", None),
         ("inf", None),
         ("1e9", None),
+        ("9" * 400, 31 * 86_400.0),
+        ("99999999", 31 * 86_400.0),
         ("Wed, 21 Oct 2026 07:28:00 GMT", None),
     ],
 )
