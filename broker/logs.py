@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import time
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
@@ -29,6 +31,14 @@ _REQUEST_ID: Final = "request_id"
 _SHORTEST_SECRET: Final = 4  # to replace a shorter one would make every line unreadable and hide nothing
 _DEEPEST: Final = 6
 _FIRST: Final = ("timestamp", "level", "event", "logger")
+
+REPEATED_AFTER: Final = 60.0
+"""Seconds for which a warning that was told is not told again."""
+
+_MOST_WARNINGS: Final = 500
+_SESSION_LINE: Final = "session ended"
+# What tells two warnings of one event apart. Ids of sessions and requests do not: each failure would be a new one.
+_KIND_FIELDS: Final = ("code", "status", "script", "doing", "loop", "error", "reason", "setting", "name")
 
 
 def configure_logs(
@@ -63,6 +73,7 @@ def configure_logs(
     )
     handler = logging.StreamHandler(out)
     handler.addFilter(_worth_telling)
+    handler.addFilter(Repetitions())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -110,6 +121,47 @@ def censor(secrets: Iterable[str]) -> Callable[[Any, str, EventDict], EventDict]
         return cleaned
 
     return processor
+
+
+class Repetitions:
+    """A filter that lets a warning or an error pass once a minute, with the number of times it was held back.
+
+    Lines at the end of a session always pass: each is about another session.
+
+    Args:
+        clock: seconds that only go forward.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._told: OrderedDict[tuple[object, ...], tuple[float, int]] = OrderedDict()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return True if the line is to be written."""
+        fields = record.msg if isinstance(record.msg, dict) else {"event": record.msg}
+        if record.levelno < logging.WARNING or fields.get("event") == _SESSION_LINE:
+            return True
+        now, kind = self._clock(), _kind_of(record, fields)
+        told_at, held_back = self._told.pop(kind, (float("-inf"), 0))
+        if now - told_at < REPEATED_AFTER:
+            self._told[kind] = (told_at, held_back + 1)
+            return False
+        self._told[kind] = (now, 0)
+        if len(self._told) > _MOST_WARNINGS:
+            self._told.popitem(last=False)
+        if held_back and isinstance(record.msg, dict):
+            record.msg = {**record.msg, "repeated": held_back}
+        elif held_back:
+            record.msg, record.args = f"{record.getMessage()} (repeated {held_back} times)", ()
+        return True
+
+
+def _kind_of(record: logging.LogRecord, fields: Mapping[str, Any]) -> tuple[object, ...]:
+    error = record.exc_info[0] if record.exc_info else fields.get("exc_info")
+    if isinstance(error, BaseException):
+        error = type(error)
+    texts = (str(fields.get(name, ""))[:100] for name in _KIND_FIELDS)
+    return record.name, record.levelno, str(fields.get("event"))[:200], str(error)[:100], *texts
 
 
 def _in_reading_order(_logger: Any, _method: str, event: EventDict) -> EventDict:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 import structlog
 
-from broker.logs import censor, configure_logs
+from broker.logs import Repetitions, censor, configure_logs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -251,3 +251,76 @@ def test_odd_values_never_keep_a_line_back() -> None:
     configure_logs("info", "json", out=out)
     logger().info("odd", big=1 << 80, keys={(1, 2): object}, lone="\ud800", raw=b"\xff")
     assert lines(out)[0]["event"] == "odd"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def passing(
+    repetitions: Repetitions, event: str = "redis refused", level: int = logging.WARNING, **fields: Any
+) -> Any:
+    """What is written of a line, None for nothing."""
+    record = logging.LogRecord("broker.x", level, "", 0, {"event": event, **fields}, (), None)
+    return record.msg if repetitions.filter(record) else None
+
+
+def test_a_warning_that_repeats_is_told_once_a_minute_with_its_count() -> None:
+    clock = Clock()
+    repetitions = Repetitions(clock)
+    assert passing(repetitions, session="a") == {"event": "redis refused", "session": "a"}
+    for n in range(1000):
+        clock.now += 0.05
+        assert passing(repetitions, session=f"s{n}") is None
+    clock.now = 1060.0
+    assert passing(repetitions, session="b") == {"event": "redis refused", "session": "b", "repeated": 1000}
+    assert passing(repetitions, session="c") is None
+
+
+def test_warnings_of_another_kind_are_told() -> None:
+    repetitions = Repetitions(Clock())
+    assert passing(repetitions, code="a") is not None
+    assert passing(repetitions, code="b") is not None
+    assert passing(repetitions, event="redis cannot be reached") is not None
+    assert passing(repetitions, level=logging.ERROR) is not None
+
+
+def test_lines_of_sessions_and_of_no_failure_are_never_held_back() -> None:
+    repetitions = Repetitions(Clock())
+    for _ in range(5):
+        assert passing(repetitions, event="session ended") is not None
+        assert passing(repetitions, level=logging.INFO) is not None
+
+
+def test_a_line_of_a_library_is_counted_too() -> None:
+    clock = Clock()
+    repetitions = Repetitions(clock)
+
+    def line(number: int) -> str | None:
+        record = logging.LogRecord("aiohttp", logging.ERROR, "", 0, "failed %d", (number,), None)
+        return record.getMessage() if repetitions.filter(record) else None
+
+    assert [line(n) for n in range(3)] == ["failed 0", None, None]
+    clock.now += 60
+    assert line(3) == "failed 3 (repeated 2 times)"
+
+
+def test_the_kinds_that_are_remembered_are_bounded() -> None:
+    repetitions = Repetitions(Clock())
+    for n in range(2000):
+        assert passing(repetitions, code=f"c{n}") is not None
+    assert len(repetitions._told) <= 500
+
+
+def test_the_lines_of_a_process_pass_through_it() -> None:
+    out = io.StringIO()
+    configure_logs("info", "json", out=out)
+    log = logger()
+    for n in range(3):
+        log.warning("redis refused", session=f"s{n}")
+    log.info("done")
+    assert [json.loads(line)["event"] for line in out.getvalue().splitlines()] == ["redis refused", "done"]
