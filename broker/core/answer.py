@@ -4,7 +4,8 @@ The broker relays a chunk as it is and reads only what it needs for itself: whet
 failed, what it cost, and how much text there was, for an estimate where nobody tells the usage.
 
 A finish reason is a promise that may be broken: some services send one with every piece of reasoning and go on with
-the text. So content that follows takes it back, and with it the usage that came so far.
+the text. So content that follows takes it back, and with it the usage that came so far. A usage beside content that
+it does not count is never final.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import orjson
 
 from broker.core.errors import UpstreamError, UpstreamFailed, UpstreamInvalid
 from broker.core.foreign import bounded_object, bounded_text, is_too_large_to_parse
+from broker.core.pricing import completion_of
 from broker.core.upstream_errors import fault_in_stream
 
 if TYPE_CHECKING:
@@ -78,6 +80,7 @@ class Answer:
         "_has_sound",
         "_quiet_usage",
         "_reason_stands",
+        "_reason_was_wrong",
         "_secrets",
         "_wrote",
         "complete",
@@ -108,7 +111,10 @@ class Answer:
         self.complete = False
         self.over = False
         self._reason_stands = False
-        self._quiet_usage = False  # the interim usage came after all content
+        self._reason_was_wrong = (
+            False  # content came after a finish reason, so none is trusted before the end
+        )
+        self._quiet_usage = False  # the interim usage is final if the answer ends here
         self._deltas = False
         self._wrote = False  # this chunk has content
         self._has_sound = False
@@ -186,6 +192,7 @@ class Answer:
 
     def _read_chunk(self, data: bytes, chunk: dict[str, Any], event: str) -> bytes | None:
         if self.over:
+            self._wrote = False
             self._note_usage(chunk)
             return None
         ended = self._reason_stands
@@ -205,7 +212,7 @@ class Answer:
                     if fault is None or not ended:
                         self._read_choice(choice)
         if fault is not None:
-            self.over = True
+            self.over, self._wrote = True, False
             self._note_usage(chunk)
             self._fail(fault, ended=ended)
             return None
@@ -229,6 +236,10 @@ class Answer:
 
     def _complete(self) -> None:
         self.complete = True
+        self.accept_usage()
+
+    def accept_usage(self) -> None:
+        """Learn that nothing more comes: the usage that came with the last content is final."""
         if self.usage is None and self._quiet_usage:
             self.usage, self.interim_usage = self.interim_usage, None
 
@@ -240,11 +251,18 @@ class Answer:
             if not isinstance(usage, dict):
                 return
         usage = bounded_object(usage, first=_COUNTED)
-        if self.over or self._reason_stands:
+        if not self._wrote:
+            self._quiet_usage = True
+            is_final = self.over or self._reason_stands
+        else:
+            # Some give a finish reason and a usage of zeros with every chunk. A usage that does not count the content
+            # beside it tells nothing of the whole; and once such a finish reason was wrong, only the end decides.
+            self._quiet_usage = self._reason_stands and bool(completion_of(usage))
+            is_final = self._quiet_usage and not self._reason_was_wrong
+        if is_final:
             self.usage = usage
         else:
             self.interim_usage = usage
-            self._quiet_usage = not self._wrote
 
     def _read_names(self, chunk: dict[str, Any]) -> None:
         self.model = self.model or _text(chunk.get("model"))
@@ -287,6 +305,7 @@ class Answer:
         self._quiet_usage = False
         if self._reason_stands:
             self._reason_stands = False
+            self._reason_was_wrong = True
             self.interim_usage = self.usage or self.interim_usage
             self.usage = None
 
