@@ -7,6 +7,7 @@ it took is booked before it is told. Where Redis does not answer in time, the ow
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -185,6 +186,28 @@ class Finishing:
             self.spent = self._at_worst()
             await self._settlement.settle(self._reservation, self.spent, state, None)
 
+    def wait_for_usage(self, state: State) -> bool:
+        """Read on in the background for the usage behind an error, and correct the estimate with it.
+
+        Returns:
+            True if that has begun; the reading is then closed by it.
+        """
+        return (
+            self.spent.estimated
+            and self._reader.may_tell_usage
+            and self._settlement.read_on(partial(self._read_on, state), self._reader.close)
+        )
+
+    async def _read_on(self, state: State) -> None:
+        if not await self._reader.read_usage():
+            return
+        self._counted = False
+        await self._count_once()
+        # An end that could not be booked yet is booked with this; one that was booked as an estimate is corrected.
+        await self._settlement.settle_later(
+            self._reservation, self.spent, state, self._reader.answer.generation_id
+        )
+
     def sample(self) -> Sample | None:
         """What this answer teaches of its model's tokenizer, if it does."""
         answer = self._reader.answer
@@ -223,7 +246,7 @@ class Finishing:
         return usage_at_worst(self._reservation.worst) if self._reader.asked else Usage()
 
     async def _count(self) -> Usage:
-        if self._reader.asked_at is not None:
+        if self._seconds is None and self._reader.asked_at is not None:
             self._seconds = self._loop.time() - self._reader.asked_at
         return await self._settlement.count(
             self._reader.answer,

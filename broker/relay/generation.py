@@ -211,6 +211,8 @@ class Generation:
         elif now >= self._reader.data_due:
             # Once the answer is finished, silence is its end.
             finished = self._reader.answer.finished
+            if finished:
+                self._reader.answer.accept_usage()
             self._handle(Event.TIMED_OUT, FINISHED if finished else Proposal(Step.FAIL, UpstreamTimeout()))
         elif self._unwatched_since is not None and now >= self._unwatched_since + self._bounds.grace:
             self._handle(Event.GRACE_OVER)
@@ -309,17 +311,20 @@ class Generation:
     # The task
 
     async def _run(self) -> None:
+        read_on = False
         try:
             await self._read_to_the_end()
             await self._to_decide.wait()
             await self._end()
+            read_on = self.finishing.wait_for_usage(self.state)
         finally:
             # Both are done unless this task was cancelled, which only the close of the worker does.
             owned = [task for task in (self._reading_task, self._abandoning) if task is not None]
             for task in owned:
                 task.cancel()
             await asyncio.gather(*owned, return_exceptions=True)
-            await self._close_reader()
+            if not read_on:
+                await self._close_reader()
 
     async def _read_to_the_end(self) -> None:
         reader = self._reading_task
@@ -329,8 +334,9 @@ class Generation:
         failure = None if reader.cancelled() else reader.result()
         if isinstance(failure, UpstreamInterrupted) and self._reader.answer.finished:
             failure = None  # once the answer is finished, what becomes of the line does not matter
+            self._reader.answer.accept_usage()
         self._handle(Event.UPSTREAM_ENDED, FINISHED if failure is None else Proposal(Step.FAIL, failure))
-        if not self._reader.answer.complete:
+        if not self._reader.answer.complete and not self._reader.may_tell_usage:
             await self._close_reader()
 
     async def _close_reader(self) -> None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from broker.relay.config import Money
     from broker.store.accounts import AccountStore, Reservation
 
+    Work = Callable[[], Coroutine[Any, Any, None]]
+
 log = structlog.get_logger(__name__)
 
 LOOKS = (1.0, 3.0, 10.0, 30.0, 120.0, 600.0)
@@ -36,6 +38,9 @@ LOOKS = (1.0, 3.0, 10.0, 30.0, 120.0, 600.0)
 
 MAX_ASKING = 1000
 """Estimates that one worker asks for at once; the others wait in Redis until somebody has room."""
+
+MAX_READING_ON = 200
+"""Failed answers that one worker reads on at once for their usage; the estimate of any other stands."""
 
 RETRY = 1.0
 """Seconds between two tries to reach Redis."""
@@ -64,6 +69,7 @@ class Settlement:
         self._money = money
         self._spawn = spawn
         self._asking: set[str] = set()
+        self._reading_on = 0
 
     async def count(
         self,
@@ -120,6 +126,31 @@ class Settlement:
         )
         if ask and generation_id is not None:
             self.ask(Estimate(reservation, generation_id, 0.0))
+
+    def read_on(self, read: Work, close: Work) -> bool:
+        """Run `read` in the background and `close` behind it, where not too many run already.
+
+        Returns:
+            True if that has begun; else neither is run.
+        """
+        if self._reading_on >= MAX_READING_ON:
+            return False
+        self._reading_on += 1
+        self._spawn(self._read_on(read, close))
+        return True
+
+    async def _read_on(self, read: Work, close: Work) -> None:
+        try:
+            await read()
+        finally:
+            self._reading_on -= 1
+            await close()
+
+    async def settle_later(
+        self, reservation: Reservation, spent: Usage, state: State, generation_id: str | None
+    ) -> None:
+        """`settle`, tried until Redis answers, for as long as a settlement is tried."""
+        await self._persist(partial(self.settle, reservation, spent, state, generation_id))
 
     def _name(self, model: str, *, answered: bool) -> str:
         """A model's name for the books: of the list; without one, of those that the upstream has answered."""

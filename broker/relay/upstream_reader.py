@@ -20,7 +20,7 @@ from broker.core.sse import Decoder, EventTooLarge
 from broker.core.upstream_errors import may_have_generated, retry_delay
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Iterable
 
     from broker.core.sse import Frame
     from broker.relay.config import GenerationLimits
@@ -77,6 +77,8 @@ class UpstreamReader:
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder(bounds.max_response, error_lines=True)
         self._relayed = 0
+        self._failed = False  # by what an event said, not by the connection
+        self._failed_at = 0.0
         self._stream: UpstreamStream | None = None
         self._blocks: AsyncGenerator[bytes] | None = None
         self.data_due = self._loop.time() + bounds.first_data_timeout
@@ -100,6 +102,29 @@ class UpstreamReader:
             self._read_rest()
         if not self.answer.end():
             raise UpstreamInterrupted
+
+    @property
+    def may_tell_usage(self) -> bool:
+        """True if the answer has failed and its usage may still come."""
+        answer = self.answer
+        return self._failed and answer.usage is None and not answer.complete and self._blocks is not None
+
+    async def read_usage(self) -> bool:
+        """Read on behind a failure until the usage comes, for `AFTER_ERROR` seconds. Returns True if it came."""
+        try:
+            async with asyncio.timeout_at(self._failed_at + AFTER_ERROR):
+                while self.may_tell_usage and self._blocks is not None:
+                    self._read_for_usage(self._decoder.feed(await anext(self._blocks)))
+        except StopAsyncIteration:
+            self._read_for_usage(self._decoder.flush())
+        except (TimeoutError, EventTooLarge, UpstreamError):
+            pass
+        return self.answer.usage is not None
+
+    def _read_for_usage(self, frames: Iterable[Frame]) -> None:
+        for frame in frames:
+            with suppress(UpstreamError):
+                self.answer.read(frame.data, frame.event)
 
     async def close(self) -> None:
         """Close the upstream's stream; one that has said its last word gets a moment to end by itself."""
@@ -160,8 +185,9 @@ class UpstreamReader:
         chunks: list[bytes] = []
         told = False
         read, over = self.answer.read, self.answer.over
+        rest = iter(frames)
         try:
-            for frame in frames:
+            for frame in rest:
                 chunk = read(frame.data, frame.event)
                 if chunk is not None:
                     self._relayed += len(chunk)
@@ -170,6 +196,11 @@ class UpstreamReader:
                     chunks.append(chunk)
                 elif not over and not says_nothing(frame.data):
                     told = True
+        except UpstreamError:
+            if self.answer.over:
+                self._failed, self._failed_at = True, now
+                self._read_for_usage(rest)
+            raise
         finally:
             if chunks:
                 self._hand_on(chunks, now)
