@@ -1,8 +1,8 @@
 """Sessions of other workers, as the viewers of this one see them.
 
-A mirror is a feed that is filled from a session's journal. All mirrors of a worker are served together: news comes by
-the worker's bell with the events in it, and once a second whatever is missing is read in one round trip, which also
-keeps this worker registered as watching. The same look finds owners that have died.
+A mirror is a feed that is filled from a session's journal. All mirrors of a worker are served together: events come
+with notifications, and twice a second what is missing is read in one round trip, which also keeps this worker
+registered as watching. The end of a session whose owner has died is written by `relay.reaper`.
 """
 
 from __future__ import annotations
@@ -14,31 +14,21 @@ from typing import TYPE_CHECKING, NoReturn
 
 import structlog
 
-from broker.core.errors import StoreUnavailable, WorkerLost
-from broker.core.events import cancelled_unseen, error_data
+from broker.core.errors import StoreUnavailable
 from broker.core.replay import Batch, JournalGap, read_on
-from broker.core.session import State, short
+from broker.core.session import State
 from broker.relay.feed import Feed
-from broker.relay.rounds import for_each
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterator
 
     from broker.relay.viewer import Viewer
     from broker.store.journal import Followed, JournalStore
-    from broker.store.sessions import SessionStore
-    from broker.store.workers import WorkerStore
 
 log = structlog.get_logger(__name__)
 
 LOOK = 0.5
 """Seconds between two looks at everything that is followed."""
-
-DEAD_AFTER = 3.0
-"""Seconds for which a lease must have been absent, of a Redis that answers, before its worker counts as dead."""
-
-LOOK_GAP = 2.0
-"""Seconds between two answered looks, over which an absence has to be seen anew: an outage makes nobody dead."""
 
 LOOK_AT_ONCE = 64
 """Sessions looked at in one round trip."""
@@ -89,8 +79,6 @@ class Mirrors:
 
     Args:
         journal: where to read.
-        sessions: where the end of a dead owner's session is written.
-        workers: who lives.
         is_gone: whether a session that Redis does not know is gone for good.
         viewers: all of this worker; those of a session that is gone are disconnected.
     """
@@ -98,14 +86,10 @@ class Mirrors:
     def __init__(
         self,
         journal: JournalStore,
-        sessions: SessionStore,
-        workers: WorkerStore,
         is_gone: Callable[[], Awaitable[bool]],
         viewers: Collection[Viewer],
     ) -> None:
         self._journal = journal
-        self._sessions = sessions
-        self._workers = workers
         self._is_gone = is_gone
         self._viewers = viewers
         self._open_mirrors: dict[str, Mirror] = {}
@@ -114,8 +98,6 @@ class Mirrors:
         self._left: set[str] = set()
         self._leaving: set[str] = set()
         self._wake = asyncio.Event()
-        self._absent_since: dict[str, float] = {}
-        self._answered_at = 0.0
         self._loop = asyncio.get_running_loop()
 
     def get(self, session_id: str) -> Mirror | None:
@@ -213,7 +195,6 @@ class Mirrors:
                 await self._unregister()
                 await self._look(everything=everything)
             except StoreUnavailable:
-                self._absent_since.clear()
                 await asyncio.sleep(LOOK)
 
     async def _unregister(self) -> None:
@@ -242,8 +223,6 @@ class Mirrors:
                     self._note(mirror, followed)
                 elif await self._is_gone():
                     self._release(mirror)
-        if everything and wanted:
-            await self._reap({mirror.worker for mirror in wanted})
 
     def _note(self, mirror: Mirror, followed: Followed) -> None:
         if mirror.feed.end is not None:
@@ -276,30 +255,6 @@ class Mirrors:
         if mirror.feed.last != end.id.n - 1:
             mirror.feed.skip_to(end.id.n - 1)
         mirror.feed.finish(end)
-
-    async def _reap(self, owners: set[str]) -> None:
-        """End the sessions of workers that have been dead for long enough."""
-        absent = await self._workers.absent(owners)
-        now = self._loop.time()
-        if now - self._answered_at > LOOK_GAP:
-            self._absent_since.clear()
-        self._answered_at = now
-        self._absent_since = {worker: self._absent_since.get(worker, now) for worker in absent}
-        lost = [
-            mirror
-            for mirror in self._open_mirrors.values()
-            if mirror.feed.end is None and now - self._absent_since.get(mirror.worker, now) >= DEAD_AFTER
-        ]
-        await for_each(lost, self._mark_lost, doing="end the sessions of a dead worker")
-
-    async def _mark_lost(self, mirror: Mirror) -> None:
-        standing = await self._sessions.mark_lost(
-            mirror.session_id, mirror.worker, error=error_data(WorkerLost()), cancelled=cancelled_unseen(None)
-        )
-        log.warning(
-            "worker lost", session=short(mirror.session_id), worker=mirror.worker, state=standing.state
-        )
-        self._read_soon(mirror.session_id)
 
     def _new_mirror(self, session_id: str, followed: Followed, after: int) -> Mirror:
         """Return a mirror that begins with what its first viewer wants next, if that was read to the journal's end."""

@@ -1,13 +1,16 @@
-"""Keeps reservations alive, settles those whose worker died, and asks what a worker did not live to ask.
+"""One liveness for sessions and reservations: a session lives while its reservation is renewed.
 
-Every worker renews the leases of its own, and looks among all open ones for leases that nobody renews: whoever finds
-one settles it from what was journaled. Two that find the same do no harm, for a reservation is settled once.
+Every worker renews its own once a second, in a loop that does nothing else, and looks in another one for those that
+nobody renews. Their sessions are ended as lost, and what they took is settled from what was journaled. Two workers that
+find the same do no harm: an end is written once, and a reservation is settled once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
@@ -23,6 +26,7 @@ from broker.core.session import ENDED, State, short
 from broker.core.sse import Decoder, EventTooLarge
 from broker.relay.rounds import for_each
 from broker.relay.settlement import has_counts
+from broker.store.accounts import LEASE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,35 +36,43 @@ if TYPE_CHECKING:
     from broker.store.accounts import AccountStore, Reservation
     from broker.store.journal import JournalStore
     from broker.store.sessions import SessionRecord, SessionStore
-    from broker.store.workers import WorkerStore
 
 log = structlog.get_logger(__name__)
 
-ROUND = 4.0
-"""Seconds between two rounds, well within a lease; varied, so that workers do not all look at once."""
+RENEW = 1.0
+"""Seconds between two renewals."""
 
-AWAY_ROUND = 0.5
-"""The same while Redis is away: leases that expired meanwhile are renewed as soon as it is back."""
+RENEW_AT_ONCE = 200
+"""Reservations that one script renews: what it costs Redis must not hold up others."""
 
-AT_ONCE = 100
+ROUND = 1.0
+"""Seconds between two looks for the dead; varied, so that workers do not all look at once."""
+
+AWAY = 0.5
+"""Seconds between two tries while Redis is away."""
+
+AT_ONCE = 2000
 """Reservations of the dead that one round looks at."""
 
-ABSENT_ROUNDS = 2
-"""Rounds in a row that an owner's lease must be absent before its session is ended for it."""
+TOGETHER = 32
+"""Of these, how many are worked on at the same time; connections must be left for everything else."""
+
+ASK_AT_ONCE = 100
+"""Estimates that one round takes on."""
 
 MAX_EVENT = 16 * 1024 * 1024
 """Bytes of one journaled event; larger ones were never relayed."""
 
 
 class Reaper:
-    """Looks after the reservations.
+    """Keeps this worker's reservations alive, and ends and settles those of the dead.
 
     Args:
-        accounts: where they are.
+        accounts: where the reservations are.
         sessions: whose they are.
         journal: what was relayed.
-        workers: who lives.
         settlement: counts and books.
+        clock: seconds that only go forward.
     """
 
     def __init__(
@@ -68,89 +80,102 @@ class Reaper:
         accounts: AccountStore,
         sessions: SessionStore,
         journal: JournalStore,
-        workers: WorkerStore,
         settlement: Settlement,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._accounts = accounts
         self._sessions = sessions
         self._journal = journal
-        self._workers = workers
         self._settlement = settlement
-        self._absent: dict[str, int] = {}
+        self._clock = clock
+        self._answered_since = float("-inf")
 
-    async def run(self, running: Callable[[], Sequence[Reservation]]) -> NoReturn:
-        """Look after them until cancelled; ``running`` tells those of this worker."""
-        pause = ROUND
+    async def run_renewals(self, running: Callable[[], Sequence[Reservation]]) -> NoReturn:
+        """Renew until cancelled; ``running`` returns the reservations of this worker."""
         while True:
-            await asyncio.sleep(pause * random.uniform(0.75, 1.0))  # noqa: S311 - jitter is no secret
-            pause = ROUND if await self._round(running()) else AWAY_ROUND
+            try:
+                await self._renew(running())
+            except StoreRefused:
+                pause = RENEW  # it was logged
+            except StoreUnavailable:
+                pause = AWAY  # leases that expired meanwhile are renewed as soon as Redis is back
+            else:
+                pause = RENEW
+            await asyncio.sleep(pause)
 
-    async def _round(self, running: Sequence[Reservation]) -> bool:
-        """Do all there is to do; whether Redis could be reached."""
-        for step in (partial(self._hold, running), self._look_around, self._ask):
+    async def run(self) -> NoReturn:
+        """Look for the dead until cancelled."""
+        while True:
+            pause = ROUND if await self._round() else AWAY
+            await asyncio.sleep(pause * random.uniform(0.75, 1.0))  # noqa: S311 - jitter is no secret
+
+    async def _renew(self, running: Sequence[Reservation]) -> None:
+        for start in range(0, len(running), RENEW_AT_ONCE):
+            # Lost by Redis, or given back while its claim was on the way. One that has just ended stays as it is.
+            closed = await self._accounts.hold(running[start : start + RENEW_AT_ONCE])
+            await for_each(closed, partial(self._accounts.reserve, force=True), doing="reserve again")
+
+    async def _round(self) -> bool:
+        """Do all that there is to do. Returns True if Redis could be reached."""
+        for step in (self._reap, self._ask):
             try:
                 await step()
             except StoreRefused:
                 continue  # it was logged, and the other steps may pass
             except StoreUnavailable:
-                self._absent.clear()
+                # Nobody could renew meanwhile. Only what is not renewed while Redis answers is lost.
+                self._answered_since = self._clock() + LEASE
                 return False
         return True
 
-    async def _hold(self, running: Sequence[Reservation]) -> None:
-        # Lost by Redis, or given back while its claim was on the way. One that has just ended stays as it is.
-        closed = await self._accounts.hold(running)
-        await for_each(closed, partial(self._accounts.reserve, force=True), doing="reserve again")
-
-    async def _look_around(self) -> None:
+    async def _reap(self) -> None:
+        """End and settle what has not been renewed in time."""
+        if self._clock() < self._answered_since:
+            return
         orphans = await self._accounts.orphans(AT_ONCE)
         found: list[tuple[Reservation, SessionRecord | None]] = []
 
-        async def describe(orphan: Reservation) -> None:
-            found.append((orphan, await self._sessions.describe(orphan.session_id)))
+        async def end(orphan: Reservation) -> None:
+            found.append((orphan, await self._end(orphan)))
 
-        async def look_after(one: tuple[Reservation, SessionRecord | None]) -> None:
-            await self._look_after(*one, dead)
+        async def settle(one: tuple[Reservation, SessionRecord | None]) -> None:
+            await self._look_after(*one)
 
-        failed = await for_each(orphans, describe, doing="find the session of a reservation")
-        dead = await self._dead({session.worker for _, session in found if session is not None})
-        failed += [orphan for orphan, _ in await for_each(found, look_after, doing="settle for the dead")]
+        # All ends first: viewers wait for them.
+        failed = await for_each(orphans, end, doing="end sessions of the dead", together=TOGETHER)
+        unsettled = await for_each(found, settle, doing="settle for the dead", together=TOGETHER)
+        failed += [orphan for orphan, _ in unsettled]
         await self._accounts.put_off([orphan.claim_id for orphan in failed])
 
+    async def _end(self, orphan: Reservation) -> SessionRecord | None:
+        """End the session of a reservation that nobody renews, and return what it is then."""
+        session = await self._sessions.describe(orphan.session_id)
+        if session is None or session.claim_id != orphan.claim_id or session.state is not State.RUNNING:
+            return session
+        lost = await self._sessions.mark_lost(
+            orphan.session_id,
+            session.worker,
+            error=error_data(WorkerLost()),
+            cancelled=cancelled_unseen(None),
+        )
+        log.warning("worker lost", session=short(orphan.session_id), worker=session.worker, state=lost.state)
+        return replace(session, state=lost.state)
+
     async def _ask(self) -> None:
-        for estimate in await self._accounts.unasked(min(AT_ONCE, self._settlement.room)):
+        for estimate in await self._accounts.unasked(min(ASK_AT_ONCE, self._settlement.room)):
             self._settlement.ask(estimate)
 
-    async def _dead(self, owners: set[str]) -> set[str]:
-        """Those of these workers whose lease was absent in so many rounds in a row."""
-        owners = owners - {""}
-        absent = await self._workers.absent(owners) if owners else set()
-        self._absent = {worker: self._absent.get(worker, 0) + 1 for worker in absent}
-        return {worker for worker, rounds in self._absent.items() if rounds > ABSENT_ROUNDS}
-
-    async def _look_after(self, orphan: Reservation, session: SessionRecord | None, dead: set[str]) -> None:
+    async def _look_after(self, orphan: Reservation, session: SessionRecord | None) -> None:
         if session is None:
             # All workers were away for longer than it is kept, and whether its claim had won nobody can tell any more.
             # The most that it can have cost is safe.
             await self._settlement.settle(orphan, usage_at_worst(orphan.worst), State.LOST, None)
-            return
-        if (
-            session.claim_id != orphan.claim_id
-        ):  # its claim has not won so far; one that is still on its way must not
+        elif session.claim_id != orphan.claim_id:
+            # Its claim has not won so far. One that is still on its way must not win any more.
             if await self._sessions.refuse(orphan.session_id, orphan.claim_id):
                 await self._accounts.release(orphan.claim_id, orphan.client)
-            return
-        state = session.state
-        if state is State.RUNNING and session.worker in dead:
-            lost = await self._sessions.mark_lost(
-                orphan.session_id,
-                session.worker,
-                error=error_data(WorkerLost()),
-                cancelled=cancelled_unseen(None),
-            )
-            state = lost.state
-        if state in ENDED:
-            await self._settle(orphan, session, state)
+        elif session.state in ENDED:
+            await self._settle(orphan, session, session.state)
 
     async def _settle(self, orphan: Reservation, session: SessionRecord, state: State) -> None:
         answer = await self._read(orphan.session_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 import structlog
@@ -19,36 +21,50 @@ MAX_UNREACHABLE = 3
 """Items in a row for which Redis could not be reached; then it is away, and the others would only wait for it too."""
 
 
-async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[object]], *, doing: str) -> list[T]:
+async def for_each(
+    items: Iterable[T], work: Callable[[T], Awaitable[object]], *, doing: str, together: int = 1
+) -> list[T]:
     """Do some work for each item, and return those for which it failed.
 
     Args:
         items: the items.
         work: what is done for each.
         doing: what that is, for the log.
+        together: how many are worked on at the same time.
 
     Raises:
         StoreUnavailable: Redis is away.
     """
     failed: list[T] = []
     unreachable = 0
-    for item in items:
-        try:
-            await work(item)
-        except StoreRefused:
-            unreachable = 0
-        except StoreUnavailable:
-            unreachable += 1
-            if unreachable >= MAX_UNREACHABLE:
-                raise
-        except Exception:
-            unreachable = 0
-            if not failed:  # one of a kind is enough for a log
-                log.exception("round failed for an item", doing=doing)
-        else:
-            unreachable = 0
-            continue
-        failed.append(item)
+    rest = iter(items)
+    while part := list(islice(rest, together)):
+        outcomes = (
+            await asyncio.gather(*(_outcome(work, item) for item in part))
+            if len(part) > 1
+            else [await _outcome(work, part[0])]
+        )
+        for item, outcome in zip(part, outcomes, strict=True):
+            if outcome is None:
+                unreachable = 0
+                continue
+            if isinstance(outcome, StoreUnavailable) and not isinstance(outcome, StoreRefused):
+                unreachable += 1
+                if unreachable >= MAX_UNREACHABLE:
+                    raise outcome
+            else:
+                unreachable = 0
+                if not isinstance(outcome, StoreRefused) and not failed:  # one of a kind is enough for a log
+                    log.error("round failed for an item", doing=doing, exc_info=outcome)
+            failed.append(item)
     if failed:
         log.warning("round failed for some", doing=doing, count=len(failed))
     return failed
+
+
+async def _outcome(work: Callable[[T], Awaitable[object]], item: T) -> Exception | None:
+    try:
+        await work(item)
+    except Exception as error:  # noqa: BLE001 - the caller looks at each
+        return error
+    return None

@@ -102,8 +102,8 @@ class Worker:
             resuming=config.resume_ttl > 0,
             spawn=self.tasks.spawn,
         )
-        self._reaper = Reaper(accounts, sessions, journal, workers, self._settlement)
-        self.mirrors = Mirrors(journal, sessions, workers, self.membership.is_gone, self.viewers)
+        self._reaper = Reaper(accounts, sessions, journal, self._settlement)
+        self.mirrors = Mirrors(journal, self.membership.is_gone, self.viewers)
 
     @property
     def id(self) -> str:
@@ -119,7 +119,8 @@ class Worker:
                 "rewriting": partial(self.membership.rewrite_sessions, self._ownership.rewrite_sessions),
                 "journal": partial(self._journal.run, self._ownership),
                 "mirrors": self.mirrors.run,
-                "reservations": partial(self._reaper.run, self._reservations),
+                "renewals": partial(self._reaper.run_renewals, self._reservations),
+                "reaper": self._reaper.run,
             }
         )
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-LEASE = 15.0
+LEASE = 8.0
 """Seconds after which an open reservation that nobody renews is taken for a dead worker's."""
 
 RECORD = 6 * 3600

@@ -15,7 +15,6 @@ from broker.core.session import State
 from broker.relay.mirror import Mirror, Mirrors
 from broker.store.journal import Append, JournalStore
 from broker.store.sessions import Prepared, SessionStore
-from broker.store.workers import WorkerStore
 
 if TYPE_CHECKING:
     from broker.store.connection import Store
@@ -53,9 +52,7 @@ class Afar:
         self.late = Late(store)
         self.owner = JournalStore(store, worker="owner", running_ttl=500)
         self.sessions = SessionStore(store, session_ttl=600, running_ttl=500, resume_ttl=300)
-        self.follower = Mirrors(
-            self.late, self.sessions, WorkerStore(store, worker="follower"), self._never, set()
-        )
+        self.follower = Mirrors(self.late, self._never, set())
 
     @staticmethod
     async def _never() -> bool:

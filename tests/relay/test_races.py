@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Coroutine
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,6 @@ from broker.store.accounts import LEASE, AccountStore, Reservation
 from broker.store.connection import Store
 from broker.store.journal import JournalStore
 from broker.store.sessions import Prepared, SessionStatus, SessionStore
-from broker.store.workers import WorkerStore
 from broker.web import keys
 from tests.broker import Broker, running
 from tests.money import Ledger, ledger, open_reservations, slots, until
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from broker.relay.generation import Generation
     from tests.scripted import Call, ScriptedUpstream
 
-FREE = Quotas(waiting=1000, streams=1000, daily_tokens=0, daily_cost=0, total_daily_cost=0)
+FREE = Quotas(waiting=1000, streams=10_000, daily_tokens=0, daily_cost=0, total_daily_cost=0)
 ENOUGH = 128 * 1024
 """Bytes that say a piece of something is left somewhere, and not all of it."""
 
@@ -169,7 +169,7 @@ async def unknown(_: object) -> None:
     return None
 
 
-def bookkeeper_of(store: Store, accounts: AccountStore) -> Reaper:
+def reaper_of(store: Store, accounts: AccountStore, clock: Callable[[], float] = time.monotonic) -> Reaper:
     def spawn(work: Coroutine[Any, Any, Any]) -> None:
         work.close()
         pytest.fail("there is nothing to ask the upstream")
@@ -178,12 +178,12 @@ def bookkeeper_of(store: Store, accounts: AccountStore) -> Reaper:
         accounts,
         SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300),
         JournalStore(store, worker="living", running_ttl=960),
-        WorkerStore(store, worker="living"),
         Settlement(
             accounts,
             Money(unknown, lambda model: model, unknown, lambda: True, unknown, unknown, unknown),
             spawn=spawn,
         ),
+        clock,
     )
 
 
@@ -193,7 +193,7 @@ async def test_an_orphan_that_ran_and_whose_session_is_forgotten_is_booked_at_it
     await accounts.hold([await reserved(accounts, "ran")])
     await come(store, "open")
     for _ in range(2):
-        await bookkeeper_of(store, accounts)._look_around()
+        await reaper_of(store, accounts)._reap()
         assert await ledger(store.redis) == Ledger(1, 1, 10, 100)
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
 
@@ -204,7 +204,7 @@ async def test_an_orphan_that_never_ran_is_given_back(store: Store) -> None:
     sessions = SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300)
     await sessions.prepare("session-idle", Prepared(b"{}", "model", 1, "", "client", WorstCase(10, 100)))
     await come(store, "open")
-    await bookkeeper_of(store, accounts)._look_around()
+    await reaper_of(store, accounts)._reap()
     assert await ledger(store.redis) == Ledger()
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
 

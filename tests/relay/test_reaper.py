@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from broker.core.accounts import WorstCase
+from broker.core.errors import StoreUnavailable
 from broker.core.events import cancelled_before_start, chunk_events
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
 from broker.relay.reaper import AT_ONCE, Reaper
-from broker.store.accounts import AccountStore, Reservation
+from broker.store.accounts import LEASE, AccountStore, Reservation
+from broker.store.connection import Store
 from broker.store.journal import Append, JournalStore
 from broker.store.sessions import MIN_KEPT, Prepared, SessionStatus, SessionStore
 from tests.money import Ledger, ledger, open_reservations, slots
-from tests.relay.test_races import FREE, bookkeeper_of, come, reserved
-
-if TYPE_CHECKING:
-    from broker.store.connection import Store
+from tests.relay.test_races import FREE, come, reaper_of, reserved
+from tests.wire import wire_to
 
 PREPARED = Prepared(b"{}", "model", 4, "", "client", WorstCase(10, 100))
 NOTHING = Batch(1, 0, b"")
@@ -72,9 +73,9 @@ class Dead:
     async def found(self, rounds: int = 1) -> None:
         """Let all leases be over, and have another worker look."""
         await come(self.store, "open")
-        keeper: Reaper = bookkeeper_of(self.store, self.accounts)
+        reaper: Reaper = reaper_of(self.store, self.accounts)
         for _ in range(rounds):
-            assert await keeper._round([]), "Redis could be reached"
+            assert await reaper._round(), "Redis could be reached"
 
 
 @pytest.mark.parametrize(
@@ -146,9 +147,9 @@ async def test_many_that_cannot_be_read_do_not_stand_before_the_others_for_ever(
     await dead.ended("good", b"{}")
     await come(store, "open")
     await store.redis.zadd(f"{store.prefix}:{{accounts}}:open", {"good": 2})  # found last
-    keeper = bookkeeper_of(store, dead.accounts)
+    reaper = reaper_of(store, dead.accounts)
     for _ in range(2):
-        assert await keeper._round([])
+        assert await reaper._round()
     assert not await dead.is_open("good")
     assert await open_reservations(store.redis) == AT_ONCE, "and none of them was just given back"
 
@@ -160,7 +161,7 @@ async def test_a_reservation_that_cannot_be_renewed_keeps_no_other_from_being_re
     await store.redis.delete(record)
     await store.redis.set(record, "no hash")
     await come(store, "open")
-    await bookkeeper_of(store, dead.accounts)._round(running)
+    await reaper_of(store, dead.accounts)._renew(running)
     open_until: Any = await store.redis.zrange(f"{store.prefix}:{{accounts}}:open", 0, -1, withscores=True)
     renewed = {claim_id for claim_id, score in open_until if score > 1}
     assert {b"2", b"3"} <= renewed
@@ -194,8 +195,8 @@ async def test_a_claim_that_has_won_meanwhile_is_not_given_back(store: Store) ->
     reservation = await dead.claimed("1")
     before = await dead.sessions.describe(reservation.session_id)
     assert before is not None
-    keeper = bookkeeper_of(store, dead.accounts)
-    await keeper._look_after(reservation, replace(before, state=State.PREPARED, claim_id=""), set())
+    reaper = reaper_of(store, dead.accounts)
+    await reaper._look_after(reservation, replace(before, state=State.PREPARED, claim_id=""))
     assert await dead.is_open("1")
 
 
@@ -222,3 +223,70 @@ async def test_a_claim_asked_again_after_an_accepted_cancel_gets_that_end(store:
         answer = await dead.sessions.claim("session-1", "1", "dead")
         assert isinstance(answer, SessionStatus)
         assert (answer.state, answer.end) == (State.CANCELLED, end)
+
+
+# One liveness
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_an_orphan_is_ended_whoever_runs_it(store: Store) -> None:
+    """Its worker may live: what nobody renews, nobody runs."""
+    dead = Dead(store)
+    reservation = await dead.claimed("1")
+    await dead.found()
+    status = await dead.sessions.describe(reservation.session_id)
+    assert status is not None
+    assert status.state is State.LOST
+    assert await open_reservations(store.redis) == 0
+
+
+async def test_after_an_outage_nobody_is_dead_before_everybody_could_renew(store: Store) -> None:
+    dead, clock = Dead(store), Clock()
+    await dead.claimed("1")
+    await come(store, "open")
+    reaper = reaper_of(store, dead.accounts, clock)
+    broken = reaper._accounts.orphans
+
+    async def away(limit: int) -> list[Reservation]:
+        raise StoreUnavailable
+
+    reaper._accounts.orphans = away  # type: ignore[method-assign]
+    assert not await reaper._round()
+    reaper._accounts.orphans = broken  # type: ignore[method-assign]
+    clock.now += LEASE - 0.1
+    assert await reaper._round()
+    assert await dead.is_open("1")
+    clock.now += 0.2
+    assert await reaper._round()
+    assert not await dead.is_open("1")
+
+
+@pytest.mark.slow
+async def test_two_thousand_sessions_of_a_dead_worker_are_ended_in_one_round(
+    store: Store, valkey_url: str, record_property: Any
+) -> None:
+    dead, many = Dead(store), 2000
+    for n in range(many):
+        await dead.claimed(str(n))
+    await come(store, "open")
+    async with wire_to(valkey_url) as wire:
+        wire.delay = 0.01  # 20 ms there and back
+        far = Store(wire.url, "test")
+        accounts = AccountStore(far, FREE)
+        reaper = reaper_of(far, accounts)
+        started = time.monotonic()
+        assert await reaper._round()
+        record_property("seconds", round(time.monotonic() - started, 2))
+        await far.close()
+    assert await open_reservations(store.redis) == 0
+    for n in range(0, many, 97):
+        record = await dead.sessions.describe(f"session-{n}")
+        assert record is not None
+        assert record.state is State.LOST
