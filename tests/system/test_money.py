@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,8 @@ SETTLED = LEASE + 30
 """Seconds within which the sessions of a dead worker are settled by another."""
 
 
-ASKED = ASKED_AFTER + 10
-"""Seconds within which the upstream's books have been asked about everything that was estimated."""
+ASKED = 30 + ASKED_AFTER
+"""Seconds within which another worker has asked about an estimate: its third look is 30 s after the end."""
 
 
 @asynccontextmanager
@@ -72,6 +72,11 @@ async def all_closed(redis: Redis) -> bool:
         account.reserved_tokens == account.reserved_cost == 0
         and await open_reservations(redis) == await slots(redis) == 0
     )
+
+
+async def all_settled(redis: Redis) -> bool:
+    """Whether no generation holds a slot or an open reservation; estimates may keep a part of theirs."""
+    return await open_reservations(redis) == await slots(redis) == 0
 
 
 async def all_asked(redis: Redis) -> bool:
@@ -112,7 +117,11 @@ async def test_of_many_claims_at_once_on_two_workers_as_many_run_as_there_is_roo
 
 
 async def test_a_killed_owners_session_is_settled_by_another_from_the_journal() -> None:
-    async with running_bank(daily_cost="1", max_concurrent_streams=2) as (cluster, redis):
+    # A service that keeps no records of its own: nothing more can be learned, so nothing stays reserved.
+    async with running_bank(daily_cost="1", max_concurrent_streams=2, upstream_kind="openai") as (
+        cluster,
+        redis,
+    ):
         owner, other = cluster.workers
         silent, prompt = await prepared(cluster, owner)
         told, _ = await prepared(cluster, owner)
@@ -222,9 +231,11 @@ async def test_a_long_freeze_of_redis_kills_nobody_and_frees_no_slot() -> None:
             calls = [await session.call() for session in sessions]
             cluster.valkey.freeze()
             async with late.stream(cluster.workers[0]) as line:
-                assert await came_again(line)  # and its claim is still asked for
+                assert await came_again(line)
             await asyncio.sleep(LEASE + 2)  # as long as that is
             cluster.valkey.thaw()
+            # Its claim was never sent, and its page has left: it is claimed when the page comes again.
+            again = asyncio.create_task(late.read(cluster.workers[0]))
             calls.append(await late.call())
 
             async def renewed() -> bool:
@@ -239,10 +250,15 @@ async def test_a_long_freeze_of_redis_kills_nobody_and_frees_no_slot() -> None:
                 bill(call, 0.001)
             for line in (a, b, c, d):
                 assert (await line.rest())[-1].kind == "done"
+        assert (await again)[-1].kind == "done"
         assert (await late.read(cluster.workers[1]))[-1].kind == "done"
         assert late.calls == 1
         assert await all_closed(redis)
         assert await ledger(redis) == Ledger(5, 0, 75, 5_000_000)
+
+
+async def is_judged_well(spenders: Spenders, redis: Redis) -> bool:
+    return await spenders.judge(redis) == []
 
 
 async def test_the_law_holds_whatever_happens() -> None:
@@ -265,8 +281,9 @@ async def test_the_law_holds_whatever_happens() -> None:
         spenders = Spenders(cluster, biller, random, {"everyone": limit, "account:*": limit * 4 // 10})
         try:
             await spenders.run(50.0)
-            await until(lambda: all_closed(redis), within=SETTLED + 15)
-            await until(lambda: all_asked(redis), within=ASKED)
+            await until(lambda: all_settled(redis), within=SETTLED + 15)
+            with suppress(TimeoutError):
+                await until(lambda: is_judged_well(spenders, redis), within=ASKED)
             findings = await spenders.judge(redis)
         finally:
             await biller.close()

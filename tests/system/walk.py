@@ -192,6 +192,8 @@ async def _leftovers(cluster: Cluster) -> list[str]:
 def _complaints(log: str) -> Iterator[str]:
     """What a log tells of bugs."""
     for line in log.splitlines():
+        if line.startswith(("Open http://", "Listening at http://")):
+            continue  # the first line of a start, for people
         try:
             entry = json.loads(line)
         except ValueError:
