@@ -8,8 +8,10 @@ OpenRouter puts the same object in an HTTP body and in a chunk: with a number as
 from __future__ import annotations
 
 import email.utils
+import http
 import re
 from collections.abc import Mapping, Sequence
+from datetime import UTC
 from typing import Any
 
 import orjson
@@ -42,7 +44,25 @@ _BY_STATUS: dict[int, type[UpstreamError]] = {
     504: UpstreamTimeout,
     524: UpstreamTimeout,
 }
-_MODERATION = frozenset({"content_policy_violation", "refusal", "moderation", "content_filter"})
+_MODERATION = frozenset(
+    {"content_policy_violation", "refusal", "moderation", "content_filter", "moderation_blocked"}
+    | {"data_inspection_failed", "ResponsibleAIPolicyViolation"}
+)
+_WORDS_FOR_GOOD = frozenset(
+    {"authentication", "authentication_error", "permission_denied", "permission_error", "invalid_api_key"}
+    | {"invalid_request", "invalid_request_error", "invalid_prompt", "INVALID_ARGUMENT", "BadRequestError"}
+    | {
+        "not_found",
+        "not_found_error",
+        "model_not_found",
+        "NotFoundError",
+        "payload_too_large",
+        "unprocessable",
+    }
+    | {"context_length_exceeded", "max_tokens_exceeded", "token_limit_exceeded", "string_too_long"}
+)
+"""Words for what `FOR_GOOD` names by a number; they count where an error inside a stream has no number."""
+
 _MAX_MESSAGE = 300
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Keys and tokens: those that name themselves by their beginning, JWTs, and whatever stands behind a word that says so
@@ -50,7 +70,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # looked at more often than a fixed number of times; the first digit stands within 64 characters.
 _SECRET = re.compile(
     r"(?i)(?:\b|(?<=_))(?:"
-    r"(?:sk|pk|rk|gsk|hf|r8|xai|ghp|glpat)[-_][A-Z0-9_-]{8,}+"
+    r"(?:sk|pk|rk|gsk|csk|hf|r8|fw|xai|pplx|nvapi|tgp|ghp|glpat)[-_][A-Z0-9_*-]{8,}+"
+    r"|(?:org|user|key|req|proj|team|acct|wrkspc|sess)[-_][A-Z0-9]{12,}+(?![A-Z0-9_-])"
     r"|AIza[A-Z0-9_-]{10,}+"
     r"|eyJ[A-Z0-9_-]{5,}+(?:\.[A-Z0-9_-]++){1,4}+"
     r"|(?:key|token|bearer|secret|password|req|org|proj|team|sess)[-_ :=]++"
@@ -58,6 +79,12 @@ _SECRET = re.compile(
     r"|bearer[ :=]++[A-Z0-9._~+/=-]{15,}+"
     r")"
 )
+_MAX_RAW = 64 * 1024
+"""Characters of JSON in a text that are parsed."""
+
+_MAX_COMPLAINTS = 10
+_BESIDE = ("code", "status", "status_code", "statusCode", "http_status", "type", "error_type", "param")
+_STATUS_PHRASES = frozenset(status.phrase.lower() for status in http.HTTPStatus)
 _MAX_READ = 2_000
 """Characters of a message that are looked at; the rest would not be told anyway."""
 
@@ -67,11 +94,30 @@ _GENERIC = frozenset(
 _IDS = re.compile(
     r"(?i)\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b"
     r"|\b(?=[a-f]{0,64}[0-9])[0-9a-f]{16,128}\b"
-    r"|(?:(?<=\bteam)|(?<=\bteam id)|(?<=\bkey id)|(?<=\borganization)|(?<=\borg)|(?<=\bproject)|(?<=\baccount)"
-    r"|(?<=\brequest id)|(?<=\buser)|(?<=\buser id)|(?<=\baccount id))[\s:=_\"'`(#-]{1,4}"
+    r"|(?:(?<=\bteam)|(?<=\bkey)|(?<=\borganization)|(?<=\borg)|(?<=\bproject)|(?<=\baccount)|(?<=\buser)"
+    r"|(?<=\btenant)|(?<=\bworkspace)|(?<=\b(?:request|account|project|session)[ _-]id)|(?<=\brequestid)"
+    r"|(?<=\btrace[ _-]id)|(?<=\b(?:team|user)[ _-]id)|(?<=\b(?:key|org)[ _-]id)|(?<=\borganization[ _-]id)"
+    r"|(?<=\bkey provided)|(?<=\bapi key))[\s:=_\"'`(#-]{1,4}"
     r"(?=[a-z_-]{0,64}[0-9])[a-z0-9_-]{4,128}"
 )
 _FILTERED = ("safety_check", "content violates usage guidelines")
+_MARKUP = ("<!doctype", "<html", "<head", "<body", "<?xml")
+_CAP_IS_MISSIZED = (
+    *(
+        "too large",
+        "too high",
+        "too big",
+        "too many",
+        "too small",
+        "at most",
+        "at least",
+        "maximum",
+        "minimum",
+    ),
+    *("exceed", "greater", "larger", "less than", "must be", "between", "range"),
+)
+"""What is said of a cap's value, and not of its name."""
+
 _NOT_TOLD = frozenset({"error", "stop", "unknown"})
 _LONGEST_WAIT = 31 * 86_400.0
 
@@ -143,7 +189,10 @@ def fault_in_stream(
         message = (
             _cut(message or UpstreamFailed.default_message, _MAX_MESSAGE - len(native) - 3) + f" ({native})"
         )
-    return kind(message, upstream_status=status, retry_after=_retry_after(error, status, now))
+    fault = kind(message, upstream_status=status, retry_after=_retry_after(error, status, now))
+    if status is None and kind is UpstreamFailed and not _WORDS_FOR_GOOD.isdisjoint(_words(error)):
+        fault.retryable = False
+    return fault
 
 
 def fault_in_body(body: object, *, secrets: tuple[str, ...] = (), now: float | None = None) -> UpstreamError:
@@ -174,14 +223,20 @@ def other_cap(status: int, body: object, names: Sequence[str]) -> str | None:
     error = _error_object(_unwrapped(body)) or (body if isinstance(body, Mapping) else {})
     sent = names[0]
     other = "max_completion_tokens" if sent == "max_tokens" else "max_tokens"
-    if error.get("param") == sent:
+    inner = _inner_error(error)
+    metadata = error.get("metadata")
+    raw = metadata.get("raw") if isinstance(metadata, Mapping) else None
+    message = " ".join(_sentence(told, 0)[:_MAX_READ] for told in (error, raw)).lower()
+    # The longer name does not contain the shorter one, but for a reader's eye they are kept apart all the same.
+    names_sent, names_other = sent in message.replace(other, ""), other in message.replace(sent, "")
+    if names_other and "instead" in message:
+        return other if names_sent else None
+    if any(word in message for word in _CAP_IS_MISSIZED):
+        return None
+    if sent in {error.get("param"), inner.get("param")}:
         return other
-    message = _sentence(error, 0)[:_MAX_READ].lower()
-    names_sent = sent in message.replace(other, "")
-    complains = any(
-        word in message for word in ("not supported", "unsupported", "unrecognized", "unknown", "instead")
-    )
-    return other if names_sent and complains else None
+    complaints = ("not supported", "unsupported", "unrecognized", "unknown", "instead", "not permitted")
+    return other if names_sent and any(word in message for word in complaints) else None
 
 
 def retry_delay(error: UpstreamError, attempt: int, jitter: float) -> float | None:
@@ -217,10 +272,12 @@ def parse_retry_after(value: str | None, now: float | None = None) -> float | No
     if value.replace(".", "", 1).isdecimal():
         return _plausible_wait(float(value))
     try:
-        at = email.utils.parsedate_to_datetime(value).timestamp()
+        at = email.utils.parsedate_to_datetime(value)
+        # The form of asctime names no zone: it is UTC like the others, and not that of this machine.
+        at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
     except (ValueError, TypeError, OverflowError):
         return None
-    return None if now is None else _plausible_wait(max(0.0, round(at - now, 1)))
+    return None if now is None else _plausible_wait(max(0.0, round(at.timestamp() - now, 1)))
 
 
 def parse_reset(value: object, now: float | None) -> float | None:
@@ -233,7 +290,7 @@ def parse_reset(value: object, now: float | None) -> float | None:
     except ValueError:
         return None
     digits = len(text.partition(".")[0])
-    if digits < 10:
+    if digits < 10 or number < 0:
         return _plausible_wait(number)
     if now is None:
         return None
@@ -261,6 +318,26 @@ def _unwrapped(body: object) -> object:
     return body[0] if isinstance(body, list) and len(body) == 1 else body
 
 
+def _more_telling(error: str, beside: str) -> str:
+    """The one of two texts that tells more: some give a word or a status as ``error`` and a sentence beside it."""
+    word = error.strip().lower()
+    is_a_word = " " not in word or word in _GENERIC or word in _STATUS_PHRASES
+    return beside if beside and is_a_word else error
+
+
+def _inner_error(error: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The provider's own error object inside OpenRouter's, empty where there is none."""
+    metadata = error.get("metadata")
+    raw = metadata.get("raw") if isinstance(metadata, Mapping) else None
+    if isinstance(raw, str) and raw.lstrip()[:1] in {"{", "["} and len(raw) <= _MAX_RAW:
+        try:
+            raw = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            return {}
+    raw = _unwrapped(raw)
+    return _error_object(raw) or (raw if isinstance(raw, Mapping) else {})
+
+
 def _error_object(body: object) -> Mapping[str, Any] | None:
     if not isinstance(body, Mapping):
         return None
@@ -269,7 +346,13 @@ def _error_object(body: object) -> Mapping[str, Any] | None:
         return error
     if error and not isinstance(error, Mapping):
         # Some only say that it is one, and what it is beside that.
-        return {"message": error} if isinstance(error, str | list) else {**body, "error": None}
+        if isinstance(error, list):
+            return {"message": error}
+        if not isinstance(error, str):
+            return {**body, "error": None}
+        # What stands beside a bare word says more than it, and the status stands there in any case.
+        beside = {key: body[key] for key in _BESIDE if body.get(key)}
+        return {**beside, "message": _more_telling(error, _sentence({**body, "error": None}, 1))}
     message = body.get("error_message")
     if isinstance(message, str) and message:
         return {**body, "message": message}
@@ -280,7 +363,8 @@ def _error_object(body: object) -> Mapping[str, Any] | None:
 
 
 def _status(error: Mapping[str, Any]) -> int | None:
-    for value in (error.get("code"), error.get("http_status"), error.get("status"), error.get("status_code")):
+    for key in ("code", "http_status", "status", "status_code", "statusCode"):
+        value = error.get(key)
         if isinstance(value, bool):
             continue
         if isinstance(value, str) and value.isdecimal() and len(value) == 3:
@@ -320,7 +404,7 @@ def _is_moderation(status: int | None, error: Mapping[str, Any] | None) -> bool:
         "reasons" in metadata or "flagged_input" in metadata or "patterns" in metadata
     ):
         return status in (None, 403)
-    if not _MODERATION.isdisjoint(_words(error)):
+    if not _MODERATION.isdisjoint(_words(error) | _words(_inner_error(error))):
         return True
     if status not in (None, 400, 403):
         return False
@@ -347,24 +431,52 @@ def _sentence(value: object, depth: int) -> str:
     if depth > 6:
         return ""
     if isinstance(value, str):
-        text = value.strip()
-        if text[:1] in {"{", "["} and len(text) <= 64 * 1024:
-            try:
-                inner = orjson.loads(text)
-            except orjson.JSONDecodeError:
-                return text
-            return _sentence(inner, depth + 1) or text
-        return "" if text[:15].lower().startswith(("<!doctype", "<html")) else text
+        return _sentence_of_text(value.strip(), depth)
     if isinstance(value, list):
-        return _sentence(value[0], depth + 1) if value else ""
+        return next(filter(None, (_sentence(item, depth + 1) for item in value[:_MAX_COMPLAINTS])), "")
     if not isinstance(value, Mapping):
         return ""
-    if isinstance(place := value.get("msg"), str):
-        return _placed(value.get("loc"), place)
-    for key in ("error", "message", "detail", "error_message", "msg", "errors"):
+    if complaint := _complaint(value):
+        return complaint
+    for key in ("error", "message", "detail", "error_message", "errors", "issues"):
         if said := _sentence(value.get(key), depth + 1):
+            if key == "error" and isinstance(value[key], str):
+                return _more_telling(said, _sentence({**value, "error": None}, depth + 1))
             return said
     return ""
+
+
+def _sentence_of_text(text: str, depth: int) -> str:
+    if text[:1] in {"{", "[", '"'} and len(text) <= _MAX_RAW:
+        try:
+            inner = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            return text
+        return _sentence(inner, depth + 1) or text
+    return _without_markup(text)
+
+
+def _complaint(value: Mapping[str, Any]) -> str:
+    """One of a list of complaints with its place, in the words of FastAPI and of others; empty for what is none."""
+    message = value.get("msg")
+    place = value.get("loc")
+    if not isinstance(message, str):
+        message = value.get("message")
+        steps = value.get("path")
+        place = place or (steps if isinstance(steps, list) else value.get("field"))
+        if not place:
+            return ""
+    return _placed(place, message) if isinstance(message, str) else ""
+
+
+def _without_markup(text: str) -> str:
+    """What a text says before a page of a proxy or a server begins in it."""
+    text = text.lstrip("\ufeff \t\r\n")
+    if text.startswith("<"):
+        return ""
+    low = text[:_MAX_READ].lower()
+    begins = min((at for tag in _MARKUP if (at := low.find(tag)) >= 0), default=len(text))
+    return text[:begins].rstrip("\ufeff \t\r\n-:") if begins < len(text) else text
 
 
 def _placed(place: object, message: str) -> str:

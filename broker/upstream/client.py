@@ -41,6 +41,9 @@ that moment is lost for good, for it must not be sent twice."""
 MAX_ERROR_BODY = 64 * 1024
 """Bytes read of a refusal, or of the record of a generation; what is longer is not understood."""
 
+MAX_ERROR_TEXT = 4 * 1024
+"""Bytes looked at of a refusal that is no JSON."""
+
 MAX_HEAD = 4 * 1024
 """Bytes of an answer within which a line must show that it is an event stream."""
 
@@ -339,8 +342,18 @@ def _fault_of(response: httpx2.Response, secrets: tuple[str, ...]) -> UpstreamEr
     now = time.time()
     wait = wait_in_headers(response.headers, response.status_code, now)
     return fault_of_status(
-        response.status_code, _json(response.content), retry_after=wait, secrets=secrets, now=now
+        response.status_code, _json_or_text(response.content), retry_after=wait, secrets=secrets, now=now
     )
+
+
+def _json_or_text(body: bytes) -> Any:
+    """The document of a refusal, or the text that a server or a proxy sent instead; None for what is neither."""
+    document = _json(body)
+    if document is not None or body.lstrip()[:1] in {b"{", b"["}:
+        return document
+    text = body[:MAX_ERROR_TEXT].decode("utf-8", "ignore")
+    is_text = all(character.isprintable() or character.isspace() for character in text)
+    return text if is_text else None
 
 
 def _connection_error(error: BaseException) -> UpstreamError:
