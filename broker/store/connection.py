@@ -137,9 +137,9 @@ class Store:
         if any(isinstance(reply, ResponseError) for reply in replies):
             unknown = [n for n, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
             if unknown:  # Redis is new, or was restarted
-                await self._load()
-                again = await self._send([calls[n].packed for n in unknown])
-                for n, reply in zip(unknown, again, strict=True):
+                loads = self._loads()
+                again = await self._send([*loads, *(calls[n].packed for n in unknown)])
+                for n, reply in zip(unknown, again[len(loads) :], strict=True):
                     replies[n] = reply
         return replies
 
@@ -162,10 +162,12 @@ class Store:
 
     async def _load(self) -> None:
         """Load every script in one round trip: one after the other they take seconds on a long line."""
-        commands = [_packed([b"SCRIPT", b"LOAD", text.encode()]) for text in self._texts]
-        for reply in await self._send(commands):
+        for reply in await self._send(self._loads()):
             if isinstance(reply, ResponseError):
                 raise reply
+
+    def _loads(self) -> list[bytes]:
+        return [_packed([b"SCRIPT", b"LOAD", text.encode()]) for text in self._texts]
 
     async def _reconnect(self) -> None:
         """Close the idle connections: they lead to a server that is no primary any more.
