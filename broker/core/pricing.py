@@ -159,7 +159,11 @@ def is_free(prices: Prices | None) -> bool:
 
 
 def cost_of(
-    usage: Mapping[str, Any] | None, prices: Prices | None, *, minute_of_day: int | None = None
+    usage: Mapping[str, Any] | None,
+    prices: Prices | None,
+    *,
+    minute_of_day: int | None = None,
+    images: int = 0,
 ) -> int | None:
     """What an answer cost, in nano-USD; None where that cannot be told. Never raises, whatever `usage` holds.
 
@@ -171,6 +175,7 @@ def cost_of(
         usage: as the upstream sent it.
         prices: the model's.
         minute_of_day: of the UTC day; without it, the dearer side of every price that depends on the time.
+        images: pictures in the prompt, for models that have a price for each beside that of the tokens.
     """
     if not isinstance(usage, Mapping):
         return None
@@ -191,6 +196,7 @@ def cost_of(
         (written, rates.cache_write),
         (completion - thought, rates.completion),
         (thought, rates.reasoning),
+        (images, prices.listed.get("image", _ZERO)),
     )
 
 

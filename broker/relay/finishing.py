@@ -66,6 +66,7 @@ class Finishing:
         unsaved: gives the events that are not journaled yet.
         sessions: where the end is decided.
         settlement: who books what it took.
+        images: pictures in the prompt.
 
     Attributes:
         spent: what it took, once `decide` has counted.
@@ -81,6 +82,7 @@ class Finishing:
         unsaved: Callable[[], Batch],
         sessions: SessionStore,
         settlement: Settlement,
+        images: int = 0,
     ) -> None:
         self.spent = Usage()
         self._reservation = reservation
@@ -95,6 +97,7 @@ class Finishing:
         self._loop = asyncio.get_running_loop()
         self._started_at = self._loop.time()
         self._seconds: float | None = None
+        self._images = images
 
     async def decide(self, proposal: Proposal | None, standing: Terminal | None) -> tuple[Event, Terminal]:
         """Count what the answer took, and have Redis decide the end.
@@ -254,6 +257,7 @@ class Finishing:
             prompt_tokens=self._prepared.prompt_tokens,
             asked=self._reader.asked,
             seconds=self._seconds or 0.0,
+            images=self._images,
         )
 
     def terminal(self, proposal: Proposal, *, after: int | None = None) -> Terminal:

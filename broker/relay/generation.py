@@ -130,6 +130,8 @@ class Generation:
             unsaved=self.unsaved,
             sessions=sessions,
             settlement=settlement,
+            # We wrote this JSON, without spaces; within a text its quotes would be escaped.
+            images=prepared.request.count(b'"type":"image_url"'),
         )
         self._started_at = self._loop.time()
         self._viewers = 0

@@ -79,6 +79,7 @@ class Settlement:
         prompt_tokens: int,
         asked: bool,
         seconds: float = 0.0,
+        images: int = 0,
     ) -> Usage:
         """What an answer took.
 
@@ -88,6 +89,7 @@ class Settlement:
             prompt_tokens: our estimate of the prompt.
             asked: the upstream may have generated; if not, nothing is to be paid.
             seconds: from the request to the end, where that is known.
+            images: pictures in the prompt.
         """
         if not asked:
             return Usage()
@@ -101,7 +103,7 @@ class Settlement:
         if cost is None:
             model = reservation.model
             prices = await self._money.prices_of(answer.model or model) or await self._money.prices_of(model)
-            cost = cost_of(usage, prices, minute_of_day=_minute_of_day())
+            cost = cost_of(usage, prices, minute_of_day=_minute_of_day(), images=images)
             if (least := told_cost(answer.interim_usage or {})) is not None and not told:
                 cost = max(cost or 0, least)
         return usage_of(usage, cost, estimated=not told and told_cost(usage) is None)

@@ -573,3 +573,22 @@ async def test_a_claim_whose_reply_is_lost_runs_once_and_is_paid_once(
         redis = broker.app[keys.STORE].redis
         assert await ledger(redis) == (1, 0, 15, 15_000, 0, 0)
         assert await slots(redis) == 0
+
+
+async def test_who_leaves_early_pays_for_the_pictures(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    seeing = {"prompt": "0.000001", "completion": "0.000001", "image": "0.01"}
+    upstream.models = price_list(**{"scripted/model-1": seeing})
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    text = {"type": "text", "text": '{"type":"image_url"}'}
+    message = {"role": "user", "content": [picture, text, picture, picture]}
+    async with running(valkey_url, upstream, daily_cost="1") as broker:
+        answer = await broker.post(small(messages=[message]))
+        session = answer.json["sessionId"]
+        async with broker.stream(session) as line:
+            (await upstream.call()).open().chunk("x")
+            await line.take(1)
+            assert (await broker.cancel(session)).status == 202
+            await line.rest()
+        told = (await broker.ask("GET", "/usage")).json
+        # Each picture has its own price, and counts 2,000 tokens.
+        assert 3 * (0.01 + 0.002) <= told["cost"] < 0.037
