@@ -18,7 +18,7 @@ import orjson
 
 from broker.core.errors import UpstreamError, UpstreamFailed, UpstreamInvalid
 from broker.core.foreign import bounded_object, bounded_text, is_too_large_to_parse
-from broker.core.pricing import completion_of
+from broker.core.pricing import completion_of, told_cost
 from broker.core.upstream_errors import fault_in_stream
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ class Answer:
         else:
             # Some give a finish reason and a usage of zeros with every chunk. A usage that does not count the content
             # beside it tells nothing of the whole; and once such a finish reason was wrong, only the end decides.
-            self._quiet_usage = self._reason_stands and bool(completion_of(usage))
+            self._quiet_usage = self._reason_stands and bool(completion_of(usage) or told_cost(usage))
             is_final = self._quiet_usage and not self._reason_was_wrong
         if is_final:
             self.usage = usage
