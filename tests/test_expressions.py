@@ -203,12 +203,12 @@ def seconds(expression: re.Pattern[str], method: str, text: str, runs: int = 3) 
     call = getattr(expression, method)
     best = float("inf")
     for _ in range(runs):
-        started = time.perf_counter()
+        started = time.process_time()
         result = call(*arguments)
         if method == "finditer":
             for _match in result:
                 pass
-        best = min(best, time.perf_counter() - started)
+        best = min(best, time.process_time() - started)
         if best < 0.001:
             break
     return best
@@ -261,9 +261,9 @@ def test_secrets_that_begin_alike_are_struck_from_a_log_in_linear_time() -> None
     cleaner = censor(["a" * size for size in range(4, 200)] + ["-" * 30 + "x"])
 
     def clean(size: int) -> float:
-        started = time.perf_counter()
+        started = time.process_time()
         cleaner(None, "info", {"event": "-" * size + "b" + "aaab" * (size // 4)})
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     one = min(clean(16_000) for _ in range(3))
     four = min(clean(64_000) for _ in range(3))
@@ -281,6 +281,6 @@ def test_a_glob_compares_the_longest_name_in_no_time(glob: str) -> None:
 def test_dotted_globs_compare_names_of_any_length_in_no_time(glob: str) -> None:
     opened = Opened((glob, "provider.*"))
     for size in (256, 65_536):
-        started = time.perf_counter()
+        started = time.process_time()
         assert "messages." + "a" * size not in opened
-        assert time.perf_counter() - started < 0.02
+        assert time.process_time() - started < 0.02
