@@ -1,4 +1,4 @@
-"""Each model's bytes per token as this worker knows it: from memory, which is read anew from Redis now and then.
+"""Each model's bytes per token as this worker knows it: from memory, which is read again from Redis now and then.
 
 It joins the rule (`core`) and the samples (`store`). Nothing here fails: with Redis away it tells what is in memory,
 and of the rest nothing, for which the default stands.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from broker.store.bytes_per_token import BytesPerTokenStore
 
 FRESH = 10.0
-"""Seconds after which what is in memory is read anew, while it is used."""
+"""Seconds after which what is in memory is read again, while it is used."""
 
 PATIENCE = 0.05
 """Seconds that is waited for a model that is not in memory."""
@@ -39,7 +39,7 @@ log = structlog.get_logger(__name__)
 
 
 class _Held(NamedTuple):
-    """Bytes per token, None where too little is known, and until when that need not be read anew."""
+    """Bytes per token, None where too little is known, and until when that need not be read again."""
 
     bytes_per_token: float | None
     fresh_until: float

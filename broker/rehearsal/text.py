@@ -96,7 +96,7 @@ For a page that shows an answer as it grows, this has consequences:
 - A piece may stop in the middle of a Markdown mark, so what looks like emphasis may turn into a list a moment later.
 - A flag, or a face with a skin colour, is made of several characters and can be torn in two for an instant.
 
-The simplest way to cope is to keep the whole text and render it anew for each frame, not for each token:
+The simplest way to cope is to keep the whole text and render it again for each frame, not for each token:
 
 ```js
 let text = "";

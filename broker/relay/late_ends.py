@@ -104,7 +104,7 @@ class LateEnds:
         if isinstance(standing, EndConflict):
             return False
         if standing is None and not await self._membership.is_gone():
-            return False  # it may just be written anew as running
+            return False  # it may just be written again as running
         await generation.finishing.settle((standing or end).state)
         if standing not in (None, end):
             self._kept.drop(generation.session_id)  # later readers get the end that stands

@@ -1,4 +1,4 @@
-"""This worker among the others: its lease, its bell, and whether Redis has come back empty."""
+"""This worker among the others: its lease, its notifications, and whether Redis has come back empty."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Membership:
         self._loop = asyncio.get_running_loop()
 
     async def is_gone(self) -> bool:
-        """Whether a session that Redis does not know is gone; not while it may only have to be written anew.
+        """Whether a session that Redis does not know is gone; not while it may only have to be written again.
 
         Raises:
             StoreUnavailable: Redis cannot be reached.
@@ -51,7 +51,7 @@ class Membership:
         return not self._told_wiped and self._loop.time() - self._wiped_at >= WIPED_FOR
 
     async def renew(self) -> None:
-        """Renew the lease; where Redis turns out to have come back empty, have everything written anew.
+        """Renew the lease; where Redis turns out to have come back empty, have everything written again.
 
         Raises:
             StoreUnavailable: Redis cannot be reached.
@@ -99,7 +99,7 @@ class Membership:
             await asyncio.sleep(BEAT)
 
     async def listen(self, heard: Callable[[Notification], None]) -> NoReturn:
-        """Pass on what this worker's bell says, until cancelled."""
+        """Pass on the notifications of this worker, until cancelled."""
         while True:
             try:
                 async with aclosing(self._workers.listen()) as notifications:

@@ -164,7 +164,7 @@ class Mirrors:
                 self._wake.set()
 
     def on_notification(self, session_id: str, batch: Batch | None) -> None:
-        """The bell rang: here are events, or there is something to read."""
+        """Take a notification: here are events, or there is something to read."""
         mirror = self._open_mirrors.get(session_id)
         if mirror is not None:
             self._tell(mirror, batch)

@@ -32,7 +32,7 @@ CONFIRM_TIMEOUT = 0.3
 """Seconds that viewers of a worker that was frozen wait for Redis to confirm it."""
 
 RESTORE_TRIES = 20
-"""Times that a session is written anew where Redis, which may be full, refuses it."""
+"""Times that a session is written again where Redis, which may be full, refuses it."""
 
 RESTORE_PAUSE = 0.5
 """Seconds between them."""
@@ -83,7 +83,7 @@ class Ownership:
         self._asked_in: dict[Generation, object] = {}
 
     async def on_session_lost(self, generation: Generation) -> None:
-        """Redis does not have a running session as ours: write it anew if all was lost, else it is another's."""
+        """Redis does not have a running session as ours: write it again if all was lost, else it is another's."""
         try:
             gone = await self._membership.is_gone()
             standing = await self._reads.look(generation.session_id)
@@ -106,7 +106,7 @@ class Ownership:
         """
         left = [*self._running.values(), *self._kept.values()]
         for _ in range(RESTORE_TRIES):
-            left = await for_each(left, self._restore, doing="write sessions anew")
+            left = await for_each(left, self._restore, doing="write sessions again")
             if not left:
                 return
             await asyncio.sleep(RESTORE_PAUSE)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 PAUSE = 1.0
-"""Seconds before a loop that broke begins anew."""
+"""Seconds before a loop that broke begins again."""
 
 
 class Tasks:

@@ -158,7 +158,7 @@ class Viewer:
         except JournalGap:
             last = self._n
         if last == self._n:
-            if self.feed.first <= self._n + 1:  # the feed was skipped or filled meanwhile: decide anew
+            if self.feed.first <= self._n + 1:  # the feed was skipped or filled meanwhile: decide again
                 return True
             self._tell_gap()
             return False

@@ -126,7 +126,7 @@ class JournalStore:
         """A part of a journal after event number ``after``; empty where nothing follows.
 
         None where Redis does not have the journal: it has expired, or Redis has lost it and its owner may yet write
-        it anew.
+        it again.
         """
         followed = await self.follow(session_id, after, register=False)
         return None if followed.standing.state is State.GONE else followed.batches

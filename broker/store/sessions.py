@@ -282,7 +282,7 @@ class SessionStore:
         held: Batch,
         end: Terminal | None,
     ) -> None:
-        """Write a session of this worker anew, with what is held of its events, after Redis came back empty."""
+        """Write a session of this worker again, with what is held of its events, after Redis came back empty."""
         ttl = self._running_ttl if end is None else self._kept
         ending = [end.event, str(end.id), end.data] if end is not None else ["", "", ""]
         args = [claim_id, worker, state, ttl, held.first, held.last, held.events, *ending]

@@ -1,8 +1,8 @@
-"""Workers in Redis: their leases, the marker by which they know that Redis came back empty, and their bells.
+"""Workers in Redis: their leases, the marker by which they know that Redis came back empty, and their notifications.
 
-A lease says that a worker lives. The marker is one random word for all workers; where it is gone or another, so is
-everything that had been written. A bell is a pub/sub channel of one worker: it only makes things faster, for a
-subscription can die without a word, so whatever is rung for can also be found by looking.
+The marker is one random word for all workers. Where it is gone or another, Redis has lost everything that had been
+written. Notifications go to a pub/sub channel of one worker. They only make things faster: a subscription can die
+without a word, so everything that they tell can also be found by looking.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ MARKER_TTL = 86_400
 """Seconds that the marker is kept after any worker last looked at it."""
 
 WIPED_FOR = 10
-"""Seconds after Redis came back empty in which its owners may still be writing their sessions anew."""
+"""Seconds after Redis came back empty in which its owners may still be writing their sessions again."""
 
 LISTEN_TIMEOUT = 5.0
 """Seconds of silence after which a subscription is asked whether it lives."""
 
 
 class Notification(NamedTuple):
-    """What a bell says.
+    """What a notification says.
 
     Attributes:
         kind: ``news`` (events, with the batch), ``ended``, ``cancel``, ``watched``.
@@ -68,7 +68,7 @@ class Renewed(NamedTuple):
 
 
 class WorkerStore:
-    """Leases, the marker and bells. Methods raise `StoreUnavailable` where Redis cannot be reached.
+    """Leases, the marker and notifications. Methods raise `StoreUnavailable` where Redis cannot be reached.
 
     Args:
         store: the connection.
@@ -108,7 +108,7 @@ class WorkerStore:
         return {name for name, exists in zip(names, found, strict=True) if not exists}
 
     async def listen(self) -> AsyncGenerator[Notification, None]:
-        """This worker's bell, until the subscription breaks.
+        """This worker's notifications, until the subscription breaks.
 
         Raises:
             StoreUnavailable: it broke. Nothing says what was rung in between.

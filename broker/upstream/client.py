@@ -1,7 +1,7 @@
 """The model side: one OpenAI client for the process, and chat streams as raw bytes.
 
 The SDK knows the address, the headers and the connections; a chat's request is a copy of one that was made of them
-at the start, because to build each anew takes the SDK 0.4 ms of CPU, half of what it costs to ask (measured). The
+at the start, because to build each again takes the SDK 0.4 ms of CPU, half of what it costs to ask (measured). The
 answer is read as bytes: parsed chunks cost 148 µs each on this client, raw bytes 5 to 7 (measured), and a page wants
 the upstream's JSON untouched anyway.
 
