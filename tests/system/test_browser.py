@@ -237,7 +237,7 @@ async def test_a_reload_in_mid_answer_leaves_no_gap_and_no_repeat(chat: Page) ->
 @pytest.mark.slow
 async def test_a_reload_before_the_first_word_waits_for_it(chat: Page) -> None:
     turn = await ask(chat, "rehearsal/slow", "Take your time.")
-    await reads(turn.locator(".status"), "Waiting for the first word")
+    await reads(turn.locator(".status"), "Waiting for the first word")  # "Sending…" until there is a session
     async with chat.expect_request("**/stream/*"):
         await chat.reload()
     await reads(chat.locator(".answer"), re.compile(r"\w+ \w+"))

@@ -184,6 +184,7 @@ function grow(node, text) {
 
 function status(turn) {
   switch (line?.state) {
+    case "preparing": return "Sending…";
     case "waiting": return `${line.notice} It goes on by itself as soon as there is room.`;
     case "reconnecting": return "Reconnecting… The answer goes on where it was.";
     case "stopping": return "Stopping…";
