@@ -9,6 +9,7 @@ from aiohttp import web
 from broker.web.health import live, ready
 from broker.web.middleware import add_headers, guard
 from broker.web.models import get_models
+from broker.web.not_served import routes_not_served
 from broker.web.page import page_routes
 from broker.web.prepare import prepare
 from broker.web.rates import add_rate_headers
@@ -35,6 +36,7 @@ def build_web(settings: Settings) -> web.Application:
             web.get("/usage", get_usage),
             web.get("/health/live", live),
             web.get("/health/ready", ready),
+            *routes_not_served(),
         ]
     )
     if settings.page:
