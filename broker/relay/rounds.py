@@ -1,4 +1,4 @@
-"""Rounds over many sessions or reservations, in which a bad one does not keep the others from their turn."""
+"""Rounds over many sessions or reservations. An item that fails does not stop the work for the others."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 MAX_UNREACHABLE = 3
-"""Items in a row for which Redis could not be reached; then it is away, and the others would only wait for it too."""
+"""Items in a row for which Redis could not be reached. After so many it is away, and the round ends: each of the other
+items would wait for it as well."""
 
 
 async def for_each(
     items: Iterable[T], work: Callable[[T], Awaitable[object]], *, doing: str, together: int = 1
 ) -> list[T]:
-    """Do some work for each item, and return those for which it failed.
+    """Do some work for each item, and return the items for which it failed.
 
     Args:
         items: the items.
-        work: what is done for each.
-        doing: what that is, for the log.
-        together: how many are worked on at the same time.
+        work: is called with each item.
+        doing: names the work in the log.
+        together: items that are worked on at the same time.
 
     Raises:
-        StoreUnavailable: Redis is away.
+        StoreUnavailable: Redis could not be reached for `MAX_UNREACHABLE` items in a row.
     """
     failed: list[T] = []
     unreachable = 0
@@ -54,7 +55,9 @@ async def for_each(
                     raise outcome
             else:
                 unreachable = 0
-                if not isinstance(outcome, StoreRefused) and not failed:  # one of a kind is enough for a log
+                if (
+                    not isinstance(outcome, StoreRefused) and not failed
+                ):  # the first one is enough for the log
                     log.error("round failed for an item", doing=doing, exc_info=outcome)
             failed.append(item)
     if failed:
@@ -65,6 +68,6 @@ async def for_each(
 async def _outcome(work: Callable[[T], Awaitable[object]], item: T) -> Exception | None:
     try:
         await work(item)
-    except Exception as error:  # noqa: BLE001 - the caller looks at each
+    except Exception as error:  # noqa: BLE001 - the caller handles each
         return error
     return None

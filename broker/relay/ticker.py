@@ -1,35 +1,57 @@
 """One timer for the whole worker: the limits of every generation, and the heartbeat of every viewer.
 
-Timers of their own for thousands of streams, each moved at every chunk, would cost more than the relaying.
+A separate timer for each of thousands of streams, moved at every chunk, would cost more than the relaying.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from broker.core.sse import encode_comment, encode_event
 
 if TYPE_CHECKING:
-    from broker.relay.worker import Worker
+    from collections.abc import Awaitable, Callable, Collection
+
+    from broker.relay.viewer import Viewer
 
 TICK = 0.1
-"""Seconds between two looks, and so the precision of every limit."""
+"""Seconds between two checks, and so the precision of every limit."""
 
 
-async def tick(worker: Worker, *, heartbeat: float, ping_events: bool) -> NoReturn:
-    """Run until cancelled.
+class Checked(Protocol):
+    """What the ticker needs of the worker."""
+
+    @property
+    def viewers(self) -> Collection[Viewer]:
+        """All viewers of the worker."""
+
+    def check(self, now: float) -> None:
+        """Check the limits of every generation."""
+
+
+async def tick(
+    worker: Checked,
+    *,
+    heartbeat: float,
+    ping_events: bool,
+    clock: Callable[[], float] | None = None,
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> NoReturn:
+    """Check all limits and send heartbeats until cancelled.
 
     Args:
-        worker: whose generations and viewers.
+        worker: its generations are checked and its viewers get heartbeats.
         heartbeat: seconds of silence after which a viewer is sent a comment.
         ping_events: send a `ping` event as well, for pages that want to see it.
+        clock: seconds that only go forward; by default the event loop's.
+        pause: waits for so many seconds.
     """
-    loop = asyncio.get_running_loop()
+    clock = clock or asyncio.get_running_loop().time
     beat = encode_comment("heartbeat") + (encode_event("ping", b"{}") if ping_events else b"")
     while True:
-        await asyncio.sleep(TICK)
-        now = loop.time()
+        await pause(TICK)
+        now = clock()
         worker.check(now)
         for viewer in tuple(worker.viewers):
             if now - viewer.written_at >= heartbeat:

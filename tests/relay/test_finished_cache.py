@@ -1,0 +1,114 @@
+"""Finished sessions stay for their time, within bounds in bytes and in number."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from broker.core.replay import Batch
+from broker.relay import finished_cache
+from broker.relay.feed import Feed
+from broker.relay.finished_cache import FinishedCache
+
+if TYPE_CHECKING:
+    from broker.relay.generation import Generation
+
+SECONDS = 300.0
+
+
+class Finished:
+    """What the cache sees of a generation."""
+
+    def __init__(self, session_id: str, size: int = 10) -> None:
+        self.session_id = session_id
+        self.feed = Feed()
+        self.feed.add(Batch(1, 1, b"x" * size), 0.0)
+
+
+def finished(session_id: str, size: int = 10) -> Generation:
+    return cast("Generation", Finished(session_id, size))
+
+
+@pytest.fixture
+def cache() -> FinishedCache:
+    return FinishedCache(SECONDS)
+
+
+def ids(cache: FinishedCache) -> list[str]:
+    return [generation.session_id for generation in cache.values()]
+
+
+def test_a_finished_session_is_found_by_its_id(cache: FinishedCache) -> None:
+    generation = finished("a")
+    cache.add(generation, now=0.0)
+    assert cache.get("a") is generation
+    assert cache.get("b") is None
+
+
+def test_a_session_expires_after_its_time(cache: FinishedCache) -> None:
+    cache.add(finished("a"), now=0.0)
+    cache.add(finished("b"), now=10.0)
+    cache.expire(SECONDS - 0.1)
+    assert ids(cache) == ["a", "b"]
+    cache.expire(SECONDS)
+    assert ids(cache) == ["b"]
+    cache.expire(SECONDS + 10.0)
+    assert ids(cache) == []
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0])
+def test_nothing_is_kept_for_no_time(seconds: float) -> None:
+    cache = FinishedCache(seconds)
+    cache.add(finished("a"), now=0.0)
+    assert ids(cache) == []
+
+
+def test_a_dropped_session_is_gone_and_may_be_dropped_again(cache: FinishedCache) -> None:
+    cache.add(finished("a"), now=0.0)
+    cache.drop("a")
+    cache.drop("a")
+    assert cache.get("a") is None
+
+
+def test_the_oldest_go_when_there_are_too_many_bytes(
+    cache: FinishedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finished_cache, "MAX_BYTES", 100)
+    for name in ("a", "b", "c"):
+        cache.add(finished(name, size=40), now=0.0)
+    assert ids(cache) == ["b", "c"]
+    cache.add(finished("large", size=101), now=0.0)
+    assert ids(cache) == []
+
+
+def test_the_oldest_go_when_there_are_too_many_sessions(
+    cache: FinishedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finished_cache, "MAX_SESSIONS", 2)
+    for name in ("a", "b", "c"):
+        cache.add(finished(name), now=0.0)
+    assert ids(cache) == ["b", "c"]
+
+
+def test_a_session_added_twice_counts_once(cache: FinishedCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finished_cache, "MAX_BYTES", 100)
+    again = finished("a", size=60)
+    cache.add(finished("a", size=60), now=0.0)
+    cache.add(again, now=1.0)
+    assert cache.values() == [again]
+    cache.add(finished("b", size=40), now=2.0)
+    assert ids(cache) == ["a", "b"]
+
+
+def test_a_feed_that_shrinks_later_does_not_fill_the_cache(
+    cache: FinishedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finished_cache, "MAX_BYTES", 100)
+    for n in range(5):
+        generation = finished(str(n), size=100)
+        cache.add(generation, now=0.0)
+        generation.feed.trim(1, keep=0)  # Redis was away, and memory was short
+    cache.drop("4")
+    cache.add(finished("whole", size=100), now=0.0)
+    assert ids(cache) == ["whole"]
