@@ -33,6 +33,7 @@ from broker.store.names import NameStore
 from broker.store.rates import Rates
 from broker.store.sessions import SessionStore
 from broker.store.workers import WorkerStore
+from broker.system_message import SystemMessage
 from broker.upstream.client import UpstreamClient
 from broker.upstream.generations import fetch_generation
 from broker.upstream.model_list import fetch_models
@@ -114,6 +115,7 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         app[keys.RATES] = Rates(store, limit=settings.rate_limit.count, window=settings.rate_limit.seconds)
         naming = await stack.enter_async_context(_naming(settings, store))
         app[keys.IDENTIFIER] = await stack.enter_async_context(ClientResolver(settings, naming))
+        system = app[keys.SYSTEM] = SystemMessage(settings.system_file)
         admission = app[keys.ADMISSION] = Admission(
             store=store,
             settings=settings,
@@ -123,6 +125,7 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
             quotas=quotas,
             bytes_per_token=bytes_per_token,
             idempotency=IdempotencyStore(store, ttl=settings.session_ttl + running_ttl),
+            system=system,
         )
         stack.push_async_callback(admission.close)
         await stack.enter_async_context(_timers(settings, worker))

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import uuid
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import orjson
@@ -27,6 +28,7 @@ from broker.core.errors import (
 )
 from broker.core.fitting import FitRules, FittedChat, ModelLimits, fit
 from broker.core.pricing import Demand, Prices, max_price, narrow_max_price, worst_case
+from broker.core.system import with_system_message
 from broker.store.accounts import check_admitted
 from broker.store.sessions import Prepared
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from broker.store.connection import Call, Store
     from broker.store.idempotency import Binding, IdempotencyStore
     from broker.store.sessions import SessionStore
+    from broker.system_message import SystemMessage
 
 CATALOG_TIMEOUT = 1.0
 """Seconds that /prepare waits for the list of models; what is not known of a model does not bind."""
@@ -97,6 +100,7 @@ class Admission:
         quotas: what they may.
         bytes_per_token: what has been learned of the models' tokenizers.
         idempotency: which keys have been used.
+        system: what the operator puts before every conversation.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class Admission:
         quotas: Quotas,
         bytes_per_token: BytesPerToken,
         idempotency: IdempotencyStore,
+        system: SystemMessage,
     ) -> None:
         self._store = store
         self._forgetting: set[asyncio.Task[None]] = set()
@@ -121,6 +126,7 @@ class Admission:
         self._quotas = quotas
         self._bytes_per_token = bytes_per_token
         self._idempotency = idempotency
+        self._system = system
         self._rules = ChatRules(
             default_model=settings.default_model,
             extra_parameters=settings.extra_parameters,
@@ -235,7 +241,7 @@ class Admission:
         await _pause(body)
         request = parse_chat(document, self._rules)
         await _pause(body)
-        return request
+        return replace(request, messages=with_system_message(request.messages, self._system.text))
 
     def _worst(self, fitted: FittedChat, prices: Sequence[Prices | None], names: Sequence[str]) -> WorstCase:
         """The most that a request can take; where money is counted, the upstream is held to the price as well."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from broker.settings import SettingsError, secret_files
+from broker.watched_file import LOOK_EVERY, file_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -21,10 +22,8 @@ if TYPE_CHECKING:
 
     from broker.settings import Settings
     from broker.upstream.client import UpstreamClient
+    from broker.watched_file import FileState
     from broker.web.identity import ClientResolver
-
-LOOK_EVERY = 1.0
-"""Seconds between looks at the files."""
 
 _MOST_HIDDEN: Final = 200  # old secrets that are still struck out of the logs
 
@@ -112,20 +111,9 @@ class SecretReload:
         return changed
 
 
-_State = tuple[int, ...]
-
-
-def _states() -> dict[Path, _State]:
+def _states() -> dict[Path, FileState]:
     """What tells one version of each file of a secret from another; empty for one that is not there."""
     try:
-        return {path: _state(path) for path in secret_files()}
+        return {path: file_state(path) for path in secret_files()}
     except SettingsError:
         return {}  # .env cannot be read now
-
-
-def _state(path: Path) -> _State:
-    try:
-        found = path.stat()
-    except OSError:
-        return ()
-    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)

@@ -137,7 +137,10 @@ def _stop_on_signals() -> asyncio.Event:
 async def _secrets_kept_fresh(
     settings: Settings, load: Callable[[], Settings], app: web.Application
 ) -> AsyncIterator[None]:
-    """Read the secrets again at SIGHUP, which never ends the service, and when their files change."""
+    """Read the secrets and the system message again at SIGHUP, which never ends the service.
+
+    They are also read again when their files change.
+    """
     reload = SecretReload(
         settings,
         load=load,
@@ -145,7 +148,12 @@ async def _secrets_kept_fresh(
         identifier=app[keys.IDENTIFIER],
         hide=lambda secrets: configure_logs(settings.log_level, settings.log_format, secrets=secrets),
     )
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.ask)
+
+    def read_again() -> None:
+        reload.ask()
+        app[keys.SYSTEM].read_again()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, read_again)
     task = asyncio.create_task(keep_running("secrets", reload.run))
     try:
         yield
@@ -194,10 +202,23 @@ def _port(runner: web.AppRunner, settings: Settings) -> int:
 def _tell_where(runner: web.AppRunner, settings: Settings, *, rehearsal: bool) -> None:
     url = _url(settings.host, _port(runner, settings))
     log.info("listening", url=url, rehearsal=rehearsal, **_what_is_on(settings))
-    if not (settings.listens_on_loopback or settings.needs_identity or settings.total_daily_cost):
-        log.warning(
-            "anybody who can connect can spend: set BROKER_API_KEYS, a JWT setting or BROKER_TOTAL_DAILY_COST"
+    if (warning := open_door(settings)) is not None:
+        log.warning(warning)
+
+
+def open_door(settings: Settings) -> str | None:
+    """Return what to warn of where anybody who can connect can spend, else None."""
+    if settings.listens_on_loopback or settings.needs_identity or settings.total_daily_cost:
+        return None
+    warning = (
+        "anybody who can connect can spend: set BROKER_API_KEYS, a JWT setting or BROKER_TOTAL_DAILY_COST"
+    )
+    if settings.system_file is None:
+        warning += (
+            "; without identity and BROKER_SYSTEM_FILE an open broker is everybody's free model"
+            " (README.md, Who may spend what, says how to close it)"
         )
+    return warning
 
 
 def _what_is_on(settings: Settings) -> dict[str, str]:

@@ -41,10 +41,10 @@ _NEVER_SHOWN = _SECRETS | {"upstream_url", "jwks_url"}
 _NEVER_BLANK = frozenset(
     {
         *("api_keys", "jwt_secret", "jwks_url", "jwt_audience", "jwt_issuer"),
-        *("allowed_models", "daily_tokens", "daily_cost", "total_daily_cost"),
+        *("allowed_models", "system_file", "daily_tokens", "daily_cost", "total_daily_cost"),
     }
 )
-_LARGEST_SECRET_FILE = 64 * 1024
+_LARGEST_FILE = 64 * 1024
 _LONGEST_DOTENV = 1024 * 1024
 _LONGEST_SHOWN = 60
 _TIMES_RETRY = 1.5  # browsers wait up to a fifth longer than they are told, and then connect
@@ -100,6 +100,7 @@ class Settings(BaseSettings):
     allowed_models: kinds.ClientNamer = ("*",)
     default_model: kinds.Text | None = None
     extra_parameters: kinds.ClientNamer = ()
+    system_file: kinds.FilePath | None = None
     cors_origins: kinds.Origins = ()
 
     name_secret: kinds.NamingSecret | None = None
@@ -240,11 +241,24 @@ def read_api_keys(path: Path) -> tuple[kinds.ApiKey, ...]:
         SettingsError: it cannot be read, or something in it is wrong.
     """
     name = f"{setting_name('api_keys')}_FILE"
-    given = {"api_keys": _Given(_read_secret(path, name), name)}
+    given = {"api_keys": _Given(_read_text(path, name), name)}
     try:
         return Settings(api_keys=given["api_keys"].value).api_keys
     except ValidationError as error:
         raise SettingsError(_complaint(error, given)) from None
+
+
+def read_system_file(path: Path) -> str:
+    """Read the file of `BROKER_SYSTEM_FILE`, without the spaces around its text.
+
+    Raises:
+        SettingsError: it cannot be read, is empty or too large, or is no UTF-8.
+    """
+    name = setting_name("system_file")
+    text = _read_text(path, name)
+    if not text:
+        raise SettingsError(f"{name} must name a file that is not empty")
+    return text
 
 
 def secret_files() -> list[Path]:
@@ -330,7 +344,7 @@ def _from_variables(variables: Mapping[str, str], where: str = "") -> dict[str, 
             raise SettingsError(f"{name} and {name}_FILE are both given{where}; leave one out")
         if path:
             name = f"{name}_FILE"
-            value = _read_secret(Path(path), f"{name}{where}")
+            value = _read_text(Path(path), f"{name}{where}")
             if not value and field != "api_keys":  # keys may come into their file later
                 raise SettingsError(f"{name}{where} must name a file that is not empty")
         if value or path:
@@ -349,14 +363,14 @@ def _written(variables: Mapping[str, str], name: str, where: str, *, may_be_blan
     return value
 
 
-def _read_secret(path: Path, name: str) -> str:
+def _read_text(path: Path, name: str) -> str:
     try:
         with path.open("rb") as file:
-            content = file.read(_LARGEST_SECRET_FILE + 1)
+            content = file.read(_LARGEST_FILE + 1)
     except OSError as error:
         raise SettingsError(f"{name} must name a file that can be read: {error.strerror}") from None
-    if len(content) > _LARGEST_SECRET_FILE:
-        raise SettingsError(f"{name} must name a file of at most {_LARGEST_SECRET_FILE} bytes")
+    if len(content) > _LARGEST_FILE:
+        raise SettingsError(f"{name} must name a file of at most {_LARGEST_FILE} bytes")
     try:
         return content.decode("utf-8-sig").strip()
     except UnicodeDecodeError:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 import pytest_asyncio
 import redis
+import structlog
 from hypothesis import settings
 
+from broker.logs import configure_logs
 from broker.store.connection import Store
 from tests.broker import Broker, running
+from tests.clock import Clock
 from tests.scripted import ScriptedUpstream, scripted_upstream
 from tests.servers import SERVERS, ServerSockets, server_binary
 from tests.system import harness
@@ -81,3 +86,22 @@ async def broker(valkey_url: str, upstream: ScriptedUpstream) -> AsyncIterator[B
     """A broker with the default settings."""
     async with running(valkey_url, upstream) as broker:
         yield broker
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """Time that passes when a test says so."""
+    return Clock()
+
+
+@pytest.fixture
+def log() -> Iterator[io.StringIO]:
+    """All that is logged, with nothing held back."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    out = io.StringIO()
+    configure_logs("debug", "json", out=out)
+    yield out
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()

@@ -18,7 +18,14 @@ from broker.cli.words import BAD_USE, complain
 from broker.core.errors import StoreUnavailable
 from broker.logs import configure_logs
 from broker.setting_kinds import LATER_REDIS_SCHEMES
-from broker.settings import SettingsError, contradictions, load_settings, not_yet_served, unknown_settings
+from broker.settings import (
+    SettingsError,
+    contradictions,
+    load_settings,
+    not_yet_served,
+    read_system_file,
+    unknown_settings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -63,6 +70,8 @@ def require(settings: Settings, *, rehearsal: bool, embedded: bool) -> None:
             f"REDIS_URL must be set to listen on {settings.host}, or start with --embedded to keep"
             " sessions in this process's own Valkey"
         )
+    if settings.system_file is not None:
+        read_system_file(settings.system_file)
 
 
 def require_served_store(settings: Settings) -> None:

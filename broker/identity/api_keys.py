@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from broker.settings import SettingsError, read_api_keys
+from broker.settings import read_api_keys
+from broker.watched_file import WatchedFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from broker.setting_kinds import ApiKey
-
-LOOK_EVERY = 1.0
-"""Seconds between looks at the file, where keys are asked for that often."""
 
 log = structlog.get_logger(__name__)
 
@@ -36,11 +34,8 @@ class ApiKeys:
         self, keys: Iterable[ApiKey], path: Path | None = None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._keys = _digests(keys)
-        self._path = path
         self._clock = clock
-        self._look_at = clock()
-        self._read: _State | None = None
-        self._refused: _State | None = None
+        self._file = self._watched(path)
 
     def owner_of(self, key: str) -> str | None:
         """The name of a key, None if it is none of ours.
@@ -57,46 +52,24 @@ class ApiKeys:
 
     def replace(self, keys: Iterable[ApiKey], path: Path | None) -> bool:
         """Take other keys, and watch this file from now on. Returns True if they differ from those there were."""
-        self._path, self._read = path, None
+        self._file = self._watched(path)
         before, self._keys = self._keys, _digests(keys)
         return self._keys != before
 
-    def _look(self) -> None:
-        now = self._clock()
-        if self._path is None or now < self._look_at:
-            return
-        self._look_at = now + LOOK_EVERY
-        state = _state(
-            self._path
-        )  # taken first, so that a change during the reading is seen at the next look
-        if state != self._read:
-            self._read_again(self._path, state)
+    def _watched(self, path: Path | None) -> WatchedFile[tuple[ApiKey, ...]] | None:
+        if path is None:
+            return None
+        # A file that is no good leaves the keys there are: nobody is let in or out by a slip.
+        refusal = "the file of api keys is no good, the old keys stay"
+        return WatchedFile(path, read_api_keys, refusal=refusal, clock=self._clock)
 
-    def _read_again(self, path: Path, state: _State) -> None:
-        """Take the keys of a file, or keep those there are if it is no good: nobody is let in or out by a slip."""
-        try:
-            keys = read_api_keys(path)
-        except SettingsError as error:
-            if state != self._refused:
-                log.warning("the file of api keys is no good, the old keys stay", reason=str(error))
-            self._refused = state
+    def _look(self) -> None:
+        keys = self._file.changed() if self._file is not None else None
+        if keys is None:
             return
-        self._read, self._refused = state, None
         before, self._keys = self._keys, _digests(keys)
         if self._keys != before:
             log.info("api keys changed", count=len(keys))
-
-
-_State = tuple[int, ...]
-"""What tells one version of a file from another; empty where there is no file."""
-
-
-def _state(path: Path) -> _State:
-    try:
-        found = path.stat()
-    except OSError:
-        return ()
-    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
 
 
 def _digests(keys: Iterable[ApiKey]) -> tuple[tuple[bytes, str], ...]:

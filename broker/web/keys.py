@@ -16,6 +16,7 @@ from broker.settings import Settings
 from broker.store.accounts import AccountStore
 from broker.store.connection import Store
 from broker.store.rates import Rates
+from broker.system_message import SystemMessage
 from broker.upstream.client import UpstreamClient
 from broker.web.identity import ClientResolver
 from broker.web.occupancy import Occupancy
@@ -31,6 +32,7 @@ ACCOUNTS = web.AppKey("accounts", AccountStore)
 QUOTAS = web.AppKey("allowances", Quotas)
 RATES = web.AppKey("rates", Rates)
 ADMISSION = web.AppKey("admission", Admission)
+SYSTEM = web.AppKey("system", SystemMessage)
 IDENTIFIER = web.AppKey("identifier", ClientResolver)
 STORE_SEEN = web.AppKey("store_seen", asyncio.Event)
 """Redis has answered at least once."""

@@ -24,16 +24,6 @@ SECRET = "a signing secret that is long enough for HS256"
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 
 
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @cache
 def private_key(kind: str) -> Any:
     """A key of a kind such as ``RSA``, ``P-256`` or ``Ed25519``; another word after it makes another key."""

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import pytest
 from pydantic import SecretStr
 
-from broker.identity.api_keys import LOOK_EVERY, ApiKeys
+from broker.identity.api_keys import ApiKeys
 from broker.setting_kinds import ApiKey
+from broker.watched_file import LOOK_EVERY
 
 if TYPE_CHECKING:
-    from tests.identity.issuer import Clock
+    from tests.clock import Clock
 
 
 def pairs(**keys: str) -> list[ApiKey]:

@@ -27,7 +27,8 @@ from broker.identity.jwks import (
     PublishedKeys,
     parse_keys,
 )
-from tests.identity.issuer import Clock, KeyServer, key_server, key_set, member, private_key, serving
+from tests.clock import Clock
+from tests.identity.issuer import KeyServer, key_server, key_set, member, private_key, serving
 
 OLD, NEW = member("RSA", kid="old"), member("RSA other", kid="new")
 LATER = "The keys that tokens are checked with cannot be fetched right now."

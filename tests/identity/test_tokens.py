@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from broker.core.errors import Unauthorized
 from broker.identity.jwks import PAUSE, PublishedKeys
 from broker.identity.tokens import EXPIRED, INVALID, LEEWAY, MAX_SUBJECT, MAX_TOKEN, Subject, Tokens
-from tests.identity.issuer import SECRET, Clock, claims, hs256, key_server, member, part, private_key, signed
+from tests.clock import Clock
+from tests.identity.issuer import SECRET, claims, hs256, key_server, member, part, private_key, signed
 
 RSA, EC, ED = member("RSA", kid="rsa"), member("P-256", kid="ec"), member("Ed25519", kid="ed")
 NOW = int(time.time())

@@ -199,3 +199,26 @@ async def test_a_hangup_at_any_moment_does_not_end_the_service() -> None:
                 os.kill(broker.process.pid, signal.SIGHUP)
             await eventually(lambda: True)
     assert broker.process.returncode == 0
+
+
+async def test_a_hangup_reads_the_system_message_again(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    path = tmp_path / "system.txt"
+    path.write_text("Only weather.")
+    before = path.stat()
+    env = {
+        "OPENROUTER_API_KEY": OLD,
+        "BROKER_SYSTEM_FILE": str(path),
+        "BROKER_UPSTREAM_URL": upstream.url,
+    }
+    async with running_broker(rehearsal=False, env=env) as broker:
+        path.write_text("Only dancing.")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # so that only the signal tells of it
+        await hang_up(broker)
+        _, session = await prepared(broker)
+        async with opened(broker.url, f"/stream/{session}") as line:
+            call = await upstream.call()
+            call.open().done()
+            await line.rest()
+        log = broker.log()
+    assert call.body["messages"][0] == {"role": "system", "content": "Only dancing."}
+    assert "dancing" not in log

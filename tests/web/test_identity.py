@@ -14,12 +14,13 @@ from aiohttp import web
 
 from broker.core.errors import BrokerError
 from broker.core.identity import ClientNamer
-from broker.identity.api_keys import LOOK_EVERY
 from broker.identity.jwks import PAUSE, PAUSE_WITHOUT_KEYS
 from broker.settings import Settings
+from broker.watched_file import LOOK_EVERY
 from broker.web.errors import error_response, json_response
 from broker.web.identity import ClientResolver
-from tests.identity.issuer import SECRET, Clock, hs256, key_server, key_set, member, signed
+from tests.clock import Clock
+from tests.identity.issuer import SECRET, hs256, key_server, key_set, member, signed
 
 NAME_SECRET = "0123456789abcdef"
 NEEDED = "This needs an API key or a token."

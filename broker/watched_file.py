@@ -1,0 +1,89 @@
+"""A file of the operator's that is read again when it changes, without a task of its own."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import structlog
+
+from broker.settings import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+LOOK_EVERY = 1.0
+"""Seconds between looks at a file, where it is asked for that often."""
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+
+class WatchedFile(Generic[T]):
+    """Reads a file when it has changed. One that cannot be used changes nothing, and is logged once.
+
+    Args:
+        path: of the file.
+        read: reads it; raises `SettingsError` where it cannot be used.
+        refusal: the line in the log for a file that cannot be used.
+        clock: seconds that only go forward.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        read: Callable[[Path], T],
+        *,
+        refusal: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._path = path
+        self._read = read
+        self._refusal = refusal
+        self._clock = clock
+        self._look_at = clock()
+        self._used: FileState | None = None
+        self._refused: FileState | None = None
+
+    def changed(self) -> T | None:
+        """Return what the file holds if it is good and has changed since it was returned last, else None.
+
+        Looks at the file at most once in `LOOK_EVERY` seconds.
+        """
+        now = self._clock()
+        if now < self._look_at:
+            return None
+        self._look_at = now + LOOK_EVERY
+        # Taken first, so that a change during the reading is seen at the next look.
+        state = file_state(self._path)
+        return self._take(state) if state != self._used else None
+
+    def read_again(self) -> T | None:
+        """Return what the file holds if it is good, whether or not it has changed."""
+        self._refused = None
+        return self._take(file_state(self._path))
+
+    def _take(self, state: FileState) -> T | None:
+        try:
+            content = self._read(self._path)
+        except SettingsError as error:
+            if state != self._refused:
+                log.warning(self._refusal, reason=str(error))
+            self._refused = state
+            return None
+        self._used, self._refused = state, None
+        return content
+
+
+FileState = tuple[int, ...]
+
+
+def file_state(path: Path) -> FileState:
+    """Return what tells one version of a file from another; empty where there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
