@@ -219,7 +219,7 @@ class Finishing:
             answered=answer.model,
             client=self._prepared.client,
             size=self._prepared.calibration_sample,
-            usage=answer.usage,
+            usage=answer.counts,
         )
 
     def speed(self) -> Sample | None:
@@ -230,7 +230,7 @@ class Finishing:
         return speed_of(
             model=self._prepared.model,
             client=self._prepared.client,
-            usage=answer.usage,
+            usage=answer.counts,
             seconds=self._seconds,
         )
 

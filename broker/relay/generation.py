@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
+from broker.core.dialect import CHAT
 from broker.core.errors import (
     Abandoned,
     DeadlineExceeded,
@@ -121,7 +122,9 @@ class Generation:
         self._ownership = ownership
         self._write_later = write_later
         self._loop = asyncio.get_running_loop()
-        self._reader = UpstreamReader(prepared, upstream=upstream, bounds=bounds, take=self._take)
+        self._reader = UpstreamReader(
+            prepared, dialect=CHAT, upstream=upstream, bounds=bounds, take=self._take
+        )
         self.finishing = Finishing(
             reservation,
             self.prepared,
@@ -130,8 +133,7 @@ class Generation:
             unsaved=self.unsaved,
             sessions=sessions,
             settlement=settlement,
-            # We wrote this JSON, without spaces; within a text its quotes would be escaped.
-            images=prepared.request.count(b'"type":"image_url"'),
+            images=CHAT.count_pictures(prepared.request),
         )
         self._started_at = self._loop.time()
         self._viewers = 0

@@ -18,7 +18,7 @@ import orjson
 import structlog
 
 from broker.core.accounts import usage_at_worst, usage_of
-from broker.core.answer import Answer
+from broker.core.dialect import CHAT
 from broker.core.errors import StoreRefused, StoreUnavailable, UpstreamError, WorkerLost
 from broker.core.events import cancelled_unseen, error_data
 from broker.core.pricing import to_nano
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from broker.core.accounts import Usage, WorstCase
+    from broker.core.answer import Answer
     from broker.relay.settlement import Settlement
     from broker.store.accounts import AccountStore, Reservation
     from broker.store.journal import JournalStore
@@ -191,7 +192,7 @@ class Reaper:
 
     async def _read(self, session_id: str) -> Answer | None:
         """What the journal tells of an answer; None where it has expired, or a part of it is not there."""
-        answer, decoder, after = Answer(), Decoder(MAX_EVENT), 0
+        answer, decoder, after = CHAT.answer(), Decoder(MAX_EVENT), 0
         while True:
             followed = await self._journal.follow(session_id, after, register=False)
             if followed.standing.state is State.GONE:

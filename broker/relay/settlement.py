@@ -93,8 +93,8 @@ class Settlement:
         """
         if not asked:
             return Usage()
-        told = has_counts(answer.usage)
-        usage = dict(answer.usage or {})
+        told = has_counts(answer.counts)
+        usage = dict(answer.counts or {})
         if not told:
             speed = await self._money.speed_of(reservation.model) if seconds else None
             usage |= estimated_usage(answer, reservation, prompt_tokens, unseen=int((speed or 0.0) * seconds))
@@ -104,7 +104,7 @@ class Settlement:
             model = reservation.model
             prices = await self._money.prices_of(answer.model or model) or await self._money.prices_of(model)
             cost = cost_of(usage, prices, minute_of_day=_minute_of_day(), images=images)
-            if (least := told_cost(answer.interim_usage or {})) is not None and not told:
+            if (least := told_cost(answer.interim_counts or {})) is not None and not told:
                 cost = max(cost or 0, least)
         return usage_of(usage, cost, estimated=not told and told_cost(usage) is None)
 
@@ -241,7 +241,7 @@ def estimated_usage(
         prompt_tokens: our estimate of the prompt.
         unseen: tokens that the model may have written in its time, shown or not.
     """
-    told = answer.interim_usage or {}
+    told = answer.interim_counts or {}
     seen = estimate_text(answer.text_bytes, DEFAULT_BYTES_PER_TOKEN) + answer.media * IMAGE_TOKENS
     reserved = max(0, reservation.worst.tokens - prompt_tokens)
     return {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from broker.core.answer import Answer, is_readable, says_nothing
+from broker.core.answer import is_readable, says_nothing
 from broker.core.errors import ResponseTooLarge, UpstreamError, UpstreamInterrupted, UpstreamInvalid
 from broker.core.sse import Decoder, EventTooLarge
 from broker.core.upstream_errors import may_have_generated, retry_delay
@@ -22,6 +22,7 @@ from broker.core.upstream_errors import may_have_generated, retry_delay
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable
 
+    from broker.core.dialect import Dialect
     from broker.core.sse import Frame
     from broker.relay.config import GenerationLimits
     from broker.store.sessions import Prepared
@@ -44,6 +45,7 @@ class UpstreamReader:
 
     Args:
         prepared: what to ask.
+        dialect: in which it is asked and answered.
         upstream: whom to ask.
         bounds: how long and how much.
         take: is given the chunks of each read, JSON, and the monotonic time.
@@ -60,14 +62,16 @@ class UpstreamReader:
         self,
         prepared: Prepared,
         *,
+        dialect: Dialect,
         upstream: UpstreamClient,
         bounds: GenerationLimits,
         take: Callable[[list[bytes], float], None],
     ) -> None:
-        self.answer = Answer(upstream.secrets, time.time)
+        self.answer = dialect.answer(upstream.secrets, time.time)
         self.first_chunk_at: float | None = None
         self.asked = False
         self.asked_at: float | None = None
+        self._dialect = dialect
         self._request = prepared.request
         self._model = prepared.model
         self._referer = prepared.referer
@@ -96,8 +100,8 @@ class UpstreamReader:
             self._read(block)
             if self.answer.complete:
                 return
-        if self._stream.completion is not None:
-            self._read_completion(self._stream.completion)
+        if self._stream.whole is not None:
+            self._read_whole(self._stream.whole)
         else:
             self._read_rest()
         if not self.answer.end():
@@ -152,7 +156,9 @@ class UpstreamReader:
             self.data_due = self._loop.time() + self._bounds.first_data_timeout
             self.asked, self.asked_at = True, self._loop.time()
             try:
-                return await self._upstream.open_chat(self._request, referer=self._referer, model=self._model)
+                return await self._upstream.ask(
+                    self._request, referer=self._referer, model=self._model, dialect=self._dialect
+                )
             except UpstreamError as error:
                 self.asked = may_have_generated(error)
                 delay = retry_delay(error, attempt, random.random())  # noqa: S311 - jitter is no secret
@@ -217,9 +223,9 @@ class UpstreamReader:
         if frames and (frames[0].event == "error" or is_readable(frames[0].data)):
             self._take_frames(frames, self._loop.time())
 
-    def _read_completion(self, completion: dict[str, Any]) -> None:
+    def _read_whole(self, document: dict[str, Any]) -> None:
         """Take a whole answer that came as one JSON document."""
-        chunk = self.answer.read_completion(completion)
+        chunk = self.answer.read_whole(document)
         if chunk is None:
             raise UpstreamInvalid
         if len(chunk) > self._bounds.max_response:

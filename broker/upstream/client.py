@@ -1,7 +1,7 @@
-"""The model side: one OpenAI client for the process, and chat streams as raw bytes.
+"""The model side: one OpenAI client for the process, and answers as raw bytes.
 
-The SDK knows the address, the headers and the connections; a chat's request is a copy of one that was made of them
-at the start, because to build each again takes the SDK 0.4 ms of CPU, half of what it costs to ask (measured). The
+The SDK knows the address, the headers and the connections; a request for an answer is a copy of one that was made of
+them at the start, because to build each again takes the SDK 0.4 ms of CPU, half of what it costs to ask (measured). The
 answer is read as bytes: parsed chunks cost 148 µs each on this client, raw bytes 5 to 7 (measured), and a page wants
 the upstream's JSON untouched anyway.
 
@@ -21,6 +21,7 @@ import openai
 import orjson
 from openai import AsyncOpenAI, DefaultAioHttpClient
 
+from broker.core.dialect import CHAT, DIALECTS
 from broker.core.errors import (
     UpstreamError,
     UpstreamFailed,
@@ -33,6 +34,8 @@ from broker.core.upstream_errors import fault_in_body, fault_of_status, other_ca
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator
+
+    from broker.core.dialect import Dialect
 
 KEEPALIVE = 4.0
 """Seconds that an idle connection is kept. Servers close theirs at some time, many after 5 s, and a request that meets
@@ -112,21 +115,24 @@ class UpstreamClient:
             http_client=self._http,
             default_headers={"Accept-Encoding": "identity"},
         )
-        self._chat_url = httpx2.URL(f"{str(self.openai.base_url).rstrip('/')}/chat/completions")
-        self._chat_headers = self._make_chat_headers()
+        base = str(self.openai.base_url).rstrip("/")
+        self._urls = {dialect.path: httpx2.URL(f"{base}/{dialect.path}") for dialect in DIALECTS}
+        self._headers = self._make_headers()
 
     def use_key(self, api_key: str) -> None:
         """Ask with this key from now on. Messages still carry neither it nor the one before."""
         self.secrets = (api_key, self.secrets[0])
         self.openai.api_key = api_key
-        self._chat_headers = self._make_chat_headers()
+        self._headers = self._make_headers()
 
-    def _make_chat_headers(self) -> httpx2.Headers:
+    def _make_headers(self) -> httpx2.Headers:
         headers = {**self.openai.default_headers, **self.openai.auth_headers, "Accept": "text/event-stream"}
         return httpx2.Headers({k: v for k, v in headers.items() if isinstance(v, str)})
 
-    async def open_chat(self, body: bytes, *, referer: str, model: str = "") -> UpstreamStream:
-        """Ask for a chat completion and return its answer once the status and the headers are there.
+    async def ask(
+        self, body: bytes, *, referer: str, model: str = "", dialect: Dialect = CHAT
+    ) -> UpstreamStream:
+        """Ask for an answer, and return it once the status and the headers are there.
 
         A service that refuses the name of the cap on the output is asked once more with the other one: that refusal
         says that nothing was generated.
@@ -135,6 +141,7 @@ class UpstreamClient:
             body: the JSON of the request.
             referer: origin of the page, for attribution; may be empty.
             model: what is asked, to remember how it calls its cap.
+            dialect: of the request.
 
         Raises:
             UpstreamError: it could not be reached, or refused.
@@ -142,24 +149,24 @@ class UpstreamClient:
         known = self._cap_names.get(model)
         if known is not None and (renamed := _rename_cap(body, known)) is not None:
             body = renamed
-        response = await self._send(body, referer)
+        response = await self._send(dialect, body, referer)
         if response.is_success:
-            return UpstreamStream(response, self.secrets)
+            return UpstreamStream(response, dialect, self.secrets)
         names = _caps_in(body) if response.status_code == 400 else ()
         with map_errors(self.secrets):
             fault, name = await self._refusal(response, names)
         if name is None or (renamed := _rename_cap(body, name)) is None:
             raise fault
-        response = await self._send(renamed, referer)
+        response = await self._send(dialect, renamed, referer)
         if not response.is_success:
             with map_errors(self.secrets):
                 fault, _ = await self._refusal(response)
             raise fault
         self._remember_cap(model, name)
-        return UpstreamStream(response, self.secrets)
+        return UpstreamStream(response, dialect, self.secrets)
 
-    async def _send(self, body: bytes, referer: str) -> httpx2.Response:
-        request = httpx2.Request("POST", self._chat_url, headers=self._chat_headers, content=body)
+    async def _send(self, dialect: Dialect, body: bytes, referer: str) -> httpx2.Response:
+        request = httpx2.Request("POST", self._urls[dialect.path], headers=self._headers, content=body)
         if self._speaks_openrouter():
             request.headers.update(self._attribution)
             if referer:
@@ -194,21 +201,22 @@ class UpstreamStream:
 
     Attributes:
         generation_id: the upstream's name for this generation, known before the first byte of it; may be None.
-        completion: the whole answer, where it came as one JSON document in place of a stream.
+        whole: the whole answer, where it came as one JSON document in place of a stream.
     """
 
-    def __init__(self, response: httpx2.Response, secrets: tuple[str, ...]) -> None:
+    def __init__(self, response: httpx2.Response, dialect: Dialect, secrets: tuple[str, ...]) -> None:
         told: str | None = response.headers.get("x-generation-id")
         self.generation_id = bounded_text(told) if told else None
-        self.completion: dict[str, Any] | None = None
+        self.whole: dict[str, Any] | None = None
         self._response = response
+        self._dialect = dialect
         self._secrets = secrets
 
     async def blocks(self, max_body: int = MAX_ERROR_BODY) -> AsyncGenerator[bytes]:
-        """The bytes as they come; none where the answer is a JSON completion, which `completion` has then.
+        """The bytes as they come; none where the answer is one JSON document, which `whole` has then.
 
         Args:
-            max_body: bytes of the largest completion.
+            max_body: bytes of the largest document.
 
         Raises:
             UpstreamInterrupted: the line broke.
@@ -229,9 +237,9 @@ class UpstreamStream:
             body = _json(head + await _beginning(blocks, max_body - len(head)))
             if isinstance(body, list) and len(body) == 1:
                 body = body[0]
-            if not isinstance(body, dict) or not body.get("choices"):
+            if not isinstance(body, dict) or not self._dialect.is_whole(body):
                 raise fault_in_body(body, secrets=self._secrets, now=time.time())
-            self.completion = body
+            self.whole = body
 
     def _is_called_event_stream(self) -> bool:
         kind: str = self._response.headers.get("content-type", "")

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
-from broker.core.answer import Answer
+from broker.core.chat_answer import ChatAnswer
 from broker.core.errors import (
     UpstreamError,
     UpstreamFailed,
@@ -21,8 +21,8 @@ from broker.core.foreign import MAX_VALUES
 USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15, "cost": 0.5}
 
 
-def read(*chunks: Any) -> Answer:
-    answer = Answer()
+def read(*chunks: Any) -> ChatAnswer:
+    answer = ChatAnswer()
     for chunk in chunks:
         answer.read(chunk if isinstance(chunk, bytes) else json.dumps(chunk).encode())
     return answer
@@ -57,16 +57,16 @@ def choice(reason: str | None = None, index: int = 0, **delta: Any) -> dict[str,
     ],
 )
 def test_a_chunk_passes_as_it_came(data: bytes) -> None:
-    assert Answer().read(data) == data
+    assert ChatAnswer().read(data) == data
 
 
 def test_bytes_that_are_no_utf8_pass_as_the_event_stream_format_decodes_them() -> None:
-    assert Answer().read(b'{"a": "\xff"}') == '{"a": "\ufffd"}'.encode()
+    assert ChatAnswer().read(b'{"a": "\xff"}') == '{"a": "\ufffd"}'.encode()
 
 
 @pytest.mark.parametrize("data", [b"", b" ", b"\n", b"null", b" null ", b"[DONE]", b"[DONE] ", b'"[DONE]"'])
 def test_what_is_no_chunk_is_not_relayed(data: bytes) -> None:
-    assert Answer().read(data) is None
+    assert ChatAnswer().read(data) is None
 
 
 @pytest.mark.parametrize(
@@ -75,12 +75,12 @@ def test_what_is_no_chunk_is_not_relayed(data: bytes) -> None:
 )
 def test_what_is_no_json_object_is_invalid(data: bytes) -> None:
     with pytest.raises(UpstreamInvalid):
-        Answer().read(data)
+        ChatAnswer().read(data)
 
 
 def test_json_nested_without_end_is_invalid() -> None:
     with pytest.raises(UpstreamInvalid):
-        Answer().read(b'{"a":' * 200_000)
+        ChatAnswer().read(b'{"a":' * 200_000)
 
 
 def test_an_answer_is_finished_by_done_or_by_a_reason() -> None:
@@ -202,7 +202,7 @@ def test_what_is_no_content_does_not(more: dict[str, Any]) -> None:
 
 def test_a_body_that_ends_without_any_reason_is_not_whole() -> None:
     assert not read(TEXT).end()
-    assert not Answer().end()
+    assert not ChatAnswer().end()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_failure_after_the_reason_was_taken_back_is_one() -> None:
 
 
 def test_an_error_on_the_finish_chunk_is_one() -> None:
-    answer = Answer()
+    answer = ChatAnswer()
     with pytest.raises(UpstreamFailed):
         answer.read(json.dumps(STOP | {"error": {"code": 502, "message": "x"}}).encode())
     assert answer.read(json.dumps({"usage": USED}).encode()) is None
@@ -240,14 +240,14 @@ def test_an_error_on_the_finish_chunk_is_one() -> None:
 @pytest.mark.parametrize("data", [b'{"message": "no"}', b'{"error": {"message": "no"}}', b"no", b'"no"'])
 def test_an_event_named_error_is_one(data: bytes) -> None:
     with pytest.raises(UpstreamFailed) as caught:
-        Answer().read(data, "error")
+        ChatAnswer().read(data, "error")
     assert caught.value.message == "no"
 
 
 def test_a_completion_is_told_as_one_chunk() -> None:
     message = {"role": "assistant", "content": "abc", "tool_calls": []}
-    answer = Answer()
-    told = answer.read_completion(
+    answer = ChatAnswer()
+    told = answer.read_whole(
         {"id": "x", "object": "chat.completion", "choices": [{"index": 0, "message": message}], "usage": USED}
     )
     assert told is not None
@@ -258,13 +258,13 @@ def test_a_completion_is_told_as_one_chunk() -> None:
 
 def test_usage_that_is_nested_without_end_loses_its_depths() -> None:
     deep = b'{"a":' * 200 + b"1" + b"}" * 200
-    answer = Answer()
+    answer = ChatAnswer()
     answer.read(b'{"choices": [{"finish_reason": "stop"}], "usage": {"total_tokens": 3, "x": ' + deep + b"}}")
     assert answer.usage == {"total_tokens": 3}
 
 
 def test_usage_beside_an_error_is_kept() -> None:
-    answer = Answer()
+    answer = ChatAnswer()
     with pytest.raises(UpstreamFailed):
         answer.read(b'{"error": {"message": "x"}, "usage": {"cost": 0.1}}')
     assert answer.usage == {"cost": 0.1}
@@ -398,11 +398,11 @@ def test_an_error_chunk_of_any_shape_is_an_error(
 @pytest.mark.parametrize("error", [None, "", False, 0, {}, [], {"message": "", "code": None}])
 def test_an_empty_error_is_none(error: object) -> None:
     for chunk in ({"error": error}, {"error_message": error}, {"choices": [choice() | {"error": error}]}):
-        assert Answer().read(json.dumps(chunk).encode()) is not None
+        assert ChatAnswer().read(json.dumps(chunk).encode()) is not None
 
 
 def test_a_base_resp_of_zero_is_none() -> None:
-    assert Answer().read(b'{"base_resp": {"status_code": 0, "status_msg": "ok"}}') is not None
+    assert ChatAnswer().read(b'{"base_resp": {"status_code": 0, "status_msg": "ok"}}') is not None
 
 
 def test_an_error_of_half_characters_and_absurd_numbers_can_still_be_told() -> None:
@@ -437,13 +437,13 @@ MANY = MAX_VALUES + 1
 def test_a_chunk_of_too_many_values_is_refused_at_once(data: bytes) -> None:
     started = time.perf_counter()
     with pytest.raises(UpstreamInvalid):
-        Answer().read(data)
+        ChatAnswer().read(data)
     assert time.perf_counter() - started < 0.05
 
 
 def test_a_large_text_in_one_chunk_is_read() -> None:
     data = orjson.dumps({"choices": [{"delta": {"content": "x" * 4_000_000}}]})
-    answer = Answer()
+    answer = ChatAnswer()
     assert answer.read(data) == data
     assert answer.text_bytes == 4_000_000
 
@@ -451,7 +451,7 @@ def test_a_large_text_in_one_chunk_is_read() -> None:
 @pytest.mark.parametrize("before", [10, 20_000])
 def test_counts_are_kept_of_a_usage_that_is_too_large(before: int) -> None:
     usage = {f"k{n}": "x" * 100 for n in range(before)} | {"huge": "y" * 70_000, **USAGE}
-    answer = Answer()
+    answer = ChatAnswer()
     answer.read(orjson.dumps({"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": usage}))
     assert answer.usage is not None
     assert {name: answer.usage[name] for name in USAGE} == USAGE
@@ -460,24 +460,24 @@ def test_counts_are_kept_of_a_usage_that_is_too_large(before: int) -> None:
 
 def test_an_error_in_a_list_of_one_is_read() -> None:
     with pytest.raises(UpstreamError) as told:
-        Answer().read(b'[{"error":{"code":503,"message":"The model is overloaded."}}]')
+        ChatAnswer().read(b'[{"error":{"code":503,"message":"The model is overloaded."}}]')
     assert told.value.message == "The model is overloaded."
 
 
 @pytest.mark.parametrize("data", [b"[]", b"[{}]", b'[{"choices":[]}]', b'[{"error":{"code":1}},{}]'])
 def test_any_other_list_is_no_chunk(data: bytes) -> None:
     with pytest.raises(UpstreamInvalid):
-        Answer().read(data)
+        ChatAnswer().read(data)
 
 
 def test_a_completion_whose_usage_cannot_be_written_is_relayed_without_it() -> None:
     deep: dict[str, Any] = {}
     for _ in range(300):
         deep = {"a": deep}
-    answer = Answer()
+    answer = ChatAnswer()
     usage = {"prompt_tokens": 5, "completion_tokens": 7, "extra": deep}
     choices = [{"message": {"content": "Hello"}, "finish_reason": "stop"}]
-    relayed = answer.read_completion({"choices": choices, "usage": usage})
+    relayed = answer.read_whole({"choices": choices, "usage": usage})
     assert relayed is not None
     assert json.loads(relayed)["usage"] == {"prompt_tokens": 5, "completion_tokens": 7}
     assert answer.usage == {"prompt_tokens": 5, "completion_tokens": 7}

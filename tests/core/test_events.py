@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from broker.core.answer import Answer
+from broker.core.chat_answer import ChatAnswer
 from broker.core.errors import (
     BudgetExceeded,
     InvalidCursor,
@@ -32,7 +32,7 @@ def frames(data: bytes) -> list[Frame]:
     return Decoder(100_000).feed(data)
 
 
-def told(answer: Answer, **changes: Any) -> Any:
+def told(answer: ChatAnswer, **changes: Any) -> Any:
     facts: dict[str, Any] = {
         "finish_reason": "stop",
         "model": "asked",
@@ -102,7 +102,7 @@ def test_a_whole_number_of_seconds_is_told_as_one() -> None:
 
 
 def test_done_tells_all_that_the_upstream_said() -> None:
-    answer = Answer()
+    answer = ChatAnswer()
     answer.read(
         b'{"id":"gen-1","model":"m","provider":"P","choices":'
         b'[{"delta":{},"finish_reason":"stop","native_finish_reason":"end_turn"}],"usage":{"total_tokens":3}}'
@@ -122,7 +122,7 @@ def test_done_tells_all_that_the_upstream_said() -> None:
 
 
 def test_what_is_not_known_of_an_answer_is_null() -> None:
-    assert told(Answer(), finish_reason=None, cost=None, ttft_ms=None) == {
+    assert told(ChatAnswer(), finish_reason=None, cost=None, ttft_ms=None) == {
         "finishReason": None,
         "nativeFinishReason": None,
         "model": "asked",
@@ -147,7 +147,7 @@ def test_what_is_not_known_of_an_answer_is_null() -> None:
     ],
 )
 def test_an_answer_of_half_characters_and_absurd_numbers_can_still_be_told(fields: bytes) -> None:
-    answer = Answer()
+    answer = ChatAnswer()
     answer.read(b"{%b}" % fields)
     assert told(answer, finish_reason=answer.finish_reason)["totalMs"] == 34
 
@@ -157,4 +157,4 @@ def test_a_session_cancelled_before_it_began_cost_nothing() -> None:
     assert (end.state, end.event, str(end.id)) == (State.CANCELLED, "done", "1-1.end")
     data = json.loads(end.data)
     assert (data["finishReason"], data["cost"], data["estimated"]) == ("cancelled", 0, False)
-    assert set(data) == set(told(Answer()))
+    assert set(data) == set(told(ChatAnswer()))

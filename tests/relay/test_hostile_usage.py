@@ -104,7 +104,7 @@ class Telling(World):
     async def blocks(self, _max_body: int) -> AsyncGenerator[bytes]:
         if self.place == "completion":
             choice = {"message": {"content": "Hello"}, "finish_reason": "stop"}
-            self.completion = cast("Any", {"choices": [choice], "usage": self.usage})
+            self.whole = cast("Any", {"choices": [choice], "usage": self.usage})
             self.relayed.set()
             return
         text = {"choices": [{"delta": {"content": "Hello"}}]}

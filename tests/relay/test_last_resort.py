@@ -56,7 +56,7 @@ class World:
 
     secrets = ()
     generation_id = None
-    completion: dict[str, Any] | None = None
+    whole: dict[str, Any] | None = None
 
     def __init__(self, **breaks: int) -> None:
         self.breaks = breaks
@@ -77,7 +77,7 @@ class World:
 
     # The upstream and its stream
 
-    async def open_chat(self, *_: object, **__: object) -> World:
+    async def ask(self, *_: object, **__: object) -> World:
         if self.how == "never asked":
             self.step("open")
         return self

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
+from broker.core.dialect import CHAT, Dialect
 from broker.core.errors import UpstreamError
 from broker.relay.config import GenerationLimits
 from broker.relay.upstream_reader import UpstreamReader
@@ -39,14 +40,14 @@ class Pieces:
     """An upstream whose answer comes in these reads; the stream of it as well."""
 
     generation_id = None
-    completion = None
+    whole = None
     secrets = ("sk-or-v1-0123456789abcdef",)
 
     def __init__(self, pieces: tuple[bytes, ...]) -> None:
         self._pieces = pieces
 
-    async def open_chat(self, body: bytes, *, referer: str, model: str) -> Pieces:
-        del body, referer, model
+    async def ask(self, body: bytes, *, referer: str, model: str, dialect: Dialect) -> Pieces:
+        del body, referer, model, dialect
         return self
 
     async def blocks(self, max_body: int) -> AsyncIterator[bytes]:
@@ -64,6 +65,7 @@ async def replayed(*pieces: bytes) -> Outcome:
     prepared = Prepared(b"{}", "m", 1, "", "c", cast("Any", None))
     reader = UpstreamReader(
         prepared,
+        dialect=CHAT,
         upstream=cast("UpstreamClient", Pieces(pieces)),
         bounds=LIMITS,
         take=lambda taken, _: chunks.extend(taken),

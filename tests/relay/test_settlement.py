@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from broker.core.accounts import Quotas, Usage, WorstCase
-from broker.core.answer import Answer
+from broker.core.chat_answer import ChatAnswer
 from broker.core.pricing import NANO
 from broker.core.session import State
 from broker.relay.settlement import LOOKS, estimated_usage, usage_in_record
@@ -547,7 +547,7 @@ def test_a_record_is_read_by_its_native_counts(record: dict[str, Any], spent: Us
 
 
 def test_an_estimate_keeps_to_what_was_reserved() -> None:
-    answer = Answer()
+    answer = ChatAnswer()
     answer.text_bytes = 31
     for reserved, written in ((50, 11), (21, 1), (20, 0), (10, 0)):
         reservation = Reservation("t", "s", "c", "m", WorstCase(reserved, 0))

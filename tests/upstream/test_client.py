@@ -53,7 +53,7 @@ async def client(upstream: ScriptedUpstream) -> AsyncIterator[UpstreamClient]:
 
 
 async def ask(client: UpstreamClient) -> UpstreamStream:
-    return await client.open_chat(BODY, referer="")
+    return await client.ask(BODY, referer="")
 
 
 async def read(client: UpstreamClient) -> bytes:
@@ -73,7 +73,7 @@ def plain(call: Call) -> None:
 
 async def test_a_request_is_sent_as_it_is(client: UpstreamClient, upstream: ScriptedUpstream) -> None:
     upstream.replies = [plain]
-    stream = await client.open_chat(BODY, referer="https://a.example")
+    stream = await client.ask(BODY, referer="https://a.example")
     await stream.aclose()
     headers = upstream.calls[0].headers
     assert upstream.calls[0].body == json.loads(BODY)
@@ -292,7 +292,7 @@ async def test_a_server_that_takes_no_request_can_be_left() -> None:
     listening.bind(("127.0.0.1", 0))
     server = await asyncio.get_running_loop().create_server(lambda: deaf, sock=listening)
     async with server, client_of("http://{}:{}".format(*listening.getsockname())) as client:
-        asking = asyncio.create_task(client.open_chat(b" " * 1_000_000, referer=""))
+        asking = asyncio.create_task(client.ask(b" " * 1_000_000, referer=""))
         await deaf.spoken_to.wait()
         asking.cancel()
         done, _ = await asyncio.wait([asking], timeout=1)

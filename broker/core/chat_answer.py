@@ -1,0 +1,247 @@
+"""An answer in the dialect of chat completions: chunks with choices, of which each has a delta.
+
+A finish reason is a promise that may be broken: some services send one with every piece of reasoning and go on with
+the text. So content that follows takes it back, and with it the usage that came so far. A usage beside content that
+it does not count is never final.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from broker.core.answer import Answer, size_of, text_of
+from broker.core.errors import UpstreamError, UpstreamFailed, UpstreamInvalid
+from broker.core.foreign import bounded_object, bounded_text
+from broker.core.pricing import completion_of, told_cost
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_MAY_FAIL = frozenset({"error", "error_message", "base_resp"})
+"""Keys of a chunk that tell of a failure, where they are not empty."""
+
+_COUNTED = (
+    *("prompt_tokens", "completion_tokens", "total_tokens"),
+    *("cost", "cost_in_usd_ticks", "is_byok", "cost_details"),
+    *("prompt_tokens_details", "completion_tokens_details"),
+)
+"""Members of a usage object that are kept in any case: what an answer costs is counted by them."""
+
+_REASONING = ("reasoning", "reasoning_content", "reasoning_text")
+_MARKS = frozenset({"annotations", "citations"})
+
+
+class ChatAnswer(Answer):
+    """The facts of one chat completion.
+
+    It is complete once the upstream said `[DONE]`, or its body has ended behind a finish reason.
+    """
+
+    __slots__ = ("_deltas", "_quiet_usage", "_reason_stands", "_reason_was_wrong", "_wrote")
+
+    no_text = frozenset(
+        {"role", "type", "id", "index", "format", "object", "detail", "p", "obfuscation", "extra_content"}
+    )
+
+    def __init__(self, secrets: tuple[str, ...] = (), clock: Callable[[], float] | None = None) -> None:
+        super().__init__(secrets, clock)
+        self._reason_stands = False
+        # Content came after a finish reason, so none is trusted before the end.
+        self._reason_was_wrong = False
+        self._quiet_usage = False  # the interim usage is final if the answer ends here
+        self._deltas = False
+        self._wrote = False  # this chunk has content
+
+    @property
+    def finished(self) -> bool:
+        """Whether a clean end has been announced; either sign of it is enough."""
+        return self.complete or self._reason_stands
+
+    def read_mark(self) -> None:
+        """Learn that the upstream said `[DONE]`."""
+        self._complete()
+
+    def end(self) -> bool:
+        """Learn that the body has ended cleanly. Returns True if the answer is whole."""
+        if not self.complete and self.finish_reason is not None:
+            self._complete()
+        return self.complete
+
+    def read_whole(self, document: dict[str, Any]) -> bytes | None:
+        """Learn from a whole JSON completion that came in place of a stream.
+
+        Returns:
+            A chunk whose delta is the message, None where the completion has no choices.
+
+        Raises:
+            UpstreamError: it tells of a failure.
+        """
+        choices = document.get("choices")
+        if not isinstance(choices, list):
+            choices = []
+        pieces = [_as_delta(choice) for choice in choices]
+        chunk = {**document, "choices": pieces}
+        if "object" in chunk:
+            chunk["object"] = "chat.completion.chunk"
+        if isinstance(chunk.get("usage"), dict):
+            # What cannot be written is left out.
+            chunk["usage"] = bounded_object(chunk["usage"], first=_COUNTED)
+        try:
+            data = orjson.dumps(chunk)
+        except orjson.JSONEncodeError:
+            raise UpstreamInvalid from None
+        relayed = self._read_chunk(data, chunk, "message")
+        if not any(isinstance(piece, dict) and isinstance(piece.get("delta"), dict) for piece in pieces):
+            return None
+        self.usage = self.usage or self.interim_usage
+        self.complete = True
+        return relayed
+
+    def _read_chunk(self, data: bytes, chunk: dict[str, Any], event: str) -> bytes | None:
+        if self.over:
+            self._wrote = False
+            self._note_usage(chunk)
+            return None
+        ended = self._reason_stands
+        self._wrote = False
+        if self.model is None or self.provider is None or self.generation_id is None:
+            self._read_names(chunk)
+        fault = None
+        if not _MAY_FAIL.isdisjoint(chunk) or chunk.get("object") == "error":
+            fault = self._fault(chunk, _native_reason(chunk))
+        if fault is None and event == "error":
+            fault = self._fault({"error": chunk}) or UpstreamFailed()
+        choices = chunk.get("choices")
+        if isinstance(choices, list):
+            for choice in choices:
+                if isinstance(choice, dict):
+                    fault = fault or self._fault_in_choice(choice)
+                    if fault is None or not ended:
+                        self._read_choice(choice)
+        if fault is not None:
+            self.over, self._wrote = True, False
+            self._note_usage(chunk)
+            self._fail(fault, finished=ended)
+            return None
+        self._note_usage(chunk)
+        return data
+
+    def _fault_in_choice(self, choice: dict[str, Any]) -> UpstreamError | None:
+        if choice.get("finish_reason") != "error" and not choice.get("error"):
+            return None
+        return self._fault(choice, choice.get("native_finish_reason"))
+
+    def _complete(self) -> None:
+        self.complete = True
+        self.accept_usage()
+
+    def accept_usage(self) -> None:
+        """Learn that nothing more comes: the usage that came with the last content is final."""
+        if self.usage is None and self._quiet_usage:
+            self.usage, self.interim_usage = self.interim_usage, None
+
+    def _note_usage(self, chunk: dict[str, Any]) -> None:
+        usage = chunk.get("usage")
+        if not isinstance(usage, dict):
+            groq = chunk.get("x_groq")
+            usage = groq.get("usage") if isinstance(groq, dict) else None
+            if not isinstance(usage, dict):
+                return
+        usage = bounded_object(usage, first=_COUNTED)
+        if not self._wrote:
+            self._quiet_usage = True
+            is_final = self.over or self._reason_stands
+        else:
+            # Some give a finish reason and a usage of zeros with every chunk. A usage that does not count the content
+            # beside it tells nothing of the whole; and once such a finish reason was wrong, only the end decides.
+            self._quiet_usage = self._reason_stands and bool(completion_of(usage) or told_cost(usage))
+            is_final = self._quiet_usage and not self._reason_was_wrong
+        if is_final:
+            self.usage = usage
+        else:
+            self.interim_usage = usage
+
+    def _read_names(self, chunk: dict[str, Any]) -> None:
+        self.model = self.model or text_of(chunk.get("model"))
+        self.provider = self.provider or text_of(chunk.get("provider"))
+        self.generation_id = self.generation_id or text_of(chunk.get("id"))
+
+    def _read_choice(self, choice: dict[str, Any]) -> None:
+        delta = choice.get("delta")
+        if isinstance(delta, dict) and delta:
+            self._deltas = True
+            content = delta.get("content")
+            # a role and a content: nearly every delta
+            if (
+                content
+                and isinstance(content, str)
+                and (len(delta) == 1 or (len(delta) == 2 and "role" in delta))
+            ):
+                self.text_bytes += size_of(content)
+                self._go_on()
+            elif content or len(delta) > 1 or "content" not in delta:
+                self._read_delta(delta)
+        elif not self._deltas and isinstance(message := choice.get("message"), dict):
+            # Beside deltas it is the answer so far, told again.
+            self._read_delta(message)
+        elif not self._deltas and choice.get("text") and isinstance(choice["text"], str):
+            self.text_bytes += size_of(choice["text"])
+            self._go_on()
+        reason = choice.get("finish_reason")
+        if reason and isinstance(reason, str):
+            before, self.finish_reason = self.finish_reason, bounded_text(reason)
+            reason = self.finish_reason
+            native = text_of(choice.get("native_finish_reason"))
+            if native or reason != before:
+                self.native_finish_reason = native
+            self._reason_stands = True
+
+    def _go_on(self) -> None:
+        """Take back a finish reason: the model has written on."""
+        self._wrote = True
+        self._quiet_usage = False
+        if self._reason_stands:
+            self._reason_stands = False
+            self._reason_was_wrong = True
+            self.interim_usage = self.usage or self.interim_usage
+            self.usage = None
+
+    def _read_delta(self, delta: dict[str, Any]) -> None:
+        """Count every string of a delta or a message. Linear, and without recursion."""
+        written, media = self.text_bytes, self.media
+        self._count({key: value for key, value in delta.items() if key not in _MARKS})
+        details = delta.get("reasoning_details")
+        thoughts = [size_of(value) for key in _REASONING if isinstance(value := delta.get(key), str)]
+        if details or len(thoughts) > 1:  # the same thoughts, told several times
+            told = [*thoughts, _size_of_thoughts(details)]
+            self.text_bytes -= sum(told) - max(told)
+        if self.text_bytes > written or self.media > media:
+            self._go_on()
+        self._count([delta.get(key) for key in _MARKS])
+
+
+def _native_reason(chunk: dict[str, Any]) -> object:
+    """The provider's own reason of the choice that failed."""
+    choices = chunk.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict) and choice.get("finish_reason"):
+            return choice.get("native_finish_reason")
+    return None
+
+
+def _size_of_thoughts(details: object) -> int:
+    """Bytes of readable reasoning in ``reasoning_details``, which ``reasoning`` tells too."""
+    if not isinstance(details, list):
+        return 0
+    texts = [detail.get(key) for detail in details if isinstance(detail, dict) for key in ("text", "summary")]
+    return sum(size_of(text) for text in texts if isinstance(text, str))
+
+
+def _as_delta(choice: object) -> object:
+    """A choice of a completion as a choice of a chunk."""
+    if not isinstance(choice, dict) or "message" not in choice:
+        return choice
+    piece = {key: value for key, value in choice.items() if key not in {"message", "delta"}}
+    return {**piece, "delta": choice["message"]}
