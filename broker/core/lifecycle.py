@@ -70,7 +70,9 @@ class Event(StrEnum):
     """Redis did not answer in time. It may write that end yet, so no other one may be proposed."""
     END_STORED = "end stored"
     END_UNREACHABLE = "end unreachable"
-    """Redis did not answer in time: the owner's word stands, and is written later."""
+    """Redis did not answer in time: the end that the owner proposes stands, and is written later."""
+    BROKE = "broke"
+    """An unexpected exception in a task of the generation: a bug."""
 
 
 class Action(StrEnum):
@@ -104,6 +106,8 @@ class Row(NamedTuple):
     actions: tuple[Action, ...] = ()
 
 
+_BROKEN = Row(Phase.ENDED, (Action.WRITE_LATER, Action.TELL))
+_BROKEN_READING = Row(Phase.ENDED, (Action.HIDE, Action.STOP_READING, Action.WRITE_LATER, Action.TELL))
 _STOPPED = Row(Phase.ENDING, (Action.HIDE, Action.STOP_READING, Action.DECIDE))
 _STOPS = (Event.UPSTREAM_ENDED, Event.TIMED_OUT, Event.CANCEL, Event.SHUTDOWN, Event.FENCED)
 
@@ -113,6 +117,7 @@ GENERATION: Mapping[Phase, Mapping[Event, Row]] = {
         Event.FROZE: Row(Phase.CONFIRMING, (Action.HIDE, Action.EXTEND_TIMERS, Action.CONFIRM)),
         Event.CONFIRMED: Row(Phase.RELAYING),
         Event.GRACE_OVER: Row(Phase.ABANDONING, (Action.HIDE, Action.ABANDON)),
+        Event.BROKE: _BROKEN_READING,
     },
     Phase.CONFIRMING: {
         **dict.fromkeys(_STOPS, _STOPPED),
@@ -120,6 +125,7 @@ GENERATION: Mapping[Phase, Mapping[Event, Row]] = {
         Event.CONFIRMED: Row(Phase.RELAYING, (Action.SHOW,)),
         # Whether anybody watches is not known for sure just after a freeze. The timer finds it again.
         Event.GRACE_OVER: Row(Phase.CONFIRMING),
+        Event.BROKE: _BROKEN_READING,
     },
     Phase.ABANDONING: {
         **dict.fromkeys(_STOPS, Row(Phase.ABANDONING_STOPPED, (Action.STOP_READING,))),
@@ -134,6 +140,7 @@ GENERATION: Mapping[Phase, Mapping[Event, Row]] = {
         Event.ABANDON_UNREACHABLE: Row(
             Phase.ENDING, (Action.STOP_READING, Action.WRITE_LATER, Action.DECIDE)
         ),
+        Event.BROKE: _BROKEN_READING,
     },
     Phase.ABANDONING_STOPPED: {
         # The first reason counts, unless Redis has another.
@@ -146,6 +153,7 @@ GENERATION: Mapping[Phase, Mapping[Event, Row]] = {
         Event.ABANDON_STORED: Row(Phase.ENDING, (Action.DECIDE,)),
         Event.ABANDON_REFUSED: Row(Phase.ENDING, (Action.DECIDE,)),
         Event.ABANDON_UNREACHABLE: Row(Phase.ENDING, (Action.WRITE_LATER, Action.DECIDE)),
+        Event.BROKE: _BROKEN,
     },
     Phase.ENDING: {
         # The end is on its way to Redis, which knows of a fence and of cancels accepted elsewhere.
@@ -156,8 +164,11 @@ GENERATION: Mapping[Phase, Mapping[Event, Row]] = {
         Event.CANCEL_FOUND: Row(Phase.ENDING, (Action.DECIDE,)),
         Event.END_STORED: Row(Phase.ENDED, (Action.SETTLE, Action.TELL)),
         Event.END_UNREACHABLE: Row(Phase.ENDED, (Action.WRITE_LATER, Action.TELL)),
+        Event.BROKE: _BROKEN,
     },
-    Phase.ENDED: dict.fromkeys((*_STOPS, Event.FROZE, Event.CONFIRMED, Event.GRACE_OVER), Row(Phase.ENDED)),
+    Phase.ENDED: dict.fromkeys(
+        (*_STOPS, Event.FROZE, Event.CONFIRMED, Event.GRACE_OVER, Event.BROKE), Row(Phase.ENDED)
+    ),
 }
 
 

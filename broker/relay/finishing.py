@@ -1,7 +1,8 @@
-"""The end of one generation: what it took, which end is proposed, and which one stands.
+"""The end of one generation: count its usage, propose an end, and have Redis decide which end stands.
 
-The end is decided in Redis by whoever writes it first, in the step that also writes the events not yet journaled. What
-it took is booked before it is told. Where Redis does not answer in time, the owner's word stands and is written later.
+The first end that is written to Redis stands. It is written in the same step as the events that are not yet journaled.
+The usage is booked before viewers are sent the end. Where Redis does not answer in time, viewers get the end that this
+worker proposes, and it is written later.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 DECIDE_TIMEOUT = 0.3
-"""Seconds that Redis has for deciding the end; without its word, the owner's stands."""
+"""Seconds that Redis has for deciding the end. Without an answer, the end that the owner proposes stands."""
 
 END_TRIES = 4
-"""Answers that an end may be given before it is left for later; each changes what is proposed."""
+"""Answers of Redis to one end before it is left for later; each answer changes the events that are sent with it."""
 
 ALL = 1 << 62
-"""More bytes than there are."""
+"""A limit in bytes that is no limit."""
 
 NOTHING = Batch(1, 0, b"")
 """No events."""
@@ -52,24 +53,25 @@ LAST_RESORT = {
     State.ABANDONED: ("error", error_data(Abandoned())),
     State.FAILED: ("error", error_data(GenerationFailed())),
 }
-"""Event and data of an end of each kind that holds nothing of the answer, so that no answer can prevent it."""
+"""Event and data of a constant end of each kind. They hold nothing of the answer, so no answer can make them fail."""
 
 
 class Finishing:
     """Proposes, decides and books the end of one generation.
 
     Args:
-        reservation: what it has taken from the accounts, under the token of its claim.
-        prepared: what was asked.
-        feed: its events.
-        reader: its answer.
-        unsaved: gives the events that are not journaled yet.
-        sessions: where the end is decided.
-        settlement: who books what it took.
+        reservation: the generation's reservation.
+        prepared: the request.
+        feed: the events.
+        reader: reads the answer.
+        unsaved: returns the events that are not journaled yet.
+        sessions: decides the end.
+        settlement: counts and books usage.
         images: pictures in the prompt.
+        clock: seconds that only go forward; by default the event loop's.
 
     Attributes:
-        spent: what it took, once `decide` has counted.
+        usage: tokens and cost of the generation, once they have been counted.
     """
 
     def __init__(
@@ -83,8 +85,9 @@ class Finishing:
         sessions: SessionStore,
         settlement: Settlement,
         images: int = 0,
+        clock: Callable[[], float] | None = None,
     ) -> None:
-        self.spent = Usage()
+        self.usage = Usage()
         self._reservation = reservation
         self._prepared = prepared
         self._feed = feed
@@ -94,21 +97,21 @@ class Finishing:
         self._settlement = settlement
         self._name = short(reservation.session_id)
         self._counted = False
-        self._loop = asyncio.get_running_loop()
-        self._started_at = self._loop.time()
+        self._clock = clock or asyncio.get_running_loop().time
+        self._started_at = self._clock()
         self._seconds: float | None = None
         self._images = images
 
     async def decide(self, proposal: Proposal | None, standing: Terminal | None) -> tuple[Event, Terminal]:
-        """Count what the answer took, and have Redis decide the end.
+        """Count the usage, and have Redis decide the end.
 
         Args:
             proposal: the end that this worker proposes.
             standing: the end that stands already, if there is one.
 
         Returns:
-            `END_STORED` and the end that stands, `CANCEL_FOUND` where another end has to be proposed, or
-            `END_UNREACHABLE` and the end that is told without Redis.
+            `END_STORED` and the end that stands; `CANCEL_FOUND` where the end of a cancel has to be proposed; or
+            `END_UNREACHABLE` and the end that viewers get although Redis does not have it.
         """
         await self._count_once()
         if standing is not None:
@@ -126,18 +129,20 @@ class Finishing:
             return Event.CANCEL_FOUND, end
         if isinstance(answer, Terminal):
             return Event.END_STORED, answer
-        # Redis is away, or came back empty, and then this may just be written again as running.
+        # Redis is away, or came back empty; in the second case the session may just be written again as running.
         return Event.END_UNREACHABLE, end
 
     async def store(self, end: Terminal) -> Terminal | EndConflict | None:
-        """Write an end to Redis, with what is left to be journaled; a constant end of its kind where that fails.
+        """Write an end to Redis, with the events that are not journaled yet.
+
+        Where that fails by a bug, write a constant end of the same kind without events.
 
         Returns:
-            The end that stands, a refusal where a cancel was accepted and another end proposed, or None where Redis
-            has no such session.
+            The end that stands; a conflict where a cancel was accepted and another end is proposed; or None where
+            Redis has no such session.
 
         Raises:
-            StoreUnavailable: it could not be written now.
+            StoreUnavailable: the end could not be written now.
         """
         try:
             return await self._store(end, self._unsaved())
@@ -155,14 +160,14 @@ class Finishing:
                 return answer.end
             if answer.kind == "cancel":
                 return answer
-            # Events are missing in the journal: send from where it is, or end it with a hole that readers see.
+            # The journal lacks events: send those that follow its last one, or end it with a gap that readers see.
             rest = self._feed.unsaved(answer.last, ALL)
             if rest.first > answer.last + 1:
                 rest = NOTHING
         raise StoreUnavailable
 
     async def settle_in_time(self, state: State) -> bool:
-        """Settle, and return True if that is done; False if Redis did not answer in time."""
+        """Settle. Returns False if Redis did not answer in time or the usage could not be settled."""
         try:
             async with asyncio.timeout(DECIDE_TIMEOUT):
                 await self.settle(state)
@@ -174,29 +179,30 @@ class Finishing:
         return True
 
     async def settle(self, state: State) -> None:
-        """Book what it took, or the worst case where that cannot be booked. Again does no harm.
+        """Book the usage, or the worst case where the usage cannot be booked. May be called again.
 
         Raises:
             StoreUnavailable: it could not be booked now.
         """
+        await self._count_once()
         generation_id = self._reader.answer.generation_id
         try:
-            await self._settlement.settle(self._reservation, self.spent, state, generation_id)
+            await self._settlement.settle(self._reservation, self.usage, state, generation_id)
         except StoreUnavailable:
             raise
         except Exception:
             log.exception("usage cannot be settled as counted", session=self._name)
-            self.spent = self._at_worst()
-            await self._settlement.settle(self._reservation, self.spent, state, None)
+            self.usage = self._at_worst()
+            await self._settlement.settle(self._reservation, self.usage, state, None)
 
     def wait_for_usage(self, state: State) -> bool:
-        """Read on in the background for the usage behind an error, and correct the estimate with it.
+        """Start reading on for the usage behind an error, to correct the estimate with it.
 
         Returns:
-            True if that has begun; the reading is then closed by it.
+            True if that has started. The background work then closes the reader.
         """
         return (
-            self.spent.estimated
+            self.usage.estimated
             and self._reader.may_tell_usage
             and self._settlement.read_on(partial(self._read_on, state), self._reader.close)
         )
@@ -206,13 +212,13 @@ class Finishing:
             return
         self._counted = False
         await self._count_once()
-        # An end that could not be booked yet is booked with this; one that was booked as an estimate is corrected.
+        # Books what could not be booked yet, or corrects what was booked as an estimate.
         await self._settlement.settle_later(
-            self._reservation, self.spent, state, self._reader.answer.generation_id
+            self._reservation, self.usage, state, self._reader.answer.generation_id
         )
 
     def sample(self) -> Sample | None:
-        """What this answer teaches of its model's tokenizer, if it does."""
+        """Return a sample of the model's bytes per token, or None if this answer gives none."""
         answer = self._reader.answer
         return sample_of(
             model=self._prepared.model,
@@ -223,7 +229,7 @@ class Finishing:
         )
 
     def speed(self) -> Sample | None:
-        """What this answer teaches of how fast its model writes, if it does."""
+        """Return a sample of the model's tokens per second, or None if this answer gives none."""
         answer = self._reader.answer
         if not answer.complete or answer.finish_reason is None:
             return None
@@ -235,14 +241,14 @@ class Finishing:
         )
 
     async def _count_once(self) -> None:
-        """Count what the answer took; all that is reserved where it cannot be counted."""
+        """Count the usage, unless that is done. Where it cannot be counted, it is all that was reserved."""
         if self._counted:
             return
         try:
-            self.spent = await self._count()
+            self.usage = await self._count()
         except Exception:
             log.exception("usage cannot be counted", session=self._name)
-            self.spent = self._at_worst()
+            self.usage = self._at_worst()
         self._counted = True
 
     def _at_worst(self) -> Usage:
@@ -250,7 +256,7 @@ class Finishing:
 
     async def _count(self) -> Usage:
         if self._seconds is None and self._reader.asked_at is not None:
-            self._seconds = self._loop.time() - self._reader.asked_at
+            self._seconds = self._clock() - self._reader.asked_at
         return await self._settlement.count(
             self._reader.answer,
             self._reservation,
@@ -261,9 +267,9 @@ class Finishing:
         )
 
     def terminal(self, proposal: Proposal, *, after: int | None = None) -> Terminal:
-        """Return the end that is proposed, numbered behind event ``after``, or behind all events.
+        """Return the proposed end, with the number that follows event ``after``, or all events.
 
-        Where it cannot be built, it is a constant one of its kind.
+        Where it cannot be built, return a constant end of the same kind.
         """
         state = SESSION[proposal.step][State.RUNNING]
         at = Cursor(1, (self._feed.last if after is None else after) + 1, end=True)
@@ -282,10 +288,10 @@ class Finishing:
             answer,
             finish_reason="cancelled" if step is Step.END_CANCELLED else answer.finish_reason,
             model=self._prepared.model,
-            cost=None if self.spent.cost is None else to_usd(self.spent.cost),
-            estimated=self.spent.estimated,
+            cost=None if self.usage.cost is None else to_usd(self.usage.cost),
+            estimated=self.usage.estimated,
             ttft_ms=self._milliseconds(self._reader.first_chunk_at),
-            total_ms=self._milliseconds(self._loop.time()),
+            total_ms=self._milliseconds(self._clock()),
         )
         return Terminal(state, "done", at, data)
 

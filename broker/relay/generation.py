@@ -1,7 +1,8 @@
 """One generation: the single upstream call of a session, from its claim to its end.
 
-It is a task of its own and not the request of a page: viewers come and go. What it reads goes to the feed at once and
-to the journal behind it. `core.lifecycle.GENERATION` says what happens when; this module does it.
+It runs in a task of its own, not in the request of a page, because viewers come and go. Chunks go to the feed at once
+and to the journal later. The table `core.lifecycle.GENERATION` decides what to do after each event. This module does
+it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 FIRST_VIEWER = 1.0
-"""Seconds that a new generation waits for its first viewer at least, however short the grace."""
+"""Seconds that a new generation waits for its first viewer, where the grace is shorter."""
 
 ABANDONED = Proposal(Step.ABANDON, Abandoned())
 
@@ -59,37 +60,38 @@ class JournalQueue(Protocol):
 
 
 class OwnershipWatch(Protocol):
-    """What a generation needs of the part that knows whether the session is still this worker's."""
+    """What a generation needs to know whether the session is still this worker's."""
 
     def check_for_freeze(self, now: float) -> None:
-        """Find out whether the process stood still, before anything is shown."""
+        """Find out whether the process was frozen, before new events are shown."""
 
     def confirm(self, generation: Generation) -> None:
-        """Ask Redis whether the session is still ours, and call `confirmed` when that is known or takes too long."""
+        """Ask Redis whether the session is still this worker's; call `confirmed` after the answer or the timeout."""
 
 
 class Generation:
     """The upstream call of one session, its feed, and the decision of its end.
 
     Args:
-        session_id: whose generation.
-        reservation: what it has taken from the accounts, under the token of its claim.
-        prepared: what to ask.
-        upstream: whom to ask.
-        sessions: where the end is decided.
-        bounds: how long and how much.
-        settlement: who books what it took.
-        journal: where its events are written behind the viewers; None where events are not journaled.
-        ownership: notices that the process stood still.
-        write_later: takes over an end that Redis could not be told of in time.
+        session_id: the session of this generation.
+        reservation: the reservation of its claim.
+        prepared: the request.
+        upstream: the service that is asked.
+        sessions: decides the end.
+        limits: seconds, bytes and retries.
+        settlement: counts and books usage.
+        journal: writes its events to Redis; None where events are not journaled.
+        ownership: notices that the process was frozen.
+        write_later: takes over an end that could not be written to Redis in time.
+        clock: seconds that only go forward; by default the event loop's.
 
     Attributes:
         feed: its events.
-        lifecycle: where it stands.
+        lifecycle: its phase.
         saved: number of the last event in the journal.
         watched_elsewhere: a viewer on another worker was registered when Redis was last asked.
         was_watched: a viewer of this worker has come.
-        finishing: what it took, and which end stands.
+        finishing: counts its usage and finds out which end stands.
     """
 
     def __init__(
@@ -100,16 +102,17 @@ class Generation:
         *,
         upstream: UpstreamClient,
         sessions: SessionStore,
-        bounds: GenerationLimits,
+        limits: GenerationLimits,
         settlement: Settlement,
         journal: JournalQueue | None,
         ownership: OwnershipWatch,
         write_later: Callable[[Generation, Terminal], None],
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.session_id = session_id
         self.reservation = reservation
         self.claim_id = reservation.claim_id
-        # Only the reading needs the prompt, and only until it is sent.
+        # Only the reader needs the prompt, and only until it is sent.
         self.prepared = replace(prepared, request=b"")
         self.feed = Feed()
         self.lifecycle = Lifecycle()
@@ -117,13 +120,13 @@ class Generation:
         self.watched_elsewhere = False
         self.was_watched = False
         self._sessions = sessions
-        self._bounds = bounds
+        self._limits = limits
         self._journal = journal
         self._ownership = ownership
         self._write_later = write_later
-        self._loop = asyncio.get_running_loop()
+        self._clock = clock or asyncio.get_running_loop().time
         self._reader = UpstreamReader(
-            prepared, dialect=CHAT, upstream=upstream, bounds=bounds, take=self._take
+            prepared, dialect=CHAT, upstream=upstream, limits=limits, take=self._take, clock=self._clock
         )
         self.finishing = Finishing(
             reservation,
@@ -134,10 +137,11 @@ class Generation:
             sessions=sessions,
             settlement=settlement,
             images=CHAT.count_pictures(prepared.request),
+            clock=self._clock,
         )
-        self._started_at = self._loop.time()
+        self._started_at = self._clock()
         self._viewers = 0
-        self._unwatched_since: float | None = self._started_at + max(0.0, FIRST_VIEWER - bounds.grace)
+        self._unwatched_since: float | None = self._started_at + max(0.0, FIRST_VIEWER - limits.grace)
         self._to_decide = asyncio.Event()
         self._reading_task: asyncio.Task[SessionError | None] | None = None
         self._abandoning: asyncio.Task[None] | None = None
@@ -146,31 +150,31 @@ class Generation:
     # For the worker, the journal and the viewers
 
     def start(self) -> asyncio.Task[None]:
-        """Start the task, which ends by itself and does not raise. It belongs to the caller."""
+        """Start the generation, and return its task, which ends by itself. The caller owns it."""
         self._reading_task = asyncio.create_task(self._read(), name=f"reader {short(self.session_id)}")
         self._task = asyncio.create_task(self._run(), name=f"generation {short(self.session_id)}")
         return self._task
 
     @property
     def state(self) -> State:
-        """`RUNNING`, or how it ended."""
+        """`RUNNING`, or the state in which it ended."""
         return State.RUNNING if self.feed.end is None else self.feed.end.state
 
     def cancel(self) -> bool:
-        """Stop because somebody asked for it. Returns True if that decides the end, as far as this worker knows."""
+        """Stop on request. Returns True if the end will be `CANCELLED`, as far as this worker knows."""
         in_time = self.feed.end is None
         self._handle(Event.CANCEL, CANCELLED)
         return in_time and self.lifecycle.proposal is CANCELLED
 
     def shut_down(self) -> None:
-        """Stop because the worker ends."""
+        """Stop because the worker shuts down."""
         self._handle(Event.SHUTDOWN, Proposal(Step.FAIL, ServerShutdown()))
 
     def fence(self, end: Terminal | None) -> None:
-        """Stop and write nothing more: the session is another worker's, or has ended.
+        """Stop and write nothing more: the session belongs to another worker, or has ended.
 
         Args:
-            end: the end that Redis holds; None where the session is gone.
+            end: the end that Redis has; None where the session is gone.
         """
         lost = Terminal(
             State.LOST, "error", Cursor(2, self.feed.shown + 1, end=True), error_data(WorkerLost())
@@ -178,14 +182,14 @@ class Generation:
         self._handle(Event.FENCED, standing=end or lost)
 
     async def ended(self) -> State:
-        """Wait for the end and return what it was."""
+        """Wait for the end, and return the state in which it ended."""
         if self._task is not None and not self._task.done():
             await asyncio.wait([self._task])
         return self.state
 
     @property
     def wrote_its_end(self) -> bool:
-        """True if the end that stands is this worker's own, so that its feed and the journal tell the same."""
+        """True if the end that stands was written by this worker, so that its feed agrees with the journal."""
         end = self.feed.end
         return end is not None and end.id.epoch == 1 and end != self.lifecycle.fence
 
@@ -202,29 +206,30 @@ class Generation:
             self._note_watchers()
 
     def note_elsewhere(self, *, watched: bool) -> None:
-        """Learn whether a viewer on another worker is registered."""
+        """Note whether a viewer on another worker is registered."""
         self.watched_elsewhere = watched
         self._note_watchers()
 
     def check(self, now: float) -> None:
-        """Look at the timers. Called by the ticker a few times a second, so that no timer is set per chunk."""
+        """Check the timers. The ticker calls this ten times a second, so that no timer has to be moved per chunk."""
         if not self.lifecycle.is_open:
             return
-        if now >= self._started_at + self._bounds.deadline:
+        if now >= self._started_at + self._limits.deadline:
             self._handle(Event.TIMED_OUT, Proposal(Step.FAIL, DeadlineExceeded()))
         elif now >= self._reader.data_due:
-            # Once the answer is finished, silence is its end.
+            # Silence after a finish reason is the end of the answer, not a failure.
             finished = self._reader.answer.finished
             if finished:
                 self._reader.answer.accept_usage()
             self._handle(Event.TIMED_OUT, FINISHED if finished else Proposal(Step.FAIL, UpstreamTimeout()))
-        elif self._unwatched_since is not None and now >= self._unwatched_since + self._bounds.grace:
+        elif self._unwatched_since is not None and now >= self._unwatched_since + self._limits.grace:
             self._handle(Event.GRACE_OVER)
 
     def froze(self, seconds: float) -> None:
-        """Learn that this process stood still for so long.
+        """Note that this process was frozen for so many seconds.
 
-        The upstream and the pages were not listened to meanwhile, so their silence does not count. The deadline stays.
+        It could not read from the upstream and the pages meanwhile, so the timers of their silence are moved. The
+        deadline stays.
         """
         if Action.EXTEND_TIMERS in self._handle(Event.FROZE):
             self._reader.data_due += seconds
@@ -232,15 +237,15 @@ class Generation:
                 self._unwatched_since += seconds
 
     def confirmed(self) -> None:
-        """Learn that the session is still ours, or that Redis did not say otherwise in time."""
+        """Note that the session is still this worker's, or that Redis did not say otherwise in time."""
         self._handle(Event.CONFIRMED)
 
     def unsaved(self, limit: int = ALL) -> Batch:
-        """Events that the journal does not have yet and should, at most ``limit`` bytes or one batch."""
+        """Return events that the journal lacks and should have, at most ``limit`` bytes or one batch."""
         if self._journal is None:
             return NOTHING
         if self.lifecycle.end_is_numbered:
-            # What came since must not take the number of the end that Redis has been sent.
+            # Later events must not take the number of the end that was sent to Redis.
             return self.feed.after(max(self.saved, self.feed.first - 1), limit)
         return self.feed.unsaved(self.saved, limit)
 
@@ -248,7 +253,7 @@ class Generation:
         """True if the journal lacks events that it should have."""
         return self._journal is not None and self.saved < self.feed.last
 
-    # What happens to it
+    # Events and actions
 
     def _handle(
         self, event: Event, proposal: Proposal | None = None, standing: Terminal | None = None
@@ -268,21 +273,27 @@ class Generation:
         elif action is Action.CONFIRM:
             self._ownership.confirm(self)
         elif action is Action.ABANDON:
-            self._abandoning = asyncio.create_task(self._ask_to_abandon())
+            self._abandoning = asyncio.create_task(self._abandon())
         elif action is Action.DECIDE:
             self._to_decide.set()
-        # The other actions are done where their event is told.
+        # The other actions are done by the method that handles their event.
 
     def _note_watchers(self) -> None:
         if self._viewers or self.watched_elsewhere:
             self._unwatched_since = None
         elif self._unwatched_since is None:
-            self._unwatched_since = self._loop.time()
-            if self._bounds.grace == 0:
+            self._unwatched_since = self._clock()
+            if self._limits.grace == 0:
                 self._handle(Event.GRACE_OVER)
 
+    async def _abandon(self) -> None:
+        try:
+            await self._ask_to_abandon()
+        except Exception as error:  # noqa: BLE001 - logged there
+            self._break(error)
+
     async def _ask_to_abandon(self) -> None:
-        """Have Redis end the session, which it refuses while somebody watches on another worker."""
+        """Ask Redis to end the session, which it refuses while somebody watches on another worker."""
         end = self.finishing.terminal(ABANDONED, after=self.feed.shown)
         try:
             answer = await self._sessions.end(
@@ -291,7 +302,7 @@ class Generation:
                 only_if_unwatched=True,
             )
         except StoreUnavailable:
-            # Redis may write it yet, so no other end may be proposed.
+            # Redis may still write this end, so no other one may be proposed.
             self._handle(Event.ABANDON_UNREACHABLE, ABANDONED, end)
             self._write_later(self, end)
             return
@@ -321,8 +332,10 @@ class Generation:
             await self._to_decide.wait()
             await self._end()
             read_on = self.finishing.wait_for_usage(self.state)
+        except Exception as error:  # noqa: BLE001 - logged there
+            self._break(error)
         finally:
-            # Both are done unless this task was cancelled, which only the close of the worker does.
+            # Both are done by now, unless the worker is being closed and has cancelled this task.
             owned = [task for task in (self._reading_task, self._abandoning) if task is not None]
             for task in owned:
                 task.cancel()
@@ -337,7 +350,7 @@ class Generation:
         await asyncio.wait([reader])
         failure = None if reader.cancelled() else reader.result()
         if isinstance(failure, UpstreamInterrupted) and self._reader.answer.finished:
-            failure = None  # once the answer is finished, what becomes of the line does not matter
+            failure = None  # after a finish reason, a broken connection does not matter
             self._reader.answer.accept_usage()
         self._handle(Event.UPSTREAM_ENDED, FINISHED if failure is None else Proposal(Step.FAIL, failure))
         if not self._reader.answer.complete and not self._reader.may_tell_usage:
@@ -346,15 +359,15 @@ class Generation:
     async def _close_reader(self) -> None:
         try:
             await self._reader.close()
-        except Exception:  # what becomes of the line is no part of the session
+        except Exception:  # the session ends in the same way, whatever happens to the connection
             log.exception("upstream cannot be closed", session=short(self.session_id))
 
     async def _read(self) -> SessionError | None:
-        """Read until the upstream ends, and return what failed."""
+        """Read until the upstream ends. Returns the failure, or None."""
         try:
             await self._reader.run()
         except SessionError as error:
-            # A finished session is kept for replay, and the frames of a traceback would keep its prompt with it.
+            # A finished session stays in memory for replay, and the frames of a traceback would keep its prompt.
             error.__cause__ = error.__context__ = None
             return error.with_traceback(None)
         except Exception:
@@ -363,7 +376,7 @@ class Generation:
         return None
 
     async def _end(self) -> None:
-        """Have Redis decide the end, settle what the answer took, and tell the viewers."""
+        """Have Redis decide the end, settle the usage, and send the end to the viewers."""
         while self.feed.end is None:
             event, end = await self.finishing.decide(self.lifecycle.proposal, self.lifecycle.standing)
             actions = self._handle(event, standing=end if event is Event.END_STORED else None)
@@ -377,6 +390,21 @@ class Generation:
                     "session ended", session=short(self.session_id), state=end.state, events=self.feed.last
                 )
 
+    def _break(self, error: Exception) -> None:
+        """End after an unexpected exception, and have end and usage written to Redis in the background.
+
+        The end is `internal_error`, unless another one stands or was proposed before.
+        """
+        log.error("generation broke", session=short(self.session_id), exc_info=error)
+        if self.feed.end is not None:
+            return
+        failed = Proposal(Step.FAIL, GenerationFailed())
+        self._handle(Event.BROKE, failed)
+        end = self.lifecycle.standing or self.finishing.terminal(self.lifecycle.proposal or failed)
+        self.feed.finish(end)
+        self._to_decide.set()  # `_run` may wait for it, and finds that there is an end
+        self._write_later(self, end)
+
     def _take(self, chunks: list[bytes], now: float) -> None:
         self._ownership.check_for_freeze(now)
         first = self.feed.last + 1
@@ -388,4 +416,4 @@ class Generation:
             and self.feed.live == self._viewers > 0
             and self.feed.shown == self.feed.last
         ):
-            self.feed.trim(self.feed.last)  # nobody will ask for it again
+            self.feed.trim(self.feed.last)  # no viewer will ask for these events again

@@ -1,6 +1,6 @@
-"""Ends that Redis could not be told of in time: told as soon as it can be, and what they cost booked with them.
+"""Ends that could not be written to Redis in time. They are written, and their usage is booked, once Redis is back.
 
-The pages have the owner's word already. Until Redis has it too, the reservation stays this worker's.
+The viewers have been sent the end already. Until it is in Redis as well, this worker keeps renewing the reservation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from broker.store.accounts import RECORD
 from broker.store.sessions import EndConflict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from broker.core.session import Terminal
     from broker.relay.finished_cache import FinishedCache
@@ -32,80 +32,89 @@ RETRY = 1.0
 """Seconds between two tries."""
 
 TRIED_FOR = RECORD - 3600.0
-"""Seconds for which an end is tried. Not longer than a settled reservation is remembered: what another worker has
-booked meanwhile must not be booked again. No new session begins without Redis, so no more of them wait than ran."""
+"""Seconds after which an end is given up. Shorter than a settled reservation is remembered, so that usage which another
+worker has booked meanwhile is not booked again. Without Redis no session starts, so the number of ends is bounded by
+the number of sessions that ran."""
 
 
 class LateEnds:
-    """Writes what could not be written.
+    """Writes ends to Redis in the background, and tries again until each is written or given up.
 
     Args:
-        kept: this worker's finished sessions.
+        finished: this worker's finished sessions.
         membership: knows whether Redis came back empty.
-        journal: bounds what waits for Redis in memory.
+        journal: bounds the events that wait for Redis in memory.
         spawn: runs work in the background and owns its task.
+        clock: seconds that only go forward; by default the event loop's.
+        pause: waits for so many seconds.
     """
 
     def __init__(
         self,
-        kept: FinishedCache,
+        finished: FinishedCache,
         membership: Membership,
         journal: JournalWriter,
         *,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
+        clock: Callable[[], float] | None = None,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._kept = kept
+        self._finished = finished
         self._membership = membership
         self._journal = journal
         self._spawn = spawn
-        self._waiting: dict[str, Reservation] = {}
-        self._loop = asyncio.get_running_loop()
+        self._clock = clock or asyncio.get_running_loop().time
+        self._pause = pause
+        self._unsettled: dict[str, Reservation] = {}
 
     def reservations(self) -> list[Reservation]:
-        """Those to be held until they are settled, or others would settle them by the journal, or give them back."""
-        return list(self._waiting.values())
+        """Return the reservations to be renewed until their ends are written.
+
+        Without renewal another worker would settle them by the journal, or give them back.
+        """
+        return list(self._unsettled.values())
 
     def add(self, generation: Generation, end: Terminal) -> None:
-        """Redis could not be told of an end, or of what it cost: go on trying."""
-        self._waiting[generation.claim_id] = generation.reservation
+        """Write this end and its settlement in the background, until both are in Redis."""
+        self._unsettled[generation.claim_id] = generation.reservation
         self._spawn(self._pursue(generation, end))
 
     async def _pursue(self, generation: Generation, end: Terminal) -> None:
         try:
             await generation.ended()
             self._journal.keep_pending(generation)
-            give_up_at = self._loop.time() + TRIED_FOR
+            give_up_at = self._clock() + TRIED_FOR
             while not await self._try(generation, end):
-                if self._loop.time() >= give_up_at:
+                if self._clock() >= give_up_at:
                     log.error("end given up", session=short(generation.session_id))
                     return
-                await asyncio.sleep(RETRY)
+                await self._pause(RETRY)
         finally:
             self._journal.release_pending(generation)
-            self._waiting.pop(generation.claim_id, None)
+            self._unsettled.pop(generation.claim_id, None)
 
     async def _try(self, generation: Generation, end: Terminal) -> bool:
-        """Whether it is written and booked now."""
+        """Return True if the end is written and booked now."""
         try:
             return await self._write(generation, end)
         except StoreUnavailable:
             return False
         except Exception:
             log.exception("late end cannot be written", session=short(generation.session_id))
-            # What it took is booked all the same. It is booked once, however often this is done.
+            # The usage is booked all the same. Repeated settlements of one reservation are booked once.
             await generation.finishing.settle_in_time(end.state)
             return False
 
     async def _write(self, generation: Generation, end: Terminal) -> bool:
-        standing = await generation.finishing.store(end)
-        if isinstance(standing, EndConflict):
-            # A cancel was accepted meanwhile, and that is what later readers get.
-            standing = await generation.finishing.store(generation.finishing.terminal(CANCELLED))
-        if isinstance(standing, EndConflict):
+        stored = await generation.finishing.store(end)
+        if isinstance(stored, EndConflict):
+            # A cancel was accepted meanwhile, so the end that later readers get is that of a cancel.
+            stored = await generation.finishing.store(generation.finishing.terminal(CANCELLED))
+        if isinstance(stored, EndConflict):
             return False
-        if standing is None and not await self._membership.is_gone():
-            return False  # it may just be written again as running
-        await generation.finishing.settle((standing or end).state)
-        if standing not in (None, end):
-            self._kept.drop(generation.session_id)  # later readers get the end that stands
+        if stored is None and not await self._membership.is_gone():
+            return False  # the session may just be written again as running
+        await generation.finishing.settle((stored or end).state)
+        if stored not in (None, end):
+            self._finished.drop(generation.session_id)  # later readers get the end that Redis has
         return True

@@ -1,7 +1,7 @@
-"""Reading one answer from the upstream: asking, asking again where that is safe, and taking chunks as they come.
+"""Read one answer from the upstream: send the request, send it again where that is safe, and take chunks as they come.
 
-The law of money: nothing here asks twice but before any byte of an answer, and only where the upstream said that it
-did not generate or was never reached. `core.upstream_errors.retry_delay` decides.
+A request that may have been billed is never sent twice. It is sent again only before any byte of an answer, and only
+where the upstream said that it did not generate, or was never reached. `core.upstream_errors.retry_delay` decides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from broker.core.sse import Decoder, EventTooLarge
 from broker.core.upstream_errors import may_have_generated, retry_delay
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 
     from broker.core.dialect import Dialect
     from broker.core.sse import Frame
@@ -34,28 +34,31 @@ QUIET_END = 10.0
 """Seconds that an upstream may stay silent once it has given a finish reason; then the answer is complete."""
 
 AFTER_ERROR = 2.0
-"""Seconds that an upstream is read on, for its usage alone, once an answer has failed or can no longer be read."""
+"""Seconds that an upstream is read, only for its usage, once an answer has failed or can no longer be read."""
 
 LINGER = 1.0
-"""Seconds to wait for an upstream's end of stream after its last event, so that the connection can be used again."""
+"""Seconds to wait for the upstream to end the stream after its last event, so that the connection can be reused."""
 
 
 class UpstreamReader:
     """One answer, from the request to the last chunk.
 
     Args:
-        prepared: what to ask.
-        dialect: in which it is asked and answered.
-        upstream: whom to ask.
-        bounds: how long and how much.
-        take: is given the chunks of each read, JSON, and the monotonic time.
+        prepared: the request.
+        dialect: the form of request and answer.
+        upstream: the service that is asked.
+        limits: seconds, bytes and retries.
+        take: is called with the chunks of each read (JSON) and the time.
+        clock: seconds that only go forward; by default the event loop's.
+        pause: waits for so many seconds.
+        jitter: returns a random number from 0 to 1 for the delay of a retry.
 
     Attributes:
-        answer: what has been learned of it.
-        data_due: monotonic time by which data must have come; comments are no data.
-        first_chunk_at: monotonic time of the first chunk.
+        answer: what is known of the answer so far.
+        data_due: time by which data must have come; comments are no data.
+        first_chunk_at: time of the first chunk.
         asked: the upstream may have begun to generate.
-        asked_at: monotonic time of the last request.
+        asked_at: time of the last request.
     """
 
     def __init__(
@@ -64,8 +67,11 @@ class UpstreamReader:
         *,
         dialect: Dialect,
         upstream: UpstreamClient,
-        bounds: GenerationLimits,
+        limits: GenerationLimits,
         take: Callable[[list[bytes], float], None],
+        clock: Callable[[], float] | None = None,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        jitter: Callable[[], float] = random.random,
     ) -> None:
         self.answer = dialect.answer(upstream.secrets, time.time)
         self.first_chunk_at: float | None = None
@@ -76,26 +82,28 @@ class UpstreamReader:
         self._model = prepared.model
         self._referer = prepared.referer
         self._upstream = upstream
-        self._bounds = bounds
+        self._limits = limits
         self._take = take
-        self._loop = asyncio.get_running_loop()
-        self._decoder = Decoder(bounds.max_response, error_lines=True)
+        self._clock = clock or asyncio.get_running_loop().time
+        self._pause = pause
+        self._jitter = jitter
+        self._decoder = Decoder(limits.max_response, error_lines=True)
         self._relayed = 0
         self._failed = False  # by what an event said, not by the connection
         self._failed_at = 0.0
         self._stream: UpstreamStream | None = None
         self._blocks: AsyncGenerator[bytes] | None = None
-        self.data_due = self._loop.time() + bounds.first_data_timeout
+        self.data_due = self._clock() + limits.first_data_timeout
 
     async def run(self) -> None:
         """Read until the answer is complete.
 
         Raises:
-            SessionError: it ended otherwise. Chunks that came before have been taken.
+            SessionError: the answer is not complete. Chunks that came before have been taken.
         """
         self._stream = await self._open()
         self.answer.generation_id = self._stream.generation_id
-        self._blocks = self._stream.blocks(self._bounds.max_response)
+        self._blocks = self._stream.blocks(self._limits.max_response)
         async for block in self._blocks:
             self._read(block)
             if self.answer.complete:
@@ -114,9 +122,9 @@ class UpstreamReader:
         return self._failed and answer.usage is None and not answer.complete and self._blocks is not None
 
     async def read_usage(self) -> bool:
-        """Read on behind a failure until the usage comes, for `AFTER_ERROR` seconds. Returns True if it came."""
+        """Read on after a failure until the usage comes, for `AFTER_ERROR` seconds. Returns True if it came."""
         try:
-            async with asyncio.timeout_at(self._failed_at + AFTER_ERROR):
+            async with asyncio.timeout(self._failed_at + AFTER_ERROR - self._clock()):
                 while self.may_tell_usage and self._blocks is not None:
                     self._read_for_usage(self._decoder.feed(await anext(self._blocks)))
         except StopAsyncIteration:
@@ -131,9 +139,9 @@ class UpstreamReader:
                 self.answer.read(frame.data, frame.event)
 
     async def close(self) -> None:
-        """Close the upstream's stream; one that has said its last word gets a moment to end by itself."""
-        # A finished session is kept for replay, and with it whatever is held here.
-        self._request, self._decoder = b"", Decoder(self._bounds.max_response)
+        """Close the upstream's stream. A complete answer first gets `LINGER` seconds to end by itself."""
+        # A finished session stays in memory for replay; its prompt and buffers must not stay with it.
+        self._request, self._decoder = b"", Decoder(self._limits.max_response)
         stream, self._stream = self._stream, None
         if stream is None:
             return
@@ -145,51 +153,57 @@ class UpstreamReader:
         except (TimeoutError, UpstreamError):
             pass
         finally:
-            with suppress(UpstreamError):
-                if self._blocks is not None:
+            await self._close_stream(stream)
+
+    async def _close_stream(self, stream: UpstreamStream) -> None:
+        try:
+            if self._blocks is not None:
+                with suppress(UpstreamError):
                     await self._blocks.aclose()
+        finally:
+            with suppress(UpstreamError):
                 await stream.aclose()
 
     async def _open(self) -> UpstreamStream:
         attempt = 0
         while True:
-            self.data_due = self._loop.time() + self._bounds.first_data_timeout
-            self.asked, self.asked_at = True, self._loop.time()
+            self.asked, self.asked_at = True, self._clock()
+            self.data_due = self.asked_at + self._limits.first_data_timeout
             try:
                 return await self._upstream.ask(
                     self._request, referer=self._referer, model=self._model, dialect=self._dialect
                 )
             except UpstreamError as error:
                 self.asked = may_have_generated(error)
-                delay = retry_delay(error, attempt, random.random())  # noqa: S311 - jitter is no secret
-                if delay is None or attempt >= self._bounds.max_retries:
+                delay = retry_delay(error, attempt, self._jitter())
+                if delay is None or attempt >= self._limits.max_retries:
                     raise
                 log.info(
                     "asking the upstream again", code=error.code, status=error.upstream_status, delay=delay
                 )
             attempt += 1
-            self.data_due = float("inf")  # this wait has its own bound
-            await asyncio.sleep(delay)
+            self.data_due = float("inf")  # the delay of a retry has a bound of its own
+            await self._pause(delay)
 
     def _read(self, block: bytes) -> None:
-        """Take the chunks of one read. What came before a failure is taken as well."""
+        """Take the chunks of one read, also those before a failure in it."""
         try:
             frames = self._decoder.feed(block)
         except EventTooLarge:
             raise ResponseTooLarge from None
-        now = self._loop.time()
+        now = self._clock()
         if frames and self._take_frames(frames, now):
             self.data_due = now + self._patience()
 
     def _patience(self) -> float:
         if self.answer.over:
             return AFTER_ERROR
-        return QUIET_END if self.answer.finished else self._bounds.idle_timeout
+        return QUIET_END if self.answer.finished else self._limits.idle_timeout
 
     def _take_frames(self, frames: list[Frame], now: float) -> bool:
-        """Take the chunks of these events. Returns True if one of them says anything."""
+        """Take the chunks of these events. Returns True if one of them counts as data."""
         chunks: list[bytes] = []
-        told = False
+        has_data = False
         read, over = self.answer.read, self.answer.over
         rest = iter(frames)
         try:
@@ -197,11 +211,11 @@ class UpstreamReader:
                 chunk = read(frame.data, frame.event)
                 if chunk is not None:
                     self._relayed += len(chunk)
-                    if self._relayed > self._bounds.max_response:
+                    if self._relayed > self._limits.max_response:
                         raise ResponseTooLarge
                     chunks.append(chunk)
                 elif not over and not says_nothing(frame.data):
-                    told = True
+                    has_data = True
         except UpstreamError:
             if self.answer.over:
                 self._failed, self._failed_at = True, now
@@ -210,7 +224,7 @@ class UpstreamReader:
         finally:
             if chunks:
                 self._hand_on(chunks, now)
-        return told or bool(chunks)
+        return has_data or bool(chunks)
 
     def _hand_on(self, chunks: list[bytes], now: float) -> None:
         if self.first_chunk_at is None:
@@ -218,16 +232,16 @@ class UpstreamReader:
         self._take(chunks, now)
 
     def _read_rest(self) -> None:
-        """Take the event that the body ended in without a blank line, if it can be read."""
+        """Take the last event of a body that ends without a blank line, if it can be read."""
         frames = self._decoder.flush()
         if frames and (frames[0].event == "error" or is_readable(frames[0].data)):
-            self._take_frames(frames, self._loop.time())
+            self._take_frames(frames, self._clock())
 
     def _read_whole(self, document: dict[str, Any]) -> None:
-        """Take a whole answer that came as one JSON document."""
+        """Take a complete answer that came as one JSON document."""
         chunk = self.answer.read_whole(document)
         if chunk is None:
             raise UpstreamInvalid
-        if len(chunk) > self._bounds.max_response:
+        if len(chunk) > self._limits.max_response:
             raise ResponseTooLarge
-        self._hand_on([chunk], self._loop.time())
+        self._hand_on([chunk], self._clock())

@@ -132,7 +132,7 @@ class Worker:
             prepared,
             upstream=self._upstream,
             sessions=self._sessions,
-            bounds=self._limits,
+            limits=self._limits,
             settlement=self._settlement,
             journal=self._journal if self.config.resume_ttl > 0 else None,
             ownership=self._ownership,
@@ -146,10 +146,13 @@ class Worker:
         return generation
 
     def check(self, now: float) -> None:
-        """Look at the timers of every generation, and drop finished ones whose time is over."""
+        """Check the timers of every generation, and drop finished ones whose time is over."""
         self._ownership.tick(now)
         for generation in tuple(self.running.values()):
-            generation.check(now)
+            try:
+                generation.check(now)
+            except Exception:  # the timers of the others must go on
+                log.exception("timers cannot be checked", session=short(generation.session_id))
         self.finished.expire(now)
 
     async def drain(self, timeout: float) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.core.errors import Abandoned, DeadlineExceeded, ServerShutdown, WorkerLost
+from broker.core.errors import Abandoned, DeadlineExceeded, GenerationFailed, ServerShutdown, WorkerLost
 from broker.core.events import error_data
 from broker.core.lifecycle import (
     CANCELLED,
@@ -24,6 +24,7 @@ from broker.core.lifecycle import (
 )
 from broker.core.session import ENDED, Cursor, State, Terminal
 
+BROKEN = Proposal(Step.FAIL, GenerationFailed())
 TIMED_OUT = Proposal(Step.FAIL, DeadlineExceeded())
 SHUT_DOWN = Proposal(Step.FAIL, ServerShutdown())
 ABANDONED = Proposal(Step.ABANDON, Abandoned())
@@ -37,6 +38,7 @@ PROPOSALS = {
     Event.SHUTDOWN: SHUT_DOWN,
     Event.ABANDON_REFUSED: ABANDONED,
     Event.ABANDON_UNREACHABLE: ABANDONED,
+    Event.BROKE: BROKEN,
 }
 STANDING = {Event.FENCED: LOST, Event.ABANDON_STORED: GONE_QUIET, Event.ABANDON_UNREACHABLE: GONE_QUIET}
 
@@ -90,6 +92,8 @@ def live(*events: Event) -> Lifecycle:
         ),
         pytest.param((Event.FROZE, Event.FROZE, Event.CONFIRMED), Phase.RELAYING, None, id="frozen twice"),
         pytest.param((Event.FROZE, Event.CANCEL), Phase.ENDING, CANCELLED, id="cancel after a freeze"),
+        pytest.param((Event.BROKE,), Phase.ENDED, BROKEN, id="a bug ends at once"),
+        pytest.param((Event.CANCEL, Event.BROKE), Phase.ENDED, CANCELLED, id="a bug after a cancel"),
     ],
 )
 def test_the_first_reason_decides(events: tuple[Event, ...], phase: Phase, proposal: Proposal | None) -> None:
@@ -136,6 +140,7 @@ def test_an_unknown_event_raises_and_changes_nothing(phase: Phase) -> None:
 @pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.ENDED])
 def test_what_comes_from_outside_is_known_in_every_phase(phase: Phase) -> None:
     outside = {Event.CANCEL, Event.SHUTDOWN, Event.FENCED, Event.TIMED_OUT, Event.FROZE, Event.GRACE_OVER}
+    outside.add(Event.BROKE)
     assert outside <= GENERATION[phase].keys()
 
 

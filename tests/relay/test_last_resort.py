@@ -140,7 +140,7 @@ async def generation_in(world: World, **others: Any) -> AsyncIterator[Generation
         "01234567-session",
         Reservation("claim", "01234567-session", "anna", "m", WORST),
         Prepared(b"{}", "m", 100, "", "anna", WORST),
-        bounds=LIMITS,
+        limits=LIMITS,
         write_later=world.write_later,
         **parts,
     )

@@ -67,7 +67,7 @@ async def replayed(*pieces: bytes) -> Outcome:
         prepared,
         dialect=CHAT,
         upstream=cast("UpstreamClient", Pieces(pieces)),
-        bounds=LIMITS,
+        limits=LIMITS,
         take=lambda taken, _: chunks.extend(taken),
     )
     fault = None
