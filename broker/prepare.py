@@ -9,13 +9,13 @@ import asyncio
 import hashlib
 import uuid
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import orjson
 
 from broker.core.accounts import Quotas, WorstCase, beyond_limits
-from broker.core.chat import ChatRequest, ChatRules, parse_chat, refuse_fetched_images
+from broker.core.chat import ChatRequest, parse_chat
+from broker.core.checking import RequestRules, refuse_fetched_images
 from broker.core.demand import demand_of
 from broker.core.document import SMALL_BODY, check_document, outline, read_json
 from broker.core.errors import (
@@ -26,9 +26,8 @@ from broker.core.errors import (
     RequestError,
     StoreUnavailable,
 )
-from broker.core.fitting import FitRules, FittedChat, ModelLimits, fit
+from broker.core.fitting import FitRules, FittedRequest, ModelLimits, fit
 from broker.core.pricing import Demand, Prices, max_price, narrow_max_price, worst_case
-from broker.core.system import with_system_message
 from broker.store.accounts import check_admitted
 from broker.store.sessions import Prepared
 
@@ -84,7 +83,7 @@ class AdmittedRequest(NamedTuple):
     """A request that is fit to be stored."""
 
     client: Client
-    fitted: FittedChat
+    fitted: FittedRequest
     worst: WorstCase
 
 
@@ -127,7 +126,7 @@ class Admission:
         self._bytes_per_token = bytes_per_token
         self._idempotency = idempotency
         self._system = system
-        self._rules = ChatRules(
+        self._rules = RequestRules(
             default_model=settings.default_model,
             extra_parameters=settings.extra_parameters,
             allowed_models=settings.allowed_models,
@@ -190,7 +189,7 @@ class Admission:
         names = request.reachable_models
         known = await self._catalog.known(names, timeout=CATALOG_TIMEOUT)
         if not self._catalog.openrouter:
-            refuse_fetched_images(request, self._settings.extra_parameters)
+            refuse_fetched_images(request.image_addresses(), self._settings.extra_parameters)
         limits = {
             name: ModelLimits(model.context_length, model.max_completion_tokens)
             for name, model in known.items()
@@ -241,9 +240,11 @@ class Admission:
         await _pause(body)
         request = parse_chat(document, self._rules)
         await _pause(body)
-        return replace(request, messages=with_system_message(request.messages, self._system.text))
+        return request.with_system(self._system.text)
 
-    def _worst(self, fitted: FittedChat, prices: Sequence[Prices | None], names: Sequence[str]) -> WorstCase:
+    def _worst(
+        self, fitted: FittedRequest, prices: Sequence[Prices | None], names: Sequence[str]
+    ) -> WorstCase:
         """The most that a request can take; where money is counted, the upstream is held to the price as well."""
         prompt, output = fitted.reserved_prompt_tokens, fitted.max_output_tokens * fitted.answers
         demand = demand_of(fitted.body, names)
@@ -313,7 +314,7 @@ class Admission:
             "model": fitted.model,
             "promptTokens": fitted.prompt_tokens,
             "maxOutputTokens": fitted.max_output_tokens,
-            "droppedMessages": fitted.dropped_messages,
+            "droppedMessages": fitted.dropped,
         }
 
     def _forget(self, client: str, session_id: str) -> None:

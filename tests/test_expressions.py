@@ -30,7 +30,7 @@ BUILT = {"logs.py censor", "core/nested.py Opened"}
 """Expressions that are built of other texts, tested below by hand."""
 
 GLOBS_FROM_SETTINGS = {
-    "core/chat.py parse_chat",
+    "core/checking.py check_models",
     "core/parameters.py is_open",
     "core/model_entry.py allows",
 }

@@ -51,7 +51,8 @@ MAX_FLAT_SHARE = 1 / 4
 """Of a prompt with less text, or with a larger share of what is not text, the surroundings would be measured."""
 
 # Assistant messages may hold more, and providers differ in what of it they read: reasoning, sounds, annotations.
-_TEXT_KEYS = frozenset({"role", "content", "name", "model", "refusal", "tool_calls", "tool_call_id"})
+CHAT_TEXT = frozenset({"role", "content", "name", "model", "refusal", "tool_calls", "tool_call_id"})
+"""Keys of a message whose contents every model reads."""
 
 # With these the model reads more or other text than is sent. A prediction is not part of the prompt.
 _CHANGES_THE_PROMPT = ("plugins", "transforms", "web_search_options", "prediction")
@@ -77,23 +78,29 @@ def without_variant(model: str) -> str:
 
 
 def calibration_size(
-    parameters: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], frame: Size, sizes: Iterable[Size]
+    parameters: Mapping[str, Any],
+    entries: Sequence[Mapping[str, Any]],
+    frame: Size,
+    sizes: Iterable[Size],
+    *,
+    known: frozenset[str],
 ) -> Size | None:
     """The size of a whole prompt that can teach; None for one that holds what cannot be measured.
 
     Args:
         parameters: of the request.
-        messages: those that are sent.
+        entries: the messages or items that are sent.
         frame: what the prompt measures besides them.
         sizes: what each of them measures.
+        known: keys of an entry whose contents every model reads.
     """
     if any(parameters.get(name) for name in _CHANGES_THE_PROMPT):
         return None
     if not _only_functions(parameters.get("tools") or []):
         return None
     text_bytes, flat_tokens = frame
-    for message, size in zip(messages, sizes, strict=True):
-        if size.flat_tokens != MESSAGE_TOKENS or not _only_text(message):
+    for entry, size in zip(entries, sizes, strict=True):
+        if size.flat_tokens != MESSAGE_TOKENS or any(entry[key] for key in entry.keys() - known):
             return None
         text_bytes += size.text_bytes
         flat_tokens += MESSAGE_TOKENS
@@ -105,10 +112,6 @@ def _only_functions(tools: Any) -> bool:
     return isinstance(tools, list) and all(
         isinstance(tool, dict) and tool.get("type") == "function" for tool in tools
     )
-
-
-def _only_text(message: Mapping[str, Any]) -> bool:
-    return message.keys() <= _TEXT_KEYS or not any(message[key] for key in message.keys() - _TEXT_KEYS)
 
 
 def sample_of(

@@ -320,7 +320,6 @@ OPENED_PARAMETERS: TypeAdapter[OpenedParameters] = TypeAdapter(OpenedParameters)
 
 # Known to everybody in the narrow form above; opened by name they are passed through as they are.
 CLOSABLE = frozenset({"n", "modalities", "service_tier", "tools", "tool_choice"})
-_ALWAYS_CHECKED = frozenset(Parameters.__annotations__) - CLOSABLE
 
 # Stands for models with this suffix, which search the web at a price of its own.
 ONLINE = ":online"
@@ -352,10 +351,3 @@ OURS_IN_STREAM_OPTIONS = frozenset({"include_usage", "include_obfuscation"})
 def is_open(name: str, extra_parameters: Iterable[str]) -> bool:
     """Whether an operator's globs (case-sensitive) open this name."""
     return any(fnmatchcase(name, glob) for glob in extra_parameters)
-
-
-def opened_parameters(given: Mapping[str, Any], extra_parameters: tuple[str, ...]) -> frozenset[str]:
-    """Those of the given parameters that are not checked, for an operator has opened them."""
-    if not extra_parameters:
-        return frozenset()
-    return frozenset(name for name in given.keys() - _ALWAYS_CHECKED if is_open(name, extra_parameters))

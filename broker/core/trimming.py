@@ -15,33 +15,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 _PINNED_ROLES = ("system", "developer")
 
 
-def trim(messages: Sequence[Mapping[str, Any]], tokens: Sequence[int], limit: float) -> list[int]:
-    """The places of the messages that stay, in order.
+def trim(units: Iterable[Sequence[int]], tokens: Sequence[int], limit: float) -> list[int]:
+    """The places of what stays of a conversation, in order.
 
     Where even the least that must stay is over the limit, that least is returned: the caller has to look.
 
     Args:
-        messages: with tool messages right behind the assistant message that they answer.
-        tokens: what each message costs.
+        units: the places of what can go together, in the order in which it goes.
+        tokens: what each entry of the conversation costs.
         limit: what they may cost together.
     """
     total = sum(tokens)
     dropped: set[int] = set()
-    for unit in droppable_units(messages):
+    for unit in units:
         if total <= limit:
             break
         total -= sum(tokens[index] for index in unit)
         dropped.update(unit)
-    return [index for index in range(len(messages)) if index not in dropped]
+    return [index for index in range(len(tokens)) if index not in dropped]
 
 
 def droppable_units(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[int]]:
-    """The places of what can go together, in the order in which it goes."""
+    """The places of what can go together of a chat, in the order in which it goes.
+
+    Args:
+        messages: with tool messages right behind the assistant message that they answer.
+    """
     last_user = _last_user(messages)
     yield from _units(messages, range(last_user), "user")
     steps = list(_units(messages, range(last_user + 1, len(messages)), "assistant"))

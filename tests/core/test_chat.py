@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.core.chat import MAX_DETAILS, ChatRequest, ChatRules, parse_chat, refuse_fetched_images
+from broker.core.chat import ChatRequest, parse_chat
+from broker.core.checking import MAX_DETAILS, RequestRules, refuse_fetched_images
 from broker.core.errors import BrokerError, InvalidRequest, ModelNotAllowed
 
-RULES = ChatRules(default_model=None, extra_parameters=(), allowed_models=("*",), max_messages=200)
+RULES = RequestRules(default_model=None, extra_parameters=(), allowed_models=("*",), max_messages=200)
 USER = {"role": "user", "content": "Hi"}
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png", "detail": "auto"}}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
@@ -25,22 +26,24 @@ TOOL = {
 
 def rules(
     *extra: str, models: tuple[str, ...] = ("*",), default: str | None = None, most: int = 200
-) -> ChatRules:
-    return ChatRules(default_model=default, extra_parameters=extra, allowed_models=models, max_messages=most)
+) -> RequestRules:
+    return RequestRules(
+        default_model=default, extra_parameters=extra, allowed_models=models, max_messages=most
+    )
 
 
 def chat(*messages: Any, **parameters: Any) -> dict[str, Any]:
     return {"model": "a/b", "messages": list(messages) or [USER], **parameters}
 
 
-def accept(document: Any, using: ChatRules = RULES) -> ChatRequest:
+def accept(document: Any, using: RequestRules = RULES) -> ChatRequest:
     before = copy.deepcopy(document)
     request = parse_chat(document, using)
     assert document == before
     return request
 
 
-def details(document: Any, using: ChatRules = RULES) -> list[dict[str, str]]:
+def details(document: Any, using: RequestRules = RULES) -> list[dict[str, str]]:
     with pytest.raises(InvalidRequest) as caught:
         parse_chat(document, using)
     found: list[dict[str, str]] = caught.value.details
@@ -51,7 +54,7 @@ def details(document: Any, using: ChatRules = RULES) -> list[dict[str, str]]:
     return found
 
 
-def fields(document: Any, using: ChatRules = RULES) -> list[str]:
+def fields(document: Any, using: RequestRules = RULES) -> list[str]:
     return [detail["field"] for detail in details(document, using)]
 
 
@@ -396,17 +399,17 @@ def test_pictures_that_a_server_would_have_to_fetch_are_refused_where_it_is_not_
     data = {"type": "image_url", "image_url": {"url": "Data:image/png;base64,AA"}}
     request = accept(chat({"role": role, "content": [data, part]}))
     with pytest.raises(InvalidRequest) as caught:
-        refuse_fetched_images(request, ("image_url",))
+        refuse_fetched_images(request.image_addresses(), ("image_url",))
     assert [detail["field"] for detail in caught.value.details] == ["messages.0.content.1.image_url.url"]
     assert address not in str(caught.value.details)
-    refuse_fetched_images(request, ("image_url.http",))
-    refuse_fetched_images(accept(chat({"role": role, "content": [data]})), ())
+    refuse_fetched_images(request.image_addresses(), ("image_url.http",))
+    refuse_fetched_images(accept(chat({"role": role, "content": [data]})).image_addresses(), ())
 
 
 def test_a_picture_that_a_model_made_is_looked_at_too() -> None:
     made = {"role": "assistant", "images": [{"image_url": {"url": "http://10.0.0.1/a.png"}}]}
     with pytest.raises(InvalidRequest):
-        refuse_fetched_images(accept(chat(made)), ())
+        refuse_fetched_images(accept(chat(made)).image_addresses(), ())
 
 
 @pytest.mark.parametrize("model", ["online/b", "a/online", "a/b:onliner", "a/b:free"])

@@ -8,11 +8,12 @@ from typing import Any
 import orjson
 import pytest
 
-from broker.core.chat import ChatRules, parse_chat
+from broker.core.chat import parse_chat
+from broker.core.checking import RequestRules
 from broker.core.document import parse_json
 from broker.core.fitting import FitRules, fit
 
-CHAT_RULES = ChatRules(default_model=None, extra_parameters=(), allowed_models=("*",), max_messages=200)
+CHAT_RULES = RequestRules(default_model=None, extra_parameters=(), allowed_models=("*",), max_messages=200)
 FIT_RULES = FitRules(0, 4096, switch_off_compression=False, user=None)
 ASKED = {"role": "user", "content": "Look"}
 

@@ -9,14 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.core.chat import ChatRequest, ChatRules, parse_chat
+from broker.core.chat import ChatRequest, parse_chat
+from broker.core.checking import RequestRules
 from broker.core.document import parse_json
 from broker.core.errors import InvalidRequest, PromptTooLong
-from broker.core.fitting import FitRules, FittedChat, ModelLimits, fit
+from broker.core.fitting import FitRules, FittedRequest, ModelLimits, fit
 from broker.core.tokens import estimate_prompt
 from broker.core.trimming import droppable_units
 
-CHAT_RULES = ChatRules(default_model=None, extra_parameters=("*",), allowed_models=("*",), max_messages=200)
+CHAT_RULES = RequestRules(
+    default_model=None, extra_parameters=("*",), allowed_models=("*",), max_messages=200
+)
 RULES = FitRules(max_prompt_tokens=0, max_output_tokens=4096, switch_off_compression=False, user=None)
 
 
@@ -53,7 +56,7 @@ def test_the_body_is_the_request_and_what_streaming_needs() -> None:
         "max_tokens": 4096,
     }
     assert fitted.model == "a/b"
-    assert fitted.dropped_messages == 0
+    assert fitted.dropped == 0
     assert fitted.answers == 1
     assert fitted.prompt_tokens == estimate_prompt(fitted.body["messages"], fitted.body)
 
@@ -67,7 +70,7 @@ def test_usage_is_asked_for_in_one_way_whatever_a_page_says(usage: Any, options:
 
 
 def test_what_an_operator_opened_of_the_stream_options_is_passed_on() -> None:
-    opened = ChatRules(None, ("stream_options.*",), ("*",), 200)
+    opened = RequestRules(None, ("stream_options.*",), ("*",), 200)
     options = {"continuous_usage_stats": True, "include_usage": False, "include_obfuscation": False}
     document = {"model": "a/b", "messages": [say("Hi")], "stream_options": options}
     body = fit(parse_chat(document, opened), {}, RULES).body
@@ -100,7 +103,7 @@ def test_the_cap_is_the_least_of_what_is_known(
     assert (fitted.max_output_tokens, fitted.body["max_tokens"]) == (cap, cap)
 
 
-def fit_anyway(asked: ChatRequest, models: dict[str, ModelLimits], using: FitRules) -> FittedChat | None:
+def fit_anyway(asked: ChatRequest, models: dict[str, ModelLimits], using: FitRules) -> FittedRequest | None:
     try:
         return fit(asked, models, using)
     except (InvalidRequest, PromptTooLong):
@@ -180,23 +183,23 @@ CONVERSATION = [
 def test_old_turns_go_until_the_prompt_fits(limit: int, dropped: int) -> None:
     fitted = fit(request(*CONVERSATION), {}, rules(prompt=limit))
     assert fitted.prompt_tokens <= limit
-    assert fitted.dropped_messages == dropped
+    assert fitted.dropped == dropped
     assert fitted.body["messages"] == [CONVERSATION[0], *CONVERSATION[1 + dropped :]]
     assert fitted.prompt_tokens == estimate_prompt(fitted.body["messages"], fitted.body)
 
 
 def test_the_context_less_the_cap_bounds_the_prompt() -> None:
     asked = request(*CONVERSATION, max_tokens=100)
-    assert fit(asked, known(350), RULES).dropped_messages == 2
-    assert fit(asked, known(350), rules(prompt=150)).dropped_messages == 4
-    assert fit(asked, known(1000), rules(prompt=250)).dropped_messages == 2
-    assert fit(asked, known(None), RULES).dropped_messages == 0
+    assert fit(asked, known(350), RULES).dropped == 2
+    assert fit(asked, known(350), rules(prompt=150)).dropped == 4
+    assert fit(asked, known(1000), rules(prompt=250)).dropped == 2
+    assert fit(asked, known(None), RULES).dropped == 0
 
 
 def test_tools_leave_less_room() -> None:
     tools = [{"type": "function", "function": {"name": "f", "description": "x" * 300}}]
-    assert fit(request(*CONVERSATION, tools=tools), {}, rules(prompt=900)).dropped_messages == 0
-    assert fit(request(*CONVERSATION, tools=tools), {}, rules(prompt=700)).dropped_messages == 2
+    assert fit(request(*CONVERSATION, tools=tools), {}, rules(prompt=900)).dropped == 0
+    assert fit(request(*CONVERSATION, tools=tools), {}, rules(prompt=700)).dropped == 2
 
 
 def test_what_cannot_fit_is_refused_with_both_figures() -> None:
@@ -306,7 +309,7 @@ def test_whatever_is_asked_the_body_keeps_every_limit(
     assert fitted.body["max_tokens"] == cap
     limit = min(prompt or 10**9, context - cap if context else 10**9)
     assert fitted.prompt_tokens == estimate_prompt(fitted.body["messages"], fitted.body) <= limit
-    assert fitted.dropped_messages == len(messages) - len(fitted.body["messages"])
+    assert fitted.dropped == len(messages) - len(fitted.body["messages"])
     assert all(any(message is own for own in chat.messages) for message in fitted.body["messages"])
 
 

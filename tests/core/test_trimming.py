@@ -19,7 +19,7 @@ def talk(roles: str) -> list[dict[str, Any]]:
 
 def kept(roles: str, limit: float) -> list[int]:
     messages = talk(roles)
-    return trim(messages, [1] * len(messages), limit)
+    return trim(droppable_units(messages), [1] * len(messages), limit)
 
 
 def test_what_fits_is_left_alone() -> None:
@@ -77,7 +77,7 @@ def test_what_stays_is_instructions_the_last_question_and_an_unbroken_end(
 ) -> None:
     tokens = data.draw(st.lists(st.integers(0, 50), min_size=len(messages), max_size=len(messages)))
     limit = data.draw(st.integers(0, 300))
-    stay = trim(messages, tokens, limit)
+    stay = trim(droppable_units(messages), tokens, limit)
     total = sum(tokens[index] for index in stay)
 
     assert stay == sorted(set(stay))
