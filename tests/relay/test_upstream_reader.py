@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from broker.core.accounts import WorstCase
 from broker.core.dialect import CHAT
 from broker.core.errors import (
     ResponseTooLarge,
@@ -25,100 +23,29 @@ from broker.core.errors import (
 from broker.relay import upstream_reader
 from broker.relay.config import GenerationLimits
 from broker.relay.upstream_reader import AFTER_ERROR, QUIET_END, UpstreamReader
-from broker.store.sessions import Prepared
 from tests.clock import Clock, run_ready_tasks
+from tests.relay.fakes import (
+    DONE,
+    ERROR,
+    FINISH,
+    HELLO,
+    PREPARED,
+    TOLD_USAGE,
+    USAGE,
+    FakeStream,
+    FakeUpstream,
+    cancel,
+    data,
+    text,
+)
 
 if TYPE_CHECKING:
-    from broker.core.dialect import Dialect
     from broker.upstream.client import UpstreamClient
 
 FIRST_DATA, IDLE = 120.0, 60.0
 LIMITS = GenerationLimits(
     first_data_timeout=FIRST_DATA, idle_timeout=IDLE, deadline=600, grace=20, max_response=2000, max_retries=2
 )
-PREPARED = Prepared(b'{"prompt":1}', "a/b", 100, "https://page.example", "client", WorstCase(1000, 7))
-USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-
-
-def data(*chunks: dict[str, Any]) -> bytes:
-    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks).encode()
-
-
-def text(words: str, **choice: Any) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": {"content": words}, **choice}]}
-
-
-HELLO = data(text("Hello"))
-FINISH = data(text("", finish_reason="stop"))
-DONE = b"data: [DONE]\n\n"
-ERROR = data({"error": {"code": 502, "message": "It broke."}})
-TOLD_USAGE = data({"choices": [], "usage": USAGE})
-
-
-class FakeStream:
-    """An answer whose reads come from the test.
-
-    Attributes:
-        at_close: is awaited by `aclose`.
-        closed: `aclose` has returned.
-        blocks_closed: the generator of the reads has ended.
-    """
-
-    def __init__(self, *reads: bytes | Exception | None, whole: dict[str, Any] | None = None) -> None:
-        self.generation_id = "gen-1"
-        self.whole = whole
-        self.closed = asyncio.Event()
-        self.blocks_closed = False
-        self.close_error: Exception | None = None
-        self.at_close = asyncio.Event()
-        self.at_close.set()
-        self._reads: asyncio.Queue[bytes | Exception | None] = asyncio.Queue()
-        self.send(*reads)
-
-    def send(self, *reads: bytes | Exception | None) -> None:
-        """Let these be read next: bytes, an error, or None for the end of the body."""
-        for read in reads:
-            self._reads.put_nowait(read)
-
-    async def blocks(self, _max_body: int) -> AsyncGenerator[bytes]:
-        try:
-            while (read := await self._reads.get()) is not None:
-                if isinstance(read, Exception):
-                    raise read
-                yield read
-        finally:
-            self.blocks_closed = True
-
-    async def aclose(self) -> None:
-        await self.at_close.wait()
-        self.closed.set()
-        if self.close_error is not None:
-            raise self.close_error
-
-
-class FakeUpstream:
-    """A service that answers each request with the next of these: a stream or an error; then not at all.
-
-    Attributes:
-        requests: the bodies that were sent, and when.
-    """
-
-    secrets = ()
-
-    def __init__(self, clock: Clock, *answers: FakeStream | Exception) -> None:
-        self.requests: list[tuple[bytes, float]] = []
-        self._clock = clock
-        self._answers = list(answers)
-
-    async def ask(self, body: bytes, *, referer: str, model: str, dialect: Dialect) -> FakeStream:
-        assert (referer, model, dialect) == (PREPARED.referer, PREPARED.model, CHAT)
-        self.requests.append((body, self._clock.now))
-        if not self._answers:
-            await asyncio.Event().wait()
-        answer = self._answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
 
 
 class Reading:
@@ -161,12 +88,6 @@ class Reading:
     def data_in(self) -> float:
         """Seconds from now within which data must come."""
         return self.reader.data_due - self.clock.now
-
-
-async def cancel(task: asyncio.Task[Any]) -> None:
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
 
 
 # What is taken
