@@ -41,7 +41,6 @@ from broker.web import keys
 from broker.web.identity import ClientResolver
 from broker.web.occupancy import Occupancy
 from broker.web.refused_origins import RefusedOrigins
-from broker.web.routes import build_web
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -65,10 +64,10 @@ SPARE_CONNECTIONS = 20
 
 
 @asynccontextmanager
-async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncIterator[web.Application]:
-    """The application with all it needs, started; on the way out, everything is closed in the opposite order."""
+async def build(app: web.Application, settings: Settings, redis_url: str) -> AsyncIterator[None]:
+    """Give the web application all it needs, started; on the way out, everything is closed in the opposite order."""
     async with AsyncExitStack() as stack:
-        app = build_web(settings)
+        upstream_url = settings.upstream_url
         store = app[keys.STORE] = Store(redis_url, settings.key_prefix)
         stack.push_async_callback(store.close)
         kind = UpstreamKind(settings.upstream_kind, upstream_url)
@@ -108,7 +107,7 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         app[keys.SETTINGS] = settings
         app[keys.STORE_SEEN] = asyncio.Event()
         app[keys.ORIGINS] = Origins(
-            frozenset(origin.lower() for origin in settings.cors_origins), settings.listens_on_loopback
+            frozenset(origin.lower() for origin in settings.cors_origins), settings.told_of_loopback
         )
         app[keys.REFUSED_ORIGINS] = RefusedOrigins()
         app[keys.OCCUPANCY] = Occupancy(settings.max_streams)
@@ -131,7 +130,7 @@ async def build(settings: Settings, redis_url: str, upstream_url: str) -> AsyncI
         await stack.enter_async_context(_timers(settings, worker))
         with suppress(StoreUnavailable):
             await store.load_scripts()
-        yield app
+        yield
 
 
 def _upstream(settings: Settings, url: str, kind: UpstreamKind) -> UpstreamClient:

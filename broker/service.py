@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import structlog
 from aiohttp import web
 
-from broker.app import build
 from broker.core.errors import StoreUnavailable
 from broker.logs import configure_logs
+from broker.mount import mount
 from broker.relay.tasks import keep_running
 from broker.secret_reload import SecretReload
 from broker.web import keys
@@ -74,18 +74,20 @@ async def _serve(
 ) -> int:
     stopping = _stop_on_signals()
     async with AsyncExitStack() as stack:
-        upstream_url = settings.upstream_url
+        # The host is given in any case, for here it is known where the application listens.
+        settings = settings.model_copy(update={"host": settings.host, "redis_url": redis_url})
         if rehearsal:
             from broker.rehearsal.app import rehearsal_beside  # noqa: PLC0415 - only here, and it takes time
 
-            upstream_url = await stack.enter_async_context(rehearsal_beside())
-            settings = settings.model_copy(update={"upstream_kind": "openrouter", "upstream_proxy": None})
-        app = await stack.enter_async_context(build(settings, redis_url, upstream_url))
-        worker = app[keys.WORKER]
-        await stack.enter_async_context(_secrets_kept_fresh(settings, load, app))
+            url = await stack.enter_async_context(rehearsal_beside())
+            rehearsed = {"upstream_url": url, "upstream_kind": "openrouter", "upstream_proxy": None}
+            settings = settings.model_copy(update=rehearsed)
+        app = web.Application()
+        mount(app, "", settings)
         runner = Runner(app)
-        await runner.setup()
         stack.push_async_callback(runner.cleanup)
+        await runner.setup()
+        await stack.enter_async_context(_secrets_kept_fresh(settings, load, app))
         site = web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)
         await site.start()
         say(_where(runner, settings))
@@ -93,8 +95,7 @@ async def _serve(
         await _warn_of_redis(app[keys.STORE])
         _calm_collector()
         await stopping.wait()
-        log.info("draining", seconds=settings.drain_timeout)
-        await worker.drain(settings.drain_timeout)
+        await app.shutdown()  # drains, while the listener still tells the proxy and the pages of it
         await site.stop()
     return 0
 

@@ -60,7 +60,8 @@ class Settings(BaseSettings):
     Properties further down say what several settings mean together.
     """
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+    # A wrong value may be a secret that stands in the wrong place.
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     openrouter_api_key: kinds.Secret | None = None
     upstream_url: kinds.HttpUrl = "https://openrouter.ai/api/v1"
@@ -148,6 +149,11 @@ class Settings(BaseSettings):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host.lower() == "localhost"
+
+    @property
+    def told_of_loopback(self) -> bool:
+        """Somebody has said that only this machine can connect; the default says nothing of another's listener."""
+        return "host" in self.model_fields_set and self.listens_on_loopback
 
     @property
     def resuming(self) -> bool:
@@ -300,6 +306,17 @@ def not_yet_served(settings: Settings) -> list[str]:
     if settings.workers > 1:
         names.append("BROKER_WORKERS above 1")
     return names
+
+
+def require_served_store(settings: Settings) -> None:
+    """Check that this release can talk to the store that is named, if one is.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    if settings.redis_url is not None and urlsplit(settings.redis_url).scheme in kinds.LATER_REDIS_SCHEMES:
+        # Sessions in a store that nobody chose would be worse than no service.
+        raise SettingsError("REDIS_URL must be redis://, rediss:// or unix:// in this release")
 
 
 def contradictions(settings: Settings) -> list[str]:

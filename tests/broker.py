@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp import web
 
-from broker.app import build
+from broker.mount import mount
 from broker.settings import Settings
-from broker.web import keys
 from broker.web.server import Runner
 from tests.events import Connection, Event, opened
 from tests.scripted import NOTHING, PATIENCE, ScriptedUpstream
@@ -23,6 +23,10 @@ QUESTION = {"model": "scripted/model-1", "messages": [{"role": "user", "content"
 
 # All tests come from one address; a test of limits sets its own.
 NO_LIMITS = {"rate_limit": "100000/minute", "max_prepared": 100_000, "max_concurrent_streams": 1000}
+
+PREFIX = ""
+"""Under which the broker is a part of an application of somebody else; without one, it is the service itself. The
+fixture `form` sets it for a test."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Broker:
-    """A running broker."""
+    """A running broker.
+
+    Attributes:
+        url: where it answers, with its prefix.
+        app: its own application, without that of which it is a part.
+        http: to ask it with.
+    """
 
     url: str
     app: web.Application
@@ -80,7 +90,8 @@ class Broker:
     ) -> AbstractAsyncContextManager[Connection]:
         """An EventSource for a session, from its start or from a cursor."""
         resumed = {"Last-Event-ID": cursor} if cursor is not None else {}
-        return opened(self.url, f"/stream/{session_id}{query}", {**resumed, **headers}, **options)
+        target = f"{urlsplit(self.url).path}/stream/{session_id}{query}"
+        return opened(self.url, target, {**resumed, **headers}, **options)
 
     async def read(self, session_id: str, cursor: str | None = None) -> list[Event]:
         """All events of a session, to the end."""
@@ -94,8 +105,7 @@ class Broker:
 
 @asynccontextmanager
 async def running(redis_url: str, upstream: ScriptedUpstream | str, **settings: Any) -> AsyncIterator[Broker]:
-    """Run a broker until the block ends, and take it down as the service does: without time to finish.
-    A block that raises takes it down without a word to what runs.
+    """Run a broker until the block ends, and take it down as the service does, but without time to finish.
 
     Args:
         redis_url: its Redis.
@@ -103,18 +113,20 @@ async def running(redis_url: str, upstream: ScriptedUpstream | str, **settings: 
         settings: those that matter to the test. By default clients have no limits and the upstream is OpenRouter.
     """
     usual = {"openrouter_api_key": KEY, "upstream_kind": "openrouter", "page": False, **NO_LIMITS}
-    chosen = Settings(**{**usual, **settings})
-    upstream_url = upstream if isinstance(upstream, str) else upstream.url
-    async with (
-        build(chosen, redis_url, upstream_url) as app,
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(PATIENCE)) as http,
-    ):
-        runner = Runner(app)
+    where = {
+        "redis_url": redis_url,
+        "upstream_url": upstream if isinstance(upstream, str) else upstream.url,
+        "host": "127.0.0.1",
+        "drain_timeout": 0,
+    }
+    outer = web.Application()
+    app = mount(outer, PREFIX, Settings(**{**usual, **where, **settings}))
+    runner = web.AppRunner(outer, access_log=None) if PREFIX else Runner(outer)
+    try:
         await runner.setup()
-        try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            host, port = runner.addresses[0]
-            yield Broker(f"http://{host}:{port}", app, http)
-            await app[keys.WORKER].drain(0)
-        finally:
-            await runner.cleanup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        host, port = runner.addresses[0]
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(PATIENCE)) as http:
+            yield Broker(f"http://{host}:{port}{PREFIX}", app, http)
+    finally:
+        await runner.cleanup()

@@ -15,6 +15,7 @@ from hypothesis import settings
 
 from broker.logs import configure_logs
 from broker.store.connection import Store
+from tests import broker as brokers
 from tests.broker import Broker, running
 from tests.clock import Clock
 from tests.scripted import ScriptedUpstream, scripted_upstream
@@ -34,9 +35,15 @@ ON_EVERY_SERVER = ("tests/store/", "tests/relay/", "tests/web/test_limits.py", "
 fixture `redis_server`, `valkey_url`, `store` or `broker`."""
 
 
+IN_BOTH_FORMS = tuple(f"tests/web/test_{name}.py" for name in ("stream", "states", "cancel", "done"))
+"""Tests that run against the service and against a broker that is a part of somebody else's application."""
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run the tests of what is stored on every server."""
     path = metafunc.definition.path.relative_to(metafunc.config.rootpath).as_posix()
+    if "form" in metafunc.fixturenames and path in IN_BOTH_FORMS:
+        metafunc.parametrize("form", ["", "/ai"], ids=["service", "embedded"], indirect=True)
     if "redis_server" in metafunc.fixturenames and path.startswith(ON_EVERY_SERVER):
         metafunc.parametrize("redis_server", SERVERS, indirect=True)
 
@@ -79,6 +86,12 @@ async def upstream() -> AsyncIterator[ScriptedUpstream]:
     """A chat service that does what the test says."""
     async with scripted_upstream() as upstream:
         yield upstream
+
+
+@pytest.fixture(autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How `running` runs a broker: as the service, or under a prefix of an application."""
+    monkeypatch.setattr(brokers, "PREFIX", getattr(request, "param", ""))
 
 
 @pytest_asyncio.fixture

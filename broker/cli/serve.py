@@ -9,7 +9,6 @@ import socket
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import structlog
 
@@ -17,13 +16,13 @@ from broker.cli.output import OutputError, write
 from broker.cli.words import BAD_USE, complain
 from broker.core.errors import StoreUnavailable
 from broker.logs import configure_logs
-from broker.setting_kinds import LATER_REDIS_SCHEMES
 from broker.settings import (
     SettingsError,
     contradictions,
     load_settings,
     not_yet_served,
     read_system_file,
+    require_served_store,
     unknown_settings,
 )
 
@@ -72,17 +71,6 @@ def require(settings: Settings, *, rehearsal: bool, embedded: bool) -> None:
         )
     if settings.system_file is not None:
         read_system_file(settings.system_file)
-
-
-def require_served_store(settings: Settings) -> None:
-    """Check that this release can talk to the store that is named, if one is.
-
-    Raises:
-        SettingsError: it cannot.
-    """
-    if settings.redis_url is not None and urlsplit(settings.redis_url).scheme in LATER_REDIS_SCHEMES:
-        # Sessions in a store that nobody chose would be worse than no service.
-        raise SettingsError("REDIS_URL must be redis://, rediss:// or unix:// in this release")
 
 
 def _warn(settings: Settings, unknown: list[str]) -> None:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from broker.cli.output import require_output, write
-from broker.cli.serve import require_served_store
 from broker.cli.tables import cell, show
 from broker.cli.words import BAD_USE, complain
 from broker.core.accounts import Quotas
 from broker.core.errors import StoreUnavailable
 from broker.core.pricing import to_usd
 from broker.logs import configure_logs
-from broker.settings import SettingsError, load_settings
+from broker.settings import SettingsError, load_settings, require_served_store
 from broker.store.accounts import METRICS, AccountStore, UsageRow
 from broker.store.connection import Store
 

@@ -54,5 +54,6 @@ async def tick(
         now = clock()
         worker.check(now)
         for viewer in tuple(worker.viewers):
+            viewer.check()
             if now - viewer.written_at >= heartbeat:
                 viewer.beat(beat, now)

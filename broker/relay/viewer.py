@@ -38,6 +38,9 @@ class Connection(Protocol):
     def backlog(self) -> int:
         """Bytes taken that the system has not accepted yet."""
 
+    def is_closed(self) -> bool:
+        """Return True if the page has left."""
+
     async def drain(self) -> None:
         """Wait until the backlog is small.
 
@@ -110,6 +113,11 @@ class Viewer:
         self.written_at = now
         if not self._halfway and self._connection.backlog() <= MAX_BACKLOG:
             self._connection.write_now(block)
+
+    def check(self) -> None:
+        """Stop following for a page that has left: a server need not cancel the request of a client that leaves."""
+        if self._connection.is_closed():
+            self.release()
 
     def release(self) -> None:
         """Let the line go without an end: the page will come back, to another worker."""

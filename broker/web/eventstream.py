@@ -67,6 +67,10 @@ class EventStream(EventSourceResponse):
         """Bytes that the socket has not taken yet."""
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
+    def is_closed(self) -> bool:
+        """Return True if the page has left."""
+        return self._transport is not None and self._transport.is_closing()
+
     async def drain(self) -> None:
         """Wait until the backlog is small; cut a reader off that takes nothing for `send_timeout` seconds.
 

@@ -38,7 +38,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     started = time.monotonic()
     request[REQUEST_ID] = _request_id(request)
     response = await _answer(request, handler)
-    level = logging.DEBUG if request.path.startswith("/health/") else logging.INFO
+    level = logging.DEBUG if "/health/" in request.path else logging.INFO
     if log.is_enabled_for(level):  # else the line is not even built
         log.log(
             level,
@@ -85,10 +85,10 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         )
 
 
-async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+async def add_headers(app: web.Application, request: web.Request, response: web.StreamResponse) -> None:
     """A signal for every response, streams included: the request's id, and what CORS wants of it."""
     headers = response.headers
-    if request.app[WORKER].draining:
+    if app[WORKER].draining:
         response.force_close()
         headers[hdrs.CONNECTION] = "close"  # the library has written its own before it asks us
     headers["X-Request-Id"] = request.get(REQUEST_ID) or new_request_id()
@@ -96,7 +96,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     headers.add(hdrs.VARY, "Origin")
     if origin is None:
         return
-    verdict = request.app[ORIGINS].judge(origin, request.headers.get(hdrs.HOST))
+    verdict = app[ORIGINS].judge(origin, request.headers.get(hdrs.HOST))
     if verdict is Verdict.REFUSED:
         return
     headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
@@ -136,7 +136,6 @@ def new_request_id() -> str:
 
 def _shown_path(path: str) -> str:
     """The path as a log may carry it: of a session id, the first 8 characters."""
-    head, _, rest = path.removeprefix("/stream/").partition("/")
-    if not path.startswith("/stream/"):
-        return path[:100]
-    return f"/stream/{short(head)}" + (f"/{short(rest)}" if rest else "")
+    before, stream, session = path.partition("/stream/")
+    head, _, rest = session.partition("/")
+    return f"{before[:100]}{stream}{short(head)}" + (f"/{short(rest)}" if rest else "")

@@ -48,6 +48,12 @@ def page_routes() -> list[web.RouteDef]:
     ]
 
 
+async def to_page(request: web.Request) -> web.Response:
+    """Send a browser from the bare prefix to the page behind its slash, where the page's relative addresses begin."""
+    query = f"?{request.query_string}" if request.query_string else ""
+    return web.Response(status=308, headers={"Location": f"{request.rel_url.raw_path}/{query}"})
+
+
 def _answering(
     body: bytes, headers: Mapping[str, str]
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:

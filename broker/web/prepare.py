@@ -39,8 +39,13 @@ async def prepare(request: web.Request) -> web.Response:
     return json_response(
         admitted.answer,
         status=201 if admitted.created else 200,
-        headers={hdrs.LOCATION: f"/stream/{admitted.answer['sessionId']}"},
+        headers={hdrs.LOCATION: f"{_prefix(request)}/stream/{admitted.answer['sessionId']}"},
     )
+
+
+def _prefix(request: web.Request) -> str:
+    """Return what stands before our paths where the service is a part of an application."""
+    return request.rel_url.raw_path.removesuffix("/prepare")
 
 
 async def _body(request: web.Request, limit: int) -> bytes:
@@ -52,9 +57,20 @@ async def _body(request: web.Request, limit: int) -> bytes:
         raise BodyTooLarge(f"The body may have at most {limit} bytes.")
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
-            return await request.read()
+            body = await _with_our_limit(request, limit).read()
     except TimeoutError:
         raise InvalidJson("The body did not arrive in time.") from None
+    if len(body) > limit:
+        raise BodyTooLarge(f"The body may have at most {limit} bytes.")
+    return body
+
+
+def _with_our_limit(request: web.Request, limit: int) -> web.BaseRequest:
+    """Return the request with our limit of its body: that of the application around us may be any."""
+    try:
+        return request.clone(client_max_size=limit)
+    except RuntimeError:  # a middleware of that application has read it already
+        return request
 
 
 def _idempotency_key(request: web.Request) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -10,7 +11,7 @@ from broker.web.health import live, ready
 from broker.web.middleware import add_headers, guard
 from broker.web.models import get_models
 from broker.web.not_served import routes_not_served
-from broker.web.page import page_routes
+from broker.web.page import page_routes, to_page
 from broker.web.prepare import prepare
 from broker.web.rates import add_rate_headers
 from broker.web.stream import cancel, stream
@@ -20,10 +21,17 @@ if TYPE_CHECKING:
     from broker.settings import Settings
 
 
-def build_web(settings: Settings) -> web.Application:
-    """The application without what its handlers need: the composition root fills in `web.keys`."""
-    app = web.Application(middlewares=[guard], client_max_size=settings.max_body)
-    app.on_response_prepare.append(add_headers)
+def add_web(app: web.Application, settings: Settings, *, prefix: str = "") -> None:
+    """Add all of it to an application, without what the handlers need: the composition root fills in `web.keys`.
+
+    Args:
+        app: of the broker alone.
+        settings: of this broker.
+        prefix: under which that application will be found.
+    """
+    app.middlewares.append(guard)
+    # Whose headers they are is said here: a middleware around us may prepare the response, as of its own application.
+    app.on_response_prepare.append(partial(add_headers, app))
     app.on_response_prepare.append(add_rate_headers)
     app.add_routes(
         [
@@ -41,4 +49,5 @@ def build_web(settings: Settings) -> web.Application:
     )
     if settings.page:
         app.add_routes(page_routes())
-    return app
+        if prefix:
+            app.add_routes([web.get("", to_page)])

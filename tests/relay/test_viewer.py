@@ -37,6 +37,10 @@ class QuickLine:
     def __init__(self) -> None:
         self.bytes = b""
         self.wrote = asyncio.Event()
+        self.closed = False
+
+    def is_closed(self) -> bool:
+        return self.closed
 
     def write_now(self, block: bytes) -> None:
         self.bytes += block
@@ -344,3 +348,15 @@ async def test_no_heartbeat_comes_within_an_event_that_is_written_in_parts() -> 
     watching = viewer(feed, connection)
     await watching.follow()
     assert connection.bytes.replace(b"\n\n: beat", b"").startswith(whole.events)
+
+
+async def test_a_page_that_left_is_noticed_without_a_write() -> None:
+    connection = QuickLine()
+    async with following(watching := viewer(filled(), connection)) as task:
+        watching.check()
+        await settle()
+        assert not task.done()
+        connection.closed = True
+        watching.check()
+        await settle()
+        assert task.done()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+from urllib.parse import urlsplit
 
 import pytest
 
 from broker.core.session import is_session_id
 from tests.broker import Broker, running
-from tests.events import Event, opened
+from tests.events import Event
 from tests.replies import plain
 from tests.scripted import Call, ScriptedUpstream, chunk
 from tests.web.outcomes import ids, started, text
@@ -200,9 +201,10 @@ async def test_an_old_client_gets_a_plain_body_that_ends_with_the_line(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     upstream.replies = [plain]
-    host, port = broker.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(f"GET /stream/{await broker.prepare()} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+    address = urlsplit(broker.url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    target = f"{address.path}/stream/{await broker.prepare()}"
+    writer.write(f"GET {target} HTTP/1.0\r\nHost: {address.hostname}\r\n\r\n".encode())
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()
     await writer.wait_closed()
@@ -227,5 +229,4 @@ async def test_an_id_as_we_hand_it_out_is_one(broker: Broker) -> None:
 
 
 async def test_a_path_beyond_a_session_is_nothing(broker: Broker) -> None:
-    async with opened(broker.url, f"/stream/{UNKNOWN}/more") as line:
-        assert line.status == 404
+    assert (await broker.ask("GET", f"/stream/{UNKNOWN}/more")).status == 404
