@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,6 @@ from broker.upstream.client import UpstreamClient
 from broker.upstream.generations import fetch_generation
 from broker.upstream.model_list import fetch_models
 from broker.web import keys
-from broker.web.identity import ClientResolver
 from broker.web.occupancy import Occupancy
 from broker.web.refused_origins import RefusedOrigins
 
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from broker.core.pricing import Prices
     from broker.settings import Settings
+    from broker.web.identity import ClientResolver
 
 AFTER_DEADLINE = 60
 """Seconds that a running session's keys outlive its deadline and its journal."""
@@ -63,9 +64,22 @@ SPARE_CONNECTIONS = 20
 """Connections to the upstream beside those of the streams: the list of models, streams that are just ending."""
 
 
+BuildClients = Callable[["Settings", "Naming"], "ClientResolver"]
+"""Builds what tells clients apart."""
+
+
 @asynccontextmanager
-async def build(app: web.Application, settings: Settings, redis_url: str) -> AsyncIterator[None]:
-    """Give the web application all it needs, started; on the way out, everything is closed in the opposite order."""
+async def build(
+    app: web.Application, settings: Settings, redis_url: str, clients: BuildClients
+) -> AsyncIterator[None]:
+    """Give the web application all it needs, started; on the way out, everything is closed in the opposite order.
+
+    Args:
+        app: of the broker alone.
+        settings: all of them.
+        redis_url: in place of that of the settings.
+        clients: builds what tells clients apart.
+    """
     async with AsyncExitStack() as stack:
         upstream_url = settings.upstream_url
         store = app[keys.STORE] = Store(redis_url, settings.key_prefix)
@@ -113,7 +127,7 @@ async def build(app: web.Application, settings: Settings, redis_url: str) -> Asy
         app[keys.OCCUPANCY] = Occupancy(settings.max_streams)
         app[keys.RATES] = Rates(store, limit=settings.rate_limit.count, window=settings.rate_limit.seconds)
         naming = await stack.enter_async_context(_naming(settings, store))
-        app[keys.IDENTIFIER] = await stack.enter_async_context(ClientResolver(settings, naming))
+        app[keys.IDENTIFIER] = await stack.enter_async_context(clients(settings, naming))
         system = app[keys.SYSTEM] = SystemMessage(settings.system_file)
         admission = app[keys.ADMISSION] = Admission(
             store=store,

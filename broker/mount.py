@@ -18,12 +18,15 @@ from broker.app import build
 from broker.core.upstream_kind import UpstreamKind
 from broker.settings import SettingsError, contradictions, not_yet_served, require_served_store
 from broker.web import keys
+from broker.web.application_clients import ApplicationClients
+from broker.web.identity import ClientResolver
 from broker.web.routes import add_web
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from broker.settings import Settings
+    from broker.web.application_clients import Identify
 
 log = structlog.get_logger(__name__)
 
@@ -31,7 +34,9 @@ _PARTS = web.AppKey("broker_parts", list[web.Application])
 """The brokers of an application, which drain together."""
 
 
-def setup(app: web.Application, prefix: str = "", *, settings: Settings) -> None:
+def setup(
+    app: web.Application, prefix: str = "", *, settings: Settings, identify: Identify | None = None
+) -> None:
     """Put the whole service under a prefix of an application, for as long as that runs.
 
     Everything starts with the application and ends with it: while it shuts down, nothing new is claimed, and running
@@ -45,6 +50,10 @@ def setup(app: web.Application, prefix: str = "", *, settings: Settings) -> None
             names in ``Host`` are refused, and without a ``redis_url`` a Valkey is run for the life of the application.
             Where it is not given, `setup` does not know, so it does neither. ``port``, ``workers``, ``log_level`` and
             ``log_format`` are for ``broker serve`` alone.
+        identify: is given the request to ``/prepare``, ``/models`` or ``/usage`` and says who it is from: a `Client`,
+            by whose name all is counted. It may be a coroutine function, and has ten seconds. A `web.HTTPException`
+            that it raises is answered in our form of errors, with its status and text; anything else is a 500. Without
+            it, clients are told apart by API keys, tokens and addresses, as the settings say.
 
     Raises:
         SettingsError: a setting that is needed is missing, or cannot be served.
@@ -52,10 +61,12 @@ def setup(app: web.Application, prefix: str = "", *, settings: Settings) -> None
     """
     _check(settings)
     app.cleanup_ctx.append(partial(_telling, settings))
-    mount(app, prefix, settings)
+    mount(app, prefix, settings, identify=identify)
 
 
-def mount(app: web.Application, prefix: str, settings: Settings) -> web.Application:
+def mount(
+    app: web.Application, prefix: str, settings: Settings, *, identify: Identify | None = None
+) -> web.Application:
     """Do what `setup` promises, without its checks and warnings; return the part that is the broker's."""
     prefix = prefix.rstrip("/")
     if prefix and not prefix.startswith("/"):
@@ -66,7 +77,7 @@ def mount(app: web.Application, prefix: str, settings: Settings) -> web.Applicat
         app.add_subapp(prefix, part)
     # Of the outer application, whose clean-up contexts end in the opposite order: what was set up before the broker, a
     # database for one, outlives it. Those of a sub-application would end after all others.
-    app.cleanup_ctx.append(partial(_running, part, settings))
+    app.cleanup_ctx.append(partial(_running, part, settings, identify))
     if _PARTS not in app:
         app[_PARTS] = []
         app.on_shutdown.append(_drain_all)
@@ -102,15 +113,20 @@ async def _telling(settings: Settings, _app: web.Application) -> AsyncIterator[N
 
 
 @asynccontextmanager
-async def _running(part: web.Application, settings: Settings, _app: web.Application) -> AsyncIterator[None]:
+async def _running(
+    part: web.Application, settings: Settings, identify: Identify | None, app: web.Application
+) -> AsyncIterator[None]:
     """Run the service of one part."""
+    clients = (
+        partial(ApplicationClients, app=app, identify=identify) if identify is not None else ClientResolver
+    )
     async with AsyncExitStack() as stack:
         redis_url = settings.redis_url
         if redis_url is None:
             from broker.store.embedded import embedded_valkey  # noqa: PLC0415 - only where it is used
 
             redis_url = stack.enter_context(embedded_valkey())
-        await stack.enter_async_context(build(part, settings, redis_url))
+        await stack.enter_async_context(build(part, settings, redis_url, clients))
         yield
 
 

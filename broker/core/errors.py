@@ -77,6 +77,11 @@ class Unauthorized(RequestError):
     default_message = "This needs an API key or a token."
 
 
+class Forbidden(RequestError):
+    code, status = "forbidden", 403
+    default_message = "This is not allowed to you."
+
+
 class OriginNotAllowed(RequestError):
     code, status = "origin_not_allowed", 403
     default_message = "Pages of this origin may not use this broker."

@@ -26,6 +26,9 @@ PRIVATE = ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "::1/
 MAX_HOPS = 20
 """Entries of X-Forwarded-For that are looked at; a longer chain of one's own proxies has a loop in it."""
 
+LONGEST_NAME = 128
+"""Characters of the name of a client."""
+
 REMEMBERED = 2048
 """Addresses that need not be read again; reading one of IPv6 takes some 10 µs."""
 
@@ -40,16 +43,27 @@ _HOP = re.compile(
 class Client:
     """One who asks.
 
+    ``Client(name)`` is enough where an application says who asks.
+
     Attributes:
-        name: stands in keys of Redis, in the books and in tables: ``key:<name of the API key>``, ``sub:<hash>``
-            for tokens, ``addr:<hash>`` for addresses.
-        user: what the upstream is told where a request does not say, such as ``u_5f3c9e12ab34cd56``.
-        authenticated: a key or a token was shown.
+        name: 1 to 128 printable characters, which stand in keys of Redis, in the books, in tables and in the log:
+            ``key:<name of the API key>``, ``sub:<hash>`` for tokens, ``addr:<hash>`` for addresses, and what an
+            application says, as it says it.
+        user: what the upstream is told where a request does not say, such as ``u_5f3c9e12ab34cd56``. Empty: a keyed
+            hash of the name.
+        authenticated: a key or a token was shown, or an application knows who it is.
+
+    Raises:
+        ValueError: the name is not of that form.
     """
 
     name: str
-    user: str
-    authenticated: bool
+    user: str = ""
+    authenticated: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.name) <= LONGEST_NAME or not self.name.isprintable():
+            raise ValueError(f"the name of a client has 1 to {LONGEST_NAME} printable characters")
 
 
 class ClientNamer:
@@ -77,6 +91,10 @@ class ClientNamer:
         """Whoever uses an address; a household has a whole IPv6 /64. All whose address is unknown are one."""
         return self._at_network(network_of(address))
 
+    def user_of(self, name: str) -> str:
+        """Return what the upstream is told of the client of this name."""
+        return f"u_{self._hash('user', name)}"
+
     def _name_key(self, owner: str) -> Client:
         return self._client(f"key:{owner}", authenticated=True)
 
@@ -84,7 +102,7 @@ class ClientNamer:
         return self._client(f"addr:{self._hash('addr', network)}", authenticated=False)
 
     def _client(self, name: str, *, authenticated: bool) -> Client:
-        return Client(name, f"u_{self._hash('user', name)}", authenticated)
+        return Client(name, self.user_of(name), authenticated)
 
     def _hash(self, *parts: str) -> str:
         # A subject is a JSON string, and such a one may hold half a surrogate pair.

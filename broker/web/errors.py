@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
 
 import orjson
 from aiohttp import hdrs, web
@@ -11,18 +13,35 @@ from aiohttp import hdrs, web
 from broker.core.errors import (
     BodyTooLarge,
     BrokerError,
+    Forbidden,
     InternalError,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
+    Overloaded,
+    RateLimited,
     ServiceError,
+    Unauthorized,
+    UnsupportedMediaType,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 RETRY_AFTER = 3
 """Seconds after which a caller may come back where nothing better is known."""
+
+
+_KINDS: Mapping[int, type[BrokerError]] = {
+    401: Unauthorized,
+    403: Forbidden,
+    404: NotFound,
+    405: MethodNotAllowed,
+    413: BodyTooLarge,
+    415: UnsupportedMediaType,
+    429: RateLimited,
+    503: Overloaded,
+}
+"""Our word and sentence for a status of somebody else's."""
+
+_LONGEST_MESSAGE = 300
 
 
 def json_response(data: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -39,25 +58,42 @@ def error_response(error: BrokerError) -> web.Response:
     body: dict[str, Any] = {"code": error.code, "message": error.message}
     if error.details is not None:
         body["details"] = error.details
-    headers: dict[str, str] = {}
-    if error.status == 401:
-        headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
-    if error.status in (429, 503):
-        headers[hdrs.RETRY_AFTER] = str(math.ceil(error.retry_after or RETRY_AFTER))
-    return json_response({"error": body}, status=error.status, headers=headers)
+    return _error_response(error.status, body, retry_after=error.retry_after)
 
 
-def from_http(error: web.HTTPException) -> BrokerError | None:
-    """The refusals of aiohttp as ours; None for what is no error, such as a redirect."""
-    if error.status < 400:
-        return None
+def http_error_response(error: web.HTTPException) -> web.Response:
+    """An exception of aiohttp in our form: its own refusals, and those of the application that we are a part of.
+
+    Of those, status and text are kept. What is no error, such as a redirect to a page for logging in, is a 401: nobody
+    could follow it who asks for JSON.
+    """
     if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return BodyTooLarge()
-    if isinstance(error, web.HTTPNotFound):
-        return NotFound()
-    if isinstance(error, web.HTTPMethodNotAllowed):
-        return MethodNotAllowed()
-    return InternalError() if error.status >= 500 else InvalidRequest(error.reason)
+        return error_response(BodyTooLarge())
+    status = error.status if error.status >= 400 else 401
+    kind = _KINDS.get(status, InternalError if status >= 500 else InvalidRequest)
+    message = _told(error)[:_LONGEST_MESSAGE] or kind.default_message
+    response = _error_response(status, {"code": kind.code, "message": message})
+    for header in (hdrs.ALLOW, hdrs.RETRY_AFTER, hdrs.WWW_AUTHENTICATE):
+        if header in error.headers:
+            response.headers[header] = error.headers[header]
+    return response
+
+
+def _error_response(status: int, body: dict[str, Any], *, retry_after: float | None = None) -> web.Response:
+    headers: dict[str, str] = {}
+    if status == 401:
+        headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
+    if status in (429, 503):
+        headers[hdrs.RETRY_AFTER] = str(math.ceil(retry_after or RETRY_AFTER))
+    return json_response({"error": body}, status=status, headers=headers)
+
+
+def _told(error: web.HTTPException) -> str:
+    """What somebody wrote for the caller; empty where it is only the status in words."""
+    text = error.text if error.content_type == "text/plain" else ""
+    if text and text != f"{error.status}: {error.reason}":
+        return text
+    return error.reason if error.reason != HTTPStatus(error.status).phrase else ""
 
 
 def may_come_again(error: BrokerError) -> bool:

@@ -14,7 +14,7 @@ from aiohttp import hdrs, web
 from broker.core.errors import BrokerError, HostNotAllowed, InternalError, OriginNotAllowed
 from broker.core.origins import Verdict
 from broker.core.session import short
-from broker.web.errors import error_response, from_http
+from broker.web.errors import error_response, http_error_response
 from broker.web.keys import ORIGINS, REFUSED_ORIGINS, REQUEST_ID, WORKER
 
 if TYPE_CHECKING:
@@ -68,13 +68,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
             )
         return error_response(error)
     except web.HTTPException as error:
-        refusal = from_http(error)
-        if refusal is None:
-            raise
-        response = error_response(refusal)
-        if hdrs.ALLOW in error.headers:
-            response.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
-        return response
+        return http_error_response(error)
     except ConnectionError:
         # The client has left, so nobody gets this; raised, aiohttp would tell of it as of an error of ours.
         return web.Response(status=499, reason="Client Closed Request")

@@ -1,0 +1,93 @@
+"""Who a request is from, where the application that the service is a part of says so."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from aiohttp import web
+
+from broker.core.errors import Overloaded
+from broker.core.identity import Client
+from broker.web.identity import ClientResolver
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from broker.settings import Settings
+    from broker.web.identity import Naming
+
+Identify = Callable[[web.Request], "Client | Awaitable[Client]"]
+"""Says who a request is from, or raises; a `web.HTTPException` is answered in our form of errors."""
+
+TIMEOUT: Final = 10.0
+"""Seconds that the application may take to say who somebody is."""
+
+
+class ApplicationClients(ClientResolver):
+    """Asks the application. API keys, tokens and addresses tell nobody apart here.
+
+    Args:
+        settings: which proxies are trusted, for the streams of an address.
+        naming: gives clients the names that the upstream knows them by.
+        app: the application.
+        identify: its own function.
+    """
+
+    def __init__(self, settings: Settings, naming: Naming, app: web.Application, identify: Identify) -> None:
+        super().__init__(settings, naming)
+        self._app = app
+        self._identify = identify
+
+    async def identify(self, request: web.Request) -> Client:
+        """Who a request is from.
+
+        Raises:
+            web.HTTPException: the application refuses it.
+            Overloaded: it did not answer in time.
+            StoreUnavailable: Redis has not answered yet, so nobody has a name for the upstream.
+            TypeError: it did not return a client. Anything else that it raises passes as well.
+        """
+        client = await self._ask(request)
+        if client.user:
+            return client
+        return replace(client, user=(await self._naming.names()).user_of(client.name))
+
+    async def check(self, request: web.Request) -> None:
+        """Raise what `identify` raises for a request that may not come in."""
+        await self._ask(request)
+
+    async def _ask(self, request: web.Request) -> Client:
+        with _seen_by(self._app, request):
+            client = self._identify(request)
+            if inspect.isawaitable(client):
+                client = await _in_time(client)
+        if not isinstance(client, Client):
+            raise TypeError(f"identify must return a broker.Client, not {type(client).__name__}")
+        return client
+
+
+@contextmanager
+def _seen_by(app: web.Application, request: web.Request) -> Iterator[None]:
+    """Make `request.app` the application's own while it is asked: that is where its things are."""
+    match = request.match_info
+    ours = match.current_app
+    match.current_app = app
+    try:
+        yield
+    finally:
+        match.current_app = ours
+
+
+async def _in_time(client: Awaitable[Client]) -> Client:
+    try:
+        async with asyncio.timeout(TIMEOUT) as timeout:
+            return await client
+    except TimeoutError:
+        if not timeout.expired():  # one of the application's own
+            raise
+        raise Overloaded("It took too long to find out who you are; try again in a moment.") from None
