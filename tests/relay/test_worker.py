@@ -1,0 +1,216 @@
+"""A worker starts generations, settles each of them however it ends, and drains and closes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from broker.core.session import State
+from broker.relay.generation import Generation
+from broker.store.connection import Store
+from broker.store.workers import Notification
+from tests.clock import run_ready_tasks
+from tests.money import ledger, open_reservations, slots, until
+from tests.relay.fakes import DONE, FINISH, HELLO, BugError, data
+from tests.relay.workers import LIMITS, FakeWorker, running_worker
+
+LONG_USAGE = {"prompt_tokens": 100, "completion_tokens": 500, "total_tokens": 600}
+
+
+@pytest_asyncio.fixture
+async def worker(store: Store) -> AsyncIterator[FakeWorker]:
+    async with running_worker(store) as worker:
+        yield worker
+
+
+async def finish(worker: FakeWorker, generation: Generation, stream: int = 0) -> None:
+    worker.streams[stream].send(HELLO, FINISH, DONE, None)
+    await generation.ended()
+    await run_ready_tasks()
+
+
+async def is_settled(store: Store) -> bool:
+    """Whether one request is booked, and neither slot nor reservation is left."""
+    booked = (await ledger(store.redis)).requests == 1
+    return booked and await slots(store.redis) == await open_reservations(store.redis) == 0
+
+
+async def state_of(worker: FakeWorker, generation: Generation) -> State:
+    record = await worker.sessions.describe(generation.session_id)
+    assert record is not None
+    return record.state
+
+
+# The life of a generation
+
+
+async def test_a_generation_runs_and_is_then_kept_for_replay(worker: FakeWorker, store: Store) -> None:
+    generation = await worker.start()
+    assert worker.worker.running == {generation.session_id: generation}
+    await finish(worker, generation)
+    assert worker.worker.running == {}
+    assert worker.worker.finished.get(generation.session_id) is generation
+    assert await state_of(worker, generation) is State.DONE
+    assert await is_settled(store)
+
+
+async def test_without_resuming_nothing_is_kept_or_journaled(store: Store) -> None:
+    async with running_worker(store, resume_ttl=0) as worker:
+        generation = await worker.start()
+        await finish(worker, generation)
+        assert worker.worker.finished.values() == []
+        assert await store.redis.keys("*events*") == []
+
+
+async def test_a_fenced_session_is_not_kept(worker: FakeWorker) -> None:
+    generation = await worker.start()
+    generation.fence(None)
+    await generation.ended()
+    await run_ready_tasks()
+    assert worker.worker.finished.get(generation.session_id) is None
+
+
+async def test_a_finished_session_is_kept_for_its_time(worker: FakeWorker) -> None:
+    generation = await worker.start()
+    await finish(worker, generation)
+    now = asyncio.get_running_loop().time()
+    worker.worker.finished.expire(now + 299)
+    assert worker.worker.finished.values() == [generation]
+    worker.worker.finished.expire(now + 301)
+    assert worker.worker.finished.values() == []
+
+
+# Bugs
+
+
+@pytest.mark.parametrize("part", ["reading", "deciding", "settling", "running"])
+async def test_a_bug_in_a_generation_frees_slot_and_reservation(
+    worker: FakeWorker, store: Store, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    generation = await worker.start()
+    errors = [BugError()]
+
+    async def broken(*args: Any) -> Any:
+        for error in errors:
+            errors.clear()
+            raise error
+        return await original(*args)
+
+    original: Any
+    if part == "deciding":
+        original = generation.finishing.decide
+        monkeypatch.setattr(generation.finishing, "decide", broken)
+    elif part == "settling":
+        original = generation.finishing.settle
+        monkeypatch.setattr(generation.finishing, "settle", broken)
+    elif part == "running":
+        monkeypatch.setattr(generation, "_end", broken)
+    worker.streams[0].send(HELLO, BugError())
+    assert await generation.ended() is State.FAILED
+    assert generation.feed.end is not None
+    assert b'"internal_error"' in generation.feed.end.data
+    await until(lambda: is_settled(store), within=20)
+    assert await state_of(worker, generation) is State.FAILED
+    assert worker.worker.running == {}
+
+
+async def test_timers_of_others_are_checked_after_a_bug_in_one(
+    worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = await worker.start(), await worker.start()
+
+    def broken(_now: float) -> None:
+        raise BugError
+
+    monkeypatch.setattr(first, "check", broken)
+    monkeypatch.setattr(worker.worker._ownership, "tick", lambda _now: None)  # time seems to jump
+    worker.worker.check(asyncio.get_running_loop().time() + LIMITS.deadline)
+    assert await second.ended() is State.FAILED
+    assert first.state is State.RUNNING
+
+
+# What is learned
+
+
+async def test_an_answer_teaches_the_speed_of_its_model(
+    worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generation = await worker.start()
+    monkeypatch.setattr("broker.core.speed.MIN_SECONDS", 0.0)
+    worker.streams[0].send(HELLO, FINISH, data({"choices": [], "usage": LONG_USAGE}), DONE, None)
+    await generation.ended()
+    await run_ready_tasks()
+    assert [speed.model for speed in worker.speeds] == ["a/b"]
+    assert worker.samples == [], "the prompt was not measured"
+
+
+async def test_a_bug_while_learning_changes_nothing(
+    worker: FakeWorker, monkeypatch: pytest.MonkeyPatch, store: Store
+) -> None:
+    generation = await worker.start()
+
+    def broken() -> None:
+        raise BugError
+
+    monkeypatch.setattr(generation.finishing, "sample", broken)
+    await finish(worker, generation)
+    assert generation.state is State.DONE
+    assert worker.worker.finished.get(generation.session_id) is generation
+    assert await is_settled(store)
+
+
+# Notifications
+
+
+async def test_a_cancel_notification_stops_a_generation(worker: FakeWorker) -> None:
+    generation = await worker.start()
+    worker.worker._on_notification(Notification("cancel", generation.session_id, None))
+    assert await generation.ended() is State.CANCELLED
+
+
+async def test_a_watched_notification_counts_a_viewer_elsewhere(worker: FakeWorker) -> None:
+    generation = await worker.start()
+    worker.worker._on_notification(Notification("watched", generation.session_id, None))
+    assert generation.watched_elsewhere
+
+
+@pytest.mark.parametrize("kind", ["cancel", "watched", "news", "ended", "unknown"])
+async def test_a_notification_of_an_unknown_session_does_nothing(worker: FakeWorker, kind: str) -> None:
+    worker.worker._on_notification(Notification(kind, "unknown", None))
+
+
+# Drain and close
+
+
+async def test_a_drain_lets_generations_finish(worker: FakeWorker) -> None:
+    generation = await worker.start()
+    draining = asyncio.create_task(worker.worker.drain(60))
+    await run_ready_tasks()
+    assert worker.worker.draining
+    assert not draining.done()
+    await finish(worker, generation)
+    await draining
+    assert generation.state is State.DONE
+
+
+async def test_a_drain_without_time_ends_what_runs(worker: FakeWorker, store: Store) -> None:
+    generation = await worker.start()
+    await worker.worker.drain(0)
+    assert generation.feed.end is not None
+    assert b'"server_shutdown"' in generation.feed.end.data
+    assert await state_of(worker, generation) is State.FAILED
+    assert await is_settled(store)
+
+
+async def test_close_cancels_what_runs_and_gives_the_lease_back(store: Store) -> None:
+    worker = FakeWorker(store)
+    worker.worker.start()
+    generation = await worker.start()
+    await worker.worker.close()
+    assert generation.state is State.RUNNING, "another worker will find it"
+    assert worker.streams[0].closed.is_set()
+    assert await store.redis.keys(f"*{worker.id}*") == []
