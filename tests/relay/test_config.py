@@ -40,4 +40,4 @@ def test_without_resuming_there_is_no_grace() -> None:
 
 def test_the_limits_of_a_worker_are_those_of_the_settings() -> None:
     config = _worker_config(SETTINGS, running_ttl=200)
-    assert config == (7, 60, 200, 90, pytest.approx(0.1))
+    assert tuple(config) == (7, 60, 200, 90, 0.1)
