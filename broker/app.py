@@ -21,6 +21,7 @@ from broker.naming import Naming
 from broker.prepare import Admission
 from broker.relay.config import GenerationLimits, Money, WorkerConfig
 from broker.relay.hub import Hub
+from broker.relay.results import Results
 from broker.relay.tasks import keep_running
 from broker.relay.ticker import tick
 from broker.relay.worker import Worker
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from broker.core.pricing import Prices
+    from broker.relay.results import OnEnd
     from broker.settings import Settings
     from broker.web.identity import ClientResolver
 
@@ -70,7 +72,12 @@ BuildClients = Callable[["Settings", "Naming"], "ClientResolver"]
 
 @asynccontextmanager
 async def build(
-    app: web.Application, settings: Settings, redis_url: str, clients: BuildClients
+    app: web.Application,
+    settings: Settings,
+    redis_url: str,
+    *,
+    clients: BuildClients,
+    on_end: OnEnd | None = None,
 ) -> AsyncIterator[None]:
     """Give the web application all it needs, started; on the way out, everything is closed in the opposite order.
 
@@ -79,6 +86,7 @@ async def build(
         settings: all of them.
         redis_url: in place of that of the settings.
         clients: builds what tells clients apart.
+        on_end: is told of every answer that ended here.
     """
     async with AsyncExitStack() as stack:
         upstream_url = settings.upstream_url
@@ -105,6 +113,10 @@ async def build(
         )
         worker_id = secrets.token_hex(8)
         journal = JournalStore(store, worker=worker_id, running_ttl=running_ttl)
+        results = None
+        if on_end is not None:
+            results = app[keys.RESULTS] = Results(on_end)
+            stack.push_async_callback(results.close)
         worker = app[keys.WORKER] = Worker(
             sessions=sessions,
             journal=journal,
@@ -114,6 +126,7 @@ async def build(
             limits=_generation_limits(settings),
             money=_money(catalog, upstream, bytes_per_token, speeds),
             config=_worker_config(settings, running_ttl),
+            results=results,
         )
         app[keys.HUB] = Hub(worker, sessions=sessions, journal=journal, accounts=accounts)
         stack.push_async_callback(worker.close)

@@ -25,6 +25,7 @@ from broker.web.routes import add_web
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from broker.relay.results import OnEnd
     from broker.settings import Settings
     from broker.web.application_clients import Identify
 
@@ -35,7 +36,12 @@ _PARTS = web.AppKey("broker_parts", list[web.Application])
 
 
 def setup(
-    app: web.Application, prefix: str = "", *, settings: Settings, identify: Identify | None = None
+    app: web.Application,
+    prefix: str = "",
+    *,
+    settings: Settings,
+    identify: Identify | None = None,
+    on_end: OnEnd | None = None,
 ) -> None:
     """Put the whole service under a prefix of an application, for as long as that runs.
 
@@ -54,6 +60,10 @@ def setup(
             by whose name all is counted. It may be a coroutine function, and has ten seconds. A `web.HTTPException`
             that it raises is answered in our form of errors, with its status and text; anything else is a 500. Without
             it, clients are told apart by API keys, tokens and addresses, as the settings say.
+        on_end: is awaited with a `Result` for every answer that was begun in this process and has ended, however it
+            ended; a session that was cancelled before it was claimed is none. Best effort: a call has ten seconds,
+            32 run at once, and what it raises is logged and changes nothing. A process that is killed tells nothing.
+            While the application shuts down, its results are awaited for ten seconds, before any clean-up.
 
     Raises:
         SettingsError: a setting that is needed is missing, or cannot be served.
@@ -61,11 +71,16 @@ def setup(
     """
     _check(settings)
     app.cleanup_ctx.append(partial(_telling, settings))
-    mount(app, prefix, settings, identify=identify)
+    mount(app, prefix, settings, identify=identify, on_end=on_end)
 
 
 def mount(
-    app: web.Application, prefix: str, settings: Settings, *, identify: Identify | None = None
+    app: web.Application,
+    prefix: str,
+    settings: Settings,
+    *,
+    identify: Identify | None = None,
+    on_end: OnEnd | None = None,
 ) -> web.Application:
     """Do what `setup` promises, without its checks and warnings; return the part that is the broker's."""
     prefix = prefix.rstrip("/")
@@ -77,7 +92,7 @@ def mount(
         app.add_subapp(prefix, part)
     # Of the outer application, whose clean-up contexts end in the opposite order: what was set up before the broker, a
     # database for one, outlives it. Those of a sub-application would end after all others.
-    app.cleanup_ctx.append(partial(_running, part, settings, identify))
+    app.cleanup_ctx.append(partial(_running, part, settings, identify, on_end))
     if _PARTS not in app:
         app[_PARTS] = []
         app.on_shutdown.append(_drain_all)
@@ -114,7 +129,11 @@ async def _telling(settings: Settings, _app: web.Application) -> AsyncIterator[N
 
 @asynccontextmanager
 async def _running(
-    part: web.Application, settings: Settings, identify: Identify | None, app: web.Application
+    part: web.Application,
+    settings: Settings,
+    identify: Identify | None,
+    on_end: OnEnd | None,
+    app: web.Application,
 ) -> AsyncIterator[None]:
     """Run the service of one part."""
     clients = (
@@ -126,7 +145,7 @@ async def _running(
             from broker.store.embedded import embedded_valkey  # noqa: PLC0415 - only where it is used
 
             redis_url = stack.enter_context(embedded_valkey())
-        await stack.enter_async_context(build(part, settings, redis_url, clients))
+        await stack.enter_async_context(build(part, settings, redis_url, clients=clients, on_end=on_end))
         yield
 
 
@@ -141,3 +160,5 @@ async def _drain(part: web.Application) -> None:
         return
     log.info("draining", seconds=settings.drain_timeout)
     await worker.drain(settings.drain_timeout)
+    if (results := part.get(keys.RESULTS)) is not None:
+        await results.finish()

@@ -142,6 +142,15 @@ class Settings(BaseSettings):
         """Take what was passed and nothing else; `load_settings` gathers the rest."""
         return (init_settings,)
 
+    @classmethod
+    def from_environment(cls, **given: Any) -> Settings:
+        """Gather the settings as `broker serve` does: what is given, else the environment, else `.env`.
+
+        Raises:
+            SettingsError: one of them is wrong.
+        """
+        return load_settings(**given)
+
     @property
     def listens_on_loopback(self) -> bool:
         """Only this machine can connect."""

@@ -38,6 +38,8 @@ from broker.store.sessions import EndConflict
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from broker.core.answer import Answer
+    from broker.core.result import Transcript
     from broker.relay.config import GenerationLimits
     from broker.relay.settlement import Settlement
     from broker.store.accounts import Reservation
@@ -83,6 +85,7 @@ class Generation:
         journal: writes its events to Redis; None where events are not journaled.
         ownership: notices that the process was frozen.
         write_later: takes over an end that could not be written to Redis in time.
+        transcript: gathers what is said; None where nobody wants to know.
         clock: seconds that only go forward; by default the event loop's.
 
     Attributes:
@@ -92,6 +95,9 @@ class Generation:
         watched_elsewhere: a viewer on another worker was registered when Redis was last asked.
         was_watched: a viewer of this worker has come.
         finishing: counts its usage and finds out which end stands.
+        transcript: as given.
+        clock: as given.
+        started_at: when it was claimed, by the clock.
     """
 
     def __init__(
@@ -107,6 +113,7 @@ class Generation:
         journal: JournalQueue | None,
         ownership: OwnershipWatch,
         write_later: Callable[[Generation, Terminal], None],
+        transcript: Transcript | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.session_id = session_id
@@ -124,7 +131,8 @@ class Generation:
         self._journal = journal
         self._ownership = ownership
         self._write_later = write_later
-        self._clock = clock or asyncio.get_running_loop().time
+        self.transcript = transcript
+        self.clock = self._clock = clock or asyncio.get_running_loop().time
         self._reader = UpstreamReader(
             prepared, dialect=CHAT, upstream=upstream, limits=limits, take=self._take, clock=self._clock
         )
@@ -139,9 +147,9 @@ class Generation:
             images=CHAT.count_pictures(prepared.request),
             clock=self._clock,
         )
-        self._started_at = self._clock()
+        self.started_at = self._clock()
         self._viewers = 0
-        self._unwatched_since: float | None = self._started_at + max(0.0, FIRST_VIEWER - limits.grace)
+        self._unwatched_since: float | None = self.started_at + max(0.0, FIRST_VIEWER - limits.grace)
         self._to_decide = asyncio.Event()
         self._reading_task: asyncio.Task[SessionError | None] | None = None
         self._abandoning: asyncio.Task[None] | None = None
@@ -159,6 +167,16 @@ class Generation:
     def state(self) -> State:
         """`RUNNING`, or the state in which it ended."""
         return State.RUNNING if self.feed.end is None else self.feed.end.state
+
+    @property
+    def answer(self) -> Answer:
+        """What has been learned of the answer."""
+        return self._reader.answer
+
+    @property
+    def first_chunk_at(self) -> float | None:
+        """When the first chunk came, by the clock."""
+        return self._reader.first_chunk_at
 
     def cancel(self) -> bool:
         """Stop on request. Returns True if the end will be `CANCELLED`, as far as this worker knows."""
@@ -214,7 +232,7 @@ class Generation:
         """Check the timers. The ticker calls this ten times a second, so that no timer has to be moved per chunk."""
         if not self.lifecycle.is_open:
             return
-        if now >= self._started_at + self._limits.deadline:
+        if now >= self.started_at + self._limits.deadline:
             self._handle(Event.TIMED_OUT, Proposal(Step.FAIL, DeadlineExceeded()))
         elif now >= self._reader.data_due:
             # Silence after a finish reason is the end of the answer, not a failure.
@@ -417,3 +435,5 @@ class Generation:
             and self.feed.shown == self.feed.last
         ):
             self.feed.trim(self.feed.last)  # no viewer will ask for these events again
+        if self.transcript is not None:
+            self.transcript.add(chunks)

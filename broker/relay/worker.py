@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from broker.core.errors import StoreUnavailable
+from broker.core.result import Transcript
 from broker.core.session import short
 from broker.relay.finished_cache import FinishedCache
 from broker.relay.generation import Generation
@@ -26,6 +27,7 @@ from broker.relay.tasks import Tasks
 
 if TYPE_CHECKING:
     from broker.relay.config import GenerationLimits, Money, WorkerConfig
+    from broker.relay.results import Results
     from broker.relay.viewer import Viewer
     from broker.store.accounts import AccountStore, Reservation
     from broker.store.journal import JournalStore
@@ -51,6 +53,7 @@ class Worker:
         accounts: slots, budgets and the usage ledger.
         money: what settling needs to know.
         config: of this worker.
+        results: tells an application of what has ended; None where none wants to know.
 
     Attributes:
         draining: nothing new is started.
@@ -74,6 +77,7 @@ class Worker:
         accounts: AccountStore,
         money: Money,
         config: WorkerConfig,
+        results: Results | None = None,
     ) -> None:
         self.draining = False
         self.running: dict[str, Generation] = {}
@@ -85,6 +89,7 @@ class Worker:
         self._workers = workers
         self._upstream = upstream
         self._limits = limits
+        self._results = results
         self._learn, self._learn_speed = money.learn, money.learn_speed
         self._settlement = Settlement(accounts, money, spawn=self.tasks.spawn_extra)
         self.membership = Membership(workers)
@@ -137,6 +142,7 @@ class Worker:
             journal=self._journal if self.config.resume_ttl > 0 else None,
             ownership=self._ownership,
             write_later=self._late_ends.add,
+            transcript=Transcript() if self._results is not None else None,
         )
         self.running[session_id] = generation
         self._journal.add(generation)
@@ -181,6 +187,8 @@ class Worker:
         self._journal.remove(generation)
         if generation.wrote_its_end:
             self.finished.add(generation, asyncio.get_running_loop().time())
+        if self._results is not None:
+            self._results.tell(generation)
         self._learn_from(generation)
 
     def _learn_from(self, generation: Generation) -> None:

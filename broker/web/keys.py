@@ -11,6 +11,7 @@ from broker.core.accounts import Quotas
 from broker.core.origins import Origins
 from broker.prepare import Admission
 from broker.relay.hub import Hub
+from broker.relay.results import Results
 from broker.relay.worker import Worker
 from broker.settings import Settings
 from broker.store.accounts import AccountStore
@@ -38,6 +39,8 @@ STORE_SEEN = web.AppKey("store_seen", asyncio.Event)
 """Redis has answered at least once."""
 HUB = web.AppKey("hub", Hub)
 WORKER = web.AppKey("worker", Worker)
+RESULTS = web.AppKey("results", Results)
+"""Only there where an application wants to know."""
 UPSTREAM = web.AppKey("upstream", UpstreamClient)
 
 REQUEST_ID = web.RequestKey("request_id", str)
