@@ -91,6 +91,55 @@ def configure_logs(
     root.setLevel(number)
 
 
+def log_into_application(secrets: Iterable[str]) -> None:
+    """Send our lines to the `logging` of the application that the service is a part of, to the loggers `broker.…`.
+
+    Levels and handlers are the application's. Where it has set up structlog by itself, our lines go where it says.
+
+    Args:
+        secrets: texts that must not appear in a line, beside those of earlier calls.
+    """
+    if structlog.is_configured():
+        for processor in structlog.get_config()["processors"]:
+            if isinstance(processor, _IntoApplication):
+                processor.hide(secrets)
+        return
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.stdlib.filter_by_level,
+            _IntoApplication(secrets),
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+    )
+
+
+class Line(dict[str, Any]):
+    """The fields of a line, which as text are the event and what belongs to it."""
+
+    def __str__(self) -> str:
+        rest = (f"{name}={value}" for name, value in self.items() if name != "event")
+        return " ".join((str(self.get("event", "")), *rest))
+
+
+class _IntoApplication:
+    """The last processor of a chain: cleans the fields, and leaves the exception to the application's handlers."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        self._secrets = set(secrets)
+        self._clean = censor(self._secrets)
+
+    def hide(self, secrets: Iterable[str]) -> None:
+        """Strike these out as well."""
+        self._secrets.update(secrets)
+        self._clean = censor(self._secrets)
+
+    def __call__(self, logger: Any, method: str, event: EventDict) -> tuple[tuple[Line], dict[str, Any]]:
+        error = {"exc_info": event.pop("exc_info")} if "exc_info" in event else {}
+        return (Line(self._clean(logger, method, event)),), error
+
+
 def censor(secrets: Iterable[str]) -> Callable[[Any, str, EventDict], EventDict]:
     """Return a processor that cleans every value of a line and leaves nothing in it but plain JSON values."""
     known = sorted({secret for secret in secrets if len(secret) >= _SHORTEST_SECRET}, key=len, reverse=True)

@@ -16,6 +16,7 @@ from aiohttp import web
 
 from broker.app import build
 from broker.core.upstream_kind import UpstreamKind
+from broker.logs import log_into_application
 from broker.settings import SettingsError, contradictions, not_yet_served, require_served_store
 from broker.web import keys
 from broker.web.application_clients import ApplicationClients
@@ -119,7 +120,8 @@ def _check(settings: Settings) -> None:
 
 @asynccontextmanager
 async def _telling(settings: Settings, _app: web.Application) -> AsyncIterator[None]:
-    """Warn of settings that do not do what they seem to."""
+    """Find out where our lines go, and warn of settings that do not do what they seem to."""
+    log_into_application(settings.secrets)
     for sentence in contradictions(settings):
         log.warning(sentence)
     for name in not_yet_served(settings):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 import structlog
 
-from broker.logs import Repetitions, censor, configure_logs
+from broker.logs import Repetitions, censor, configure_logs, log_into_application
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -324,3 +324,36 @@ def test_the_lines_of_a_process_pass_through_it() -> None:
         log.warning("redis refused", session=f"s{n}")
     log.info("done")
     assert [json.loads(line)["event"] for line in out.getvalue().splitlines()] == ["redis refused", "done"]
+
+
+# As a part of an application
+
+
+def test_an_application_gets_lines_as_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    log_into_application(["hunter2"])
+    log_into_application([KEY])
+    logger().info("session ended", state="done", id=SESSION, told=f"{KEY} hunter2")
+    logger().debug("not of interest")
+    try:
+        fail("nothing")
+    except LookupError:
+        logger().exception("it broke", code="x")
+    ended, broke = caplog.records
+    assert ended.name.startswith("broker.test.")
+    assert ended.getMessage() == "session ended state=done id=3f2b8c1e… told=*** ***"
+    assert (broke.levelname, broke.getMessage()) == ("ERROR", "it broke code=x")
+    assert broke.exc_info is not None
+    assert broke.exc_info[0] is LookupError
+
+
+def test_an_application_that_has_set_up_structlog_keeps_it() -> None:
+    out = io.StringIO()
+    structlog.configure(
+        processors=[structlog.processors.KeyValueRenderer()],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.PrintLoggerFactory(out),
+    )
+    log_into_application([KEY])
+    logger().info("session ended", state="done")
+    assert out.getvalue() == "state='done' event='session ended'\n"

@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
@@ -75,6 +76,7 @@ async def served(app: web.Application) -> AsyncIterator[Broker]:
             yield Broker(f"http://{host}:{port}", app, http)
     finally:
         await runner.cleanup()
+        structlog.reset_defaults()  # the first broker of a process says where its lines go
 
 
 def under(root: Broker, prefix: str) -> Broker:
