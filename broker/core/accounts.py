@@ -1,7 +1,7 @@
-"""Who may spend what: the values that the accounts are kept in. Money is nano-USD, an integer; no I/O.
+"""The values of the accounts: quotas, worst cases and usage. Money is an integer of nano-USD; no I/O.
 
-An account is a client's, or that of everyone together, for one UTC day. What a generation may cost at worst is
-reserved at the claim and settled at the end with what it cost.
+An account belongs to one client, or to all clients together, for one UTC day. The worst case of a generation is
+reserved at the claim. The end settles the reservation with the usage.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
-    """What one client, and everyone together, may have. 0 is no limit, but for the numbers of streams.
+    """The limits of one client, and of all clients together. 0 means no limit, except for streams and sessions.
 
     Attributes:
-        waiting: sessions of a client that are prepared and not yet claimed.
-        streams: generations of a client at once.
-        daily_tokens: of a client.
-        daily_cost: of a client, nano-USD.
-        total_daily_cost: of everyone together, nano-USD.
-        waiting_bytes: of a client's waiting sessions, as their requests are stored.
-        total_waiting_bytes: of everyone's; above half of them, a client may hold a sixteenth of what is left.
+        waiting: prepared sessions of a client that are not claimed yet.
+        streams: generations of a client at the same time.
+        daily_tokens: tokens of a client a day.
+        daily_cost: nano-USD of a client a day.
+        total_daily_cost: nano-USD of all clients together a day.
+        waiting_bytes: bytes of the stored requests of a client's pending sessions.
+        total_waiting_bytes: the same of all clients; above half of it, a client may add a sixteenth of the rest.
     """
 
     waiting: int
@@ -39,7 +39,7 @@ class Quotas:
 
     @property
     def limit_cost(self) -> bool:
-        """Whether any budget of money is on, so that prices matter."""
+        """True if there is any budget in money, so that prices matter."""
         return self.daily_cost > 0 or self.total_daily_cost > 0
 
 
@@ -51,12 +51,12 @@ class WorstCase(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a generation took.
+    """The tokens and the cost of a generation.
 
     Attributes:
         prompt, completion: tokens; ``cached`` are part of the first, ``reasoning`` of the second.
-        cost: nano-USD; None where nobody knows.
-        estimated: it is our own count, because the upstream told no usage.
+        cost: nano-USD; None where it is unknown.
+        estimated: counted by this broker, because the upstream sent no usage.
     """
 
     prompt: int = 0
@@ -68,14 +68,14 @@ class Usage(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Prompt and completion together."""
+        """Prompt and completion tokens together."""
         return self.prompt + self.completion
 
 
 def beyond_limits(worst: WorstCase, quotas: Quotas) -> list[dict[str, Any]]:
-    """Return what is wrong with a request that no budget can ever cover, as details of a 422; empty if nothing is.
+    """Return the details of a 422 for a request that no budget can ever cover; an empty list where there is one.
 
-    Each detail has both figures: ``worstCase`` and ``limit``, in tokens or in USD.
+    Each detail has both figures, ``worstCase`` and ``limit``, in tokens or in USD.
     """
     found = []
     if 0 < quotas.daily_tokens < worst.tokens:
@@ -95,12 +95,12 @@ def _beyond(unit: str, worst: float, limit: float, whose: str) -> dict[str, Any]
 
 
 def usage_at_worst(worst: WorstCase) -> Usage:
-    """What to book where nothing is known any more of a generation that ran: all that it may have taken."""
+    """Return the usage to book where nothing is known of a generation that ran: its worst case."""
     return Usage(prompt=worst.tokens, cost=worst.cost or None, estimated=True)
 
 
 def usage_of(usage: Mapping[str, Any], cost: int | None, *, estimated: bool) -> Usage:
-    """Read an upstream's usage, whatever it holds."""
+    """Return the `Usage` in an upstream's usage object, whatever that holds."""
     prompt = count_of(usage.get("prompt_tokens")) or 0
     completion = completion_of({**usage, "prompt_tokens": prompt}) or 0
     return Usage(

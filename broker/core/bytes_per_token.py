@@ -1,16 +1,17 @@
-"""How many bytes of text a model's token holds, learned from the usage that comes back. No I/O.
+"""Learn how many bytes of text one token of a model holds, from the usage that upstreams report. No I/O.
 
-Anybody's prompts teach, and some are odd: base64, one letter a thousand times, pictures that nobody can measure. So:
+The prompts of all clients give samples, and some prompts are unusual: base64, one letter a thousand times, pictures of
+unknown size. Therefore:
 
-- An answer makes a sample only where its prompt is text that we could measure, and nearly all of it.
-- The samples of one client are one voice, their median, however many they are; clients with few samples speak with
-  one voice together. So one odd answer does not count, and one odd client has one voice.
-- The voice in the middle is believed, and the others move it by a tenth at most, so that they may even out its errors.
-  Of two that contradict each other nobody can tell which is odd: one that no language explains is not heard, and else
-  the estimate stays between them, as near to the default as it can. A voice that nobody contradicts is believed.
-- Until there are enough samples the default stands, and more bytes per token than that are believed step by step.
+- An answer gives a sample only if nearly all of its prompt is text that was measured.
+- All samples of one client make one estimate, their median. Clients with few samples make one estimate together. So
+  one unusual answer does not count, and one unusual client has one estimate among others.
+- The median of the estimates decides. The others move the result by a tenth at most. If two estimates are in the
+  middle and contradict each other, nobody can know which one is wrong: one that no real text explains is left out,
+  and else the result lies between them, as near to the default as possible.
+- Without enough samples the result is the default. A result above the default is trusted step by step.
 
-There is one estimate for all clients: one that had its own could teach it what it liked, and evade its budget.
+There is one result for all clients. With a result of its own, a client could change it and so evade its budget.
 """
 
 from __future__ import annotations
@@ -26,31 +27,31 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 LEAST, MOST = 1.0, 8.0
-"""Bounds of a sample. No tokenizer makes two tokens of a byte, and only odd text runs beyond 8 bytes a token."""
+"""Bounds of a sample. No tokenizer makes two tokens of one byte, and only unusual text exceeds 8 bytes per token."""
 
 LIKELY = (1.25, 7.2)
-"""What real text comes to: 1.5 (scripts that a tokenizer was not made for) to 6, with some room for noise."""
+"""The range of real text: 1.5 (scripts that a tokenizer was not made for) to 6, with some tolerance."""
 
 AGREEMENT = 1.25
-"""Two voices that are no further apart than this factor do not contradict each other."""
+"""Two estimates within this factor do not contradict each other."""
 
 ROOM = 1.1
-"""The factor by which a voice may differ from the middle one and be counted as it is."""
+"""An estimate may differ from the middle one by this factor and still count unchanged."""
 
 ENOUGH = 4
-"""Samples that make a voice, and without which the default stands."""
+"""Samples that are needed for an estimate of one client."""
 
 FULL = 8
-"""Samples from which on a voice weighs no more."""
+"""Samples above which the estimate of a client gets no more weight."""
 
 SURE = 12
-"""Samples from which on a high estimate is believed whole."""
+"""Samples above which a high result is trusted completely."""
 
 MIN_TEXT_BYTES = 200
 MAX_FLAT_SHARE = 1 / 4
-"""Of a prompt with less text, or with a larger share of what is not text, the surroundings would be measured."""
+"""A prompt with less text, or a larger share of other contents, would measure the overhead and not the text."""
 
-# Assistant messages may hold more, and providers differ in what of it they read: reasoning, sounds, annotations.
+# Assistant messages may hold more, and providers differ in what they read of it: reasoning, sounds, annotations.
 CHAT_TEXT = frozenset({"role", "content", "name", "model", "refusal", "tool_calls", "tool_call_id"})
 """Keys of a message whose contents every model reads."""
 
@@ -59,12 +60,12 @@ _CHANGES_THE_PROMPT = ("plugins", "transforms", "web_search_options", "predictio
 
 
 class Sample(NamedTuple):
-    """What one answer taught.
+    """What one answer measured.
 
     Attributes:
-        model: without its variant.
-        client: who asked; any stable word.
-        value: bytes per token, from ``LEAST`` to ``MOST``; or what else is learned in the same way.
+        model: the model without its variant.
+        client: the client; any stable word.
+        value: bytes per token, from ``LEAST`` to ``MOST``; or another quantity that is learned in the same way.
     """
 
     model: str
@@ -73,7 +74,7 @@ class Sample(NamedTuple):
 
 
 def without_variant(model: str) -> str:
-    """``a/b`` of ``a/b:nitro``: variants differ in who serves them, not in their tokens."""
+    """Return the model without its variant: ``a/b`` of ``a/b:nitro``. Variants have the same tokenizer."""
     return model.partition(":")[0] or model
 
 
@@ -85,13 +86,13 @@ def calibration_size(
     *,
     known: frozenset[str],
 ) -> Size | None:
-    """The size of a whole prompt that can teach; None for one that holds what cannot be measured.
+    """Return the size of a prompt that can give a sample; None for a prompt with parts that cannot be measured.
 
     Args:
-        parameters: of the request.
+        parameters: the parameters of the request.
         entries: the messages or items that are sent.
-        frame: what the prompt measures besides them.
-        sizes: what each of them measures.
+        frame: the size of the prompt without them.
+        sizes: the size of each entry.
         known: keys of an entry whose contents every model reads.
     """
     if any(parameters.get(name) for name in _CHANGES_THE_PROMPT):
@@ -108,7 +109,7 @@ def calibration_size(
 
 
 def _only_functions(tools: Any) -> bool:
-    """False also for what an operator's opened ``tools`` may hold, which nobody has checked."""
+    """Return True if all tools are functions. What an operator has opened is not checked and may be anything."""
     return isinstance(tools, list) and all(
         isinstance(tool, dict) and tool.get("type") == "function" for tool in tools
     )
@@ -117,17 +118,17 @@ def _only_functions(tools: Any) -> bool:
 def sample_of(
     *, model: str, answered: str | None, client: str, size: Size | None, usage: Mapping[str, Any] | None
 ) -> Sample | None:
-    """What an answer teaches; None for nothing.
+    """Return the sample that an answer gives; None where it gives none.
 
-    Half of what is not text is taken off the bill: our flat rates are generous, and whatever is left in makes the
-    text look denser than it is, which is the safe side. Cached tokens are part of ``prompt_tokens`` and count.
+    Half of the flat tokens is subtracted from the bill. Our flat rates are high, and the rest makes the result lower,
+    which is the safe side. Cached tokens are part of ``prompt_tokens`` and count.
 
     Args:
-        model: the one that was asked first.
-        answered: the one that answered, as the upstream names it, where it does.
-        client: who asked.
-        size: of the prompt, as ``calibration_size`` gives it.
-        usage: the upstream's own object.
+        model: the model that was asked first.
+        answered: the model that answered, if the upstream names it.
+        client: the client.
+        size: the size of the prompt, from ``calibration_size``.
+        usage: the upstream's usage object.
     """
     prompt_tokens = (usage or {}).get("prompt_tokens")
     if size is None or isinstance(prompt_tokens, bool) or not isinstance(prompt_tokens, int):
@@ -141,34 +142,34 @@ def sample_of(
 
 
 def _same_author(asked: str, answered: str) -> bool:
-    """False where a fallback or the choice of a router answered: ``c/d`` for ``a/b``.
+    """Return False where a fallback or a router chose a model of another author: ``c/d`` for ``a/b``.
 
-    Within an author the names tell nothing, for the one that answers has a date or an order of its own.
+    Names of one author say nothing: the model that answers may have a date, or its words in another order.
     """
     authors = {model.partition("/")[0] for model in (asked, answered) if "/" in model}
     return len(authors) < 2
 
 
 def estimate(samples: Iterable[Sample]) -> float | None:
-    """Bytes per token of the model that these samples are of; None while there are too few."""
-    voices = [_ClientSample(median(values), len(values)) for values in _speakers(samples)]
-    heard = [voice for voice in voices if LIKELY[0] <= voice.says <= LIKELY[1]] or voices
-    if not heard:
+    """Return bytes per token for the model of these samples; None while there are too few."""
+    estimates = [_ClientEstimate(median(values), len(values)) for values in _samples_by_client(samples)]
+    likely = [each for each in estimates if LIKELY[0] <= each.value <= LIKELY[1]] or estimates
+    if not likely:
         return None
-    agreed = _agreed(heard)
-    trust = min(1.0, sum(voice.samples for voice in heard) / SURE)
-    return min(agreed, DEFAULT_BYTES_PER_TOKEN + (agreed - DEFAULT_BYTES_PER_TOKEN) * trust)
+    combined = _combine(likely)
+    trust = min(1.0, sum(each.samples for each in likely) / SURE)
+    return min(combined, DEFAULT_BYTES_PER_TOKEN + (combined - DEFAULT_BYTES_PER_TOKEN) * trust)
 
 
-class _ClientSample(NamedTuple):
-    """Bytes per token, and the number of samples behind them."""
+class _ClientEstimate(NamedTuple):
+    """An estimate of bytes per token, and the number of its samples."""
 
-    says: float
+    value: float
     samples: int
 
 
-def _speakers(samples: Iterable[Sample]) -> list[list[float]]:
-    """The samples of each client that has enough, and those of all the others together, if they are enough."""
+def _samples_by_client(samples: Iterable[Sample]) -> list[list[float]]:
+    """Return the samples of each client that has enough, and those of all other clients together if they are enough."""
     by_client: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
         by_client[sample.client].append(sample.value)
@@ -177,14 +178,15 @@ def _speakers(samples: Iterable[Sample]) -> list[list[float]]:
     return [*alone, together] if len(together) >= ENOUGH else alone
 
 
-def _agreed(voices: Sequence[_ClientSample]) -> float:
-    """The mean of the voices, each brought as near to the middle one as ``ROOM`` asks.
+def _combine(estimates: Sequence[_ClientEstimate]) -> float:
+    """Return the mean of the estimates, each limited to the factor ``ROOM`` around the middle one.
 
-    Where two are in the middle and contradict each other, it is what lies between them and nearest to the default.
+    If two estimates are in the middle and contradict each other, return the value between them that is nearest to the
+    default.
     """
-    ordered = sorted(voice.says for voice in voices)
+    ordered = sorted(each.value for each in estimates)
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     if high > low * AGREEMENT:
         return min(max(DEFAULT_BYTES_PER_TOKEN, low), high)
-    said = [min(high * ROOM, max(low / ROOM, voice.says)) for voice in voices]
-    return fmean(said, [min(voice.samples, FULL) for voice in voices])
+    limited = [min(high * ROOM, max(low / ROOM, each.value)) for each in estimates]
+    return fmean(limited, [min(each.samples, FULL) for each in estimates])

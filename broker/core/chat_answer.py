@@ -14,7 +14,7 @@ import orjson
 from broker.core.answer import Answer, size_of, text_of
 from broker.core.errors import UpstreamError, UpstreamFailed, UpstreamInvalid
 from broker.core.foreign import bounded_object, bounded_text
-from broker.core.pricing import completion_of, told_cost
+from broker.core.pricing import completion_of, reported_cost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -156,7 +156,7 @@ class ChatAnswer(Answer):
         else:
             # Some give a finish reason and a usage of zeros with every chunk. A usage that does not count the content
             # beside it tells nothing of the whole; and once such a finish reason was wrong, only the end decides.
-            self._quiet_usage = self._reason_stands and bool(completion_of(usage) or told_cost(usage))
+            self._quiet_usage = self._reason_stands and bool(completion_of(usage) or reported_cost(usage))
             is_final = self._quiet_usage and not self._reason_was_wrong
         if is_final:
             self.usage = usage

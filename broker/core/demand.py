@@ -1,6 +1,6 @@
-"""What a request can make an upstream charge besides its tokens of text, read from the body that is sent. No I/O.
+"""What a request can make an upstream charge besides its text tokens, read from the body that is sent. No I/O.
 
-Most of it is closed until an operator opens it; what is open must be in the worst case.
+Most such features are closed until an operator opens them. What is open must be part of the worst case.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 SEARCHES_OF_A_TOOL = 5
-"""Searches that a search tool of the server is reserved for; one that a request asks for itself happens once."""
+"""Searches that are reserved for a search tool of the server; a search that the request itself asks for counts once."""
 
 _SEARCH_PLUGINS = frozenset({"web", "web_search"})
 
 
 def demand_of(body: Mapping[str, Any], models: Iterable[str]) -> Demand:
-    """What the body of a chat request touches.
+    """Return the chargeable features that the body of a chat request uses.
 
     Args:
-        body: as it is sent.
-        models: every model that it can reach.
+        body: the body as it is sent.
+        models: every model that the request can reach.
     """
     messages = [message for message in _list(body.get("messages")) if isinstance(message, dict)]
     parts = [part for message in messages for part in _list(message.get("content")) if isinstance(part, dict)]

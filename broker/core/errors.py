@@ -1,14 +1,14 @@
-"""Every failure the broker can tell of, with its code, its HTTP status and the side that is at fault.
+"""All errors of the broker, with their codes, their HTTP statuses and the side that caused them.
 
     BrokerError
-    ├── RequestError        the caller's doing                          4xx
-    ├── LimitError          fine in itself, too much for now            429
-    ├── ServiceError        ours: a bug, or something we need is away   5xx
-    └── SessionError        how a generation ends other than in `done`  an `error` event
-        └── UpstreamError   the model's side
+    ├── RequestError        the caller must change something        4xx
+    ├── LimitError          too much for now                        429
+    ├── ServiceError        a bug, or something we need is away     5xx
+    └── SessionError        a generation ended without `done`       an `error` event
+        └── UpstreamError   the upstream failed
 
-Pages and monitors switch on the codes and statuses. A message is a plain sentence for a person and never carries
-a key, a prompt or an answer: details go to the log, by whoever catches the cause.
+Pages and monitors switch on codes and statuses. A message is a plain sentence for a person. It never holds a key, a
+prompt or an answer. The code that catches the cause writes the details to the log.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any, ClassVar
 _SHOWN_FIELD_CHARACTERS = 120
 
 
-FOR_GOOD = frozenset({400, 401, 403, 404, 413, 422})
-"""Statuses that the same request will get again, in an HTTP answer or inside a stream."""
+PERMANENT_STATUSES = frozenset({400, 401, 403, 404, 413, 422})
+"""Statuses that the same request will get again, whether in an HTTP answer or inside a stream."""
 
 
 class BrokerError(Exception):
-    """A failure with a name.
+    """An error with a code for programs and a message for people.
 
     Attributes:
-        code: the word that programs switch on.
-        status: the HTTP status for a caller who can read one.
+        code: the word that programs test.
+        status: the HTTP status, for callers that can read one.
         retryable: a new /prepare may succeed.
         message: one sentence for a person.
-        details: what exactly is wrong, JSON-ready; for 422 a list of ``{"field", "message"}``.
-        retry_after: seconds to wait, where that is known.
+        details: what exactly is wrong, ready for JSON; for 422 a list of ``{"field", "message"}``.
+        retry_after: seconds to wait, where known.
     """
 
     code: ClassVar[str] = "internal_error"
@@ -128,7 +128,7 @@ class IdempotencyConflict(RequestError):
 
 
 class ReplayGap(RequestError):
-    """Ends one viewer's line: what it asks to continue from is not there. Never a silent hole."""
+    """Ends the connection of one viewer: the events after its cursor are missing. A gap is never left out silently."""
 
     code, status, retryable = "replay_gap", 409, True
     default_message = "A part of this answer is no longer kept, so it cannot be continued."
@@ -153,7 +153,7 @@ class InvalidRequest(RequestError):
 
 
 def _first_fault(details: Any) -> str:
-    """The first field that is wrong, and why, for those who show only the message."""
+    """Return the first wrong field and what is wrong with it, for clients that show only the message."""
     if not isinstance(details, list) or not details:
         return ""
     field = "".join(character if character.isprintable() else "?" for character in details[0]["field"])
@@ -166,7 +166,7 @@ class PromptTooLong(RequestError):
 
 
 class LimitError(BrokerError):
-    """Nothing is wrong with the request but its time."""
+    """The request is fine, but too much at this time."""
 
     status, retryable = 429, True
 
@@ -180,7 +180,7 @@ class BudgetExceeded(LimitError):
     """The budget does not cover a request.
 
     Attributes:
-        final: nothing that others have reserved could make room for it, so waiting does not help.
+        final: even without the reservations of others there would be no room, so waiting does not help.
     """
 
     code = "budget_exceeded"
@@ -199,7 +199,7 @@ class TooManyStreams(LimitError):
 
 
 class ServiceError(BrokerError):
-    """Ours. The caller did nothing wrong and may come again."""
+    """The caller did nothing wrong and may try again."""
 
     status, retryable = 503, True
 
@@ -219,7 +219,7 @@ class StoreUnavailable(ServiceError):
 
 
 class StoreRefused(StoreUnavailable):
-    """Redis answered and refused this one call; the next one may well pass."""
+    """Redis answered and refused this one call. The next call may succeed."""
 
 
 class Draining(ServiceError):
@@ -233,22 +233,22 @@ class Overloaded(ServiceError):
 
 
 class NotYetClaimed(Overloaded):
-    """A page asks to continue a session that has not begun: its claim may still be on the way."""
+    """A page wants to continue a session that has not started: its claim may still be on the way."""
 
     default_message = "This session has not begun yet."
 
 
 class BeingClaimed(Overloaded):
-    """Another worker is claiming the session, and whether it wins is not known yet."""
+    """Another worker is claiming the session, and it is not known yet whether it wins."""
 
     default_message = "This session is just being started."
 
 
 class SessionError(BrokerError):
-    """Ends a session, for all its viewers, in an ``error`` event.
+    """Ends a session with an ``error`` event for all its viewers.
 
     Attributes:
-        upstream_status: the HTTP status of the upstream, or the code inside its stream, where there was one.
+        upstream_status: the HTTP status of the upstream, or the code in its stream, if there was one.
     """
 
     status, retryable = 502, True
@@ -263,7 +263,7 @@ class SessionError(BrokerError):
     ) -> None:
         super().__init__(message, details=details, retry_after=retry_after)
         self.upstream_status = upstream_status
-        if upstream_status in FOR_GOOD:
+        if upstream_status in PERMANENT_STATUSES:
             self.retryable = False
 
 
@@ -293,13 +293,13 @@ class ServerShutdown(SessionError):
 
 
 class GenerationFailed(SessionError):
-    """A bug of ours inside a generation; the log has the whole of it."""
+    """A bug of the broker during a generation. The log has the details."""
 
     code = "internal_error"
 
 
 class UpstreamError(SessionError):
-    """The model's side refused, broke or talked nonsense."""
+    """The upstream refused, broke off, or sent something that is not valid."""
 
 
 class UpstreamUnauthorized(UpstreamError):
@@ -333,7 +333,7 @@ class UpstreamUnavailable(UpstreamError):
 
 
 class UpstreamUnreachable(UpstreamUnavailable):
-    """No connection was established, so nothing was sent."""
+    """No connection was made, so nothing was sent."""
 
 
 class UpstreamTimeout(UpstreamError):

@@ -1,4 +1,4 @@
-"""What a page is told: the data of `done` and `error` events, and the bytes of the events. No I/O."""
+"""Build what pages receive: the data of `done` and `error` events, and the bytes of all events. No I/O."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
 
 
 def chunk_event(n: int, data: bytes) -> bytes:
-    """One upstream chunk, as it came, under its number."""
+    """Return the event of one upstream chunk, unchanged, with its number."""
     if b"\n" in data:
         return encode_event("chunk", data, f"1-{n}")
     return b"id: 1-%d\nevent: chunk\ndata: %b\n\n" % (n, data)
 
 
 def chunk_events(chunks: list[bytes], first: int) -> bytes:
-    """Several chunks, numbered from ``first`` on, in one piece."""
+    """Return the events of several chunks, numbered from ``first``, as one block."""
     if len(chunks) == 1:
         return chunk_event(first, chunks[0])
     return b"".join([chunk_event(n, data) for n, data in enumerate(chunks, first)])
 
 
 def terminal_event(end: Terminal) -> bytes:
-    """The event that ends a session."""
+    """Return the event that ends a session."""
     return encode_event(end.event, end.data, str(end.id))
 
 
 def refusal_event(error: BrokerError, cursor: Cursor | None, *, final: bool = True) -> bytes:
-    """An `error` that ends one viewer's line and is no part of the session.
+    """Return an `error` event that ends the connection of one viewer and is not part of the session.
 
-    A final one carries the viewer's own cursor with `.end`, so that a page which comes back all the same is told 204.
+    A final one has the viewer's own cursor with `.end` as its id, so that a page which reconnects gets 204.
     """
     at = cursor or Cursor(1, 1)
     event_id = str(Cursor(at.epoch, at.n, end=True)) if final else None
@@ -44,7 +44,7 @@ def refusal_event(error: BrokerError, cursor: Cursor | None, *, final: bool = Tr
 
 
 def error_data(error: BrokerError, *, final: bool = True) -> bytes:
-    """The data of an `error` event."""
+    """Return the data of an `error` event."""
     data: dict[str, Any] = {
         "code": error.code,
         "message": error.message,
@@ -68,16 +68,16 @@ def done_data(
     ttft_ms: int | None,
     total_ms: int | None,
 ) -> bytes:
-    """The data of a `done` event; what is not known is null.
+    """Return the data of a `done` event; unknown values are null.
 
     Args:
-        answer: what its chunks told.
-        finish_reason: the upstream's word, or ours for a cancel.
-        model: what was asked for, where the upstream named none.
+        answer: the facts of the answer.
+        finish_reason: that of the upstream, or ``cancelled``.
+        model: the requested model, used where the upstream named none.
         cost: USD.
-        estimated: the cost rests on our count and not on the upstream's usage.
-        ttft_ms: from the claim to the first chunk.
-        total_ms: from the claim to the end.
+        estimated: the cost is based on our count and not on the upstream's usage.
+        ttft_ms: milliseconds from the claim to the first chunk.
+        total_ms: milliseconds from the claim to the end.
     """
     return orjson.dumps(
         {
@@ -97,7 +97,7 @@ def done_data(
 
 
 def unknown_done(finish_reason: str | None) -> bytes:
-    """The data of a `done` event that tells nothing of the answer."""
+    """Return the data of a `done` event without anything from the answer."""
     unknown = (
         "nativeFinishReason",
         "model",
@@ -112,12 +112,12 @@ def unknown_done(finish_reason: str | None) -> bytes:
 
 
 def cancelled_unseen(cost: float | None) -> bytes:
-    """The data of a `done` event of a cancelled session of which nothing else is known."""
+    """Return the data of the `done` event of a cancelled session of which nothing else is known."""
     known = {"finishReason": "cancelled", "cost": cost, "estimated": False}
     unknown = ("nativeFinishReason", "model", "provider", "generationId", "usage", "ttftMs", "totalMs")
     return orjson.dumps(known | dict.fromkeys(unknown))
 
 
 def cancelled_before_start() -> Terminal:
-    """The end of a session that was cancelled while it was prepared: nothing was sent and nothing is billed."""
+    """Return the end of a session that was cancelled before its claim: nothing was sent and nothing is billed."""
     return Terminal(State.CANCELLED, "done", Cursor(1, 1, end=True), cancelled_unseen(0))

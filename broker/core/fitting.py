@@ -1,6 +1,6 @@
-"""A valid request made to fit its models and our limits: the body that goes upstream, and what it may cost.
+"""Make a valid request fit its models and our limits: build the body for the upstream and the figures of its cost.
 
-What is not known of a model does not bind.
+A limit that is not known of a model does not apply.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _COMPRESSION = "context-compression"
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What is known of a model.
+    """The limits of a model.
 
     Attributes:
         context_length: tokens of prompt and answer together.
-        max_completion_tokens: the longest answer.
+        max_completion_tokens: tokens of the longest answer.
     """
 
     context_length: int | None = None
@@ -37,13 +37,13 @@ class ModelLimits:
 
 @dataclass(frozen=True, slots=True)
 class FitRules:
-    """What an operator allows.
+    """The limits that the operator sets.
 
     Attributes:
-        max_prompt_tokens: the longest prompt; 0 leaves it to the models.
-        max_output_tokens: the longest answer.
-        switch_off_compression: tell OpenRouter not to shorten prompts itself, so that only one of us trims.
-        user: sent where the request has none of its own.
+        max_prompt_tokens: tokens of the longest prompt; 0 uses only the limits of the models.
+        max_output_tokens: tokens of the longest answer.
+        switch_off_compression: tell OpenRouter not to shorten prompts, so that only the broker trims.
+        user: is sent where the request has no user of its own.
     """
 
     max_prompt_tokens: int
@@ -53,11 +53,11 @@ class FitRules:
 
 
 class Request(Protocol):
-    """A valid request, in whatever dialect; nobody changes it.
+    """A valid request in any dialect. It is never changed.
 
     Attributes:
         field: the parameter that holds the conversation.
-        caps: the parameters that cap the answer; the first is sent where a request names none.
+        caps: the parameters that cap the answer; the first one is sent where a request names none.
     """
 
     field: ClassVar[str]
@@ -65,49 +65,49 @@ class Request(Protocol):
 
     @property
     def model(self) -> str:
-        """The one that is asked first."""
+        """The model that is asked first."""
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Everything but model and conversation that goes upstream; no value is null."""
+        """All parameters for the upstream except model and conversation; no value is null."""
 
     @property
     def reachable_models(self) -> tuple[str, ...]:
         """Every model that may serve this request."""
 
     def image_addresses(self) -> Iterator[tuple[str, str]]:
-        """The place and the URL of each picture."""
+        """Yield the place and the URL of each picture."""
 
     def measure_frame(self) -> Size:
-        """What the prompt holds besides its entries."""
+        """Return the size of the prompt without the entries of the conversation."""
 
     def measure(self) -> list[Size]:
-        """What each entry of the conversation measures."""
+        """Return the size of each entry of the conversation."""
 
     def droppable(self) -> Iterator[list[int]]:
-        """The places of what can go together, in the order in which it goes."""
+        """Yield the places of entries that can be dropped together, in the order in which they are dropped."""
 
     def calibration_size(self, kept: Sequence[int], frame: Size, sizes: Sequence[Size]) -> Size | None:
-        """The size of the prompt of these entries, if its usage will teach of the model's tokenizer."""
+        """Return the size of the prompt of these entries, or None where its usage gives no calibration sample."""
 
     def body(self, kept: Sequence[int]) -> dict[str, Any]:
-        """What goes upstream of these entries and all parameters."""
+        """Return the body for the upstream, with these entries and all parameters."""
 
 
 @dataclass(frozen=True, slots=True)
 class FittedRequest:
-    """A request ready to be sent.
+    """A request that is ready to be sent.
 
     Attributes:
         body: what is sent, as plain JSON.
-        model: the one that is asked first.
-        prompt_tokens: our estimate of what is sent.
-        reserved_prompt_tokens: the same for what is reserved and owed, at no more than the default bytes a token:
-            what was learned comes from the answers of clients, and may not stretch their budgets.
-        max_output_tokens: the cap on each answer.
-        dropped: how many entries of the conversation trimming took out.
-        answers: how many answers are asked for; more than one only where ``n`` was opened.
-        calibration_sample: the size of a prompt whose usage will tell the model's bytes per token; None for any other.
+        model: the model that is asked first.
+        prompt_tokens: our estimate of the prompt that is sent.
+        reserved_prompt_tokens: the estimate for the reservation. It assumes at most the default bytes per token:
+            learned values come from the answers of clients and must not extend their budgets.
+        max_output_tokens: the cap of each answer.
+        dropped: entries of the conversation that trimming removed.
+        answers: answers that are asked for; more than one only where ``n`` was opened.
+        calibration_sample: the size of a prompt whose usage gives a sample of bytes per token; None for any other.
     """
 
     body: dict[str, Any]
@@ -126,17 +126,17 @@ def fit(
     rules: FitRules,
     bytes_per_token: Mapping[str, float] | None = None,
 ) -> FittedRequest:
-    """Caps the answer, trims the conversation, and builds the body. The request is left as it is.
+    """Cap the answer, trim the conversation, and build the body. The request is not changed.
 
     Args:
-        request: as it was asked.
-        models: what is known, by model; of ``a/b:nitro``, what is known of ``a/b``.
-        rules: ours.
-        bytes_per_token: what was learned, by model; the densest of the reachable ones decides.
+        request: the valid request.
+        models: the limits of the models; for ``a/b:nitro``, those of ``a/b``.
+        rules: the limits of the operator.
+        bytes_per_token: learned values by model; the lowest one of the reachable models decides.
 
     Raises:
-        InvalidRequest: the answer that is asked for leaves no room for a prompt.
-        PromptTooLong: even after trimming; the detail has both figures, in tokens.
+        InvalidRequest: the requested answer leaves no room for a prompt.
+        PromptTooLong: the prompt is too long even after trimming; the detail has both figures, in tokens.
     """
     known = [_of_model(models, model, ModelLimits()) for model in request.reachable_models]
     contexts = [limits.context_length for limits in known if limits.context_length]
@@ -172,7 +172,7 @@ def _of_model(known: Mapping[str, T], model: str, default: T) -> T:
 
 
 def _output_cap(request: Request, known: Sequence[ModelLimits], contexts: Sequence[int], most: int) -> int:
-    """The least of all that is said about the length of the answer."""
+    """Return the lowest of all limits on the length of the answer."""
     asked = [length for length, _ in _asked(request)]
     if not asked and contexts:
         asked = [min(contexts) // 2]
@@ -188,12 +188,12 @@ def _prompt_limit(contexts: Sequence[int], cap: int, most: int) -> float:
 
 
 def _asked(request: Request) -> list[tuple[int, str]]:
-    """The longest answer that a request asks for, under each name that it has for it."""
+    """Return the longest answer that a request asks for, with each parameter that asks for it."""
     return [(request.parameters[field], field) for field in request.caps if field in request.parameters]
 
 
 def _no_room(request: Request, cap: int, context: int) -> InvalidRequest:
-    """Of an answer as long as the context. The request named such a length: no default of ours reaches it."""
+    """Return the error for an answer as long as the context. Only a request can name such a length; no default does."""
     asked, field = min(_asked(request))
     allowed = f" ({cap} are allowed)" if cap < asked else ""
     sentence = f"An answer of up to {asked} tokens{allowed} leaves no room for the question in a context of {context}."
@@ -207,7 +207,7 @@ def _too_long(field: str, prompt_tokens: int, limit: int) -> PromptTooLong:
 
 
 def _capped(body: dict[str, Any], caps: Sequence[str], cap: int) -> dict[str, Any]:
-    """Return a body whose answer is held to the cap, under each name that it has for it."""
+    """Return a body with this cap in each parameter that caps the answer."""
     body = body | dict.fromkeys([field for field in caps if field in body] or caps[:1], cap)
     reasoning = body.get("reasoning")
     if reasoning and reasoning.get("max_tokens"):
@@ -216,7 +216,7 @@ def _capped(body: dict[str, Any], caps: Sequence[str], cap: int) -> dict[str, An
 
 
 def _ours(request: Request, rules: FitRules) -> dict[str, Any]:
-    """What we add to a body of our own: who asks, and that nobody else shortens the prompt."""
+    """Return the parameters that the broker adds: the user, and that nobody else shortens the prompt."""
     added: dict[str, Any] = {}
     if rules.user and "user" not in request.parameters:
         added["user"] = rules.user

@@ -1,7 +1,7 @@
-"""What others wrote and we keep: cut to a size that can be stored, written and read again.
+"""Cut values that others wrote to a size that can be stored, written and read again.
 
-The parser reads what its writer refuses (nesting over 254 levels), and an upstream may put megabytes where a word is
-expected.
+The JSON parser accepts what the writer refuses (more than 254 levels), and an upstream may send megabytes instead of a
+word.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MAX_OBJECT = 64 * 1024
-"""Bytes of JSON of an object that is kept as it is; of a larger one, the small members are kept."""
+"""Bytes of JSON of an object that is kept whole; of a larger one, only its small members are kept."""
 
 MAX_MEMBER = 1024
 """Bytes of JSON of a small member."""
@@ -23,32 +23,32 @@ MAX_MEMBERS = 64
 """Members that are kept of an object that is too large."""
 
 SMALL = 64 * 1024
-"""Bytes of JSON that can be parsed whatever stands in it."""
+"""Bytes of JSON that are cheap to parse, whatever they hold."""
 
 MAX_VALUES = 100_000
-"""Values of a chunk or a whole answer; the parser and we take some 30 ms for so many."""
+"""Values of a chunk or of a complete answer; parsing and checking so many takes about 30 ms."""
 
 MAX_TEXT = 512
 """Characters of a name, an id or a reason."""
 
 MAX_DEPTH = 32
-"""Arrays and objects of a kept object that may stand inside each other; those who read it may count from outside."""
+"""Levels of arrays and objects in an object that is kept; readers may count the outermost one as well."""
 
 
 def is_too_large_to_parse(data: bytes, *, most_values: int = MAX_VALUES) -> bool:
-    """Return True for JSON of so many values that parsing it, and looking at each, would hold up everybody else.
+    """Return True for JSON with so many values that parsing and checking it would delay all other streams.
 
-    Counts commas, at the speed of C: there are no more values than commas and levels of nesting, and a parser bounds
-    the latter. Commas in texts count as well.
+    Counts commas, at the speed of C. A document has at most as many values as commas and levels together, and the
+    parser limits the levels. Commas in texts count as well.
     """
     return len(data) > SMALL and data.count(b",") > most_values
 
 
 def bounded_object(value: dict[str, Any], *, first: Iterable[str] = ()) -> dict[str, Any]:
-    """Return an upstream's object, whole where that can be kept, else the first of its small members.
+    """Return an upstream's object: whole where it is small enough, else the first of its small members.
 
     Args:
-        value: as it was parsed.
+        value: the parsed object.
         first: names of members that are kept before others.
     """
     if fits(value, MAX_OBJECT):
@@ -59,12 +59,12 @@ def bounded_object(value: dict[str, Any], *, first: Iterable[str] = ()) -> dict[
 
 
 def bounded_text(value: str) -> str:
-    """Return a name, an id or a reason of an upstream, cut."""
+    """Return a name, an id or a reason of an upstream, cut to a limit."""
     return value[:MAX_TEXT]
 
 
 def fits(value: Any, size: int) -> bool:
-    """Return True if a value can be written as JSON, in so many bytes and not nested too deep."""
+    """Return True if a value can be written as JSON in so many bytes and is not nested too deep."""
     try:
         text = orjson.dumps(value)
     except (TypeError, ValueError, RecursionError):

@@ -1,6 +1,6 @@
-"""Who a request is from: names that reveal nothing, and what an address is worth behind proxies. No I/O.
+"""Name the clients, without personal data in the names, and find the caller's address behind proxies. No I/O.
 
-Whether a key or a token is good is decided in `broker/identity`.
+API keys and tokens are checked in `broker/identity`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 PRIVATE = ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "::1/128", "fc00::/7")
-"""What the word ``private`` stands for: the loopback, and the networks of RFC 1918 and RFC 4193."""
+"""The networks of the word ``private``: the loopback, RFC 1918 and RFC 4193."""
 
 MAX_HOPS = 20
-"""Entries of X-Forwarded-For that are looked at; a longer chain of one's own proxies has a loop in it."""
+"""Entries of X-Forwarded-For that are read; a longer chain of one's own proxies has a loop in it."""
 
 LONGEST_NAME = 128
 """Characters of the name of a client."""
 
 REMEMBERED = 2048
-"""Addresses that need not be read again; reading one of IPv6 takes some 10 µs."""
+"""Parsed addresses that are remembered; parsing an IPv6 address takes about 10 µs."""
 
 _LONGEST_HOP = 80
 _HOP = re.compile(
@@ -41,17 +41,17 @@ _HOP = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """One who asks.
+    """The client that a request is from.
 
-    ``Client(name)`` is enough where an application says who asks.
+    ``Client(name)`` is enough where an application identifies its clients.
 
     Attributes:
-        name: 1 to 128 printable characters, which stand in keys of Redis, in the books, in tables and in the log:
-            ``key:<name of the API key>``, ``sub:<hash>`` for tokens, ``addr:<hash>`` for addresses, and what an
-            application says, as it says it.
-        user: what the upstream is told where a request does not say, such as ``u_5f3c9e12ab34cd56``. Empty: a keyed
-            hash of the name.
-        authenticated: a key or a token was shown, or an application knows who it is.
+        name: 1 to 128 printable characters. It is part of Redis keys, of the usage ledger, of tables and of the log:
+            ``key:<name of the API key>``, ``sub:<hash>`` for tokens, ``addr:<hash>`` for addresses, or the name that an
+            application gives.
+        user: is sent upstream where a request has no user, such as ``u_5f3c9e12ab34cd56``. Empty: a keyed hash of
+            the name.
+        authenticated: a key or a token was valid, or an application knows the client.
 
     Raises:
         ValueError: the name is not of that form.
@@ -67,11 +67,11 @@ class Client:
 
 
 class ClientNamer:
-    """Names clients. Addresses and subjects are personal data, so only keyed hashes of them are ever kept.
+    """Names clients. Addresses and subjects are personal data, so only keyed hashes of them are stored.
 
     Args:
-        secret: known to every worker of the service and to nobody else, so that all give a client the same name and
-            nobody can try out addresses.
+        secret: is known to all workers of the service and to nobody else. So all of them give a client the same name,
+            and nobody else can test which address a name belongs to.
     """
 
     def __init__(self, secret: str) -> None:
@@ -80,19 +80,19 @@ class ClientNamer:
         self._with_key = lru_cache(maxsize=REMEMBERED)(self._name_key)
 
     def of_key(self, owner: str) -> Client:
-        """The client whose API key has this name."""
+        """Return the client whose API key has this name."""
         return self._with_key(owner)
 
     def of_subject(self, issuer: str, subject: str) -> Client:
-        """The client of a token. A subject means something only together with its issuer: RFC 7519, section 4.1.2."""
+        """Return the client of a token. A subject is unique only together with its issuer: RFC 7519, section 4.1.2."""
         return self._client(f"sub:{self._hash('sub', issuer, subject)}", authenticated=True)
 
     def of_address(self, address: Address | None) -> Client:
-        """Whoever uses an address; a household has a whole IPv6 /64. All whose address is unknown are one."""
+        """Return the client at an address. An IPv6 /64 counts as one, and so do all unknown addresses."""
         return self._at_network(network_of(address))
 
     def user_of(self, name: str) -> str:
-        """Return what the upstream is told of the client of this name."""
+        """Return the user that is sent upstream for the client of this name."""
         return f"u_{self._hash('user', name)}"
 
     def _name_key(self, owner: str) -> Client:
@@ -105,23 +105,23 @@ class ClientNamer:
         return Client(name, self.user_of(name), authenticated)
 
     def _hash(self, *parts: str) -> str:
-        # A subject is a JSON string, and such a one may hold half a surrogate pair.
+        # A subject is a JSON string, which may hold half a surrogate pair.
         text = "\0".join(parts).encode("utf-8", "surrogatepass")
         return hmac.digest(self._key, text, "sha256").hex()[:16]
 
 
 class Hop(NamedTuple):
-    """One that passed a request on, or the one that made it."""
+    """A proxy that passed a request on, or the client that sent it."""
 
     address: Address
     trusted: bool
 
 
 class Proxies:
-    """The proxies whose word counts.
+    """The proxies whose ``X-Forwarded-For`` is believed.
 
     Args:
-        trusted: addresses, networks, and the word ``private``.
+        trusted: addresses, networks, or the word ``private``.
     """
 
     def __init__(self, trusted: Iterable[str]) -> None:
@@ -130,14 +130,14 @@ class Proxies:
         self._hop = lru_cache(maxsize=REMEMBERED)(self._read_hop)
 
     def caller(self, peer: str, forwarded: Sequence[str]) -> Address | None:
-        """Who sent a request: the right-most hop that is not trusted, else the first of all; None if that is unknown.
+        """Return the caller: the right-most hop that is not trusted, else the first one; None if unknown.
 
-        A proxy adds the address it was called from at the right, so every entry is as good as the hop to its right,
-        and what stands left of one that is not trusted may be invented. An entry that is no address ends the list: the
-        hop that wrote it is the caller then.
+        A proxy appends the address of its caller, so each entry is as reliable as the hop to its right, and entries
+        left of an untrusted hop may be invented. An entry that is not an address ends the list: its writer is the
+        caller then.
 
         Args:
-            peer: whom the connection is from.
+            peer: the address of the connection.
             forwarded: the ``X-Forwarded-For`` lines in their order.
         """
         caller = hop = self._hop(peer) if len(peer) <= _LONGEST_HOP else None
@@ -149,7 +149,7 @@ class Proxies:
         return None if caller is None else caller.address
 
     def trusts(self, peer: str) -> bool:
-        """Return True if what this peer says of others counts."""
+        """Return True if the forwarding headers of this peer are believed."""
         hop = self._hop(peer) if len(peer) <= _LONGEST_HOP else None
         return hop is not None and hop.trusted
 
@@ -161,9 +161,9 @@ class Proxies:
 
 
 def parse_hop(text: str) -> Address | None:
-    """Read an address, with a port where a proxy adds one; None if it is neither.
+    """Parse an address, with or without a port. Returns None if it is neither.
 
-    The zone of an IPv6 address is dropped, and an IPv4 address in IPv6's clothes is IPv4.
+    The zone of an IPv6 address is dropped, and an IPv4 address that is mapped to IPv6 is returned as IPv4.
     """
     match = _HOP.fullmatch(text)
     if match is None:
@@ -179,8 +179,8 @@ def parse_hop(text: str) -> Address | None:
 
 
 def bearer(authorization: Sequence[str]) -> str | None:
-    """What the ``Authorization`` lines of a request show; None where that is not one bearer token: RFC 6750."""
-    if len(authorization) != 1:  # of several, a proxy may have checked another than we would
+    """Return the bearer token of the ``Authorization`` lines; None where they are not exactly one (RFC 6750)."""
+    if len(authorization) != 1:  # of several lines, a proxy may have checked another one than we would
         return None
     scheme, _, shown = authorization[0].partition(" ")
     return shown.strip() or None if scheme.lower() == "bearer" else None
@@ -192,7 +192,7 @@ def _from_the_right(lines: Sequence[str]) -> Iterator[str]:
 
 
 def network_of(address: Address | None) -> str:
-    """Return a word for all addresses that count as one: an IPv6 /64, and those that are unknown."""
+    """Return one word for all addresses that count as one: an IPv6 /64, and all unknown addresses."""
     if isinstance(address, ipaddress.IPv6Address):
         return f"6/{int(address) >> 64:x}"
     return str(address)

@@ -1,12 +1,12 @@
-"""The messages of a chat request: what each role may hold.
+"""The schema of the messages of a chat request, by role.
 
-Keys that are not known are refused here as they are at the top of the request: what nobody measures may cost, and
-a misspelt key would be lost without a word. An assistant message may come back as a page has collected it from a
-stream of any provider: tool calls with an empty id or type, content as a list of parts and plain strings, signatures
-of reasoning, images, annotations. Such parts are known here by their names; their contents are the provider's.
+Unknown keys are refused, as at the top of the request: a key that nobody measures may cost money, and a misspelt key
+would be ignored without notice. An assistant message may come back as a page has collected it from the stream of any
+provider: tool calls with an empty id or type, content as a list of parts and plain strings, signatures of reasoning,
+images, annotations. The names of such parts are known here; their contents belong to the provider.
 
-Shapes: https://openrouter.ai/docs/api-reference/chat-completion. Ours are typed dicts, for the document itself is
-what goes upstream; a validated copy of it would only have to be dumped again.
+Shapes: https://openrouter.ai/docs/api-reference/chat-completion. The types are typed dicts, because the document
+itself is sent upstream; a validated copy would have to be written again.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Required
 import orjson
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, with_config
 from pydantic_core import PydanticCustomError
-from typing_extensions import TypedDict  # typing's own tells pydantic too little before Python 3.12
+from typing_extensions import TypedDict  # typing's own gives pydantic too little before Python 3.12
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-# The tag of a union's member takes a place in pydantic's path to an error, though it is no key of the document.
-# Marked like this, the path can be cleaned of it again.
+# The tag of a union's member is part of pydantic's path to an error, though it is not a key of the document. Tags have
+# this mark, so that they can be removed from a path.
 TAG_MARK = "\0"
 
 MAX_PARTS = 256
@@ -37,9 +37,9 @@ MAX_EXTRA_CONTENT = 64 * 1024
 
 
 def by_key(key: str, names: Any) -> Discriminator:
-    """Tells the members of a union apart by ``value[key]``, which is one of the literal type ``names``.
+    """Return a discriminator that selects the member of a union by ``value[key]``, one of the literal type ``names``.
 
-    A value with none of them goes to the member tagged ``UNKNOWN``, whose own type refuses it at that key.
+    A value with another key selects the member tagged ``UNKNOWN``, whose type refuses it at that key.
     """
     return Discriminator(_tag_by_key(key, names))
 
@@ -55,12 +55,12 @@ def _tag_by_key(key: str, names: Any) -> Callable[[Any], str]:
 
 
 def by_kind(kind: type) -> Discriminator:
-    """Tells an array or an object (the member tagged ``INNER``) from everything else (``PLAIN``)."""
+    """Return a discriminator between an array or object (tag ``INNER``) and anything else (tag ``PLAIN``)."""
     return Discriminator(lambda value: INNER.tag if isinstance(value, kind) else PLAIN.tag)
 
 
 def tagged(name: str) -> Tag:
-    """Marks the member of a union that ``by_key`` finds by this name."""
+    """Return the tag by which ``by_key`` finds a member of a union."""
     return Tag(TAG_MARK + name)
 
 
@@ -68,7 +68,7 @@ UNKNOWN, INNER, PLAIN = tagged("unknown"), tagged("inner"), tagged("plain")
 
 
 def _address(value: str) -> str:
-    # anything else (file:, for one) may mean something on the machine of a self-hosted model
+    # other schemes, such as file:, may mean something on the machine of a self-hosted model
     if not value[:8].lower().startswith(("https://", "http://", "data:")):
         raise PydanticCustomError("address", "Input should be an http, https or data address")
     return value
@@ -92,14 +92,14 @@ ExtraContent = Annotated[dict[str, Any], AfterValidator(_bounded_object)]
 
 
 class CacheControl(TypedDict):
-    """Marks the end of a prefix worth caching, as Anthropic names it."""
+    """Marks the end of a prefix that should be cached, in Anthropic's form."""
 
     type: Literal["ephemeral"]
     ttl: NotRequired[Literal["5m", "1h"] | None]
 
 
 class CacheBreakpoint(TypedDict):
-    """The same, as OpenAI names it."""
+    """The same mark, in OpenAI's form."""
 
     mode: Literal["explicit"]
 
@@ -114,7 +114,7 @@ class TextPart(TypedDict):
 
 
 class Image(TypedDict):
-    """Where a picture is, or the picture itself as a data URL."""
+    """The address of a picture, or the picture itself as a data URL."""
 
     url: Address
     detail: NotRequired[Literal["auto", "low", "high", "original"] | None]
@@ -128,7 +128,7 @@ class ImagePart(TypedDict):
 
 
 class Audio(TypedDict):
-    """Base64 and its format, which differs too much between providers to be listed."""
+    """Base64 and its format. Formats differ too much between providers to be listed."""
 
     data: str
     format: Annotated[str, Field(min_length=1, max_length=32)]
@@ -157,7 +157,7 @@ class FilePart(TypedDict):
 
 
 class Video(TypedDict):
-    """Where a film is, or the film itself as a data URL."""
+    """The address of a film, or the film itself as a data URL."""
 
     url: Address
 
@@ -170,7 +170,7 @@ class VideoPart(TypedDict):
 
 
 class UnknownPart(TypedDict):
-    """Refuses a part that is none of the above, at its type."""
+    """Refuses an unknown part at its type."""
 
     type: PartType
 
@@ -186,19 +186,19 @@ Part = Annotated[
     by_key("type", PartType),
 ]
 
-# The first fault of a list of parts is told and ends its reading, so that a long list cannot bring as many faults.
+# Only the first fault of a list of parts is reported, so that a long list cannot produce as many faults.
 Parts = Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 Content = Annotated[Annotated[str, PLAIN] | Annotated[Parts, INNER], by_kind(list)]
 
-# What a tool answers may be nothing at all.
+# The result of a tool may be empty.
 ToolParts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
 ToolContent = Annotated[Annotated[str, PLAIN] | Annotated[ToolParts, INNER], by_kind(list)]
 TextContent = Annotated[Annotated[str, PLAIN] | Annotated[TextParts, INNER], by_kind(list)]
 
 
 class SystemMessage(TypedDict):
-    """Instructions; a developer message is the same thing under OpenAI's newer name."""
+    """Instructions. A developer message is the same under OpenAI's newer name."""
 
     role: Literal["system", "developer"]
     content: TextContent
@@ -206,7 +206,7 @@ class SystemMessage(TypedDict):
 
 
 class UserMessage(TypedDict):
-    """What the person says."""
+    """A message of the person."""
 
     role: Literal["user"]
     content: Content
@@ -214,17 +214,17 @@ class UserMessage(TypedDict):
 
 
 class FunctionCall(TypedDict, total=False):
-    """The function and its arguments, which are JSON in a string and may be broken: a model wrote them."""
+    """The function and its arguments: JSON in a string, which may be invalid because a model wrote it."""
 
     name: Annotated[str, Field(max_length=256)] | None
     arguments: Annotated[Annotated[str | None, PLAIN] | Annotated[dict[str, Any], INNER], by_kind(dict)]
 
 
-CallId = Annotated[str, Field(max_length=MAX_EXTRA_CONTENT)]  # some providers keep a signature in it
+CallId = Annotated[str, Field(max_length=MAX_EXTRA_CONTENT)]  # some providers put a signature into it
 
 
 class ToolCall(TypedDict, total=False):
-    """One call of a tool, as a model made it: some providers leave its id and type empty."""
+    """One call of a tool, as a model made it. Some providers leave its id and type empty."""
 
     id: CallId | None
     type: Literal["function", ""] | None
@@ -254,7 +254,7 @@ class AssistantAudio(TypedDict, total=False):
 
 @with_config(ConfigDict(extra="allow"))
 class ReasoningDetail(TypedDict):
-    """A piece of reasoning. Providers sign and encrypt it: it has to go back as it came, whatever it holds."""
+    """A piece of reasoning. Providers sign or encrypt it, so it must go back unchanged."""
 
     type: Annotated[str, Field(min_length=1, max_length=1024)]
 
@@ -277,7 +277,7 @@ CollectedPartType = Literal[
 
 @with_config(ConfigDict(extra="allow"))
 class CollectedPart(TypedDict):
-    """A part of an answer that is neither text nor a picture, with keys of the provider's own."""
+    """A part of an answer that is neither text nor a picture, with keys of the provider."""
 
     type: CollectedPartType
 
@@ -318,7 +318,7 @@ AnyCollected = Annotated[list[Any], Field(max_length=MAX_COLLECTED, fail_fast=Tr
 
 
 class AssistantMessage(TypedDict, total=False):
-    """What a model has said before."""
+    """An earlier message of the model."""
 
     role: Required[Literal["assistant"]]
     content: AnswerContent | None
@@ -334,7 +334,7 @@ class AssistantMessage(TypedDict, total=False):
     reasoning_details: (
         Annotated[list[ReasoningDetail], Field(max_length=MAX_COLLECTED, fail_fast=True)] | None
     )
-    # A page that puts each call at its index leaves a null before the first, where a provider counts from 1.
+    # A page that stores each call at its index leaves a null before the first, where a provider counts from 1.
     tool_calls: Annotated[list[ToolCall | None], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None
     function_call: FunctionCall | None
     images: Annotated[list[AssistantImage], Field(max_length=MAX_PARTS, fail_fast=True)] | None
@@ -350,7 +350,7 @@ class AssistantMessage(TypedDict, total=False):
 
 
 class ToolMessage(TypedDict):
-    """What a tool answered."""
+    """The result of a tool."""
 
     role: Literal["tool"]
     tool_call_id: CallId
@@ -359,7 +359,7 @@ class ToolMessage(TypedDict):
 
 
 class UnknownMessage(TypedDict):
-    """Refuses a message of no known role, at its role."""
+    """Refuses a message of an unknown role, at its role."""
 
     role: Role
 
@@ -376,7 +376,7 @@ Message = Annotated[
 
 
 def stray_tool_messages(messages: Sequence[Mapping[str, Any]]) -> Iterator[int]:
-    """The places of those tool messages that answer no call of the assistant message they follow."""
+    """Yield the places of tool messages that answer no call of the assistant message before them."""
     calls: set[str] = set()
     for index, message in enumerate(messages):
         role = message["role"]
@@ -389,7 +389,7 @@ def stray_tool_messages(messages: Sequence[Mapping[str, Any]]) -> Iterator[int]:
 
 
 def part_types(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """The place (``messages.0.content.1``) and the type of each part of messages that are valid."""
+    """Yield the place (``messages.0.content.1``) and the type of each part of valid messages."""
     for index, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, list):
@@ -399,7 +399,7 @@ def part_types(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str
 
 
 def image_addresses(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """The place and the URL of each picture of messages that are valid."""
+    """Yield the place and the URL of each picture of valid messages."""
     for index, message in enumerate(messages):
         for key in ("content", "images"):
             found = message.get(key)

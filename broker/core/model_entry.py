@@ -1,6 +1,6 @@
-"""The list of models: what the upstream's answer says of each, and what of it a caller asked to see.
+"""The list of models: parse the upstream's answer, find and filter its models, and write the answer for callers.
 
-Reading, looking up, narrowing and writing out; no fetching and no keeping. What things cost is in `core/pricing.py`.
+Nothing is fetched or stored here. Prices are in `core/pricing.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from broker.core.pricing import Prices, dearest_list, is_free, parse_prices
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-# Suffixes that choose among the providers of a model and leave the model as it is:
+# Suffixes that choose among the providers of a model and do not change the model:
 # https://openrouter.ai/docs/guides/routing/model-variants. All others (":free", ":extended", ":thinking") are models
-# of their own, with their own prices and context, and ":online" adds the price of a web search.
+# with their own prices and context, and ":online" adds the price of a web search.
 ROUTING_SUFFIXES = frozenset({"nitro", "floor", "exacto"})
 
 
@@ -42,15 +42,15 @@ MAX_ID = 256
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One entry of the list. None is "not known" throughout.
+    """One entry of the list. None means unknown in every field.
 
     Attributes:
-        id: what a request names it by.
-        name: for people; the id where the upstream gives none.
-        context_length: tokens, the smaller of what model and provider say.
+        id: the name that requests use.
+        name: the name for people; the id where the upstream gives none.
+        context_length: tokens, the smaller value of model and provider.
         max_completion_tokens: tokens, likewise.
-        prices: what it costs.
-        entry: the upstream's own entry, as JSON.
+        prices: its prices.
+        entry: the upstream's entry, as JSON.
     """
 
     id: str
@@ -63,13 +63,14 @@ class Model:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Models:
-    """One version of the whole list; two are the same only where they are one object.
+    """One version of the whole list. Two versions are equal only if they are the same object.
 
     Attributes:
-        entries: in the upstream's order.
-        index: by id and, where that names one model for sure, by canonical slug.
-        openrouter: some entry carries OpenRouter's ``pricing.prompt``, a decimal string. Others have a ``pricing`` too.
-        dearest: every price at the highest of the list; None where no entry has prices.
+        entries: the models in the upstream's order.
+        index: models by id and, where it is unique, by canonical slug.
+        openrouter: an entry has OpenRouter's ``pricing.prompt``, a decimal string. Other services have a ``pricing``
+            too.
+        dearest: the highest price of the list under each key; None where no entry has prices.
     """
 
     entries: tuple[Model, ...]
@@ -78,10 +79,10 @@ class Models:
     dearest: Prices | None = None
 
     def find(self, model_id: str) -> Model | None:
-        """The model that a request naming `model_id` gets, where that is certain.
+        """Return the model for a request that names `model_id`; None where that is not certain.
 
-        By id, else by ``canonical_slug``, else without a suffix that only chooses among its providers. The price
-        under such a suffix is the list's only where ``provider.max_price`` holds the request to it.
+        It is found by id, else by ``canonical_slug``, else without a suffix that only chooses among providers. With
+        such a suffix, the list's price is right only where ``provider.max_price`` limits the request to it.
         """
         base, _, suffix = model_id.rpartition(":")
         return self.index.get(model_id) or (self.index.get(base) if suffix in ROUTING_SUFFIXES else None)
@@ -89,19 +90,19 @@ class Models:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """An answer of GET /models: ``{"data": [...]}`` and its strong entity tag, without the quotes."""
+    """An answer of GET /models: ``{"data": [...]}``, and its strong entity tag without the quotes."""
 
     body: bytes
     etag: str
 
 
 def parse_models(body: bytes) -> Models:
-    """Read the upstream's answer: an object with a list under ``data``, or a bare list. ``data: null`` is an empty one.
+    """Parse the upstream's answer: an object with a list under ``data``, or a list. ``data: null`` is an empty list.
 
-    Entries without an id, and those that are too large, are left out, and of several with one id the first stays.
+    Entries without an id, and entries that are too large, are left out. Of several with one id the first is kept.
 
     Raises:
-        ValueError: it is no list of models, or too large to be read.
+        ValueError: the body is not a list of models, or is too large to be parsed.
     """
     if len(body) > MAX_LIST_BYTES or is_too_large_to_parse(body, most_values=MAX_LIST_VALUES):
         raise ValueError("too large for a list of models")
@@ -110,7 +111,7 @@ def parse_models(body: bytes) -> Models:
     if isinstance(document, dict) and "data" in document:
         data = [] if document["data"] is None else document["data"]
     if not isinstance(data, list):
-        raise ValueError("no list of models")  # noqa: TRY004 - bad data of others, as bad JSON is
+        raise ValueError("no list of models")  # noqa: TRY004 - invalid data of others, like invalid JSON
     raw_by_id: dict[str, dict[str, Any]] = {}
     for raw in data:
         if len(raw_by_id) >= MAX_MODELS:
@@ -130,17 +131,17 @@ def parse_models(body: bytes) -> Models:
 
 
 def allows(allowed: Iterable[str], model_id: str) -> bool:
-    """Whether a model passes the globs of ``BROKER_ALLOWED_MODELS``. Ids are compared as they are written."""
+    """Return True if a model matches the globs of ``BROKER_ALLOWED_MODELS``. Ids are compared as they are written."""
     return any(fnmatchcase(model_id, pattern) for pattern in allowed)
 
 
 def narrow(models: Iterable[Model], allowed: Sequence[str]) -> list[Model]:
-    """Those whose id passes one of the globs."""
+    """Return the models whose id matches one of the globs."""
     return [model for model in models if allows(allowed, model.id)]
 
 
 def search(models: Iterable[Model], q: str, *, free: bool) -> list[Model]:
-    """Those with `q` in their id or name, in either case; with `free` only those whose every price is zero."""
+    """Return the models with `q` in id or name, ignoring case; with `free`, only those with every price zero."""
     wanted = q.casefold()
     return [
         model
@@ -151,7 +152,7 @@ def search(models: Iterable[Model], q: str, *, free: bool) -> list[Model]:
 
 
 def write_listing(models: Iterable[Model]) -> Listing:
-    """The answer that lists these models."""
+    """Return the answer that lists these models."""
     body = b'{"data":[' + b",".join(model.entry for model in models) + b"]}"
     return Listing(body, sha256(body).hexdigest()[:32])
 
@@ -178,7 +179,7 @@ def _model(raw: dict[str, Any]) -> Model:
 
 
 def _smaller(raw: Mapping[str, Any], key: str) -> int | None:
-    """The smaller of what the entry and its ``top_provider`` say, of those that say a number of tokens."""
+    """Return the smaller number of tokens in the entry and its ``top_provider``; None where neither has one."""
     provider = raw.get("top_provider")
     said = [raw.get(key), provider.get(key) if isinstance(provider, dict) else None]
     known = [value for value in said if isinstance(value, int) and not isinstance(value, bool) and value > 0]
@@ -186,10 +187,10 @@ def _smaller(raw: Mapping[str, Any], key: str) -> int | None:
 
 
 def _unique_slugs(raw_by_id: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Canonical slug to id, where it names one model for sure.
+    """Return ids by canonical slug, where the slug belongs to one model only.
 
-    ``x:free`` has the slug of the paid ``x``, and an alias (``~…``) that of the model that it stands for now: neither
-    may answer for the slug, or a paid request would be booked as free.
+    ``x:free`` has the slug of the paid ``x``, and an alias (``~…``) has the slug of its present model. Neither may
+    stand for the slug, or a paid request would be booked as free.
     """
     ids: dict[str, set[str]] = {}
     for model_id, raw in raw_by_id.items():

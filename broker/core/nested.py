@@ -1,7 +1,7 @@
 """Nested parameters that an operator opened by a dotted name, such as ``messages.cache_control``.
 
-They are taken out of a copy of the document before the rest is checked. Only what the schema does not know can be
-opened: the range of a documented parameter stays what it is.
+They are removed from a copy of the document before the rest is checked. Only keys that the schema does not know can be
+opened; the range of a documented parameter always applies.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_PATH = 256
 """Characters of a dotted name that can be opened."""
 
 MAX_KEYS = 1000
-"""Keys of an object of which some can be opened; of a larger one none is, and what is not known of it is refused."""
+"""Keys of an object in which some can be opened. In a larger object none is, and its unknown keys are refused."""
 
 _WILDCARDS = "*?["
 
@@ -53,7 +53,7 @@ class Opened:
             for end, character in enumerate(name)
             if character == "." and not any(mark in name for mark in _WILDCARDS)
         )
-        # One expression for all: `fnmatchcase` for each glob and key takes twice as long for the largest body.
+        # One expression for all globs: `fnmatchcase` for each glob and key takes twice as long for the largest body.
         self._match = re.compile("|".join(map(translate, self._globs))).match if self._globs else None
         self._anywhere = any(mark in name for name in self._globs for mark in _WILDCARDS)
 
@@ -64,7 +64,7 @@ class Opened:
         return len(path) <= MAX_PATH and self._match is not None and self._match(path) is not None
 
     def leads_below(self, path: str) -> bool:
-        """Return True if a name of the list may stand below this path."""
+        """Return True if a name of the list may be below this path."""
         return self._anywhere or path in self._prefixes
 
 
@@ -72,10 +72,10 @@ def without_opened(value: Any, kind: Any, opened: Opened, path: str = "") -> Any
     """Return a value without the nested keys that are opened and that its type does not know.
 
     Args:
-        value: a part of the document; it is left as it is.
-        kind: its type, as the schema has it.
+        value: a part of the document; it is not changed.
+        kind: its type in the schema.
         opened: the operator's names.
-        path: of the value, with dots and without the places in lists; empty for the document.
+        path: its path, with dots and without places in lists; empty for the document.
     """
     shape = _shape(kind)
     if shape.choose is not None:
@@ -97,11 +97,11 @@ def without_opened(value: Any, kind: Any, opened: Opened, path: str = "") -> Any
 
 
 class _Shape(NamedTuple):
-    """What of a type matters here.
+    """The parts of a type that matter here.
 
     Attributes:
-        choose: gives the tag of the member of a union that a value belongs to.
-        members: of the union, by tag.
+        choose: returns the tag of the member of a union that a value belongs to.
+        members: members of the union, by tag.
         item: type of the items of a list.
         keys: types of the known keys of an object.
     """
@@ -124,7 +124,7 @@ def _shape(kind: Any) -> _Shape:
                 return _Shape(choose=mark.discriminator, members=_by_tag(inner))
         return _shape(inner)
     if origin in (Union, UnionType):
-        # Without a discriminator there is at most one member besides null.
+        # Without a discriminator a union has at most one member besides null.
         return _shape(next(member for member in get_args(kind) if member is not type(None)))
     if origin is list:
         return _Shape(item=get_args(kind)[0])

@@ -1,7 +1,7 @@
-"""Which pages may use the broker, and under which names it answers. No I/O.
+"""Decide which pages may use the broker, and to which host names it answers. No I/O.
 
-Origins, because a browser lets any page of the internet send requests; host names, because a page can give its own
-name the loopback's address (DNS rebinding) and then counts as same-origin.
+Origins are checked because a browser lets any page of the internet send requests. Host names are checked because a
+page can point its own name at the loopback (DNS rebinding) and then counts as same-origin.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from enum import Enum
 from urllib.parse import urlsplit
 
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._~:\[\]-]+")
-"""scheme://host[:port], as a browser writes it. It goes upstream as a header, so nothing else passes."""
+"""scheme://host[:port], as a browser writes it. It is sent upstream as a header, so nothing else may pass."""
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class Verdict(Enum):
-    """What an origin may do."""
+    """What a page of an origin may do."""
 
     REFUSED = "refused"
     ALLOWED = "allowed"
@@ -28,11 +28,11 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Origins:
-    """The rules.
+    """The allowed origins and hosts.
 
     Args:
         listed: origins such as ``https://a.example`` or ``tauri://localhost``, ``null`` for pages without one, or
-            ``*`` for all. Nothing listed admits this machine's pages.
+            ``*`` for all. With an empty list, pages of this machine are allowed.
         loopback_only: the service listens on the loopback, so other host names are refused.
     """
 
@@ -40,9 +40,9 @@ class Origins:
     loopback_only: bool
 
     def judge(self, origin: str, host: str | None) -> Verdict:
-        """Whether a page of ``origin`` may use the service that it reached as ``host``."""
+        """Return what a page of ``origin`` may do with the service that it reached as ``host``."""
         if origin == "null":
-            # Any page can make itself one (a sandboxed frame), so it never gets credentials.
+            # Any page can have this origin (in a sandboxed frame), so it never gets credentials.
             return Verdict.ALLOWED if self.listed & {"null", "*"} else Verdict.REFUSED
         if not _ORIGIN.fullmatch(origin):
             return Verdict.REFUSED
@@ -55,7 +55,7 @@ class Origins:
         return Verdict.REFUSED
 
     def answers_to(self, host: str | None) -> bool:
-        """Whether a ``Host`` header may name this service."""
+        """Return True if a ``Host`` header may name this service."""
         if not self.loopback_only or host is None:
             return True
         name = _split_host(host)[0]
@@ -69,7 +69,7 @@ class Origins:
         if host is None or name is None:
             return False
         own_name, own_port = _split_host(host)
-        # A browser leaves the default port out of both; a proxy may put it into Host.
+        # A browser leaves the default port out of both; a proxy may add it to Host.
         default = _DEFAULT_PORTS.get(urlsplit(origin).scheme)
         return name == own_name and (port or default) == (own_port or default)
 

@@ -1,9 +1,9 @@
-"""The parameters of a chat request: their types and ranges, and which of them only an operator can open.
+"""The schema of the parameters of a chat request, and which parameters only an operator can open.
 
-`Parameters` is what every page may send. What would let a page raise its own cost or reach is either missing from
-it (plugins, transforms, image_config, …) or narrower than the upstream takes it (`CLOSABLE`).
+Every page may send `Parameters`. Parameters that would let a page raise its own cost or reach are missing there
+(plugins, transforms, image_config, …) or have a smaller range than upstream (`CLOSABLE`).
 
-ClientNamer and ranges: https://openrouter.ai/docs/api-reference/parameters and the schema of its chat completions.
+Names and ranges: https://openrouter.ai/docs/api-reference/parameters and the schema of its chat completions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_TOOLS = 128
 MAX_CHOICES = 128
 
 _PRICE = re.compile(r"[0-9]{1,12}(\.[0-9]{1,18})?")
-_LARGEST_EXACT = 2**53  # beyond it a browser cannot write every whole number
+_LARGEST_EXACT = 2**53  # a browser cannot write every whole number beyond it
 
 
 def _only_true(value: bool) -> bool:
@@ -69,14 +69,14 @@ SortBy = Literal["price", "throughput", "latency", "exacto"]
 
 
 class StreamOptions(TypedDict, total=False):
-    """Taken for the sake of those clients that always send it; ours goes upstream."""
+    """Accepted because some clients always send it. The broker sends its own."""
 
     include_usage: bool | None
     include_obfuscation: bool | None
 
 
 class Usage(TypedDict, total=False):
-    """Deprecated: the usage always comes."""
+    """Deprecated: the usage is always sent."""
 
     include: bool | None
 
@@ -92,7 +92,7 @@ class Reasoning(TypedDict, total=False):
 
 
 class Sorting(TypedDict, total=False):
-    """By what providers are sorted, and whether within a model or across them."""
+    """How providers are sorted, and whether within a model or across models."""
 
     by: SortBy | None
     partition: Literal["model", "none"] | None
@@ -121,7 +121,7 @@ Threshold = Annotated[Annotated[Positive, PLAIN] | Annotated[Percentiles, INNER]
 
 
 class Provider(TypedDict, total=False):
-    """Which providers may serve the request, and in what order."""
+    """The providers that may serve the request, and their order."""
 
     allow_fallbacks: bool | None
     require_parameters: bool | None
@@ -139,7 +139,7 @@ class Provider(TypedDict, total=False):
 
 
 class Function(TypedDict, total=False):
-    """What a model may call; the parameters are a JSON schema."""
+    """A function that a model may call; the parameters are a JSON schema."""
 
     name: Required[FunctionName]
     description: str | None
@@ -148,7 +148,7 @@ class Function(TypedDict, total=False):
 
 
 class FunctionTool(TypedDict, total=False):
-    """A tool that runs at the caller's, unlike those that the upstream runs and bills."""
+    """A tool that the caller runs, unlike tools that the upstream runs and bills."""
 
     type: Required[Literal["function"]]
     function: Required[Function]
@@ -156,7 +156,7 @@ class FunctionTool(TypedDict, total=False):
 
 
 class ChosenFunction(TypedDict):
-    """Names a function."""
+    """The name of a function."""
 
     name: FunctionName
 
@@ -184,14 +184,14 @@ class JsonSchema(TypedDict, total=False):
 
 
 class JsonSchemaFormat(TypedDict):
-    """JSON to a schema."""
+    """JSON that follows a schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
 
 class GrammarFormat(TypedDict):
-    """Text to a grammar."""
+    """Text that follows a grammar."""
 
     type: Literal["grammar"]
     grammar: str
@@ -201,7 +201,7 @@ FormatType = Literal["text", "json_object", "json_schema", "grammar", "python"]
 
 
 class UnknownFormat(TypedDict):
-    """Refuses a format that is none of the above, at its type."""
+    """Refuses an unknown format at its type."""
 
     type: FormatType
 
@@ -225,7 +225,7 @@ class Prediction(TypedDict):
 
 
 class CacheOptions(TypedDict, total=False):
-    """Whether only marked prefixes are cached, and how long."""
+    """Whether only marked prefixes are cached, and for how long."""
 
     mode: Required[Literal["explicit"]]
     ttl: Annotated[str, Field(max_length=16)] | None
@@ -233,7 +233,7 @@ class CacheOptions(TypedDict, total=False):
 
 @with_config(ConfigDict(extra="allow"))
 class Trace(TypedDict, total=False):
-    """Names for the operator's tracing; keys of one's own are part of the format."""
+    """Names for the operator's tracing. Free keys are part of the format."""
 
     trace_id: str
     trace_name: str
@@ -248,9 +248,9 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 Pairs = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]]
 
 
-@with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))  # holds for all the types within
+@with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))  # also for all types within
 class Parameters(TypedDict, total=False):
-    """What every page may send. A null at this level is as good as nothing, and taken out before."""
+    """The parameters that every page may send. A null at this level counts as absent and is removed before."""
 
     messages: Required[Annotated[list[Message], Field(min_length=1)]]
     model: Name
@@ -309,7 +309,7 @@ class Parameters(TypedDict, total=False):
 
 @with_config(ConfigDict(strict=True, extra="allow"))
 class OpenedParameters(TypedDict, total=False):
-    """Of what an operator opened, the little that the broker itself must be able to read."""
+    """The part of the opened parameters that the broker itself must be able to read."""
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)]
     plugins: Annotated[list[dict[str, Any]], Field(max_length=64, fail_fast=True)]
@@ -318,14 +318,14 @@ class OpenedParameters(TypedDict, total=False):
 PARAMETERS: TypeAdapter[Parameters] = TypeAdapter(Parameters)
 OPENED_PARAMETERS: TypeAdapter[OpenedParameters] = TypeAdapter(OpenedParameters)
 
-# Known to everybody in the narrow form above; opened by name they are passed through as they are.
+# Every page may send them in the narrow form above. Opened by name, they are passed through unchanged.
 CLOSABLE = frozenset({"n", "modalities", "service_tier", "tools", "tool_choice"})
 
-# Stands for models with this suffix, which search the web at a price of its own.
+# The name that opens models with this suffix, which search the web at an extra price.
 ONLINE = ":online"
 
-# Suffixes and forms of a model's name that bring more than the model: a web search, another way of serving, a preset
-# with a system prompt, models and tools of its own. Each is opened by this name.
+# Suffixes and forms of a model's name that bring more than the model: a web search, another way of serving, or a preset
+# with its own system prompt, models and tools. Each can be opened by this name.
 PRESET = "@preset"
 CLOSED_MODEL_FORMS: Mapping[str, str] = {
     ONLINE: "Models that search the web are not open here",
@@ -333,7 +333,7 @@ CLOSED_MODEL_FORMS: Mapping[str, str] = {
     PRESET: "Presets are not open here",
 }
 
-# Kinds of parts that cost outside the list of prices. Each is opened by this name.
+# Types of parts whose cost is not in the list of prices. Each can be opened by this name.
 CLOSED_PARTS: Mapping[str, str] = {
     "file": "file",
     "input_audio": "input_audio",
@@ -341,13 +341,13 @@ CLOSED_PARTS: Mapping[str, str] = {
     "input_video": "video_url",
 }
 
-# Lets an upstream other than OpenRouter fetch pictures from addresses.
+# The name that lets an upstream other than OpenRouter fetch pictures from addresses.
 FETCHED_IMAGES = "image_url.http"
 
-# Ours, whatever a page says: usage is always asked for, and in one way.
+# The broker sets these, whatever a page sends: usage is always asked for, in one way.
 OURS_IN_STREAM_OPTIONS = frozenset({"include_usage", "include_obfuscation"})
 
 
 def is_open(name: str, extra_parameters: Iterable[str]) -> bool:
-    """Whether an operator's globs (case-sensitive) open this name."""
+    """Return True if an operator's globs (case-sensitive) open this name."""
     return any(fnmatchcase(name, glob) for glob in extra_parameters)

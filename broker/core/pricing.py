@@ -1,10 +1,10 @@
-"""What an answer costs: prices of the catalog in, nano-USD out. Where prices come from is no business of this module.
+"""Compute what an answer costs, from the prices of the list of models. No I/O.
 
 Money is an integer count of nano-USD (1e-9 USD), always rounded up, so that sums in Redis and here agree and no
-rounding ever favours the spender. Prices are exact decimals in nano-USD a token, since many lie below one nano-USD.
+rounding favours the spender. Prices are exact decimals in nano-USD per token, since many are below one nano-USD.
 
 Rules of the price list, see https://openrouter.ai/docs/client-sdks/typescript/models/pricingoverride:
-prices are decimal strings in USD a token (``request``: a request); a negative one means that the price depends on
+prices are decimal strings in USD per token (``request``: per request); a negative one means that the price depends on
 where the request is routed. An entry of ``overrides`` applies when all its conditions hold: a prompt strictly longer
 than ``min_prompt_tokens``, and a UTC time within [``utc_start``, ``utc_end``), clock numbers such as 1030 that may
 wrap past midnight. Among those that apply, later entries win key by key, and keys that an entry lacks stay as they
@@ -22,8 +22,8 @@ from broker.core.tokens import AUDIO_TOKENS, IMAGE_TOKENS
 
 NANO = 1_000_000_000
 
-# A call that costs more is a broken number, not a bill. The bound also keeps every sum that is made of such amounts
-# within the 2^53 up to which Lua's numbers are exact.
+# A call that costs more is a wrong number, not a bill. The bound also keeps every sum of such amounts below 2^53, up to
+# which Lua's numbers are exact.
 MAX_COST = 1_000_000 * NANO
 
 _MAX_TOKENS = 2**31
@@ -32,7 +32,7 @@ _NANO = Decimal(NANO)
 _ZERO = Decimal(0)
 _MONEY = Context(prec=60, rounding=ROUND_CEILING)
 
-# What the costs of a text answer are made of, and what else a list may price.
+# The prices that the cost of a text answer needs, and other prices that a list may have.
 _PRICES = (
     "prompt",
     "completion",
@@ -57,11 +57,11 @@ _OVERRIDE_KEYS = frozenset({"min_prompt_tokens", "utc_start", "utc_end", *_PRICE
 _TICKS = Decimal(10) ** 10
 
 Listed = Mapping[str, Decimal]
-"""Prices by the upstream's own keys, in nano-USD; a key that is not there has no price of its own."""
+"""Prices by the upstream's own keys, in nano-USD. A missing key has no price of its own."""
 
 
 class Rates(NamedTuple):
-    """What one request pays, every price settled: nano-USD a token, ``request`` once."""
+    """The prices of one request, with all rules applied: nano-USD per token; ``request`` once."""
 
     prompt: Decimal
     completion: Decimal
@@ -73,7 +73,7 @@ class Rates(NamedTuple):
 
 
 class Demand(NamedTuple):
-    """What a request can make an upstream charge besides its tokens of text.
+    """What a request can make an upstream charge besides its text tokens.
 
     Attributes:
         images: pictures in the prompt.
@@ -94,13 +94,13 @@ TEXT_ONLY = Demand()
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """Prices that hold under conditions.
+    """Prices that apply under conditions.
 
     Attributes:
-        changes: the prices it sets.
-        min_prompt_tokens: holds for prompts strictly longer than this.
+        changes: the prices that it sets.
+        min_prompt_tokens: applies to prompts strictly longer than this.
         window: minutes of the UTC day, the end excluded; may wrap past midnight.
-        certain: False where a condition cannot be judged here (week days, or one that is not known).
+        certain: False where a condition cannot be checked here (week days, or an unknown one).
     """
 
     changes: Listed
@@ -115,9 +115,9 @@ class Prices:
 
     Attributes:
         listed: its prices.
-        overrides: those that hold under conditions.
-        free: every price on it is zero.
-        unreadable: other keys than those of text whose price is negative or no price.
+        overrides: prices that apply under conditions.
+        free: every price in the list is zero.
+        unreadable: keys other than those of text with a negative price, or with something that is not a price.
     """
 
     listed: Listed
@@ -127,10 +127,9 @@ class Prices:
 
 
 def parse_prices(entry: Mapping[str, Any]) -> Prices | None:
-    """The prices of a model's entry, or None where they are not known.
+    """Return the prices of a model's entry; None where they are not known.
 
-    None as well where any price that a cost is made of is negative or unreadable, in the list or in an override:
-    half a price is no price.
+    Also None where a price that every cost needs is negative or unreadable, in the list or in an override.
     """
     pricing = entry.get("pricing")
     if not isinstance(pricing, Mapping):
@@ -154,7 +153,7 @@ def parse_prices(entry: Mapping[str, Any]) -> Prices | None:
 
 
 def is_free(prices: Prices | None) -> bool:
-    """Whether every price is known and zero."""
+    """Return True if every price is known and zero."""
     return prices is not None and prices.free
 
 
@@ -165,21 +164,21 @@ def cost_of(
     minute_of_day: int | None = None,
     images: int = 0,
 ) -> int | None:
-    """What an answer cost, in nano-USD; None where that cannot be told. Never raises, whatever `usage` holds.
+    """Return what an answer cost, in nano-USD; None where that is unknown. Never raises, whatever `usage` holds.
 
-    The upstream's own word comes first. Without one, the counts times the prices: cached and cache-written tokens
-    are part of ``prompt_tokens`` and reasoning tokens part of ``completion_tokens``, each at its own price where it
-    has one.
+    The cost that the upstream reports comes first. Without one, the token counts are multiplied by the prices: cached
+    and cache-written tokens are part of ``prompt_tokens`` and reasoning tokens are part of ``completion_tokens``, each
+    at its own price where it has one.
 
     Args:
-        usage: as the upstream sent it.
-        prices: the model's.
-        minute_of_day: of the UTC day; without it, the dearer side of every price that depends on the time.
-        images: pictures in the prompt, for models that have a price for each beside that of the tokens.
+        usage: the usage object of the upstream.
+        prices: the model's prices.
+        minute_of_day: of the UTC day; None takes the higher price where the price depends on the time.
+        images: pictures in the prompt, for models with a price per picture besides that of the tokens.
     """
     if not isinstance(usage, Mapping):
         return None
-    told = told_cost(usage)
+    told = reported_cost(usage)
     if told is not None:
         return told
     prompt, completion = count_of(usage.get("prompt_tokens")), completion_of(usage)
@@ -200,11 +199,11 @@ def cost_of(
     )
 
 
-def told_cost(usage: Mapping[str, Any]) -> int | None:
-    """The upstream's own word on what an answer cost, in nano-USD; None where it says nothing that can be read.
+def reported_cost(usage: Mapping[str, Any]) -> int | None:
+    """Return the cost that the upstream reports, in nano-USD; None where it reports none that can be read.
 
-    ``cost`` is a number, or Perplexity's object with ``total_cost``; xAI counts ``cost_in_usd_ticks``. With a key of
-    one's own at the provider (``is_byok``), ``cost`` is OpenRouter's fee alone and the provider's bill comes on top.
+    ``cost`` is a number, or Perplexity's object with ``total_cost``; xAI counts ``cost_in_usd_ticks``. With the user's
+    own key at the provider (``is_byok``), ``cost`` is only OpenRouter's fee, and the provider's bill is added.
     """
     cost = usage.get("cost")
     amount = _number(cost.get("total_cost") if isinstance(cost, Mapping) else cost)
@@ -219,13 +218,13 @@ def told_cost(usage: Mapping[str, Any]) -> int | None:
 
 
 def _number(value: object) -> Decimal | None:
-    """A cost, which is a JSON number: a text in its place is not taken for one."""
+    """Return a cost, which must be a JSON number and not a text."""
     return None if isinstance(value, str) else _decimal(value)
 
 
-def told_cost_of_record(record: Mapping[str, Any]) -> int | None:
-    """The same of OpenRouter's record of a generation, which has other names for it."""
-    return told_cost(
+def reported_cost_of_record(record: Mapping[str, Any]) -> int | None:
+    """Return the cost in OpenRouter's record of a generation, which has other names for it."""
+    return reported_cost(
         {
             "cost": record.get("total_cost"),
             "is_byok": record.get("is_byok"),
@@ -235,9 +234,9 @@ def told_cost_of_record(record: Mapping[str, Any]) -> int | None:
 
 
 def completion_of(usage: Mapping[str, Any]) -> int | None:
-    """Tokens that a model wrote, its reasoning included; None where the usage does not say.
+    """Return the tokens that a model wrote, including its reasoning; None where the usage does not say.
 
-    xAI leaves the reasoning out of ``completion_tokens``; only ``total_tokens`` has it.
+    xAI leaves the reasoning out of ``completion_tokens``; only ``total_tokens`` includes it.
     """
     completion, total = count_of(usage.get("completion_tokens")), count_of(usage.get("total_tokens"))
     prompt = count_of(usage.get("prompt_tokens"))
@@ -249,10 +248,10 @@ def completion_of(usage: Mapping[str, Any]) -> int | None:
 def worst_case(
     prompt_tokens: int, output_tokens: int, prices: Prices | None, demand: Demand = TEXT_ONLY
 ) -> int | None:
-    """The most that a request can cost, in nano-USD; None where a price that it can touch is not known.
+    """Return the most that a request can cost, in nano-USD; None where a price that may apply is unknown.
 
-    Every token at the dearest price it may meet: of the list and all overrides, written to the cache, or reasoned.
-    A picture costs its tokens, and a price of its own where one is listed.
+    Every token counts at the highest price that may apply: of the list and all overrides, written to the cache, or as
+    reasoning. A picture costs its tokens, and its own price where one is listed.
     """
     if prices is None or not prices.unreadable.isdisjoint(_touched(demand)):
         return None
@@ -277,7 +276,7 @@ def worst_case(
 
 
 def _touched(demand: Demand) -> set[str]:
-    """The keys of a price list that only some requests touch, and this one does."""
+    """Return the keys of a price list that apply only to some requests, and to this one."""
     keys = set()
     if demand.images:
         keys |= {"image", "image_token"}
@@ -293,13 +292,13 @@ def _touched(demand: Demand) -> set[str]:
 
 
 def _dearest_of(prices: Prices, key: str) -> Decimal:
-    """A price at its highest, of the list and all overrides; 0 where it is not listed."""
+    """Return the highest price of a key, in the list and all overrides; 0 where it is not listed."""
     lists = (prices.listed, *(override.changes for override in prices.overrides))
     return max(each.get(key, _ZERO) for each in lists)
 
 
 def dearest_list(lists: Iterable[Prices]) -> Prices | None:
-    """One list with every price at the highest that any of these has; None without any."""
+    """Return one price list with the highest price of all these lists under each key; None without any list."""
     known = list(lists)
     if not known:
         return None
@@ -311,21 +310,23 @@ def dearest_list(lists: Iterable[Prices]) -> Prices | None:
 
 
 def dearest(prices: Prices) -> Rates:
-    """Each price at its highest, of the list and all overrides."""
+    """Return the highest price of each kind, in the list and all overrides."""
     return _rates(prices, lambda _: None)
 
 
 def rates_for(prices: Prices, prompt_tokens: int, minute_of_day: int | None) -> Rates:
-    """What a request of so many prompt tokens at that minute of the UTC day pays."""
+    """Return the prices for a prompt of so many tokens at that minute of the UTC day."""
     return _rates(prices, lambda override: _applies(override, prompt_tokens, minute_of_day))
 
 
 def max_price(prices: Iterable[Prices], demand: Demand = TEXT_ONLY) -> dict[str, float]:
-    """OpenRouter's ``provider.max_price`` that lets nothing through above the dearest of these prices.
+    """Return OpenRouter's ``provider.max_price`` that excludes providers above the highest of these prices.
 
-    There is at least one. Prompt and completion are in USD a million tokens, the others in the units of the list:
-    https://openrouter.ai/docs/client-sdks/typescript/models/maxprice. They are named where they are listed and the
-    request touches them, so that a provider is not left out for a price that nobody would pay.
+    There is at least one price list. Prompt and completion are in USD per million tokens, the others in the units of
+    the
+    list: https://openrouter.ai/docs/client-sdks/typescript/models/maxprice. Other prices are included only where they
+        are
+    listed and apply to the request, so that no provider is excluded for a price that would not be paid.
     """
     known = list(prices)
     rates = [dearest(each) for each in known]
@@ -341,7 +342,7 @@ def max_price(prices: Iterable[Prices], demand: Demand = TEXT_ONLY) -> dict[str,
 
 
 def narrow_max_price(given: Any, ours: Mapping[str, float]) -> dict[str, Any]:
-    """A request's ``provider.max_price`` with ours as the upper bound; what it holds besides stays."""
+    """Return a request's ``provider.max_price`` with ours as upper bounds; its other keys stay."""
     held = dict(given) if isinstance(given, Mapping) else {}
     for name, bound in ours.items():
         own = _decimal(held.get(name))
@@ -350,12 +351,12 @@ def narrow_max_price(given: Any, ours: Mapping[str, float]) -> dict[str, Any]:
 
 
 def to_usd(nano: int) -> float:
-    """Nano-USD as the number that JSON carries."""
+    """Return nano-USD in USD, as a number for JSON."""
     return nano / NANO
 
 
 def to_nano(usd: Any) -> int | None:
-    """USD, any number or the text of one, in nano-USD; None for anything negative, absurd or no number at all."""
+    """Return USD (a number or its text) in nano-USD; None for anything negative, absurd or not a number."""
     amount = _decimal(usd)
     return None if amount is None else _nano(amount)
 
@@ -365,7 +366,7 @@ def _nano(usd: Decimal) -> int | None:
 
 
 def _rates(prices: Prices, applies: Callable[[Override], bool | None]) -> Rates:
-    """The rates under the overrides that apply; one that only may apply counts where it is dearer."""
+    """Return the prices with the overrides that apply. One that may apply counts where it is higher."""
     judged = [(override, applies(override)) for override in prices.overrides]
     listed = dict(prices.listed)
     for override, holds in judged:
@@ -379,9 +380,9 @@ def _rates(prices: Prices, applies: Callable[[Override], bool | None]) -> Rates:
 
 
 def _settle(listed: Listed) -> Rates:
-    """Fill what is not listed.
+    """Replace missing prices by those that apply instead.
 
-    A special price of zero beside a real one means that there is no special price: lists carry
+    A special price of zero besides a real one means that there is no special price: lists have
     ``"internal_reasoning": "0"`` for models whose reasoning is billed as output.
     """
     prompt, completion = listed["prompt"], listed["completion"]
@@ -398,7 +399,7 @@ def _settle(listed: Listed) -> Rates:
 
 
 def _applies(override: Override, prompt_tokens: int, minute_of_day: int | None) -> bool | None:
-    """Whether all conditions hold; None where that cannot be told."""
+    """Return True if all conditions hold, False if not; None where that is unknown."""
     if override.min_prompt_tokens is not None and prompt_tokens <= override.min_prompt_tokens:
         return False
     if override.window is not None:
@@ -420,7 +421,7 @@ def _total(fixed: Decimal, *charges: tuple[int, Decimal]) -> int | None:
 
 
 def _listed(raw: Mapping[str, Any]) -> dict[str, Decimal] | None:
-    """The prices in nano-USD; None where one of those that every cost is made of is not readable."""
+    """Return the prices in nano-USD; None where a price that every cost needs is not readable."""
     listed: dict[str, Decimal] = {}
     for key in _PRICES:
         if raw.get(key) is None:
@@ -429,7 +430,7 @@ def _listed(raw: Mapping[str, Any]) -> dict[str, Decimal] | None:
         if price is None:
             return None
         listed[key] = _MONEY.multiply(price, _NANO)
-    for key in _OTHER_PRICES:  # what few requests touch does not make a list unreadable
+    for key in _OTHER_PRICES:  # a price that applies to few requests does not make a list unreadable
         if (price := _price(raw.get(key))) is not None:
             listed[key] = _MONEY.multiply(price, _NANO)
     return listed
@@ -440,7 +441,7 @@ def _unreadable(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _override(raw: Any) -> Override | None:
-    """One entry of ``overrides``; None where a price in it is not readable."""
+    """Return one entry of ``overrides``; None where a price in it is not readable."""
     changes = _listed(raw) if isinstance(raw, Mapping) else None
     if changes is None:
         return None
@@ -460,12 +461,12 @@ def _all_zero(raw: Mapping[str, Any]) -> bool:
 
 
 def _price(value: Any) -> Decimal | None:
-    """USD out of the decimal string of a price list. A number is not taken: other lists have other units."""
+    """Return USD from the decimal string of a price list. Numbers are refused: other lists have other units."""
     return _decimal(value) if isinstance(value, str) else None
 
 
 def _decimal(value: Any) -> Decimal | None:
-    """A finite amount of USD from 0 to a million, or None."""
+    """Return a finite amount of USD from 0 to a million, or None."""
     if isinstance(value, str | Decimal):
         plausible = len(str(value)) <= _MAX_DIGITS
     else:
@@ -480,14 +481,14 @@ def _decimal(value: Any) -> Decimal | None:
 
 
 def _ticks(value: Any) -> Decimal | None:
-    """A count of ticks that is worth from 0 to a million USD, or None."""
+    """Return a count of ticks that is worth from 0 to a million USD, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 10**16:
         return None
     return Decimal(str(value))
 
 
 def count_of(value: Any) -> int | None:
-    """A number of tokens, or None for what can be none."""
+    """Return a number of tokens; None for any other value."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
@@ -496,13 +497,13 @@ def count_of(value: Any) -> int | None:
 
 
 def detail_of(usage: Mapping[str, Any], group: str, key: str) -> int:
-    """A number of tokens in a part of a usage object, 0 where there is none."""
+    """Return a number of tokens from a part of a usage object, or 0."""
     details = usage.get(group)
     return (count_of(details.get(key)) or 0) if isinstance(details, Mapping) else 0
 
 
 def _minute(clock: Any) -> int | None:
-    """The minute of the day of an HHMM clock number: 1030 is 630."""
+    """Return the minute of the day of an HHMM clock number: 1030 is 630."""
     if isinstance(clock, str) and clock.isdecimal() and len(clock) <= len("HHMM"):
         clock = int(clock)
     number = count_of(clock)

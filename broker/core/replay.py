@@ -1,8 +1,8 @@
-"""What to give a viewer next, and how the journal is read. No I/O.
+"""Decide what a viewer gets next, and join batches of the journal. No I/O.
 
-The events of a session lie in two places that overlap: this worker's memory holds the newest of them, the journal in
-Redis all that were written there. A viewer says by its cursor what it has. Whatever it is given follows on that without
-a hole; where that cannot be, it is told.
+The events of a session are in two places that overlap: the memory of this worker has the newest ones, and the journal
+in Redis has all that were written to it. The cursor of a viewer names the last event that it has. The next events must
+follow it without a gap; where that is not possible, the viewer is sent an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Next(Enum):
-    """What a viewer gets next."""
+    """The next thing for a viewer."""
 
     MEMORY = "memory"
     JOURNAL = "journal"
@@ -27,11 +27,11 @@ class Next(Enum):
 
 
 def what_next(cursor: Cursor, first: int, last: int, end: Terminal | None) -> Next:
-    """Decide for a viewer at ``cursor``.
+    """Decide what a viewer at ``cursor`` gets next.
 
     Args:
-        cursor: what it has; epoch 2 without an end is no cursor that anybody was given.
-        first: number of the oldest event in memory, ``last + 1`` where there is none.
+        cursor: the last event of the viewer. A cursor with epoch 2 and without an end is never handed out.
+        first: number of the oldest event in memory; ``last + 1`` where there is none.
         last: number of the newest event.
         end: the terminal, once the session has one.
     """
@@ -40,14 +40,14 @@ def what_next(cursor: Cursor, first: int, last: int, end: Terminal | None) -> Ne
     if cursor.n < last:
         return Next.MEMORY if cursor.n + 1 >= first else Next.JOURNAL
     if end is None:
-        return Next.WAIT  # for more, or for the events that the cursor is ahead by
-    # A cursor beyond the end can only be wrong. The exception is an end that another worker wrote for a dead one:
-    # viewers of that one may have seen more than was journaled.
+        return Next.WAIT  # for new events, or until the feed has passed the cursor
+    # A cursor beyond the end can only be wrong, with one exception: where another worker wrote the end for a dead one,
+    # viewers of the dead worker may have seen more events than were journaled.
     return Next.END if cursor.n == last or end.id.epoch == 2 else Next.GAP
 
 
 class Batch(NamedTuple):
-    """One entry of the journal: the events ``first`` to ``last``, framed as they are sent."""
+    """One entry of the journal: the events ``first`` to ``last``, encoded as they are sent."""
 
     first: int
     last: int
@@ -55,13 +55,13 @@ class Batch(NamedTuple):
 
 
 class JournalGap(Exception):  # noqa: N818 - says what happened, as the tree of errors does
-    """Events that should be in the journal are not."""
+    """Events are missing that should be in the journal."""
 
 
 def read_on(batches: Sequence[Batch], after: int) -> tuple[bytes, int]:
-    """The events that follow number ``after``, framed, and the number of the last of them.
+    """Return the encoded events that follow number ``after``, and the number of the last of them.
 
-    Batches may begin before what is asked for, overlap, and repeat.
+    Batches may begin earlier, overlap, and repeat.
 
     Raises:
         JournalGap: an event between ``after`` and the last batch is missing.
@@ -80,6 +80,6 @@ def read_on(batches: Sequence[Batch], after: int) -> tuple[bytes, int]:
 def _cut(batch: Batch, after: int) -> bytes:
     if batch.first == after + 1:
         return batch.events
-    # An event ends at a blank line and holds none: each line of its data begins with "data: ".
+    # An event ends at a blank line and contains none: each line of its data begins with "data: ".
     events = batch.events.split(b"\n\n")
     return b"\n\n".join(events[after + 1 - batch.first :])

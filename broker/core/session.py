@@ -1,6 +1,6 @@
 """A session: its states, its ids, the cursors of its events, and its end. No I/O.
 
-Which step leads from which state to which is in `core.lifecycle`.
+The table of its state changes is in `core.lifecycle`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from broker.core.errors import InvalidCursor
 
 
 class State(StrEnum):
-    """Where a session stands.
+    """The state of a session.
 
-    It is `CANCELLING` while it runs and a cancel was accepted, and `GONE` where Redis has no such key (any more).
+    `CANCELLING` means that it runs and a cancel was accepted. `GONE` means that Redis has no such key.
     """
 
     PREPARED = "prepared"
@@ -37,21 +37,21 @@ _CURSOR = re.compile(r"([12])-(0|[1-9][0-9]{0,15})(\.end)?")
 
 
 def is_session_id(text: str) -> bool:
-    """Whether ``text`` is a UUID of version 4 in the form that /prepare hands out."""
+    """Return True if ``text`` is a UUID of version 4 in the form that /prepare returns."""
     return _SESSION_ID.fullmatch(text) is not None
 
 
 def short(session_id: str) -> str:
-    """What a log may carry of a session's id, which is a bearer secret."""
+    """Return the part of a session id that may be logged. The whole id is a bearer secret."""
     return session_id[:8]
 
 
 class Cursor(NamedTuple):
-    """How far a viewer has got: the id of the last event it has seen.
+    """The position of a viewer: the id of the last event that it has seen.
 
     Attributes:
-        epoch: 1 for what the session's owner wrote, 2 for a terminal that another worker wrote for a dead owner.
-        n: the event's number; events of a session count from 1 without a gap, so 0 is "nothing yet".
+        epoch: 1 for events of the session's owner, 2 for a terminal that another worker wrote for a dead owner.
+        n: number of the event. Events of a session are numbered from 1 without gaps; 0 means no event.
         end: the event was the terminal.
     """
 
@@ -67,10 +67,10 @@ START = Cursor(1, 0)
 
 
 def parse_cursor(text: str) -> Cursor | None:
-    """Read a ``Last-Event-ID``; None where it is empty, which is how a browser says that it has none.
+    """Parse a ``Last-Event-ID``. Returns None if it is empty: so a browser says that it has no id.
 
     Raises:
-        InvalidCursor: it is none of ours.
+        InvalidCursor: it does not have the form of a cursor.
     """
     if not text:
         return None
@@ -81,10 +81,10 @@ def parse_cursor(text: str) -> Cursor | None:
 
 
 class Terminal(NamedTuple):
-    """The one event that ends a session, for every viewer alike.
+    """The event that ends a session, the same for all viewers.
 
     Attributes:
-        state: what the session is from now on.
+        state: the state of the session from now on.
         event: ``done`` or ``error``.
         id: its cursor, whose ``end`` is true.
         data: its JSON.

@@ -1,8 +1,8 @@
-"""How many tokens a model writes in a second, learned from answers that came whole. No I/O.
+"""Learn how many tokens a model writes in a second, from complete answers. No I/O.
 
-Some models write for minutes what they do not show. Where such an answer is left early, the time that it took is all
-that tells how much was written. As with bytes per token, the samples of one client are one voice, their median, and
-the voice in the middle is believed, so that neither one odd answer nor one odd client decides.
+Some models write for minutes without showing it. When such an answer is left early, its duration is the only sign of
+how much was written. As with bytes per token, all samples of one client make one estimate, their median, and the
+median of the estimates decides. So neither one unusual answer nor one unusual client decides.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 ENOUGH = 3
-"""Samples without which nothing is believed, and that make a client's own voice."""
+"""Samples that are needed for an estimate of one client, and for a result."""
 
 LEAST, MOST = 0.5, 3000.0
-"""Bounds of a sample, tokens a second: a model on a slow machine, and the fastest service that is known."""
+"""Bounds of a sample in tokens per second: a model on a slow machine, and the fastest known service."""
 
 MIN_TOKENS = 16
 MIN_SECONDS = 0.1
-"""An answer that is shorter tells of the line more than of the model; one from a cache comes at once."""
+"""Shorter answers measure the connection more than the model, and answers from a cache come at once."""
 
 
 def speed_of(
     *, model: str, client: str, usage: Mapping[str, Any] | None, seconds: float | None
 ) -> Sample | None:
-    """What a whole answer teaches of its model's speed; None for nothing.
+    """Return the sample that a complete answer gives; None where it gives none.
 
     Args:
-        model: the one that was asked first.
-        client: who asked.
-        usage: the upstream's final one.
+        model: the model that was asked first.
+        client: the client.
+        usage: the final usage of the upstream.
         seconds: from the request to the end.
     """
     written = completion_of(usage) if usage else None
@@ -46,12 +46,12 @@ def speed_of(
 
 
 def estimate_speed(samples: Iterable[Sample]) -> float | None:
-    """Tokens a second of the model that these samples are of; None while there are too few."""
+    """Return tokens per second for the model of these samples; None while there are too few."""
     by_client: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
         by_client[sample.client].append(sample.value)
-    voices = [median(values) for values in by_client.values() if len(values) >= ENOUGH]
+    estimates = [median(values) for values in by_client.values() if len(values) >= ENOUGH]
     others = [value for values in by_client.values() if len(values) < ENOUGH for value in values]
     if len(others) >= ENOUGH:
-        voices.append(median(others))
-    return median(voices) if voices else None
+        estimates.append(median(others))
+    return median(estimates) if estimates else None

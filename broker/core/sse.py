@@ -1,7 +1,7 @@
-"""The event stream format, both ways: bytes in, frames out; frames to bytes. No I/O.
+"""Decode and encode the event stream format. No I/O.
 
 The rules are those of the HTML standard, https://html.spec.whatwg.org/multipage/server-sent-events.html,
-under "Interpreting an event stream". What a frame's data means is not known here.
+under "Interpreting an event stream". The meaning of a frame's data is not known here.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import NamedTuple
 _BOM = b"\xef\xbb\xbf"
 _LINE_ENDS = (b"\n", b"\r")
 _EMPTY = frozenset({b"", b"null", b"false", b"{}", b"[]", b'""'})
-"""What stands in an ``error:`` line that tells of none."""
+"""Contents of an ``error:`` line that report no error."""
 
 
 class Frame(NamedTuple):
-    """One event as it was dispatched: its type, its data (lines joined by LF), the last id seen up to it."""
+    """One dispatched event: its type, its data (lines joined by LF), and the last id up to it."""
 
     event: str
     data: bytes
@@ -23,22 +23,22 @@ class Frame(NamedTuple):
 
 
 class EventTooLarge(ValueError):  # noqa: N818 - says what happened, as the tree of errors does
-    """An event grew over its bound before it was complete."""
+    """An event exceeded its limit before it was complete."""
 
 
 class Decoder:
-    """Turns the bytes of an event stream, cut anywhere, into frames.
+    """Decodes the bytes of an event stream, in pieces of any size, into frames.
 
-    An event that no blank line closed when the stream ends is to be dropped, as the standard says; but some model
-    services end so, and `flush` gives it.
+    The standard drops an event that has no blank line behind it when the stream ends. Some model services end this
+    way, so `flush` returns it.
 
     Args:
-        max_event_bytes: bound of one event's lines together; more raises `EventTooLarge`.
-        error_lines: llama.cpp tells of errors in lines of their own, ``error: {...}``; each is a frame of that type.
+        max_event_bytes: limit for the lines of one event together; more raises `EventTooLarge`.
+        error_lines: read lines of the form ``error: {...}`` as frames of the type ``error``, as llama.cpp sends them.
 
     Attributes:
         last_event_id: the id that a reconnecting client would send.
-        retry: the reconnection time in milliseconds that the stream asked for, if it did.
+        retry: the reconnection time in milliseconds that the stream asked for, or None.
     """
 
     def __init__(self, max_event_bytes: int, *, error_lines: bool = False) -> None:
@@ -56,15 +56,15 @@ class Decoder:
         self._data_bytes = 0
 
     def feed(self, data: bytes) -> list[Frame]:
-        """Take the next bytes and return the events that they complete.
+        """Add the next bytes, and return the events that they complete.
 
         Raises:
-            EventTooLarge: and the decoder is of no more use.
+            EventTooLarge: the decoder cannot be used any more.
         """
         if self._at_start:
             data = self._without_bom(data)
         if self._after_cr and data:
-            # The CR ended its line when it came; a LF right behind it belongs to the same line end.
+            # The CR ended its line already; a LF directly behind it belongs to the same line end.
             self._after_cr = False
             data = data.removeprefix(b"\n")
         if not data:
@@ -84,7 +84,7 @@ class Decoder:
         return self._read(lines)
 
     def flush(self) -> list[Frame]:
-        """Return the events that the stream ended in, as if a blank line closed them. The decoder is of no more use."""
+        """Return the events of an unfinished end, as if a blank line followed. The decoder cannot be used any more."""
         rest = b"".join(self._partial)
         self._partial.clear()
         return self._read([rest, b""] if rest else [b""])
@@ -154,7 +154,7 @@ class Decoder:
 
 
 def encode_event(event: str, data: bytes, event_id: str | None = None) -> bytes:
-    """Bytes of one event. ``data`` may hold line ends of any kind; each line becomes a ``data:`` line."""
+    """Encode one event. ``data`` may have line ends of any kind; each line becomes a ``data:`` line."""
     head = f"id: {event_id}\nevent: {event}\n" if event_id is not None else f"event: {event}\n"
     if b"\n" in data or b"\r" in data:
         data = b"\ndata: ".join(data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"))
@@ -162,10 +162,10 @@ def encode_event(event: str, data: bytes, event_id: str | None = None) -> bytes:
 
 
 def encode_comment(text: str) -> bytes:
-    """Bytes that keep a line alive and that no client shows. ``text`` is one line."""
+    """Encode a comment, which keeps a connection alive and is not shown by clients. ``text`` is one line."""
     return f": {text}\n\n".encode()
 
 
 def encode_retry(milliseconds: int) -> bytes:
-    """Bytes that set a client's reconnection time, without an event."""
+    """Encode a block that sets a client's reconnection time, without an event."""
     return b"retry: %d\n\n" % milliseconds

@@ -1,8 +1,8 @@
-"""How many tokens something is likely to be, without any model's tokenizer, and rather too many than too few.
+"""Estimate numbers of tokens without any model's tokenizer, rather too high than too low.
 
-Text is measured in UTF-8 bytes, which a model's bytes per token then turn into tokens. Bytes treat scripts fairly:
-three bytes of English are most of a word and less than a token, three bytes of Chinese are one character and about
-a token. What is not text counts at a flat rate, whatever its length in base64.
+Text is measured in UTF-8 bytes, which are divided by a model's bytes per token. Bytes work for all scripts: three
+bytes of English are most of a word and less than a token; three bytes of Chinese are one character and about one
+token. Everything else counts at a flat rate, whatever its length in base64.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import orjson
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-# English prose runs at 4 to 5 bytes a token, code and most other languages at about 3.
+# English prose has 4 to 5 bytes per token; code and most other languages have about 3.
 DEFAULT_BYTES_PER_TOKEN = 3.0
 
-# The marks around a message that tell its role, and those around the whole; chat templates use 3 to 5.
+# The marks around a message that name its role, and those around the whole prompt; chat templates use 3 to 5.
 MESSAGE_TOKENS = 6
 PROMPT_TOKENS = 8
 
-# Providers put instructions of their own before a list of tools; the longest published ones are near this.
+# Providers put their own instructions before a list of tools; the longest published ones have about this size.
 TOOLS_TOKENS = 350
 
 IMAGE_TOKENS = 2_000  # a full-size picture on most models
@@ -40,23 +40,23 @@ PART_TOKENS: Mapping[str, int] = {
 
 
 class Size(NamedTuple):
-    """What a piece of a prompt measures.
+    """The size of a part of a prompt.
 
     Attributes:
-        text_bytes: of UTF-8 that a tokenizer will see.
-        flat_tokens: for pictures, sounds and files, and for what surrounds the text.
+        text_bytes: bytes of UTF-8 that a tokenizer will see.
+        flat_tokens: tokens for pictures, sounds and files, and for the marks around the text.
     """
 
     text_bytes: int
     flat_tokens: int
 
     def tokens(self, bytes_per_token: float) -> int:
-        """The estimate for a model of this density."""
+        """Return the estimated tokens, for a model with so many bytes per token."""
         return self.flat_tokens + estimate_text(self.text_bytes, bytes_per_token)
 
 
 def estimate_text(byte_count: int, bytes_per_token: float) -> int:
-    """Tokens of this much UTF-8, rounded up."""
+    """Return the estimated tokens of so many bytes of UTF-8, rounded up."""
     return math.ceil(byte_count / bytes_per_token)
 
 
@@ -65,14 +65,14 @@ def estimate_prompt(
     parameters: Mapping[str, Any],
     bytes_per_token: float = DEFAULT_BYTES_PER_TOKEN,
 ) -> int:
-    """Tokens of a whole prompt: the sum of its parts, each rounded up for itself."""
+    """Return the estimated tokens of a prompt: the sum of its parts, each of them rounded up."""
     return measure_frame(parameters).tokens(bytes_per_token) + sum(
         measure_message(message).tokens(bytes_per_token) for message in messages
     )
 
 
 def measure_frame(parameters: Mapping[str, Any]) -> Size:
-    """What a prompt holds besides its messages: tools, the schema of the answer, a prediction of it."""
+    """Return the size of a prompt without its messages: its tools, the schema of the answer, a prediction of it."""
     text_bytes, flat_tokens = 0, PROMPT_TOKENS
     for name in ("tools", "response_format", "prediction"):
         if parameters.get(name):
@@ -82,7 +82,7 @@ def measure_frame(parameters: Mapping[str, Any]) -> Size:
 
 
 def measure_message(message: Mapping[str, Any]) -> Size:
-    """What one message measures, everything in it that a model may see."""
+    """Return the size of one message, with all contents that a model may see."""
     text_bytes, flat_tokens = 0, MESSAGE_TOKENS
     for key, value in message.items():
         if key == "role" or value is None:
@@ -104,7 +104,7 @@ def measure_message(message: Mapping[str, Any]) -> Size:
 
 
 def _measure_part(part: Mapping[str, Any] | str) -> Size:
-    if isinstance(part, str):  # as a page has collected them
+    if isinstance(part, str):  # as a page may have collected it
         return Size(_utf8_length(part), 0)
     if part["type"] in PART_TOKENS:
         return Size(0, PART_TOKENS[part["type"]])

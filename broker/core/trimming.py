@@ -1,13 +1,13 @@
-"""What stays of a conversation that is too long.
+"""Shorten a conversation that is too long.
 
-Whole units go, the oldest first, until the rest fits:
+Whole units are dropped, the oldest first, until the rest fits:
 
-1. Turns before the last user message. A turn is a user message and all that follows it up to the next one; what
-   an assistant says before anybody has asked is a turn of its own.
-2. Then, within the last turn, an assistant message with the tool results that answer it. A model that works on
-   one question for a hundred steps forgets the first steps, not the question. The newest of them stays.
+1. Turns before the last user message. A turn is a user message with everything up to the next one. Assistant messages
+   before the first user message are a turn as well.
+2. Then, within the last turn, an assistant message together with its tool results. So a model that works on one
+   question in a hundred steps loses the first steps, but not the question. The newest step stays.
 
-System and developer messages stay wherever they stand, and so does the last user message. No text is ever cut.
+System and developer messages always stay, and so does the last user message. Text is never cut.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _PINNED_ROLES = ("system", "developer")
 
 
 def trim(units: Iterable[Sequence[int]], tokens: Sequence[int], limit: float) -> list[int]:
-    """The places of what stays of a conversation, in order.
+    """Return the places of the entries that stay, in order.
 
-    Where even the least that must stay is over the limit, that least is returned: the caller has to look.
+    If the entries that must stay exceed the limit, they are returned all the same: the caller has to check.
 
     Args:
-        units: the places of what can go together, in the order in which it goes.
-        tokens: what each entry of the conversation costs.
-        limit: what they may cost together.
+        units: the places of entries that can be dropped together, in the order in which they are dropped.
+        tokens: tokens of each entry.
+        limit: tokens of all entries together.
     """
     total = sum(tokens)
     dropped: set[int] = set()
@@ -41,10 +41,10 @@ def trim(units: Iterable[Sequence[int]], tokens: Sequence[int], limit: float) ->
 
 
 def droppable_units(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[int]]:
-    """The places of what can go together of a chat, in the order in which it goes.
+    """Yield the places of messages of a chat that can be dropped together, in the order in which they are dropped.
 
     Args:
-        messages: with tool messages right behind the assistant message that they answer.
+        messages: the messages, with tool messages directly behind the assistant message that they answer.
     """
     last_user = _last_user(messages)
     yield from _units(messages, range(last_user), "user")
@@ -60,7 +60,7 @@ def _last_user(messages: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _units(messages: Sequence[Mapping[str, Any]], places: range, opening_role: str) -> Iterator[list[int]]:
-    """Cuts a stretch of the conversation before each message of the opening role."""
+    """Yield the units of a part of the conversation, which is cut before each message of the opening role."""
     unit: list[int] = []
     for index in places:
         role = messages[index]["role"]

@@ -1,7 +1,7 @@
-"""The upstream's ways to say no, in one place: HTTP errors, errors inside a stream, and when to try again.
+"""Turn the errors of upstreams into ours: HTTP errors and errors in a stream; and decide when to retry. No I/O.
 
-OpenRouter puts the same object in an HTTP body and in a chunk: with a number as its ``code``, with a word, or with
-``error_type`` and ``http_status`` beside the message. Other servers have shapes of their own: vLLM's is
+OpenRouter sends the same error object in an HTTP body and in a chunk: with a number as its ``code``, with a word, or
+with ``error_type`` and ``http_status`` besides the message. Other servers have other shapes: vLLM's is
 ``{"object": "error", "message": ...}``.
 """
 
@@ -31,10 +31,10 @@ from broker.core.errors import (
 )
 
 MAX_RETRY_AFTER = 20.0
-"""Seconds that a retry may be told to wait; a longer wait is the page's business."""
+"""Seconds that a retry may wait. A longer wait is left to the page."""
 
 _RETRYABLE = frozenset({429, 502, 503, 529})
-"""Statuses that say that the upstream did not generate. A 500 or a timeout may have been billed."""
+"""Statuses that mean that the upstream did not generate. A 500 or a timeout may have been billed."""
 
 _BY_STATUS: dict[int, type[UpstreamError]] = {
     401: UpstreamUnauthorized,
@@ -61,13 +61,13 @@ _WORDS_FOR_GOOD = frozenset(
     }
     | {"context_length_exceeded", "max_tokens_exceeded", "token_limit_exceeded", "string_too_long"}
 )
-"""Words for what `FOR_GOOD` names by a number; they count where an error inside a stream has no number."""
+"""Words for the statuses of `PERMANENT_STATUSES`; they count where an error in a stream has no number."""
 
 _MAX_MESSAGE = 300
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-# Keys and tokens: those that name themselves by their beginning, JWTs, and whatever stands behind a word that says so
-# and has a digit, or behind "Bearer" and is long. Every repetition is possessive or bounded, so that no character is
-# looked at more often than a fixed number of times; the first digit stands within 64 characters.
+# Keys and tokens: those with a known beginning, JWTs, and a text with a digit behind a word such as "key", or a long
+# text behind "Bearer". Every repetition is possessive or bounded, so that the time is linear in the length of the
+# text; the first digit must be within 64 characters.
 _SECRET = re.compile(
     r"(?i)(?:\b|(?<=_))(?:"
     r"(?:sk|pk|rk|gsk|csk|hf|r8|fw|xai|pplx|nvapi|tgp|ghp|glpat)[-_][A-Z0-9_*-]{8,}+"
@@ -86,7 +86,7 @@ _MAX_COMPLAINTS = 10
 _BESIDE = ("code", "status", "status_code", "statusCode", "http_status", "type", "error_type", "param")
 _STATUS_PHRASES = frozenset(status.phrase.lower() for status in http.HTTPStatus)
 _MAX_READ = 2_000
-"""Characters of a message that are looked at; the rest would not be told anyway."""
+"""Characters of a message that are read; the rest would be cut anyway."""
 
 _GENERIC = frozenset(
     {"", "provider returned error", "provider returned an error", "upstream error", "error", "bad request"}
@@ -116,7 +116,7 @@ _CAP_IS_MISSIZED = (
     ),
     *("exceed", "greater", "larger", "less than", "must be", "between", "range"),
 )
-"""What is said of a cap's value, and not of its name."""
+"""Phrases of complaints about a cap's value, not about its name."""
 
 _NOT_TOLD = frozenset({"error", "stop", "unknown"})
 _LONGEST_WAIT = 31 * 86_400.0
@@ -130,14 +130,14 @@ def fault_of_status(
     secrets: tuple[str, ...] = (),
     now: float | None = None,
 ) -> UpstreamError:
-    """The error for an HTTP answer that is none of 2xx.
+    """Return the error for an HTTP answer with a status other than 2xx.
 
     Args:
         status: the HTTP status.
-        body: its body as JSON, or whatever text came instead.
-        retry_after: seconds that its headers say to wait.
-        secrets: words that no message may carry.
-        now: seconds since 1970, for a time that the body names.
+        body: its body as JSON, or its text.
+        retry_after: seconds to wait, from its headers.
+        secrets: texts that no message may contain.
+        now: seconds since 1970, for a time in the body.
     """
     body = _unwrapped(body)
     error = _error_object(body)
@@ -147,7 +147,7 @@ def fault_of_status(
     if _is_moderation(status, error):
         return UpstreamModerated(upstream_status=status, retry_after=wait)
     kind = _BY_STATUS.get(status) or (UpstreamUnavailable if status >= 500 else UpstreamRejected)
-    # What is said beside a 401 may speak of our key.
+    # The message of a 401 may contain our key.
     message = _told(error, secrets) if kind is not UpstreamUnauthorized else ""
     return kind(message, upstream_status=status, retry_after=wait)
 
@@ -159,12 +159,12 @@ def fault_in_stream(
     now: float | None = None,
     native_reason: object = None,
 ) -> UpstreamError | None:
-    """The error that a chunk, a choice or a JSON body with status 200 tells of, or None where it tells of none.
+    """Return the error in a chunk, a choice or a JSON body with status 200; None where there is none.
 
     Args:
         chunk: the object.
-        secrets: words that no message may carry.
-        now: seconds since 1970, for a time that it names.
+        secrets: texts that no message may contain.
+        now: seconds since 1970, for a time in the object.
         native_reason: the provider's own finish reason of the choice that failed.
     """
     error = _error_object(chunk)
@@ -183,7 +183,7 @@ def fault_in_stream(
         kind = UpstreamRateLimited
     elif _is_moderation(status, error):
         kind = UpstreamModerated
-    # What is said beside a 401 may speak of our key.
+    # The message of a 401 may contain our key.
     message = _told(error, secrets) if status != 401 and kind is not UpstreamModerated else ""
     if native and kind is UpstreamFailed and native not in message:
         message = (
@@ -196,7 +196,7 @@ def fault_in_stream(
 
 
 def fault_in_body(body: object, *, secrets: tuple[str, ...] = (), now: float | None = None) -> UpstreamError:
-    """The error of a whole JSON document that came with status 200 instead of a stream; it may be in a choice."""
+    """Return the error of a JSON document that came with status 200 in place of a stream; it may be in a choice."""
     body = _unwrapped(body)
     choices = body.get("choices") if isinstance(body, Mapping) else None
     for place in (body, *(choices if isinstance(choices, list) else ())):
@@ -211,12 +211,12 @@ def fault_in_body(body: object, *, secrets: tuple[str, ...] = (), now: float | N
 
 
 def other_cap(status: int, body: object, names: Sequence[str]) -> str | None:
-    """The name of the output cap that a refusal asks for in place of the one that was sent.
+    """Return the name of the output cap that a refusal asks for in place of the one that was sent; None for any other.
 
     Args:
-        status: of the refusal.
+        status: the status of the refusal.
         body: its body as JSON.
-        names: those of ``max_tokens`` and ``max_completion_tokens`` that were sent.
+        names: the names that were sent, of ``max_tokens`` and ``max_completion_tokens``.
     """
     if status != 400 or len(names) != 1:
         return None
@@ -227,7 +227,7 @@ def other_cap(status: int, body: object, names: Sequence[str]) -> str | None:
     metadata = error.get("metadata")
     raw = metadata.get("raw") if isinstance(metadata, Mapping) else None
     message = " ".join(_sentence(told, 0)[:_MAX_READ] for told in (error, raw)).lower()
-    # The longer name does not contain the shorter one, but for a reader's eye they are kept apart all the same.
+    # The longer name does not contain the shorter one; they are separated all the same, to make that plain.
     names_sent, names_other = sent in message.replace(other, ""), other in message.replace(sent, "")
     if names_other and "instead" in message:
         return other if names_sent else None
@@ -240,9 +240,10 @@ def other_cap(status: int, body: object, names: Sequence[str]) -> str | None:
 
 
 def retry_delay(error: UpstreamError, attempt: int, jitter: float) -> float | None:
-    """Seconds to wait before asking again, or None where asking again is not allowed.
+    """Return the seconds to wait before a retry; None where a retry is not allowed.
 
-    Only where the upstream certainly did not generate. ``attempt`` counts from 0, ``jitter`` is from 0 to 1.
+    It is allowed only where the upstream certainly did not generate. ``attempt`` counts from 0, ``jitter`` is from 0
+    to 1.
     """
     if not isinstance(error, UpstreamUnreachable) and error.upstream_status not in _RETRYABLE:
         return None
@@ -252,7 +253,7 @@ def retry_delay(error: UpstreamError, attempt: int, jitter: float) -> float | No
 
 
 def may_have_generated(error: UpstreamError) -> bool:
-    """Whether an error leaves it open that something will be billed."""
+    """Return True if something may be billed after this error."""
     status = error.upstream_status
     if isinstance(error, UpstreamUnreachable) or status in _RETRYABLE:
         return False
@@ -260,12 +261,12 @@ def may_have_generated(error: UpstreamError) -> bool:
 
 
 def backoff(attempt: int, jitter: float) -> float:
-    """Seconds: 0.5, 1, 2, ... up to 8, each between three and five quarters of that."""
+    """Return seconds: 0.5, 1, 2, ... up to 8, each multiplied by 0.75 to 1.25."""
     return float(min(0.5 * 2**attempt, 8.0) * (0.75 + jitter / 2))
 
 
 def parse_retry_after(value: str | None, now: float | None = None) -> float | None:
-    """Seconds of a ``Retry-After`` header, which may be a date; `now` is in seconds since 1970."""
+    """Return the seconds of a ``Retry-After`` header, which may be a date. `now` is in seconds since 1970."""
     if value is None:
         return None
     value = value.strip()[:100]
@@ -273,7 +274,7 @@ def parse_retry_after(value: str | None, now: float | None = None) -> float | No
         return _plausible_wait(float(value))
     try:
         at = email.utils.parsedate_to_datetime(value)
-        # The form of asctime names no zone: it is UTC like the others, and not that of this machine.
+        # The form of asctime has no time zone. It is UTC like the others, and not the zone of this machine.
         at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
     except (ValueError, TypeError, OverflowError):
         return None
@@ -281,7 +282,7 @@ def parse_retry_after(value: str | None, now: float | None = None) -> float | No
 
 
 def parse_reset(value: object, now: float | None) -> float | None:
-    """Seconds from now of an ``X-RateLimit-Reset``: 13 digits are ms and 10 are seconds since 1970, fewer from now."""
+    """Return the seconds until ``X-RateLimit-Reset``: 13 digits are ms, 10 are seconds since 1970, fewer are a wait."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     text = str(value).strip()[:40]
@@ -299,7 +300,7 @@ def parse_reset(value: object, now: float | None) -> float | None:
 
 
 def wait_in_headers(headers: Mapping[str, Any], status: int | None, now: float | None) -> float | None:
-    """Seconds that headers say to wait: ``Retry-After``, else ``X-RateLimit-Reset`` where asking again may help."""
+    """Return the seconds to wait: ``Retry-After``, else ``X-RateLimit-Reset`` where a retry may help."""
     lower = {str(name).lower(): value for name, value in headers.items()}
     told = lower.get("retry-after")
     wait = parse_retry_after(str(told)[:100], now) if isinstance(told, str | int | float) else None
@@ -309,24 +310,24 @@ def wait_in_headers(headers: Mapping[str, Any], status: int | None, now: float |
 
 
 def _plausible_wait(seconds: float) -> float | None:
-    """Return a wait of at most a month; None for what is no time to wait."""
+    """Return a wait of at most a month; None for any other number."""
     return min(seconds, _LONGEST_WAIT) if seconds >= 0 else None
 
 
 def _unwrapped(body: object) -> object:
-    """Gemini's own endpoint answers its errors in a list of one."""
+    """Return the error in a list of one, as Gemini's own endpoint sends it."""
     return body[0] if isinstance(body, list) and len(body) == 1 else body
 
 
 def _more_telling(error: str, beside: str) -> str:
-    """The one of two texts that tells more: some give a word or a status as ``error`` and a sentence beside it."""
+    """Return the text that says more: some services send a word or a status as ``error`` and a sentence beside it."""
     word = error.strip().lower()
     is_a_word = " " not in word or word in _GENERIC or word in _STATUS_PHRASES
     return beside if beside and is_a_word else error
 
 
 def _inner_error(error: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The provider's own error object inside OpenRouter's, empty where there is none."""
+    """Return the provider's own error object inside OpenRouter's; empty where there is none."""
     metadata = error.get("metadata")
     raw = metadata.get("raw") if isinstance(metadata, Mapping) else None
     if isinstance(raw, str) and raw.lstrip()[:1] in {"{", "["} and len(raw) <= _MAX_RAW:
@@ -345,12 +346,12 @@ def _error_object(body: object) -> Mapping[str, Any] | None:
     if isinstance(error, Mapping) and any(error.values()):
         return error
     if error and not isinstance(error, Mapping):
-        # Some only say that it is one, and what it is beside that.
+        # Some objects only say that they are an error; the message is beside it.
         if isinstance(error, list):
             return {"message": error}
         if not isinstance(error, str):
             return {**body, "error": None}
-        # What stands beside a bare word says more than it, and the status stands there in any case.
+        # The text beside a bare word says more, and the status is there in any case.
         beside = {key: body[key] for key in _BESIDE if body.get(key)}
         return {**beside, "message": _more_telling(error, _sentence({**body, "error": None}, 1))}
     message = body.get("error_message")
@@ -369,7 +370,7 @@ def _status(error: Mapping[str, Any]) -> int | None:
             continue
         if isinstance(value, str) and value.isdecimal() and len(value) == 3:
             return int(value)
-        # providers have numbers of their own
+        # other numbers are the provider's own
         if isinstance(value, int) and 100 <= value <= 599:
             return value
     return None
@@ -414,7 +415,7 @@ def _is_moderation(status: int | None, error: Mapping[str, Any] | None) -> bool:
 
 
 def _told(error: Mapping[str, Any] | None, secrets: tuple[str, ...]) -> str:
-    """The most telling sentence that the upstream gave, cut and without secrets; empty for our sentence."""
+    """Return the most specific sentence of the upstream, cut and without secrets; empty to use our own sentence."""
     if error is None:
         return ""
     message = _sentence(error, 0)
@@ -427,7 +428,7 @@ def _told(error: Mapping[str, Any] | None, secrets: tuple[str, ...]) -> str:
 
 
 def _sentence(value: object, depth: int) -> str:
-    """The sentence in what an upstream says: a text, JSON in a text, or an object of one of the known shapes."""
+    """Return the sentence in a value of an upstream: a text, JSON in a text, or an object of a known shape."""
     if depth > 6:
         return ""
     if isinstance(value, str):
@@ -457,7 +458,7 @@ def _sentence_of_text(text: str, depth: int) -> str:
 
 
 def _complaint(value: Mapping[str, Any]) -> str:
-    """One of a list of complaints with its place, in the words of FastAPI and of others; empty for what is none."""
+    """Return one complaint of a list with its place, in the form of FastAPI and others; empty for any other value."""
     message = value.get("msg")
     place = value.get("loc")
     if not isinstance(message, str):
@@ -470,7 +471,7 @@ def _complaint(value: Mapping[str, Any]) -> str:
 
 
 def _without_markup(text: str) -> str:
-    """What a text says before a page of a proxy or a server begins in it."""
+    """Return a text up to the HTML page of a proxy or a server in it."""
     text = text.lstrip("\ufeff \t\r\n")
     if text.startswith("<"):
         return ""
@@ -480,18 +481,18 @@ def _without_markup(text: str) -> str:
 
 
 def _placed(place: object, message: str) -> str:
-    """FastAPI's complaint with its place, such as ``body.messages.0.role: Field required``."""
+    """Return FastAPI's complaint with its place, such as ``body.messages.0.role: Field required``."""
     steps = place[:10] if isinstance(place, list) else [place]
     path = ".".join(str(step)[:60] for step in steps if isinstance(step, str | int) and step != "")
     return f"{path}: {message}" if path else message
 
 
 def _clean(message: str, secrets: tuple[str, ...]) -> str:
-    """A message of a bounded length, on one line, without secrets and ids."""
-    for secret in filter(None, secrets):  # of the whole text, or the cut might leave half of one
+    """Return a message of limited length, on one line, without secrets and ids."""
+    for secret in filter(None, secrets):  # in the whole text, because a cut might leave half of a secret
         message = message.replace(secret, "…")
     if len(message) > _MAX_READ:
-        # A page controls this text wherever an upstream repeats its input. The last word may be half a secret.
+        # Pages control this text where an upstream repeats their input. The last word may be half of a secret.
         message = message[:_MAX_READ]
         message = message.rpartition(" ")[0] or message
     message = _CONTROL.sub(" ", message.encode("utf-8", "replace").decode())
@@ -500,7 +501,7 @@ def _clean(message: str, secrets: tuple[str, ...]) -> str:
 
 
 def _without_id(found: re.Match[str]) -> str:
-    # A word may stand before the id with what divides the two; that stays.
+    # A word and a separator may stand before the id; they stay.
     text = found.group()
     return text[: len(text) - len(text.lstrip(" \t\r\n:=_\"'`(#-"))] + "…"
 

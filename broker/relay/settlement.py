@@ -16,7 +16,7 @@ import structlog
 
 from broker.core.accounts import Usage, usage_of
 from broker.core.errors import StoreUnavailable, UpstreamError
-from broker.core.pricing import completion_of, cost_of, count_of, told_cost, told_cost_of_record
+from broker.core.pricing import completion_of, cost_of, count_of, reported_cost, reported_cost_of_record
 from broker.core.session import short
 from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, IMAGE_TOKENS, estimate_text
 from broker.store.accounts import OTHER, Estimate
@@ -81,7 +81,7 @@ class Settlement:
         seconds: float = 0.0,
         images: int = 0,
     ) -> Usage:
-        """What an answer took.
+        """Return what an answer took.
 
         Args:
             answer: what was learned of it.
@@ -104,9 +104,9 @@ class Settlement:
             model = reservation.model
             prices = await self._money.prices_of(answer.model or model) or await self._money.prices_of(model)
             cost = cost_of(usage, prices, minute_of_day=_minute_of_day(), images=images)
-            if (least := told_cost(answer.interim_counts or {})) is not None and not told:
+            if (least := reported_cost(answer.interim_counts or {})) is not None and not told:
                 cost = max(cost or 0, least)
-        return usage_of(usage, cost, estimated=not told and told_cost(usage) is None)
+        return usage_of(usage, cost, estimated=not told and reported_cost(usage) is None)
 
     async def settle(
         self, reservation: Reservation, spent: Usage, state: State, generation_id: str | None
@@ -155,7 +155,7 @@ class Settlement:
         await self._persist(partial(self.settle, reservation, spent, state, generation_id))
 
     def _name(self, model: str, *, answered: bool) -> str:
-        """A model's name for the books: of the list; without one, of those that the upstream has answered."""
+        """Return a model's name for the books: of the list; without one, of those that the upstream has answered."""
         name = self._money.name_of(model)
         if name is None:
             return model if answered else OTHER
@@ -197,7 +197,7 @@ class Settlement:
         await asyncio.sleep(until - loop.time())
 
     async def _truth(self, reservation: Reservation, generation_id: str) -> Usage | None:
-        """What the upstream's books say now; None where they do not."""
+        """Return what the upstream's books say now; None where they do not."""
         try:
             record = await self._money.fetch_generation(generation_id)
         except UpstreamError as error:
@@ -217,7 +217,7 @@ class Settlement:
 
 
 def has_counts(usage: Mapping[str, Any] | None) -> bool:
-    """Whether an upstream's usage says how many tokens there were."""
+    """Return True if an upstream's usage says how many tokens there were."""
     if not usage or count_of(usage.get("prompt_tokens")) is None:
         return False
     return completion_of(usage) is not None
@@ -251,11 +251,11 @@ def estimated_usage(
 
 
 def usage_in_record(record: Mapping[str, Any]) -> Usage | None:
-    """What OpenRouter's record of a generation says; None where it does not say.
+    """Return what OpenRouter's record of a generation says; None where it does not say.
 
     Native counts are those of the model's own tokenizer, by which it is billed.
     """
-    cost = told_cost_of_record(record)
+    cost = reported_cost_of_record(record)
     prompt = _first(record, "native_tokens_prompt", "tokens_prompt")
     completion = _first(record, "native_tokens_completion", "tokens_completion")
     if cost is None or prompt is None or completion is None:

@@ -21,9 +21,9 @@ from broker.core.pricing import (
     max_price,
     parse_prices,
     rates_for,
+    reported_cost_of_record,
     to_nano,
     to_usd,
-    told_cost_of_record,
     worst_case,
 )
 
@@ -454,9 +454,9 @@ def test_a_cost_in_no_known_form_leaves_it_to_the_list(told: dict[str, Any]) -> 
 
 def test_the_record_of_a_generation_names_the_bill_of_an_own_key_apart() -> None:
     record = {"total_cost": 0.001, "is_byok": True, "upstream_inference_cost": 0.02}
-    assert told_cost_of_record(record) == 21_000_000
-    assert told_cost_of_record({**record, "is_byok": False}) == 1_000_000
-    assert told_cost_of_record({**record, "total_cost": None}) is None
+    assert reported_cost_of_record(record) == 21_000_000
+    assert reported_cost_of_record({**record, "is_byok": False}) == 1_000_000
+    assert reported_cost_of_record({**record, "total_cost": None}) is None
 
 
 @pytest.mark.parametrize(
