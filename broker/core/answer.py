@@ -126,7 +126,7 @@ class Answer(ABC):
         if word in _NOTHING and event != "error":
             return None
         try:
-            data, chunk = _parse(data)
+            data, chunk = parse_chunk(data)
         except UpstreamInvalid:
             if event == "error":
                 self._fail(self._fault({"error": _spoken(word)}))
@@ -214,14 +214,18 @@ def is_readable(data: bytes) -> bool:
     if word in _NOTHING or word in _ENDS:
         return True
     try:
-        _parse(data)
+        parse_chunk(data)
     except UpstreamInvalid:
         return False
     return True
 
 
-def _parse(data: bytes) -> tuple[bytes, dict[str, Any]]:
-    """The chunk as JSON, and as bytes that a JSON parser of a page will read alike."""
+def parse_chunk(data: bytes) -> tuple[bytes, dict[str, Any]]:
+    """Return a chunk as bytes that a JSON parser of a page will read alike, and as JSON.
+
+    Raises:
+        UpstreamInvalid: it is no JSON object, or too large.
+    """
     if is_too_large_to_parse(data):
         raise UpstreamInvalid
     try:

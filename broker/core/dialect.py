@@ -9,7 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from broker.core.answer import parse_chunk
 from broker.core.chat_answer import ChatAnswer
+from broker.core.errors import UpstreamInvalid
+from broker.core.responses_answer import ResponsesAnswer, is_response
+from broker.core.responses_said import is_event
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,12 +29,14 @@ class Dialect:
         path: below the upstream's base URL.
         answer: makes what reads one answer.
         is_whole: returns True for a JSON document that is a whole answer, sent in place of a stream.
+        has_two_caps: the cap on the output has two names, of which a service may know only one.
         picture: what each picture in a request as we write it holds once; within a text its quotes would be escaped.
     """
 
     path: str
     answer: Callable[..., Answer]
     is_whole: Callable[[Mapping[str, Any]], bool]
+    has_two_caps: bool
     picture: bytes
 
     def count_pictures(self, request: bytes) -> int:
@@ -42,7 +48,30 @@ CHAT = Dialect(
     path="chat/completions",
     answer=ChatAnswer,
     is_whole=lambda document: bool(document.get("choices")),
+    has_two_caps=True,
     picture=b'"type":"image_url"',
 )
 
-DIALECTS = (CHAT,)
+RESPONSES = Dialect(
+    path="responses",
+    answer=ResponsesAnswer,
+    is_whole=is_response,
+    has_two_caps=False,
+    picture=b'"type":"input_image"',
+)
+
+DIALECTS = (CHAT, RESPONSES)
+
+
+def dialect_of_request(request: bytes) -> Dialect:
+    """The dialect of a request that we wrote: one of Responses begins with its input."""
+    return RESPONSES if request.startswith(b'{"input":') else CHAT
+
+
+def dialect_of_chunk(data: bytes) -> Dialect:
+    """The dialect of an answer by its first chunk as it was relayed: events of a response tell their type."""
+    try:
+        _, chunk = parse_chunk(data)
+    except UpstreamInvalid:
+        return CHAT
+    return RESPONSES if is_event(chunk) else CHAT

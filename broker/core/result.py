@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from broker.core.responses_said import is_event, said_in_event
+
 if TYPE_CHECKING:
     import datetime as dt
     from collections.abc import Iterable, Mapping
@@ -77,7 +79,10 @@ class Transcript:
         """Take the chunks of one read."""
         for data in chunks:
             if isinstance(chunk := _parsed(data), dict):
-                self._add(chunk)
+                if is_event(chunk):
+                    self._add_event(chunk)
+                else:
+                    self._add(chunk)
 
     @property
     def text(self) -> str:
@@ -108,6 +113,18 @@ class Transcript:
             said = choice.get("message")
         if isinstance(said, dict):
             self._add_said(said)
+
+    def _add_event(self, event: Mapping[str, Any]) -> None:
+        said = said_in_event(event)
+        self._text.append(said.text)
+        self._reasoning.append(said.reasoning)
+        for call in said.calls:
+            function = {name: _text(call.get(name)) for name in ("name", "arguments")}
+            self._calls[len(self._calls)] = {
+                "id": _text(call.get("call_id")),
+                "type": "function",
+                "function": function,
+            }
 
     def _add_said(self, said: Mapping[str, Any]) -> None:
         self._add_content(said.get("content"), self._text, 0)

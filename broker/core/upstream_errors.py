@@ -47,6 +47,7 @@ _BY_STATUS: dict[int, type[UpstreamError]] = {
 _MODERATION = frozenset(
     {"content_policy_violation", "refusal", "moderation", "content_filter", "moderation_blocked"}
     | {"data_inspection_failed", "ResponsibleAIPolicyViolation"}
+    | {"image_content_policy_violation", "bio_policy", "misalignment_policy_violation"}
 )
 _WORDS_FOR_GOOD = frozenset(
     {"authentication", "authentication_error", "permission_denied", "permission_error", "invalid_api_key"}
@@ -60,6 +61,16 @@ _WORDS_FOR_GOOD = frozenset(
         "unprocessable",
     }
     | {"context_length_exceeded", "max_tokens_exceeded", "token_limit_exceeded", "string_too_long"}
+    | {
+        "invalid_image",
+        "invalid_image_format",
+        "invalid_base64_image",
+        "invalid_image_url",
+        "invalid_image_mode",
+    }
+    | {"image_too_large", "image_too_small", "image_file_too_large", "image_parse_error", "empty_image_file"}
+    | {"unsupported_image_format", "unsupported_image_media_type", "image_not_found", "image_file_not_found"}
+    | {"data_residency_mismatch"}
 )
 """Words for the statuses of `PERMANENT_STATUSES`; they count where an error in a stream has no number."""
 

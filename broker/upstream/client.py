@@ -146,13 +146,13 @@ class UpstreamClient:
         Raises:
             UpstreamError: it could not be reached, or refused.
         """
-        known = self._cap_names.get(model)
+        known = self._cap_names.get(model) if dialect.has_two_caps else None
         if known is not None and (renamed := _rename_cap(body, known)) is not None:
             body = renamed
         response = await self._send(dialect, body, referer)
         if response.is_success:
             return UpstreamStream(response, dialect, self.secrets)
-        names = _caps_in(body) if response.status_code == 400 else ()
+        names = _caps_in(body) if dialect.has_two_caps and response.status_code == 400 else ()
         with map_errors(self.secrets):
             fault, name = await self._refusal(response, names)
         if name is None or (renamed := _rename_cap(body, name)) is None:
