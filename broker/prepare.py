@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import orjson
 
 from broker.core.accounts import Quotas, WorstCase, beyond_limits
-from broker.core.chat import ChatRequest, parse_chat
 from broker.core.checking import RequestRules, refuse_fetched_images
 from broker.core.demand import demand_of
 from broker.core.document import SMALL_BODY, check_document, outline, read_json
@@ -28,6 +27,7 @@ from broker.core.errors import (
 )
 from broker.core.fitting import FitRules, FittedRequest, ModelLimits, fit
 from broker.core.pricing import Demand, Prices, max_price, narrow_max_price, worst_case
+from broker.core.request import parse_request
 from broker.store.accounts import check_admitted
 from broker.store.sessions import Prepared
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from broker.bytes_per_token import BytesPerToken
     from broker.catalog import Catalog
+    from broker.core.fitting import Request
     from broker.core.identity import Client
     from broker.settings import Settings
     from broker.store.accounts import AccountStore
@@ -206,7 +207,7 @@ class Admission:
             await _pause(body)
             prices = [known[name].prices if name in known else None for name in names]
             worst = self._worst(fitted, prices, names)
-            if faults := beyond_limits(worst, self._quotas):
+            if faults := beyond_limits(worst, self._quotas, request.caps[0]):
                 raise InvalidRequest(details=faults)
             return AdmittedRequest(client, fitted, worst)
 
@@ -230,7 +231,7 @@ class Admission:
         finally:
             self._turn.release()
 
-    async def _read(self, body: bytes) -> ChatRequest:
+    async def _read(self, body: bytes) -> Request:
         """Count, parse, check and validate a body; between two steps of a large one, the event loop runs."""
         found = outline(body)
         await _pause(body)
@@ -238,7 +239,7 @@ class Admission:
         await _pause(body)
         check_document(document, body, found)
         await _pause(body)
-        request = parse_chat(document, self._rules)
+        request = parse_request(document, self._rules)
         await _pause(body)
         return request.with_system(self._system.text)
 

@@ -72,26 +72,31 @@ class Usage(NamedTuple):
         return self.prompt + self.completion
 
 
-def beyond_limits(worst: WorstCase, quotas: Quotas) -> list[dict[str, Any]]:
+def beyond_limits(worst: WorstCase, quotas: Quotas, field: str = "max_tokens") -> list[dict[str, Any]]:
     """Return the details of a 422 for a request that no budget can ever cover; an empty list where there is one.
 
     Each detail has both figures, ``worstCase`` and ``limit``, in tokens or in USD.
+
+    Args:
+        worst: the most that the request may take.
+        quotas: those of its client and of everyone.
+        field: the parameter that caps its answer.
     """
     found = []
     if 0 < quotas.daily_tokens < worst.tokens:
-        found.append(_beyond("tokens", worst.tokens, quotas.daily_tokens, "of a day"))
+        found.append(_beyond(field, "tokens", worst.tokens, quotas.daily_tokens, "of a day"))
     for limit, whose in (
         (quotas.daily_cost, "of a day"),
         (quotas.total_daily_cost, "of all clients of a day"),
     ):
         if 0 < limit < worst.cost:
-            found.append(_beyond("USD", to_usd(worst.cost), to_usd(limit), whose))
+            found.append(_beyond(field, "USD", to_usd(worst.cost), to_usd(limit), whose))
     return found
 
 
-def _beyond(unit: str, worst: float, limit: float, whose: str) -> dict[str, Any]:
+def _beyond(field: str, unit: str, worst: float, limit: float, whose: str) -> dict[str, Any]:
     sentence = f"This request may take {worst} {unit}, and the whole budget {whose} is {limit} {unit}."
-    return {"field": "max_tokens", "message": sentence, "worstCase": worst, "limit": limit}
+    return {"field": field, "message": sentence, "worstCase": worst, "limit": limit}
 
 
 def usage_at_worst(worst: WorstCase) -> Usage:

@@ -56,7 +56,10 @@ CHAT_TEXT = frozenset({"role", "content", "name", "model", "refusal", "tool_call
 """Keys of a message whose contents every model reads."""
 
 # With these the model reads more or other text than is sent. A prediction is not part of the prompt.
-_CHANGES_THE_PROMPT = ("plugins", "transforms", "web_search_options", "prediction")
+_CHANGES_THE_PROMPT = (
+    *("plugins", "transforms", "web_search_options", "prediction"),
+    *("previous_response_id", "conversation", "prompt"),
+)
 
 
 class Sample(NamedTuple):

@@ -16,28 +16,43 @@ if TYPE_CHECKING:
 SEARCHES_OF_A_TOOL = 5
 """Searches that are reserved for a search tool of the server; a search that the request itself asks for counts once."""
 
+_PICTURES = ("image_url", "input_image")
 _SEARCH_PLUGINS = frozenset({"web", "web_search"})
 
 
 def demand_of(body: Mapping[str, Any], models: Iterable[str]) -> Demand:
-    """Return the chargeable features that the body of a chat request uses.
+    """Return the chargeable features that the body of a request uses.
 
     Args:
         body: the body as it is sent.
         models: every model that the request can reach.
     """
-    messages = [message for message in _list(body.get("messages")) if isinstance(message, dict)]
-    parts = [part for message in messages for part in _list(message.get("content")) if isinstance(part, dict)]
+    # The messages of a chat, or the items of a Responses request.
+    entries = [
+        entry for entry in _list(body.get("messages")) + _list(body.get("input")) if isinstance(entry, dict)
+    ]
+    parts = [
+        part
+        for entry in entries
+        for part in _list(entry.get("content")) + _list(entry.get("output"))
+        if isinstance(part, dict)
+    ]
     modalities = _list(body.get("modalities"))
     return Demand(
-        images=sum(part.get("type") == "image_url" for part in parts)
-        + sum(len(_list(message.get("images"))) for message in messages),
+        images=sum(part.get("type") in _PICTURES for part in parts)
+        + sum(len(_list(entry.get("images"))) for entry in entries),
         sounds=sum(part.get("type") == "input_audio" for part in parts)
-        + sum(bool(message.get("audio")) for message in messages),
+        + sum(bool(entry.get("audio")) for entry in entries),
         searches=_searches(body, models),
-        draws="image" in modalities or bool(body.get("image_config")),
+        draws="image" in modalities or bool(body.get("image_config")) or _has_painter(body),
         speaks="audio" in modalities or bool(body.get("audio")),
     )
+
+
+def _has_painter(body: Mapping[str, Any]) -> bool:
+    """Whether a tool of the server may draw."""
+    tools = [tool for tool in _list(body.get("tools")) if isinstance(tool, dict)]
+    return any("image_generation" in str(tool.get("type")) for tool in tools)
 
 
 def _searches(body: Mapping[str, Any], models: Iterable[str]) -> int:

@@ -42,7 +42,8 @@ _PRICE = re.compile(r"[0-9]{1,12}(\.[0-9]{1,18})?")
 _LARGEST_EXACT = 2**53  # a browser cannot write every whole number beyond it
 
 
-def _only_true(value: bool) -> bool:
+def only_true(value: bool) -> bool:
+    """Validate ``stream``: refuse false."""
     if not value:
         raise PydanticCustomError("stream", "Every answer is streamed here: leave this out or set it to true")
     return value
@@ -258,7 +259,7 @@ class Parameters(TypedDict, total=False):
     route: Literal["fallback", "sort"]
     provider: Provider
 
-    stream: Annotated[bool, AfterValidator(_only_true)]
+    stream: Annotated[bool, AfterValidator(only_true)]
     stream_options: StreamOptions
     usage: Usage
 
@@ -336,6 +337,7 @@ CLOSED_MODEL_FORMS: Mapping[str, str] = {
 # Types of parts whose cost is not in the list of prices. Each can be opened by this name.
 CLOSED_PARTS: Mapping[str, str] = {
     "file": "file",
+    "input_file": "file",
     "input_audio": "input_audio",
     "video_url": "video_url",
     "input_video": "video_url",

@@ -39,6 +39,9 @@ PART_TOKENS: Mapping[str, int] = {
 }
 
 
+_FRAME = ("instructions", "tools", "response_format", "text", "prediction")
+
+
 class Size(NamedTuple):
     """The size of a part of a prompt.
 
@@ -72,11 +75,14 @@ def estimate_prompt(
 
 
 def measure_frame(parameters: Mapping[str, Any]) -> Size:
-    """Return the size of a prompt without its messages: its tools, the schema of the answer, a prediction of it."""
+    """Return the size of a prompt without its messages: instructions, tools, the schema of the answer, a prediction."""
     text_bytes, flat_tokens = 0, PROMPT_TOKENS
-    for name in ("tools", "response_format", "prediction"):
-        if parameters.get(name):
-            text_bytes += len(orjson.dumps(parameters[name]))
+    for name in _FRAME:
+        value = parameters.get(name)
+        if isinstance(value, str):
+            text_bytes += _utf8_length(value)
+        elif value:
+            text_bytes += len(orjson.dumps(value))
             flat_tokens += TOOLS_TOKENS if name == "tools" else 0
     return Size(text_bytes, flat_tokens)
 

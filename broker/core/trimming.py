@@ -7,6 +7,9 @@ Whole units are dropped, the oldest first, until the rest fits:
 2. Then, within the last turn, an assistant message together with its tool results. So a model that works on one
    question in a hundred steps loses the first steps, but not the question. The newest step stays.
 
+The items of a Responses request are dropped in the same way: a function call together with its output, and reasoning
+together with what follows it. A unit never separates a call from its output.
+
 System and developer messages always stay, and so does the last user message. Text is never cut.
 """
 
@@ -15,9 +18,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 _PINNED_ROLES = ("system", "developer")
+_CALL, _OUTPUT = "function_call", "function_call_output"
 
 
 def trim(units: Iterable[Sequence[int]], tokens: Sequence[int], limit: float) -> list[int]:
@@ -54,7 +58,7 @@ def droppable_units(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[int]
 
 def _last_user(messages: Sequence[Mapping[str, Any]]) -> int:
     for index in range(len(messages) - 1, -1, -1):
-        if messages[index]["role"] == "user":
+        if messages[index].get("role") == "user":
             return index
     return -1
 
@@ -71,4 +75,50 @@ def _units(messages: Sequence[Mapping[str, Any]], places: range, opening_role: s
             unit = []
         unit.append(index)
     if unit:
+        yield unit
+
+
+def droppable_items(items: Sequence[Mapping[str, Any]]) -> Iterator[list[int]]:
+    """The places of what can go together of the items of a Responses request, in the order in which it goes."""
+    last_user = _last_user(items)
+    answered = _last_outputs(items)
+    yield from _item_units(items, range(last_user), answered, _opens_turn)
+    yield from list(_item_units(items, range(last_user + 1, len(items)), answered, _opens_step))[:-1]
+
+
+def _opens_turn(items: Sequence[Mapping[str, Any]], index: int) -> bool:
+    return items[index].get("role") == "user"
+
+
+def _opens_step(items: Sequence[Mapping[str, Any]], index: int) -> bool:
+    """True for what a model wrote behind the output of a function."""
+    kind, before = items[index].get("type"), items[index - 1].get("type") if index else None
+    return kind != _OUTPUT and before == _OUTPUT
+
+
+def _last_outputs(items: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The place of the last output of each call."""
+    return {item["call_id"]: index for index, item in enumerate(items) if item.get("type") == _OUTPUT}
+
+
+def _item_units(
+    items: Sequence[Mapping[str, Any]],
+    places: range,
+    answered: Mapping[str, int],
+    opens: Callable[[Sequence[Mapping[str, Any]], int], bool],
+) -> Iterator[list[int]]:
+    """Cuts a stretch of items before each that opens a unit, but never between a call and its output."""
+    unit: list[int] = []
+    reach = -1  # the last output of the calls in this unit
+    for index in places:
+        item = items[index]
+        if item.get("role") in _PINNED_ROLES:
+            continue
+        if unit and index > reach and opens(items, index):
+            yield unit
+            unit = []
+        unit.append(index)
+        if item.get("type") == _CALL:
+            reach = max(reach, answered.get(item["call_id"], -1))
+    if unit and reach < places.stop:
         yield unit

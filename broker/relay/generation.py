@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from broker.core.dialect import CHAT
+from broker.core.dialect import dialect_of_request
 from broker.core.errors import (
     Abandoned,
     DeadlineExceeded,
@@ -133,8 +133,9 @@ class Generation:
         self._write_later = write_later
         self.transcript = transcript
         self.clock = self._clock = clock or asyncio.get_running_loop().time
+        dialect = dialect_of_request(prepared.request)
         self._reader = UpstreamReader(
-            prepared, dialect=CHAT, upstream=upstream, limits=limits, take=self._take, clock=self._clock
+            prepared, dialect=dialect, upstream=upstream, limits=limits, take=self._take, clock=self._clock
         )
         self.finishing = Finishing(
             reservation,
@@ -144,7 +145,7 @@ class Generation:
             unsaved=self.unsaved,
             sessions=sessions,
             settlement=settlement,
-            images=CHAT.count_pictures(prepared.request),
+            images=dialect.count_pictures(prepared.request),
             clock=self._clock,
         )
         self.started_at = self._clock()

@@ -18,10 +18,11 @@ import orjson
 import structlog
 
 from broker.core.accounts import usage_at_worst, usage_of
-from broker.core.dialect import CHAT
+from broker.core.dialect import CHAT, dialect_of_chunk
 from broker.core.errors import StoreRefused, StoreUnavailable, UpstreamError, WorkerLost
 from broker.core.events import cancelled_unseen, error_data
 from broker.core.pricing import to_nano
+from broker.core.responses_answer import in_chat_names
 from broker.core.session import ENDED, State, short
 from broker.core.sse import Decoder, EventTooLarge
 from broker.relay.rounds import for_each
@@ -192,19 +193,21 @@ class Reaper:
 
     async def _read(self, session_id: str) -> Answer | None:
         """What the journal tells of an answer; None where it has expired, or a part of it is not there."""
-        answer, decoder, after = CHAT.answer(), Decoder(MAX_EVENT), 0
+        answer: Answer | None = None
+        decoder, after = Decoder(MAX_EVENT), 0
         while True:
             followed = await self._journal.follow(session_id, after, register=False)
             if followed.standing.state is State.GONE:
                 return None
             if not followed.batches:
-                return answer if followed.last <= after else None
+                return (answer or CHAT.answer()) if followed.last <= after else None
             for batch in followed.batches:
                 try:
                     for frame in decoder.feed(batch.events):
+                        answer = answer or dialect_of_chunk(frame.data).answer()
                         answer.read(frame.data)
                 except (UpstreamError, EventTooLarge):
-                    return answer
+                    return answer or CHAT.answer()
             after = followed.batches[-1].last
 
 
@@ -217,6 +220,7 @@ def spent_in_end(data: bytes, worst: WorstCase) -> Usage:
     """
     told = orjson.loads(data) if data else {}
     usage, cost = told.get("usage"), told.get("cost")
-    if not isinstance(usage, dict) or not has_counts(usage):
+    counts = in_chat_names(usage) if isinstance(usage, dict) else None
+    if counts is None or not has_counts(counts):
         return usage_at_worst(worst)
-    return usage_of(usage, to_nano(cost), estimated=bool(told.get("estimated")))
+    return usage_of(counts, to_nano(cost), estimated=bool(told.get("estimated")))

@@ -7,12 +7,14 @@ import json
 import math
 import random
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN
 from broker.web import keys
+from tests import responses as events
 from tests.broker import Broker, running
 from tests.money import MODEL, PRICE, Ledger, ledger, price_list, until
 
@@ -65,6 +67,17 @@ DIALECTS: dict[str, Callable[[str], dict[str, Any]]] = {
         "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": "stop"}],
         "usage": ZEROS,
     },
+    "text of a response": partial(events.delta, kind="output_text"),
+    "a refusal of a response": partial(events.delta, kind="refusal"),
+    "reasoning of a response": partial(events.delta, kind="reasoning_text"),
+    "a summary of reasoning": partial(events.delta, kind="reasoning_summary_text"),
+    "arguments of a call": partial(events.delta, kind="function_call_arguments"),
+    "encrypted reasoning of a response": lambda text: events.item_done(
+        {"type": "reasoning", "summary": [], "encrypted_content": text}
+    ),
+    "a message that comes whole": lambda text: events.item_done(
+        {"type": "message", "content": [{"type": "output_text", "text": text}]}
+    ),
 }
 
 
@@ -108,7 +121,11 @@ async def left(
     """Stream these chunks, leave, and return what that added to the books, and the estimate of the prompt."""
     redis = broker.app[keys.STORE].redis
     before = await ledger(redis)
-    answer = await broker.post({"model": MODEL, "messages": [{"role": "user", "content": "Say it."}]})
+    is_response = str(chunks[0].get("type")).startswith("response.")
+    conversation = (
+        {"input": "Say it."} if is_response else {"messages": [{"role": "user", "content": "Say it."}]}
+    )
+    answer = await broker.post({"model": MODEL, **conversation})
     session = answer.json["sessionId"]
     number = len(upstream.calls) + 1
     async with broker.stream(session) as line:

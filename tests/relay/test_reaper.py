@@ -24,7 +24,10 @@ from tests.wire import wire_to
 
 PREPARED = Prepared(b"{}", "model", 4, "", "client", WorstCase(10, 100))
 NOTHING = Batch(1, 0, b"")
-CHUNK = chunk_events([b'{"choices":[{"delta":{"content":"four"}}]}'], 1)
+CHUNK = b'{"choices":[{"delta":{"content":"four"}}]}'
+CREATED = b'{"type":"response.created","response":{"usage":null}}'
+WORDS = b'{"type":"response.output_text.delta","output_index":0,"delta":"four"}'
+COMPLETED = b'{"type":"response.completed","response":{"usage":{"input_tokens":3,"output_tokens":4,"cost":0.00000005}}}'
 USAGE = b'"usage":{"prompt_tokens":3,"completion_tokens":4},"cost":0.00000005'
 WORST = Ledger(requests=1, estimated=1, spent_tokens=10, spent_cost=100)
 
@@ -46,11 +49,17 @@ class Dead:
         assert isinstance(await self.sessions.claim(session, claim_id, "dead"), Prepared)
         return reservation
 
+    async def said(self, claim_id: str, *chunks: bytes) -> Reservation:
+        """A session that has begun and said something."""
+        reservation = await self.claimed(claim_id)
+        batch = Batch(1, len(chunks), chunk_events(list(chunks), 1))
+        await self.journal.append([Append(reservation.session_id, claim_id, batch)])
+        return reservation
+
     async def ended(self, claim_id: str, data: bytes, *, state: State = State.DONE) -> Reservation:
         """A session that has begun, said something, and ended, and is not settled."""
-        reservation = await self.claimed(claim_id)
+        reservation = await self.said(claim_id, CHUNK)
         session = reservation.session_id
-        await self.journal.append([Append(session, claim_id, Batch(1, 1, CHUNK))])
         event = "done" if state is State.DONE else "error"
         await self.sessions.end(
             session, claim_id, Terminal(state, event, Cursor(1, 2, end=True), data), NOTHING
@@ -83,6 +92,7 @@ class Dead:
     [
         (b'{"estimated":false,' + USAGE + b"}", Ledger(1, 0, 7, 50)),
         (b"{" + USAGE + b',"estimated":true}', Ledger(1, 1, 7, 50)),
+        (b'{"usage":{"input_tokens":3,"output_tokens":4},"cost":0.00000005}', Ledger(1, 0, 7, 50)),
         (b'{"usage":null,"cost":0.00000005,"estimated":true}', WORST),
         (b'{"usage":{"prompt_tokens":3},"cost":null}', WORST),
         (b"", WORST),
@@ -98,6 +108,24 @@ async def test_an_end_that_outlives_its_journal_is_booked_by_what_it_tells_or_at
     await dead.found()
     assert await ledger(store.redis) == booked
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
+
+
+@pytest.mark.parametrize(
+    ("chunks", "booked"),
+    [
+        ([CHUNK], Ledger(1, 1, 4 + 2, 0)),
+        ([CREATED, WORDS], Ledger(1, 1, 4 + 2, 0)),
+        ([CREATED, WORDS, COMPLETED], Ledger(1, 0, 7, 50)),
+    ],
+)
+async def test_a_journal_is_counted_in_the_dialect_it_is_in(
+    store: Store, chunks: list[bytes], booked: Ledger
+) -> None:
+    dead = Dead(store)
+    await dead.said("1", *chunks)
+    await dead.found()
+    account = await ledger(store.redis)
+    assert account._replace(reserved_tokens=0, reserved_cost=0) == booked
 
 
 async def test_an_error_that_outlives_its_journal_is_booked_at_its_worst(store: Store) -> None:

@@ -1,0 +1,347 @@
+"""The items of a Responses request: messages, calls of functions with their outputs, and reasoning.
+
+A page sends back what `response.output_item.done` gave it, so an item may carry what only the model's side reads: ids,
+a status, encrypted reasoning, annotations. Items that refer to something stored upstream are not known here, and
+neither are those of tools that the upstream runs.
+
+Shapes: https://platform.openai.com/docs/api-reference/responses/create.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Required, get_args
+
+import orjson
+from pydantic import Discriminator, Field
+from typing_extensions import TypedDict  # typing's own tells pydantic too little before Python 3.12
+
+from broker.core.messages import (
+    INNER,
+    MAX_COLLECTED,
+    MAX_EXTRA_CONTENT,
+    MAX_PARTS,
+    PLAIN,
+    TAG_MARK,
+    UNKNOWN,
+    Address,
+    CacheBreakpoint,
+    CacheControl,
+    CallId,
+    ExtraContent,
+    Name,
+    by_key,
+    by_kind,
+    tagged,
+)
+from broker.core.tokens import AUDIO_TOKENS, FILE_TOKENS, IMAGE_TOKENS, MESSAGE_TOKENS, VIDEO_TOKENS, Size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+PART_TOKENS: Mapping[str, int] = {
+    "input_image": IMAGE_TOKENS,
+    "input_audio": AUDIO_TOKENS,
+    "input_file": FILE_TOKENS,
+    "input_video": VIDEO_TOKENS,
+}
+
+READ_BY_ALL = frozenset(
+    {"type", "role", "content", "id", "status", "phase", "call_id", "name", "arguments", "output"}
+)
+"""Keys of an item whose contents every model reads, or none."""
+
+_NOT_READ = frozenset({"type", "role", "id", "status", "phase"})
+
+PartType = Literal["input_text", "input_image", "input_audio", "input_file", "input_video"]
+Id = Annotated[str, Field(max_length=MAX_EXTRA_CONTENT)]
+Status = Literal["in_progress", "completed", "incomplete"]
+Phase = Literal["commentary", "final_answer"]
+Detail = Literal["auto", "low", "high", "original"]
+Detached = Annotated[list[dict[str, Any]], Field(max_length=MAX_COLLECTED, fail_fast=True)]
+
+
+class InputText(TypedDict, total=False):
+    """Text."""
+
+    type: Required[Literal["input_text"]]
+    text: Required[str]
+    cache_control: CacheControl | None
+    prompt_cache_breakpoint: CacheBreakpoint | None
+
+
+class InputImage(TypedDict, total=False):
+    """Where a picture is, or the picture itself as a data URL."""
+
+    type: Required[Literal["input_image"]]
+    image_url: Required[Address]
+    detail: Detail | None
+    cache_control: CacheControl | None
+    prompt_cache_breakpoint: CacheBreakpoint | None
+
+
+class Sound(TypedDict):
+    """Base64 and its format."""
+
+    data: str
+    format: Annotated[str, Field(min_length=1, max_length=32)]
+
+
+class InputAudio(TypedDict):
+    """A sound."""
+
+    type: Literal["input_audio"]
+    input_audio: Sound
+
+
+class InputFile(TypedDict, total=False):
+    """A document: an address, a data URL, or the id of one that was uploaded before."""
+
+    type: Required[Literal["input_file"]]
+    file_data: Address | None
+    file_url: Address | None
+    file_id: Name | None
+    filename: Annotated[str, Field(max_length=512)] | None
+    detail: Detail | None
+
+
+class InputVideo(TypedDict):
+    """Where a film is, or the film itself as a data URL."""
+
+    type: Literal["input_video"]
+    video_url: Address
+
+
+class UnknownPart(TypedDict):
+    """Refuses a part that is none of the above, at its type."""
+
+    type: PartType
+
+
+Part = Annotated[
+    Annotated[InputText, tagged("input_text")]
+    | Annotated[InputImage, tagged("input_image")]
+    | Annotated[InputAudio, tagged("input_audio")]
+    | Annotated[InputFile, tagged("input_file")]
+    | Annotated[InputVideo, tagged("input_video")]
+    | Annotated[UnknownPart, UNKNOWN],
+    by_key("type", PartType),
+]
+Parts = Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+Content = Annotated[Annotated[str, PLAIN] | Annotated[Parts, INNER], by_kind(list)]
+
+# What a function answers may be nothing at all.
+OutputParts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
+Output = Annotated[Annotated[str, PLAIN] | Annotated[OutputParts, INNER], by_kind(list)]
+
+
+class InputMessage(TypedDict, total=False):
+    """What the person says, or instructions."""
+
+    role: Required[Literal["user", "system", "developer"]]
+    content: Required[Content]
+    type: Literal["message"]
+    id: Id | None
+    status: Status | None
+
+
+AnswerPartType = Literal["output_text", "refusal", "input_text"]
+
+
+class OutputText(TypedDict, total=False):
+    """Text of a model."""
+
+    type: Required[Literal["output_text", "input_text"]]
+    text: Required[str]
+    annotations: Detached | None
+    logprobs: Detached | None
+    cache_control: CacheControl | None
+
+
+class Refusal(TypedDict):
+    """A model's refusal."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+class UnknownAnswerPart(TypedDict):
+    """Refuses a part that no answer has, at its type."""
+
+    type: AnswerPartType
+
+
+AnswerPart = Annotated[
+    Annotated[OutputText, tagged("output_text")]
+    | Annotated[OutputText, tagged("input_text")]
+    | Annotated[Refusal, tagged("refusal")]
+    | Annotated[UnknownAnswerPart, UNKNOWN],
+    by_key("type", AnswerPartType),
+]
+AnswerParts = Annotated[list[AnswerPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+
+
+class OutputMessage(TypedDict, total=False):
+    """What a model has said before."""
+
+    role: Required[Literal["assistant"]]
+    content: Required[Annotated[Annotated[str, PLAIN] | Annotated[AnswerParts, INNER], by_kind(list)]]
+    type: Literal["message"]
+    id: Id | None
+    status: Status | None
+    phase: Phase | None
+
+
+class FunctionCall(TypedDict, total=False):
+    """A call of a function; the arguments are JSON in a string and may be broken, for a model wrote them."""
+
+    type: Required[Literal["function_call"]]
+    call_id: Required[CallId]
+    name: Required[Annotated[str, Field(min_length=1, max_length=256)]]
+    arguments: Required[str]
+    id: Id | None
+    status: Status | None
+    namespace: Annotated[str, Field(max_length=256)] | None
+    extra_content: ExtraContent | None
+    thought_signature: str | None
+    provider_specific_fields: ExtraContent | None
+
+
+class FunctionCallOutput(TypedDict, total=False):
+    """What a function answered."""
+
+    type: Required[Literal["function_call_output"]]
+    call_id: Required[CallId]
+    output: Required[Output]
+    id: Id | None
+    status: Status | None
+
+
+class Summary(TypedDict):
+    """A piece of a summary of reasoning."""
+
+    type: Literal["summary_text"]
+    text: str
+
+
+class Thought(TypedDict):
+    """A piece of reasoning."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class Reasoning(TypedDict, total=False):
+    """What a model thought. It is signed or encrypted, and has to go back as it came."""
+
+    type: Required[Literal["reasoning"]]
+    summary: Annotated[list[Summary], Field(max_length=MAX_COLLECTED, fail_fast=True)] | None
+    content: Annotated[list[Thought], Field(max_length=MAX_COLLECTED, fail_fast=True)] | None
+    encrypted_content: str | None
+    id: Id | None
+    status: Status | None
+    format: Annotated[str, Field(max_length=256)] | None
+    signature: str | None
+
+
+ItemType = Literal["message", "function_call", "function_call_output", "reasoning"]
+Role = Literal["user", "assistant", "system", "developer"]
+
+
+class UnknownItem(TypedDict):
+    """Refuses an item of no known type, at its type."""
+
+    type: ItemType
+
+
+class UnknownRole(TypedDict, total=False):
+    """Refuses a message of no known role, at its role."""
+
+    role: Required[Role]
+
+
+_TYPES = frozenset(get_args(ItemType))
+_NO_ROLE = tagged("no role")
+
+
+def _tag_of_item(value: Any) -> str:
+    if not isinstance(value, dict):
+        return UNKNOWN.tag
+    kind, role = value.get("type", "message"), value.get("role")
+    if not isinstance(kind, str) or kind not in _TYPES:
+        return UNKNOWN.tag
+    if kind != "message":
+        return TAG_MARK + kind
+    if role == "assistant":
+        return TAG_MARK + "assistant"
+    return TAG_MARK + "message" if role in ("user", "system", "developer") else _NO_ROLE.tag
+
+
+Item = Annotated[
+    Annotated[InputMessage, tagged("message")]
+    | Annotated[OutputMessage, tagged("assistant")]
+    | Annotated[FunctionCall, tagged("function_call")]
+    | Annotated[FunctionCallOutput, tagged("function_call_output")]
+    | Annotated[Reasoning, tagged("reasoning")]
+    | Annotated[UnknownRole, _NO_ROLE]
+    | Annotated[UnknownItem, UNKNOWN],
+    Discriminator(_tag_of_item),
+]
+
+
+def role_of(item: Mapping[str, Any]) -> str:
+    """Return the role of a message; empty for any other item."""
+    return str(item.get("role") or "")
+
+
+def parts_of(item: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The place within its item (``content.1``) and the value of each part."""
+    for key in ("content", "output"):
+        value = item.get(key)
+        if isinstance(value, list):
+            yield from ((f"{key}.{n}", part) for n, part in enumerate(value) if isinstance(part, dict))
+
+
+def part_types(items: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """The place (``input.0.content.1``) and the type of each part of items that are valid."""
+    for index, item in enumerate(items):
+        yield from ((f"input.{index}.{place}", part["type"]) for place, part in parts_of(item))
+
+
+def image_addresses(items: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """The place and the URL of each picture of items that are valid."""
+    for index, item in enumerate(items):
+        for place, part in parts_of(item):
+            if part["type"] == "input_image":
+                yield f"input.{index}.{place}.image_url", part["image_url"]
+
+
+def stray_outputs(items: Sequence[Mapping[str, Any]]) -> Iterator[int]:
+    """The places of those outputs that answer no call before them."""
+    calls: set[str] = set()
+    for index, item in enumerate(items):
+        kind = item.get("type")
+        if kind == "function_call":
+            calls.add(item["call_id"])
+        elif kind == "function_call_output" and item["call_id"] not in calls:
+            yield index
+
+
+def measure_item(item: Mapping[str, Any]) -> Size:
+    """What one item measures, everything in it that a model may see, encrypted reasoning too."""
+    text_bytes, flat_tokens = 0, MESSAGE_TOKENS
+    for key, value in item.items():
+        if key in _NOT_READ or not value:
+            continue
+        if isinstance(value, str):
+            text_bytes += len(value.encode())
+        elif key in ("content", "output", "summary"):
+            for part in value:
+                flat = PART_TOKENS.get(part["type"])
+                text = part.get("text", part.get("refusal"))
+                if flat is not None:
+                    flat_tokens += flat
+                else:
+                    text_bytes += len(text.encode() if isinstance(text, str) else orjson.dumps(part))
+        else:
+            text_bytes += len(orjson.dumps(value))
+    return Size(text_bytes, flat_tokens)

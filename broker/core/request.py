@@ -1,0 +1,21 @@
+"""A request of any dialect, from an untrusted JSON document to a value that the rest can rely on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from broker.core.chat import ChatRequest, parse_chat
+from broker.core.responses import ResponsesRequest, is_responses, parse_responses
+
+if TYPE_CHECKING:
+    from broker.core.checking import RequestRules
+
+
+def parse_request(document: Any, rules: RequestRules) -> ChatRequest | ResponsesRequest:
+    """The request in this document: with `input` in place of `messages` it is a Responses request.
+
+    Raises:
+        InvalidRequest: with at most ``MAX_DETAILS`` details, which name fields and never quote values.
+        ModelNotAllowed: naming the first model that the rules do not allow.
+    """
+    return parse_responses(document, rules) if is_responses(document) else parse_chat(document, rules)
