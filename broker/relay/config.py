@@ -1,4 +1,4 @@
-"""What the relay is told of the outside: its bounds, and whom to ask about money."""
+"""The configuration of the relay: its limits, and functions that know about money."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GenerationLimits:
-    """What one generation may take: seconds, bytes, and tries."""
+    """The limits of one generation: seconds, bytes, and retries."""
 
     first_data_timeout: float
     idle_timeout: float
@@ -24,14 +24,14 @@ class GenerationLimits:
 
 
 class WorkerConfig(NamedTuple):
-    """What one worker keeps to.
+    """The limits of one worker.
 
     Attributes:
-        max_streams: generations at once, and as many viewers.
-        session_ttl: seconds that a prepared session waits.
-        running_ttl: seconds that a claimed one is kept at most.
-        resume_ttl: seconds that a finished one is kept; 0 streams each session once.
-        journal_interval: seconds that a journal may lag.
+        max_streams: generations at the same time, and as many viewers.
+        session_ttl: seconds that a prepared session can be claimed.
+        running_ttl: seconds that a claimed session stays in Redis at most.
+        resume_ttl: seconds that a finished session can be replayed; 0 streams each session only once.
+        journal_interval: seconds that a journal may lag behind the live viewers.
     """
 
     max_streams: int
@@ -42,23 +42,23 @@ class WorkerConfig(NamedTuple):
 
 
 PricesOf = Callable[[str], "Awaitable[Prices | None]"]
-"""Looks up what a model costs; None where that is not known. Does not wait for long."""
+"""Returns the prices of a model; None where they are not known. Does not wait for long."""
 
 FetchGeneration = Callable[[str], Awaitable[Mapping[str, Any] | None]]
-"""Asks the upstream's books about a generation: `upstream.generations.fetch_generation`."""
+"""Fetches the upstream's record of a generation: `upstream.generations.fetch_generation`."""
 
 
 class Money(NamedTuple):
-    """Whom to ask about money.
+    """The functions that know about money and learn from answers.
 
     Attributes:
-        prices_of: what models cost.
-        name_of: the name by which the list of models knows one, empty where it does not; None without a list.
-        fetch_generation: the upstream's own books.
-        keeps_records: whether the upstream keeps such books at all; only OpenRouter does.
-        learn: is given what an answer teaches of its model's tokenizer.
-        speed_of: tokens a second that a model writes; None where that is not known. Does not wait for long.
-        learn_speed: is given what an answer teaches of that.
+        prices_of: returns the prices of a model.
+        name_of: returns the name of a model in the list, empty where it is not there; None without a list.
+        fetch_generation: fetches the upstream's record of a generation.
+        keeps_records: returns True if the upstream has such records; only OpenRouter does.
+        learn: takes a sample of bytes per token.
+        speed_of: returns the tokens per second that a model writes; None where unknown. Does not wait for long.
+        learn_speed: takes a sample of tokens per second.
     """
 
     prices_of: PricesOf

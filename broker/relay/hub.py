@@ -1,4 +1,4 @@
-"""The one door for `web`: finds or claims the session that a viewer asks for, and cancels sessions."""
+"""The interface of the relay for `web`: find or claim the session that a viewer asks for, and cancel sessions."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Cancelled(NamedTuple):
 
 
 class Hub:
-    """The sessions that viewers of this worker ask for.
+    """Finds the sessions that viewers of this worker ask for.
 
     Args:
-        worker: runs generations and follows those of others.
+        worker: runs generations and has the mirrors.
         sessions: the states of sessions in Redis.
-        journal: their events in Redis.
+        journal: the events of sessions in Redis.
         accounts: slots and budgets.
     """
 
@@ -72,14 +72,14 @@ class Hub:
         )
 
     async def find(self, session_id: str, cursor: Cursor | None) -> Source:
-        """Return what to watch of a session.
+        """Return the source of a session's events.
 
         A request without a cursor claims a prepared session. One with a cursor never does.
 
         Raises:
-            SessionNotFound, SessionExpired: there is none (any more).
+            SessionNotFound, SessionExpired: there is no such session, or not any more.
             AlreadyClaimed: it has been streamed, and resuming is off.
-            StoreUnavailable, Draining, Overloaded, NotYetClaimed: not now; the page should come again.
+            StoreUnavailable, Draining, Overloaded, NotYetClaimed: not possible now; the page should try again.
         """
         here = self._here(session_id)
         if here is not None:
@@ -100,10 +100,10 @@ class Hub:
                 self._worker.viewers.discard(viewer)
 
     async def read_journal(self, session_id: str, after: int) -> list[Batch]:
-        """Return a part of a session's journal, for a viewer that is behind what is in memory.
+        """Return a part of a session's journal, for a viewer whose next events have left memory.
 
         Raises:
-            StoreUnavailable: Redis cannot be reached, or does not have it now; the page that comes again learns which.
+            StoreUnavailable: Redis cannot be reached, or does not have the session now; the page should try again.
         """
         batches = await self._journal.read(session_id, after)
         if batches is None:
@@ -111,16 +111,16 @@ class Hub:
         return batches
 
     async def cancel(self, session_id: str) -> Cancelled:
-        """Stop a session, on whatever worker it runs.
+        """Stop a session, on any worker.
 
         Raises:
-            SessionNotFound: there is none.
-            StoreUnavailable: it is not this worker's, and Redis is away.
+            SessionNotFound: there is no such session.
+            StoreUnavailable: another worker owns it, and Redis is away.
         """
         here = self._here(session_id)
         if here is not None:
             accepted = here.cancel()
-            state = await here.ended()  # it is certain once it is written: this worker may die at any moment
+            state = await here.ended()  # only a written end is certain: this worker may die at any moment
             return Cancelled(state, accepted=accepted and state is State.CANCELLED)
         withdrawn = self._claiming.withdraw(session_id)
         status = await self._sessions.cancel(session_id, cancelled_before_start())
@@ -130,14 +130,14 @@ class Hub:
             await self._forget(session_id)
         accepted = status.state in (State.PREPARED, State.RUNNING)
         if withdrawn and status.state is State.CANCELLED:
-            accepted = True  # by the end of the claim's pursuit, which was faster
+            accepted = True  # the pursuit of the claim wrote that end before
         return Cancelled(State.CANCELLED if accepted else status.state, accepted=accepted)
 
     def _here(self, session_id: str) -> Generation | None:
         return self._worker.running.get(session_id) or self._worker.finished.get(session_id)
 
     async def _claim(self, session_id: str) -> Generation | None:
-        """Claim a session. Returns None if it cannot be claimed; `_mirror` finds out why."""
+        """Claim a session. Returns None if it cannot be claimed; `_mirror` finds the reason."""
         if session_id not in self._claiming:
             if self._worker.draining:
                 raise Draining
@@ -159,7 +159,7 @@ class Hub:
             return mirror
         if self._worker.draining:
             raise Draining
-        # A viewer that is refused must not be registered. What was never claimed was never streamed.
+        # A viewer that is refused must not be registered. A session without an owner was never streamed.
         if self._config.resume_ttl == 0 and (await self._journal.look(session_id)).worker:
             raise AlreadyClaimed
         opened = await mirrors.open(session_id, cursor.n if cursor is not None else 0)
@@ -179,7 +179,7 @@ class Hub:
         raise SessionNotFound if cursor is None else SessionExpired
 
     async def _forget(self, session_id: str) -> None:
-        """Free the pending place of a cancelled session. If Redis cannot be reached now, it expires."""
+        """Free the pending place of a cancelled session. If Redis cannot be reached now, the place expires."""
         with suppress(StoreUnavailable):
             if (session := await self._sessions.describe(session_id)) is not None:
                 await self._accounts.forget(session.client, session_id)

@@ -1,11 +1,11 @@
-"""The journal of this worker's generations: written behind the live viewers, in batches, for all of them together.
+"""Write the journals of all generations of this worker to Redis, in batches, behind the live viewers.
 
-Each generation has a slot in the interval, so that the work is spread over it; one that somebody follows from another
-worker is written at the next tick. With every write, and once a second without one, Redis tells what others want of the
-session: a cancel, the fence, a viewer elsewhere. So nothing depends on pub/sub, which only makes it faster.
+Each generation has a slot in the interval, so that the work is spread over it. A generation that somebody follows from
+another worker is written at the next tick. With every write, and once a second without one, Redis answers whether there
+is a cancel, another owner, or a viewer elsewhere. So nothing depends on pub/sub, which only makes it faster.
 
-While Redis is away events stay in the feeds, up to a bound; over it the oldest are dropped, and readers are told of
-the gap.
+While Redis is away, events stay in the feeds, up to a limit. Above it the oldest are dropped, and readers get an error
+for the gap.
 """
 
 from __future__ import annotations
@@ -30,41 +30,41 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 TICK = 0.01
-"""Seconds between two writes for sessions that are followed from elsewhere."""
+"""Seconds between two writes for sessions that are followed from other workers."""
 
 SLOT = 0.03
-"""Seconds between two writes for all the others; fewer and larger round trips cost less."""
+"""Seconds between two writes for all other sessions. Fewer and larger round trips cost less."""
 
 ASK_AFTER = 0.9
-"""Seconds without a write after which Redis is asked all the same."""
+"""Seconds without a write after which Redis is asked without one."""
 
 MAX_WRITE = 256 * 1024
-"""Bytes of one session that one write carries at most."""
+"""Bytes of one session in one write."""
 
 MAX_SESSIONS = 64
-"""Sessions that one round trip carries at most: what they cost must not hold up a chunk."""
+"""Sessions in one round trip. More would delay chunks."""
 
 REGISTER_AGAIN = 2.0
-"""Seconds after Redis was away, or came back empty, in which viewers elsewhere may not be registered again yet: two of
-their workers' looks, and a call that is slow. Until then nobody is missed."""
+"""Seconds after Redis was away, or came back empty, in which viewers elsewhere may not be registered again yet: two
+rounds of their workers and one slow call. Until then no viewer counts as gone."""
 
 MAX_PENDING_BYTES = 256 * 1024 * 1024
-"""Bytes of events that all generations of a worker hold in memory, those that ended and wait for Redis included; over
-it, what is not journaled is dropped."""
+"""Bytes of events of all generations in memory, including ended ones that wait for Redis. Above it, events that are not
+journaled are dropped."""
 
 
 class Owner(Protocol):
-    """Who is told when a session is found to be another's."""
+    """Is called when a session turns out to belong to another worker."""
 
     async def on_session_lost(self, generation: Generation) -> None:
-        """Redis no longer has this generation's session as its own."""
+        """Handle that Redis no longer has this generation's session as this worker's."""
 
 
 class JournalWriter:
     """Writes the journals of the generations of one worker.
 
     Args:
-        store: where to.
+        store: writes to Redis.
         interval: seconds that a journal may lag.
     """
 
@@ -72,7 +72,7 @@ class JournalWriter:
         self._store = store
         interval = min(
             interval, ASK_AFTER
-        )  # a cancel must be found in time, however seldom events are written
+        )  # a cancel must be found in time, even if events are rarely written
         self._pause = min(SLOT, interval)
         self._slots: list[dict[Generation, None]] = [{} for _ in range(max(1, round(interval / self._pause)))]
         self._slot_of: dict[Generation, int] = {}
@@ -85,16 +85,16 @@ class JournalWriter:
         self._loop = asyncio.get_running_loop()
 
     def add(self, generation: Generation) -> None:
-        """Journal this generation from now on."""
+        """Start writing the journal of this generation."""
         self._added += 1
         slot = self._added % len(self._slots)
         self._slots[slot][generation] = None
         self._slot_of[generation] = slot
-        self._asked_at[generation] = self._loop.time() - ASK_AFTER  # so that the prompt soon leaves Redis
+        self._asked_at[generation] = self._loop.time() - ASK_AFTER  # so that the prompt leaves Redis soon
         self._wanted.set()
 
     def remove(self, generation: Generation) -> None:
-        """It has ended, and its end was journaled with it."""
+        """Stop writing the journal of this generation, whose end was written with its last events."""
         slot = self._slot_of.pop(generation, None)
         if slot is not None:
             del self._slots[slot][generation]
@@ -102,7 +102,7 @@ class JournalWriter:
         self._urgent.discard(generation)
 
     def flush_soon(self, generation: Generation) -> None:
-        """Write this one at the next tick."""
+        """Write the events of this generation at the next tick."""
         if generation in self._slot_of:
             self._urgent.add(generation)
 
@@ -124,11 +124,11 @@ class JournalWriter:
                 await self._write(due[start : start + MAX_SESSIONS], owner)
 
     async def confirm(self, generations: Collection[Generation], owner: Owner) -> bool:
-        """Ask Redis at once whether these are still this worker's; whether it answered."""
+        """Ask Redis at once whether these are still this worker's. Returns True if Redis answered."""
         return await self._write(list(generations), owner)
 
     def suspend_watch_expiry(self) -> None:
-        """Redis was away or came back empty."""
+        """Count all viewers elsewhere as present for a while, because Redis was away or came back empty."""
         self._watch_expiry_suspended_until = self._loop.time() + REGISTER_AGAIN
 
     def _due(self, slot: Collection[Generation]) -> list[Generation]:
@@ -158,8 +158,8 @@ class JournalWriter:
 
         async def note(one: tuple[Generation, Appended | None]) -> None:
             generation, answer = one
-            if generation in self._slot_of:  # else it ended while Redis answered
-                # One that was refused is not asked about at every tick, either.
+            if generation in self._slot_of:  # else it has ended meanwhile
+                # A refused one is not asked about at every tick either.
                 self._asked_at[generation] = now
                 if answer is not None:
                     await self._note(generation, answer, owner)
@@ -183,25 +183,25 @@ class JournalWriter:
 
     def _batch_of(self, generation: Generation) -> Batch:
         batch = generation.unsaved(MAX_WRITE)
-        # Events dropped while Redis was away leave a hole that no batch can be written behind.
+        # Events that were dropped while Redis was away leave a gap, and no batch can be written behind it.
         return batch if batch.first == generation.saved + 1 else NOTHING
 
     def keep_pending(self, generation: Generation) -> None:
-        """Count what this ended generation holds too, until `release_pending`: Redis does not have its end yet."""
+        """Count the events of this ended generation as pending too, until `release_pending`."""
         self._ended.add(generation)
         self.limit_pending()
 
     def release_pending(self, generation: Generation) -> None:
-        """Redis has the end of this generation."""
+        """Stop counting the events of this ended generation: Redis has its end."""
         self._ended.discard(generation)
 
     def limit_pending(self) -> None:
-        """Keep what waits for Redis within its bound: the largest feeds give way first."""
+        """Drop events that wait for Redis until their limit is met, from the largest feeds first."""
         by_size = sorted({*self._slot_of, *self._ended}, key=lambda generation: generation.feed.size)
-        held = sum(generation.feed.size for generation in by_size)
-        while held > MAX_PENDING_BYTES and by_size:
+        pending = sum(generation.feed.size for generation in by_size)
+        while pending > MAX_PENDING_BYTES and by_size:
             generation = by_size.pop()
-            held -= generation.feed.size
+            pending -= generation.feed.size
             generation.feed.trim(generation.feed.last, keep=0)
-            held += generation.feed.size
+            pending += generation.feed.size
             log.warning("events dropped while redis is away", session=short(generation.session_id))

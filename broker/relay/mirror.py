@@ -1,8 +1,8 @@
-"""Sessions of other workers, as the viewers of this one see them.
+"""Sessions of other workers, followed by this one for its viewers.
 
 A mirror is a feed that is filled from a session's journal. All mirrors of a worker are served together: events come
-with notifications, and twice a second what is missing is read in one round trip, which also keeps this worker
-registered as watching. The end of a session whose owner has died is written by `relay.reaper`.
+with notifications, and twice a second missing events are read in one round trip, which also keeps this worker
+registered as a viewer. The end of a session whose owner has died is written by `relay.reaper`.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-LOOK = 0.5
-"""Seconds between two looks at everything that is followed."""
+ROUND = 0.5
+"""Seconds between two rounds over all mirrors."""
 
-LOOK_AT_ONCE = 64
-"""Sessions looked at in one round trip."""
+SESSIONS_AT_ONCE = 64
+"""Sessions in one round trip."""
 
 
 class Mirror:
-    """A session of another worker, followed here; a `relay.source.Source`.
+    """A session of another worker that is followed here; a `relay.source.Source`.
 
     Args:
-        session_id: of the session.
+        session_id: the session.
         worker: the worker that runs it.
         last: number of the last event before those of `feed`.
-        unwatched: is told when the last viewer has left.
+        unwatched: is called when the last viewer has left.
 
     Attributes:
-        feed: its events from the moment it was first watched here; what came before is in the journal.
+        feed: its events since it was first watched here; earlier ones are in the journal.
     """
 
     def __init__(self, session_id: str, worker: str, last: int, unwatched: Callable[[Mirror], None]) -> None:
@@ -67,7 +67,7 @@ class Mirror:
 
 
 class _Opening:
-    """A mirror that is being made: for how many viewers, and the notifications that came meanwhile."""
+    """A mirror that is being opened: the number of viewers that wait, and the notifications that came meanwhile."""
 
     def __init__(self) -> None:
         self.viewers = 0
@@ -78,9 +78,9 @@ class Mirrors:
     """Keeps the mirrors of this worker.
 
     Args:
-        journal: where to read.
-        is_gone: whether a session that Redis does not know is gone for good.
-        viewers: all of this worker; those of a session that is gone are disconnected.
+        journal: reads from Redis.
+        is_gone: returns True if a session that Redis does not have is gone for good.
+        viewers: all viewers of this worker; those of a session that is gone are disconnected.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class Mirrors:
         self._loop = asyncio.get_running_loop()
 
     def get(self, session_id: str) -> Mirror | None:
-        """The mirror of a session that is being watched here."""
+        """Return the mirror of a session that is watched here, or None."""
         return self._open_mirrors.get(session_id)
 
     def release_viewers(self) -> None:
-        """Disconnect the viewers of all mirrors; their pages will come back, to another worker."""
+        """Disconnect the viewers of all mirrors. Their pages will reconnect to another worker."""
         for mirror in tuple(self._open_mirrors.values()):
             self._release(mirror)
 
@@ -115,10 +115,10 @@ class Mirrors:
                 viewer.release()
 
     async def open(self, session_id: str, after: int) -> Mirror | State:
-        """Register as watching a session, and mirror it; or the state of one that cannot be watched.
+        """Register this worker as a viewer and return the mirror, or the state of a session that cannot be watched.
 
         Args:
-            session_id: which.
+            session_id: the session.
             after: number of the last event that its first viewer has.
 
         Raises:
@@ -131,17 +131,17 @@ class Mirrors:
         mirror = self._open_mirrors.get(session_id)
         if mirror is None:
             mirror = self._open_mirrors[session_id] = self._new_mirror(session_id, followed, after)
-            for batch in notified:  # before it was there
-                self._tell(mirror, batch)
+            for batch in notified:  # they came before the mirror was there
+                self._take_notified(mirror, batch)
         if followed.standing.end is not None and mirror.feed.end is None:
             self._finish(mirror, followed)
         if session_id in self._leaving:
-            self._read_soon(session_id)  # its registration may just have been taken back
+            self._read_soon(session_id)  # `_unregister` may just have removed the registration
         return mirror
 
     @contextmanager
     def _noting(self, session_id: str) -> Iterator[list[Batch | None]]:
-        """Note what is rung for a session whose mirror is being made, or it would need a second look."""
+        """Collect notifications of a session while its mirror is opened, so that it need not be read twice."""
         opening = self._opening.setdefault(session_id, _Opening())
         opening.viewers += 1
         try:
@@ -152,7 +152,7 @@ class Mirrors:
                 del self._opening[session_id]
 
     def _read_soon(self, session_id: str) -> None:
-        """Look at this one at once."""
+        """Read the journal of this session in the next round, and start that at once."""
         self._read_next.add(session_id)
         self._wake.set()
 
@@ -164,14 +164,14 @@ class Mirrors:
                 self._wake.set()
 
     def on_notification(self, session_id: str, batch: Batch | None) -> None:
-        """Take a notification: here are events, or there is something to read."""
+        """Handle a notification: it brings events, or says that there is something to read."""
         mirror = self._open_mirrors.get(session_id)
         if mirror is not None:
-            self._tell(mirror, batch)
+            self._take_notified(mirror, batch)
         elif (opening := self._opening.get(session_id)) is not None:
             opening.notified.append(batch)
 
-    def _tell(self, mirror: Mirror, batch: Batch | None) -> None:
+    def _take_notified(self, mirror: Mirror, batch: Batch | None) -> None:
         if mirror.feed.end is not None:
             return
         if batch is None or batch.first > mirror.feed.last + 1:
@@ -180,45 +180,45 @@ class Mirrors:
             self._add(mirror, [batch])
 
     async def run(self) -> NoReturn:
-        """Look after the mirrors until cancelled."""
-        look_at = 0.0
+        """Serve the mirrors until cancelled."""
+        round_at = 0.0
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, look_at - self._loop.time())):
+                async with asyncio.timeout(max(0.0, round_at - self._loop.time())):
                     await self._wake.wait()
             self._wake.clear()
             now = self._loop.time()
-            everything = now >= look_at
+            everything = now >= round_at
             if everything:
-                look_at = now + LOOK
+                round_at = now + ROUND
             try:
                 await self._unregister()
-                await self._look(everything=everything)
+                await self._read_missing(everything=everything)
             except StoreUnavailable:
-                await asyncio.sleep(LOOK)
+                await asyncio.sleep(ROUND)
 
     async def _unregister(self) -> None:
         self._leaving, self._left = self._left - self._open_mirrors.keys(), set()
         try:
             if self._leaving:
                 await self._journal.leave(self._leaving)
-                self._read_next |= self._leaving & self._open_mirrors.keys()  # somebody came at that moment
+                self._read_next |= self._leaving & self._open_mirrors.keys()  # a viewer came meanwhile
         finally:
             self._leaving = set()
 
-    async def _look(self, *, everything: bool) -> None:
-        hurried, self._read_next = self._read_next, set()
+    async def _read_missing(self, *, everything: bool) -> None:
+        soon, self._read_next = self._read_next, set()
         wanted = [
             mirror
             for mirror in self._open_mirrors.values()
-            if mirror.feed.end is None and (everything or mirror.session_id in hurried)
+            if mirror.feed.end is None and (everything or mirror.session_id in soon)
         ]
-        for start in range(0, len(wanted), LOOK_AT_ONCE):
-            part = wanted[start : start + LOOK_AT_ONCE]
+        for start in range(0, len(wanted), SESSIONS_AT_ONCE):
+            part = wanted[start : start + SESSIONS_AT_ONCE]
             answers = await self._journal.follow_many([(m.session_id, m.feed.last) for m in part])
             for mirror, followed in zip(part, answers, strict=True):
                 if followed is None:
-                    continue  # refused: the next look asks again
+                    continue  # refused: the next round asks again
                 if followed.standing.state is not State.GONE:
                     self._note(mirror, followed)
                 elif await self._is_gone():
@@ -230,7 +230,7 @@ class Mirrors:
         if followed.batches:
             self._add(mirror, followed.batches)
         elif followed.last > mirror.feed.last:
-            mirror.feed.skip_to(followed.last)  # not there although it should be: viewers will find the gap
+            mirror.feed.skip_to(followed.last)  # events are missing: viewers will find the gap
         if followed.last > mirror.feed.last:
             self._read_soon(mirror.session_id)
         elif followed.standing.end is not None:
@@ -257,7 +257,7 @@ class Mirrors:
         mirror.feed.finish(end)
 
     def _new_mirror(self, session_id: str, followed: Followed, after: int) -> Mirror:
-        """Return a mirror that begins with what its first viewer wants next, if that was read to the journal's end."""
+        """Return a mirror that starts with the events after the first viewer's last one, if all of them were read."""
         try:
             events, last = read_on(followed.batches, after)
         except JournalGap:

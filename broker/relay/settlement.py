@@ -1,7 +1,7 @@
-"""What an answer took, and getting it into the books: once, and as near to the truth as can be had.
+"""Count the usage of generations and book it once, as exactly as possible.
 
-The upstream's usage counts. Where a stream ended without it, our own count does, marked as an estimate, and then the
-upstream's books are asked and ours corrected.
+The usage that the upstream sends is booked. If a stream ends without it, this broker counts by itself and marks the
+result as an estimate. The upstream's own record is then fetched, and the estimate is corrected.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, IMAGE_TOKENS, estimate_t
 from broker.store.accounts import OTHER, Estimate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
 
     from broker.core.answer import Answer
     from broker.core.session import State
@@ -33,29 +33,31 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-LOOKS = (1.0, 3.0, 10.0, 30.0, 120.0, 600.0)
-"""Seconds after the end at which the upstream's books are asked."""
+RECORD_DELAYS = (1.0, 3.0, 10.0, 30.0, 120.0, 600.0)
+"""Seconds after the end at which the upstream is asked for its record."""
 
 MAX_ASKING = 1000
-"""Estimates that one worker asks for at once; the others wait in Redis until somebody has room."""
+"""Estimates that one worker asks about at the same time. Others wait in Redis until a worker has room."""
 
 MAX_READING_ON = 200
-"""Failed answers that one worker reads on at once for their usage; the estimate of any other stands."""
+"""Failed answers that one worker reads on for their usage at the same time. The estimates of others stay."""
 
 RETRY = 1.0
 """Seconds between two tries to reach Redis."""
 
 RETRIES = 600
-"""Tries before a settlement is given up for lost."""
+"""Tries after which a settlement is given up."""
 
 
 class Settlement:
-    """Counts and books what generations took.
+    """Counts and books the usage of generations.
 
     Args:
-        accounts: the books.
-        money: whom to ask what models and generations cost.
+        accounts: the accounts and the usage ledger.
+        money: functions that know about prices and records.
         spawn: runs work in the background and owns its task.
+        clock: seconds that only go forward; by default the event loop's.
+        pause: waits for so many seconds.
     """
 
     def __init__(
@@ -64,10 +66,14 @@ class Settlement:
         money: Money,
         *,
         spawn: Callable[[Coroutine[Any, Any, Any]], None],
+        clock: Callable[[], float] | None = None,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._accounts = accounts
         self._money = money
         self._spawn = spawn
+        self._clock = clock or asyncio.get_running_loop().time
+        self._pause = pause
         self._asking: set[str] = set()
         self._reading_on = 0
 
@@ -81,21 +87,21 @@ class Settlement:
         seconds: float = 0.0,
         images: int = 0,
     ) -> Usage:
-        """Return what an answer took.
+        """Return the usage of an answer.
 
         Args:
-            answer: what was learned of it.
-            reservation: for what was asked.
+            answer: the facts of the answer.
+            reservation: the reservation of its generation.
             prompt_tokens: our estimate of the prompt.
             asked: the upstream may have generated; if not, nothing is to be paid.
-            seconds: from the request to the end, where that is known.
+            seconds: from the request to the end; 0 where unknown.
             images: pictures in the prompt.
         """
         if not asked:
             return Usage()
-        told = has_counts(answer.counts)
+        reported = has_counts(answer.counts)
         usage = dict(answer.counts or {})
-        if not told:
+        if not reported:
             speed = await self._money.speed_of(reservation.model) if seconds else None
             usage |= estimated_usage(answer, reservation, prompt_tokens, unseen=int((speed or 0.0) * seconds))
             usage.pop("total_tokens", None)
@@ -104,36 +110,36 @@ class Settlement:
             model = reservation.model
             prices = await self._money.prices_of(answer.model or model) or await self._money.prices_of(model)
             cost = cost_of(usage, prices, minute_of_day=_minute_of_day(), images=images)
-            if (least := reported_cost(answer.interim_counts or {})) is not None and not told:
+            if (least := reported_cost(answer.interim_counts or {})) is not None and not reported:
                 cost = max(cost or 0, least)
-        return usage_of(usage, cost, estimated=not told and reported_cost(usage) is None)
+        return usage_of(usage, cost, estimated=not reported and reported_cost(usage) is None)
 
     async def settle(
-        self, reservation: Reservation, spent: Usage, state: State, generation_id: str | None
+        self, reservation: Reservation, usage: Usage, state: State, generation_id: str | None
     ) -> None:
-        """Book it, and have an estimate corrected in the background.
+        """Book the usage. If it is an estimate, have it corrected in the background.
 
-        Whoever comes after somebody who could only estimate, and knows better, corrects that.
+        A later call with a final usage corrects an estimate that was booked before.
 
         Raises:
             StoreUnavailable: it could not be booked now.
         """
-        ask = spent.estimated and generation_id is not None and self._money.keeps_records()
+        ask = usage.estimated and generation_id is not None and self._money.keeps_records()
         await self._accounts.settle(
             reservation,
-            spent,
+            usage,
             state,
             generation_id=generation_id if ask else None,
-            model=self._name(reservation.model, answered=spent.completion > 0),
+            model=self._name(reservation.model, answered=usage.completion > 0),
         )
         if ask and generation_id is not None:
             self.ask(Estimate(reservation, generation_id, 0.0))
 
     def read_on(self, read: Work, close: Work) -> bool:
-        """Run `read` in the background and `close` behind it, where not too many run already.
+        """Run `read` in the background and then `close`, unless too many run already.
 
         Returns:
-            True if that has begun; else neither is run.
+            True if that has started; else neither is run.
         """
         if self._reading_on >= MAX_READING_ON:
             return False
@@ -149,13 +155,13 @@ class Settlement:
             await close()
 
     async def settle_later(
-        self, reservation: Reservation, spent: Usage, state: State, generation_id: str | None
+        self, reservation: Reservation, usage: Usage, state: State, generation_id: str | None
     ) -> None:
-        """`settle`, tried until Redis answers, for as long as a settlement is tried."""
-        await self._persist(partial(self.settle, reservation, spent, state, generation_id))
+        """Call `settle` until Redis can be reached, with a limited number of tries."""
+        await self._persist(partial(self.settle, reservation, usage, state, generation_id))
 
     def _name(self, model: str, *, answered: bool) -> str:
-        """Return a model's name for the books: of the list; without one, of those that the upstream has answered."""
+        """Return the name of a model in the usage ledger: that of the list; without a list, only if it has answered."""
         name = self._money.name_of(model)
         if name is None:
             return model if answered else OTHER
@@ -163,13 +169,13 @@ class Settlement:
 
     @property
     def room(self) -> int:
-        """Estimates that may be taken on here."""
+        """The number of further estimates that this worker can take."""
         return max(0, MAX_ASKING - len(self._asking))
 
     def ask(self, estimate: Estimate) -> None:
-        """Ask for the truth behind an estimate, at those of `LOOKS` that are still to come, and at least once.
+        """Fetch the record for an estimate at those times of `RECORD_DELAYS` that are still to come, at least once.
 
-        Where too many are asked for already, this one is left to whoever finds it later.
+        If there are too many estimates already, this one is left to be found later by any worker.
         """
         claim_id = estimate.reservation.claim_id
         if claim_id not in self._asking and self.room:
@@ -179,45 +185,44 @@ class Settlement:
     async def _correct(self, estimate: Estimate) -> None:
         reservation, generation_id, age = estimate
         try:
-            ended_at = asyncio.get_running_loop().time() - age
-            for after in [look for look in LOOKS if look > age] or [age]:
+            ended_at = self._clock() - age
+            for after in [delay for delay in RECORD_DELAYS if delay > age] or [age]:
                 await self._wait(reservation.claim_id, ended_at + after)
-                if (spent := await self._truth(reservation, generation_id)) is not None:
-                    await self._persist(partial(self._accounts.correct, reservation, spent))
+                if (usage := await self._fetch_usage(reservation, generation_id)) is not None:
+                    await self._persist(partial(self._accounts.correct, reservation, usage))
                     return
             await self._persist(partial(self._accounts.asked, reservation))
         finally:
             self._asking.discard(reservation.claim_id)
 
     async def _wait(self, claim_id: str, until: float) -> None:
-        loop = asyncio.get_running_loop()
-        if (seconds := until - loop.time()) > LOOKS[0]:
-            with suppress(StoreUnavailable):  # then another may ask too, which does no harm
+        if (seconds := until - self._clock()) > RECORD_DELAYS[0]:
+            with suppress(StoreUnavailable):  # then another worker may ask too, which does no harm
                 await self._accounts.look_later(claim_id, seconds)
-        await asyncio.sleep(until - loop.time())
+        await self._pause(until - self._clock())
 
-    async def _truth(self, reservation: Reservation, generation_id: str) -> Usage | None:
-        """Return what the upstream's books say now; None where they do not."""
+    async def _fetch_usage(self, reservation: Reservation, generation_id: str) -> Usage | None:
+        """Return the usage in the upstream's record; None where there is none."""
         try:
             record = await self._money.fetch_generation(generation_id)
         except UpstreamError as error:
-            log.info("generation not told", session=short(reservation.session_id), code=error.code)
+            log.info("record cannot be fetched", session=short(reservation.session_id), code=error.code)
             return None
         return usage_in_record(record) if record is not None else None
 
-    @staticmethod
-    async def _persist(step: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _persist(self, step: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Repeat a step until Redis can be reached, at most `RETRIES` times."""
         for _ in range(RETRIES):
             try:
                 await step()
             except StoreUnavailable:
-                await asyncio.sleep(RETRY)
+                await self._pause(RETRY)
             else:
                 return
 
 
 def has_counts(usage: Mapping[str, Any] | None) -> bool:
-    """Return True if an upstream's usage says how many tokens there were."""
+    """Return True if an upstream's usage has the numbers of tokens."""
     if not usage or count_of(usage.get("prompt_tokens")) is None:
         return False
     return completion_of(usage) is not None
@@ -231,29 +236,29 @@ def _minute_of_day() -> int:
 def estimated_usage(
     answer: Answer, reservation: Reservation, prompt_tokens: int, unseen: int = 0
 ) -> dict[str, int]:
-    """Our own count, never below what the upstream has told on the way.
+    """Return our own count, never below what the upstream reported before.
 
-    The upstream was told to write no more than is reserved, so that is the most that we assume by ourselves.
+    The upstream was asked to write no more than is reserved, so the estimate does not exceed that.
 
     Args:
-        answer: what was learned of it.
-        reservation: for what was asked.
+        answer: the facts of the answer.
+        reservation: the reservation of its generation.
         prompt_tokens: our estimate of the prompt.
         unseen: tokens that the model may have written in its time, shown or not.
     """
-    told = answer.interim_counts or {}
+    reported = answer.interim_counts or {}
     seen = estimate_text(answer.text_bytes, DEFAULT_BYTES_PER_TOKEN) + answer.media * IMAGE_TOKENS
     reserved = max(0, reservation.worst.tokens - prompt_tokens)
     return {
-        "prompt_tokens": max(prompt_tokens, count_of(told.get("prompt_tokens")) or 0),
-        "completion_tokens": max(min(max(seen, unseen), reserved), completion_of(told) or 0),
+        "prompt_tokens": max(prompt_tokens, count_of(reported.get("prompt_tokens")) or 0),
+        "completion_tokens": max(min(max(seen, unseen), reserved), completion_of(reported) or 0),
     }
 
 
 def usage_in_record(record: Mapping[str, Any]) -> Usage | None:
-    """Return what OpenRouter's record of a generation says; None where it does not say.
+    """Return the usage in OpenRouter's record of a generation; None where it is not complete.
 
-    Native counts are those of the model's own tokenizer, by which it is billed.
+    Native counts are those of the model's own tokenizer, which is used for billing.
     """
     cost = reported_cost_of_record(record)
     prompt = _first(record, "native_tokens_prompt", "tokens_prompt")

@@ -1,4 +1,4 @@
-"""What a viewer watches: a generation of this worker, or the mirror of another worker's."""
+"""The source of a viewer's events: a generation of this worker, or the mirror of a session of another worker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """The events of one session, as a viewer gets them on this worker."""
+    """The events of one session on this worker."""
 
     @property
     def feed(self) -> Feed:

@@ -1,6 +1,6 @@
-"""This worker: what runs on it, the tasks that keep it going, and how it stops.
+"""This worker: its generations, its background tasks, and its shutdown.
 
-It starts generations and owns their tasks. Which session a viewer gets, and from where, is for `relay.hub`.
+It starts generations and owns their tasks. `relay.hub` decides which session a viewer gets.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 SHUTDOWN_TIMEOUT = 3.0
-"""Seconds that stopped generations have for their ends."""
+"""Seconds for stopped generations to write their ends."""
 
 
 class Worker:
-    """The generations of this worker, and its background tasks.
+    """The generations and the background tasks of this worker.
 
     Args:
-        sessions: their states in Redis.
-        journal: their events in Redis.
-        workers: the workers in Redis, and which of them this one is.
-        upstream: the model side.
-        limits: of each generation.
+        sessions: the states of sessions in Redis.
+        journal: the events of sessions in Redis.
+        workers: the workers in Redis; knows the id of this one.
+        upstream: the model service.
+        limits: the limits of each generation.
         accounts: slots, budgets and the usage ledger.
-        money: what settling needs to know.
-        config: of this worker.
-        results: tells an application of what has ended; None where none wants to know.
+        money: functions that know about money.
+        config: the limits of this worker.
+        results: is told of each end by an application; None where it does not want to know.
 
     Attributes:
         draining: nothing new is started.
@@ -61,7 +61,7 @@ class Worker:
         finished: generations that ended here a short while ago.
         viewers: all viewers of this worker.
         mirrors: sessions of other workers that are watched here.
-        membership: this worker among the others.
+        membership: renews the lease of this worker.
         tasks: owns the tasks of this worker.
         config: as given.
     """
@@ -112,7 +112,7 @@ class Worker:
 
     @property
     def id(self) -> str:
-        """This worker's id in Redis."""
+        """The id of this worker in Redis."""
         return self._workers.worker
 
     def start(self) -> None:
@@ -130,7 +130,7 @@ class Worker:
         )
 
     def start_generation(self, session_id: str, reservation: Reservation, prepared: Prepared) -> Generation:
-        """Start the one generation of a session that was claimed here."""
+        """Start the generation of a session that was claimed here."""
         generation = Generation(
             session_id,
             reservation,
@@ -162,7 +162,7 @@ class Worker:
         self.finished.expire(now)
 
     async def drain(self, timeout: float) -> None:
-        """Start nothing more, let what runs finish for ``timeout`` seconds, and end the rest."""
+        """Start nothing new, let generations finish for ``timeout`` seconds, and end the rest."""
         self.draining = True
         self.mirrors.release_viewers()
         await self.tasks.finish(timeout)
@@ -171,7 +171,7 @@ class Worker:
         await self.tasks.finish(SHUTDOWN_TIMEOUT)
 
     async def close(self) -> None:
-        """Cancel the tasks that are left, and give the lease back."""
+        """Cancel the remaining tasks, and give the lease back."""
         await self.tasks.close()
         try:
             await self._workers.resign()
@@ -194,7 +194,7 @@ class Worker:
     def _learn_from(self, generation: Generation) -> None:
         try:
             sample, speed = generation.finishing.sample(), generation.finishing.speed()
-        except Exception:  # what an upstream tells may be odd, and nobody waits for what it teaches
+        except Exception:  # answers of upstreams may be odd, and a sample is not important
             log.exception("nothing learned", session=short(generation.session_id))
             return
         if sample is not None:

@@ -13,7 +13,7 @@ from broker.core.accounts import Quotas, Usage, WorstCase
 from broker.core.chat_answer import ChatAnswer
 from broker.core.pricing import NANO
 from broker.core.session import State
-from broker.relay.settlement import LOOKS, estimated_usage, usage_in_record
+from broker.relay.settlement import RECORD_DELAYS, estimated_usage, usage_in_record
 from broker.store.accounts import AccountStore, Reservation
 from broker.web import keys
 from tests.broker import Broker, running
@@ -401,7 +401,7 @@ async def test_books_that_are_late_are_asked_again(broker: Broker, upstream: Scr
         return (await ledger(broker.app[keys.STORE].redis)).estimated == 0
 
     await until(corrected)
-    assert LOOKS[1] <= asyncio.get_running_loop().time() - began < LOOKS[1] + 1
+    assert RECORD_DELAYS[1] <= asyncio.get_running_loop().time() - began < RECORD_DELAYS[1] + 1
     assert await booked(broker) == Ledger(1, 0, 18, 123_000)
 
 
@@ -422,7 +422,7 @@ async def test_the_reservation_stays_until_the_books_of_the_upstream_have_answer
     async def corrected() -> bool:
         return await ledger(redis) == Ledger(1, 0, 18, 123_000)
 
-    await until(corrected, within=LOOKS[1] + 2)
+    await until(corrected, within=RECORD_DELAYS[1] + 2)
 
 
 @pytest.mark.slow
@@ -436,7 +436,7 @@ async def test_no_answer_of_the_books_makes_anybody_stop_asking(
     await estimated(broker, upstream)
     session, _ = await prepared(broker)
     await broker.read(session)
-    await until(lambda: asyncio.sleep(0, len(upstream.looks) == 6), within=LOOKS[2] + 2)
+    await until(lambda: asyncio.sleep(0, len(upstream.looks) == 6), within=RECORD_DELAYS[2] + 2)
     upstream.generations[GENERATION] = RECORD
     session, _ = await prepared(broker)
     await broker.read(session)
@@ -451,7 +451,7 @@ async def test_an_upstream_that_is_not_openrouter_is_never_asked(
         await broker.ask("GET", "/models")
         await estimated(broker, upstream)
         assert (await ledger(broker.app[keys.STORE].redis)).reserved_tokens == 0
-        await asyncio.sleep(LOOKS[0] + 0.2)  # nothing happens in this time
+        await asyncio.sleep(RECORD_DELAYS[0] + 0.2)  # nothing happens in this time
     assert upstream.looks == []
 
 
@@ -460,7 +460,7 @@ async def test_a_bill_that_was_told_is_not_asked_for(broker: Broker, upstream: S
     upstream.replies = [answer_with({"cost": 0.001})]
     session, _ = await prepared(broker)
     await broker.read(session)
-    await asyncio.sleep(LOOKS[0] + 0.2)  # nothing happens in this time
+    await asyncio.sleep(RECORD_DELAYS[0] + 0.2)  # nothing happens in this time
     assert upstream.looks == []
 
 
