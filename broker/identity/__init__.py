@@ -1,1 +1,1 @@
-"""Whether what a caller shows is good: API keys, tokens, and the keys that tokens are signed with."""
+"""Check the credentials of callers: API keys, tokens, and the keys that tokens are signed with."""

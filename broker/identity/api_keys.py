@@ -1,4 +1,4 @@
-"""API keys: whose a key is. Those of a file are read again when the file changes."""
+"""API keys and their owners. Keys from a file are read again when the file changes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ log = structlog.get_logger(__name__)
 
 
 class ApiKeys:
-    """The keys that are good now.
+    """The valid API keys.
 
     Args:
-        keys: those of the start.
-        path: the file that they are from.
+        keys: the keys at the start.
+        path: the file that they are from, or None.
         clock: seconds that only go forward.
     """
 
@@ -38,9 +38,9 @@ class ApiKeys:
         self._file = self._watched(path)
 
     def owner_of(self, key: str) -> str | None:
-        """The name of a key, None if it is none of ours.
+        """Return the name of a key's owner; None for an unknown key.
 
-        Takes as long whichever key it is, if any, and however much of it is right.
+        Takes the same time for every key, known or not.
         """
         self._look()
         shown = _digest(key)
@@ -51,7 +51,7 @@ class ApiKeys:
         return owner
 
     def replace(self, keys: Iterable[ApiKey], path: Path | None) -> bool:
-        """Take other keys, and watch this file from now on. Returns True if they differ from those there were."""
+        """Replace the keys, and watch this file from now on. Returns True if the keys differ from those before."""
         self._file = self._watched(path)
         before, self._keys = self._keys, _digests(keys)
         return self._keys != before
@@ -59,7 +59,7 @@ class ApiKeys:
     def _watched(self, path: Path | None) -> WatchedFile[tuple[ApiKey, ...]] | None:
         if path is None:
             return None
-        # A file that is no good leaves the keys there are: nobody is let in or out by a slip.
+        # An invalid file leaves the present keys: a typing mistake lets nobody in or out.
         refusal = "the file of api keys is no good, the old keys stay"
         return WatchedFile(path, read_api_keys, refusal=refusal, clock=self._clock)
 
@@ -77,5 +77,5 @@ def _digests(keys: Iterable[ApiKey]) -> tuple[tuple[bytes, str], ...]:
 
 
 def _digest(key: str) -> bytes:
-    # A header's bytes that are no UTF-8 come as lone surrogates.
+    # Bytes of a header that are not UTF-8 arrive as lone surrogates.
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

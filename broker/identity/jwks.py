@@ -1,4 +1,4 @@
-"""The public keys that an issuer of tokens publishes (RFC 7517): fetched, kept, and fetched again in time."""
+"""The public keys of an issuer of tokens (RFC 7517): fetched, stored in memory, and fetched again in time."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ MAX_SIZE = 256 * 1024
 MAX_KEYS = 64
 
 RENEW_AFTER = 600.0
-"""Seconds after which keys are fetched again beside the request that uses them."""
+"""Seconds after which keys are fetched again, in the background of the request that uses them."""
 
 OLD_AFTER = 3600.0
-"""Seconds after which a request waits for newer keys: the issuer may have withdrawn one while nobody asked."""
+"""Seconds after which a request waits for newer keys: the issuer may have withdrawn one in the meantime."""
 
 PAUSE = 30.0
-"""Seconds from one fetch to the next, whatever tokens are shown."""
+"""Seconds between two fetches, whatever tokens callers send."""
 
 PAUSE_WITHOUT_KEYS = 2.0
-"""The same while there are no keys at all and no token can be checked."""
+"""The same while there are no keys at all, so that no token can be checked."""
 
 _MIN_RSA_BITS: Final = 2048
 _ALGORITHM_OF: Final = {"RSA": "RS256", "EC P-256": "ES256", "OKP Ed25519": "EdDSA"}
-"""The algorithm of each kind of key. A key is never used for another, whatever a token says."""
+"""The algorithm of each kind of key. A key is never used for another one, whatever a token says."""
 
 ALGORITHMS: Final = tuple(_ALGORITHM_OF.values())
-"""What a token may be signed with."""
+"""The algorithms that a token may use."""
 
 log = structlog.get_logger(__name__)
 
 
 class KeySetError(Exception):
-    """An answer is no key set that is of use. The text says why and shows nothing of it."""
+    """An answer is not a usable key set. The text gives the reason and quotes nothing."""
 
 
 class PublishedKeys:
-    """The keys behind one URL. An async context manager: a fetch that runs at its end is stopped.
+    """The keys of one URL. An async context manager: its end stops a running fetch.
 
-    Keys stay until newer ones are there, so an issuer that is away for a while is not noticed.
+    Keys stay until newer ones are there, so the service works on while the issuer is away.
 
     Args:
-        url: where the key set is.
-        timeout: seconds that a fetch may take.
-        proxy: address of an HTTP proxy through which they are fetched.
+        url: the address of the key set.
+        timeout: seconds for one fetch.
+        proxy: address of an HTTP proxy for the fetch.
         clock: seconds that only go forward.
     """
 
@@ -83,7 +83,7 @@ class PublishedKeys:
             timeout=aiohttp.ClientTimeout(total=self._timeout),
             headers={"Accept": "application/json", "Accept-Encoding": "identity"},
             proxy=self._proxy,
-            auto_decompress=False,  # what is small on the wire could unpack to anything
+            auto_decompress=False,  # a small body could unpack to any size
         )
         self._renew()
         return self
@@ -99,13 +99,13 @@ class PublishedKeys:
             await http.close()
 
     async def find(self, algorithm: str, kid: str | None) -> jwt.PyJWK | None:
-        """The key of this id for this algorithm; without an id, the only one for it. None if there is no such key.
+        """Return the key with this id for this algorithm; without an id, the only key for it; None where there is none.
 
-        Waits for a fetch, as long as one may take, where the key is not known or all keys are old. A caller
-        that is cancelled leaves the fetch to the others.
+        Waits for a fetch, for its timeout at most, where the key is unknown or all keys are old. A caller that is
+        cancelled leaves the fetch running for the others.
 
         Raises:
-            Overloaded: the key is not known and keys cannot be fetched now, so nobody can say whether it is good.
+            Overloaded: the key is unknown and keys cannot be fetched now, so the token cannot be checked.
         """
         key = self._match(algorithm, kid)
         age = self._clock() - self._born
@@ -116,7 +116,7 @@ class PublishedKeys:
             await asyncio.wait({fetch})
             key = self._match(algorithm, kid)
         if key is None and (self._trouble or not self._keys):
-            # Not the caller's fault: told that a token is bad, a page would log its user out.
+            # It is not the caller's fault. After a 401, a page would log its user out.
             raise Overloaded(
                 "The keys that tokens are checked with cannot be fetched right now.",
                 retry_after=max(1.0, self._next_fetch - self._clock()),
@@ -128,7 +128,7 @@ class PublishedKeys:
         return fitting[0] if len(fitting) == 1 else None
 
     def _renew(self) -> asyncio.Task[None] | None:
-        """The fetch that runs, else a new one; None while it is too early for that."""
+        """Return the running fetch, or start one; None while it is too early for that."""
         if self._fetch is None and self._http is not None and self._clock() >= self._next_fetch:
             self._next_fetch = self._clock() + PAUSE
             self._fetch = asyncio.create_task(self._run(self._http), name="token keys")
@@ -148,7 +148,7 @@ class PublishedKeys:
             self._fetch = None
 
     def _tell(self, trouble: str) -> None:
-        """Log what is wrong once, and that it is over. The URL may hold a secret."""
+        """Log once that fetches fail, and once that they work again. The URL may hold a secret."""
         if trouble and trouble != self._trouble:
             log.warning("token keys cannot be fetched", reason=trouble, kept=len(self._keys))
         elif self._trouble and not trouble:
@@ -157,10 +157,10 @@ class PublishedKeys:
 
 
 def parse_keys(body: bytes) -> tuple[jwt.PyJWK, ...]:
-    """Read a key set; members that are for something else or that we cannot use are left out.
+    """Parse a key set. Members that have another use or are not supported are left out.
 
     Raises:
-        KeySetError: it holds no key that is of use.
+        KeySetError: it holds no usable key.
     """
     try:
         document = orjson.loads(body)
@@ -178,7 +178,7 @@ def parse_keys(body: bytes) -> tuple[jwt.PyJWK, ...]:
 
 def _parse_key(member: Any) -> jwt.PyJWK | None:
     if not isinstance(member, dict) or member.get("use", "sig") != "sig" or "d" in member:
-        return None  # "d" is the private half: what is published with it proves nothing
+        return None  # "d" is the private half: a key that is published with it proves nothing
     algorithm = _ALGORITHM_OF.get(f"{member.get('kty')} {member.get('crv', '')}".strip())
     if algorithm is None or member.get("alg", algorithm) != algorithm:
         return None
@@ -190,11 +190,11 @@ def _parse_key(member: Any) -> jwt.PyJWK | None:
 
 
 async def _get(http: aiohttp.ClientSession, url: str) -> bytes:
-    """The body of a 200.
+    """Fetch a URL and return the body of a 200.
 
     Raises:
-        KeySetError: another status, or too much.
-        aiohttp.ClientError, TimeoutError: it could not be had.
+        KeySetError: another status, or too large.
+        aiohttp.ClientError, TimeoutError: the request failed.
     """
     async with http.get(url, allow_redirects=False) as response:
         if response.status != 200:

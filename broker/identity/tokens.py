@@ -1,4 +1,4 @@
-"""Tokens (JWT, RFC 7519): whose a token is, if it is good."""
+"""Tokens (JWT, RFC 7519): check them and return their subject."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from broker.identity.jwks import PublishedKeys
 
 LEEWAY = 10.0
-"""Seconds by which the issuer's clock and ours may differ."""
+"""Seconds by which the issuer's clock may differ from ours."""
 
 MAX_TOKEN = 8192
 MAX_SUBJECT = 255
-"""Characters; OpenID Connect Core allows a subject no more."""
+"""Characters; OpenID Connect Core allows no longer subject."""
 
 _FORM: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _HMAC_BLOCK: Final = 64
@@ -32,7 +32,7 @@ log = structlog.get_logger(__name__)
 
 
 class Subject(NamedTuple):
-    """Whom a token is about; `issuer` is empty where it names none."""
+    """The subject of a token; `issuer` is empty where it names none."""
 
     issuer: str
     subject: str
@@ -41,14 +41,14 @@ class Subject(NamedTuple):
 class Tokens:
     """Checks tokens.
 
-    HS256 is checked with the secret, RS256, ES256 and EdDSA with the published keys, and nothing else is taken: a
-    token only chooses among the algorithms that somebody gave keys for, and each key knows its own (RFC 8725, 3.1).
+    HS256 is checked with the secret; RS256, ES256 and EdDSA with the published keys. Other algorithms are refused: a
+    token only chooses among the algorithms for which there are keys, and each key has its own (RFC 8725, 3.1).
 
     Args:
         secret: for HS256.
         published: for the others.
-        audience: whom a token must be for; None takes those for any.
-        issuer: whom a token must be from; None takes those from any.
+        audience: the required audience; None accepts any.
+        issuer: the required issuer; None accepts any.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class Tokens:
         self._issuer = issuer
 
     def replace_secret(self, secret: str) -> None:
-        """Check tokens of HS256 with this secret from now on."""
+        """Check HS256 tokens with this secret from now on."""
         self._shared = shared_key(secret)
 
     async def subject_of(self, token: str) -> Subject:
-        """Whom a good token is about.
+        """Return the subject of a valid token.
 
         Raises:
-            Unauthorized: it is not good.
+            Unauthorized: the token is not valid.
             Overloaded: it cannot be checked now.
         """
         if len(token) > MAX_TOKEN or _FORM.fullmatch(token) is None:
@@ -104,10 +104,10 @@ class Tokens:
 
 
 def shared_key(secret: str) -> jwt.PyJWK:
-    """The key of HS256.
+    """Return the key for HS256.
 
-    HMAC itself fills a key with zeros up to its block (RFC 2104), so a short secret is filled here already and stays
-    the same key; else the library would warn of it at each token.
+    HMAC fills a key with zeros up to its block (RFC 2104). A short secret is filled here already, which is the same
+    key; otherwise the library would warn about it at each token.
     """
     filled = base64.urlsafe_b64encode(secret.encode().ljust(_HMAC_BLOCK, b"\0"))
     return jwt.PyJWK({"kty": "oct", "k": filled.decode()}, "HS256")

@@ -1,1 +1,1 @@
-"""The model side: the client, its retries, and its errors turned into ours."""
+"""The upstream service: the client, and its errors turned into ours."""

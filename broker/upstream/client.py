@@ -1,11 +1,11 @@
-"""The model side: one OpenAI client for the process, and answers as raw bytes.
+"""The client of the upstream service: one OpenAI client for the process, and answers as raw bytes.
 
-The SDK knows the address, the headers and the connections; a request for an answer is a copy of one that was made of
-them at the start, because to build each again takes the SDK 0.4 ms of CPU, half of what it costs to ask (measured). The
-answer is read as bytes: parsed chunks cost 148 µs each on this client, raw bytes 5 to 7 (measured), and a page wants
-the upstream's JSON untouched anyway.
+The SDK provides the address, the headers and the connections. A request for an answer is a copy of one that is built at
+the start, because building each one anew takes the SDK 0.4 ms of CPU, half of the cost of a request (measured). The
+answer is read as bytes: parsed chunks cost 148 µs each on this client and raw bytes 5 to 7 µs (measured), and pages get
+the upstream's JSON unchanged anyway.
 
-Nothing of openai, httpx2 or aiohttp leaves this folder: `map_errors` turns all of it into `core.errors`.
+No exception of openai, httpx2 or aiohttp leaves this folder: `map_errors` turns them into those of `core.errors`.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ if TYPE_CHECKING:
     from broker.core.dialect import Dialect
 
 KEEPALIVE = 4.0
-"""Seconds that an idle connection is kept. Servers close theirs at some time, many after 5 s, and a request that meets
-that moment is lost for good, for it must not be sent twice."""
+"""Seconds that an idle connection is kept. Servers close theirs at some time, many after 5 s. A request that is sent at
+that moment is lost, because it must not be sent twice."""
 
 MAX_ERROR_BODY = 64 * 1024
-"""Bytes read of a refusal, or of the record of a generation; what is longer is not understood."""
+"""Bytes that are read of a refusal, or of the record of a generation. A longer one is not parsed."""
 
 MAX_ERROR_TEXT = 4 * 1024
-"""Bytes looked at of a refusal that is no JSON."""
+"""Bytes that are read of a refusal that is not JSON."""
 
 MAX_HEAD = 4 * 1024
-"""Bytes of an answer within which a line must show that it is an event stream."""
+"""Bytes at the start of an answer in which a line must show that it is an event stream."""
 
 MAX_CAP_NAMES = 500
-"""Models of which it is remembered how they call the cap on their output."""
+"""Models whose name of the output cap is remembered."""
 
 _CAP_NAMES = ("max_tokens", "max_completion_tokens")
 _FIELDS = (b"data:", b"event:", b"id:", b"retry:", b"error:", b":")
@@ -70,15 +70,15 @@ class UpstreamClient:
 
     Args:
         base_url: such as ``https://openrouter.ai/api/v1``.
-        api_key: ours; never passed on, logged or told.
+        api_key: the broker's key; it is never passed on or logged.
         title: the application's name, for attribution.
-        connect_timeout: seconds for a connection, the wait for a free one included.
-        max_connections: streams at once and a few for everything else.
-        speaks_openrouter: tells whether the service understands OpenRouter's own headers.
-        proxy: address of an HTTP proxy through which all goes.
+        connect_timeout: seconds for a connection, including the wait for a free one.
+        max_connections: streams at the same time, and a few for everything else.
+        speaks_openrouter: returns True if the service understands OpenRouter's own headers.
+        proxy: address of an HTTP proxy for all requests.
 
     Attributes:
-        secrets: words that no message may carry.
+        secrets: texts that no message may contain.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class UpstreamClient:
         self._cap_names: dict[str, str] = {}
         timeout = httpx2.Timeout(None, connect=connect_timeout, pool=connect_timeout)
         self._http = DefaultAioHttpClient(
-            # A redirect would send the request a second time, to somebody else.
+            # A redirect would send the request a second time, to another server.
             follow_redirects=False,
             timeout=timeout,
             limits=httpx2.Limits(max_connections=max_connections, keepalive_expiry=KEEPALIVE),
@@ -109,7 +109,8 @@ class UpstreamClient:
         self.openai = AsyncOpenAI(
             base_url=base_url,
             api_key=api_key,
-            # Retries are decided where it is known what may be billed; here, asking twice may be paying twice.
+            # Retries are decided elsewhere, where it is known what may be billed. Asking twice here may mean paying
+            # twice.
             max_retries=0,
             timeout=timeout,
             http_client=self._http,
@@ -120,7 +121,7 @@ class UpstreamClient:
         self._headers = self._make_headers()
 
     def use_key(self, api_key: str) -> None:
-        """Ask with this key from now on. Messages still carry neither it nor the one before."""
+        """Use this key from now on. Messages contain neither this key nor the one before."""
         self.secrets = (api_key, self.secrets[0])
         self.openai.api_key = api_key
         self._headers = self._make_headers()
@@ -132,19 +133,19 @@ class UpstreamClient:
     async def ask(
         self, body: bytes, *, referer: str, model: str = "", dialect: Dialect = CHAT
     ) -> UpstreamStream:
-        """Ask for an answer, and return it once the status and the headers are there.
+        """Send a request, and return its answer once the status and the headers are there.
 
-        A service that refuses the name of the cap on the output is asked once more with the other one: that refusal
-        says that nothing was generated.
+        A service that refuses the name of the output cap is asked once more with the other name: such a refusal means
+        that nothing was generated.
 
         Args:
             body: the JSON of the request.
             referer: origin of the page, for attribution; may be empty.
-            model: what is asked, to remember how it calls its cap.
-            dialect: of the request.
+            model: the requested model, to remember its name of the cap.
+            dialect: the dialect of the request.
 
         Raises:
-            UpstreamError: it could not be reached, or refused.
+            UpstreamError: the service could not be reached, or refused.
         """
         known = self._cap_names.get(model) if dialect.has_two_caps else None
         if known is not None and (renamed := _rename_cap(body, known)) is not None:
@@ -177,7 +178,7 @@ class UpstreamClient:
     async def _refusal(
         self, response: httpx2.Response, cap_names: tuple[str, ...] = ()
     ) -> tuple[UpstreamError, str | None]:
-        """What a refusal means, and the name of the cap that it asks for."""
+        """Return the error of a refusal, and the name of the cap that it asks for."""
         try:
             await response.aread()
         finally:
@@ -192,16 +193,16 @@ class UpstreamClient:
             del self._cap_names[next(iter(self._cap_names))]
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Close all connections."""
         await self.openai.close()
 
 
 class UpstreamStream:
-    """The bytes of one answer. Close it, or its connection is lost to the pool.
+    """The bytes of one answer. It must be closed, or its connection is lost to the pool.
 
     Attributes:
-        generation_id: the upstream's name for this generation, known before the first byte of it; may be None.
-        whole: the whole answer, where it came as one JSON document in place of a stream.
+        generation_id: the upstream's id of this generation, known before its first byte; may be None.
+        whole: the complete answer, if it came as one JSON document in place of a stream.
     """
 
     def __init__(self, response: httpx2.Response, dialect: Dialect, secrets: tuple[str, ...]) -> None:
@@ -213,17 +214,17 @@ class UpstreamStream:
         self._secrets = secrets
 
     async def blocks(self, max_body: int = MAX_ERROR_BODY) -> AsyncGenerator[bytes]:
-        """The bytes as they come; none where the answer is one JSON document, which `whole` has then.
+        """Yield the bytes as they come. Yields none if the answer is one JSON document, which is in `whole` then.
 
         Args:
             max_body: bytes of the largest document.
 
         Raises:
-            UpstreamInterrupted: the line broke.
-            UpstreamError: this is no event stream; what it says instead.
+            UpstreamInterrupted: the connection broke.
+            UpstreamError: the answer is not an event stream but an error.
         """
-        # The transport's own stream: httpx2's iterators around it add a third to the cost of a read, and what they
-        # add to its function is decompression.
+        # This is the transport's own stream: httpx2's iterators around it add a third to the cost of a read, and only
+        # add decompression.
         encoded = "content-encoding" in self._response.headers
         source: Any = self._response.aiter_bytes() if encoded else self._response.stream
         blocks = aiter(source)
@@ -246,13 +247,13 @@ class UpstreamStream:
         return kind.partition(";")[0].strip().lower() == "text/event-stream"
 
     async def aclose(self) -> None:
-        """Let the connection go. One whose answer was read to its end is kept for the next request."""
+        """Close the answer. The connection of an answer that was read to its end is kept for the next request."""
         with map_errors(self._secrets):
             await self._response.aclose()
 
 
 async def _bound_body(response: httpx2.Response) -> None:
-    """The SDK reads the whole body of a refusal or a record; see to it that there is an end to it."""
+    """Limit the body of a refusal or a record, which the SDK reads completely."""
     is_read_whole = not response.is_success or response.request.url.path.endswith("/generation")
     if is_read_whole and isinstance(response.stream, httpx2.AsyncByteStream):
         response.stream = _Beginning(response.stream)
@@ -283,14 +284,14 @@ async def _beginning(stream: AsyncIterable[bytes], limit: int = MAX_ERROR_BODY) 
 
 
 async def _head(blocks: AsyncIterator[bytes]) -> tuple[bytes, bool | None]:
-    """The first bytes, and whether they show that this is an event stream.
+    """Return the first bytes, and whether they show an event stream.
 
-    True as soon as a line begins as one of an event stream does, False where a JSON document or markup begins, None
-    where the first 4 KiB or the whole body show neither.
+    True as soon as a line starts like one of an event stream; False where a JSON document or markup starts; None where
+    the first 4 KiB or the complete body show neither.
     """
     head = b""
     async for block in blocks:
-        head += block  # few and small: it ends with the first block that is over 4 KiB in all
+        head += block  # cheap: it ends with the first block that exceeds 4 KiB in total
         start = head[:MAX_HEAD].removeprefix(_BOM)
         if any(line.startswith(_FIELDS) for line in start.splitlines()):
             return head, True
@@ -300,7 +301,7 @@ async def _head(blocks: AsyncIterator[bytes]) -> tuple[bytes, bool | None]:
 
 
 def _json(body: bytes) -> Any:
-    """The document, as leniently as it can be read; None for what is none, or has too many values."""
+    """Return the document, parsed leniently; None where it is not JSON, or has too many values."""
     if is_too_large_to_parse(body):
         return None
     try:
@@ -314,13 +315,13 @@ def _json(body: bytes) -> Any:
 
 
 def _caps_in(body: bytes) -> tuple[str, ...]:
-    """The names by which a request caps the output."""
+    """Return the parameters that cap the output of a request."""
     document = _json(body)
     return tuple(name for name in _CAP_NAMES if isinstance(document, dict) and name in document)
 
 
 def _rename_cap(body: bytes, name: str) -> bytes | None:
-    """The request with its cap under this name; None where it has none under the other one alone."""
+    """Return the request with this name of the cap; None unless it has a cap with only the other name."""
     document = _json(body)
     other = _CAP_NAMES[1 - _CAP_NAMES.index(name)]
     if not isinstance(document, dict) or other not in document or name in document:
@@ -334,7 +335,7 @@ def _rename_cap(body: bytes, name: str) -> bytes | None:
 
 @contextmanager
 def map_errors(secrets: tuple[str, ...] = ()) -> Iterator[None]:
-    """Turn the libraries' exceptions into ours."""
+    """Turn the exceptions of the libraries into ours."""
     try:
         yield
     except openai.APIStatusError as error:
@@ -346,7 +347,7 @@ def map_errors(secrets: tuple[str, ...] = ()) -> Iterator[None]:
 
 
 def _fault_of(response: httpx2.Response, secrets: tuple[str, ...]) -> UpstreamError:
-    """What a refusal means; its body has been read."""
+    """Return the error of a refusal whose body has been read."""
     now = time.time()
     wait = wait_in_headers(response.headers, response.status_code, now)
     return fault_of_status(
@@ -355,7 +356,7 @@ def _fault_of(response: httpx2.Response, secrets: tuple[str, ...]) -> UpstreamEr
 
 
 def _json_or_text(body: bytes) -> Any:
-    """The document of a refusal, or the text that a server or a proxy sent instead; None for what is neither."""
+    """Return the document of a refusal, or the text that a server or a proxy sent; None for anything else."""
     document = _json(body)
     if document is not None or body.lstrip()[:1] in {b"{", b"["}:
         return document
@@ -365,9 +366,9 @@ def _json_or_text(body: bytes) -> Any:
 
 
 def _connection_error(error: BaseException) -> UpstreamError:
-    """What a broken connection means for the money: nothing sent, or perhaps a generation.
+    """Return the error of a broken connection. It says whether a generation may have started.
 
-    The transport calls a server that hung up a connect timeout, so the first cause decides and not its names.
+    The transport reports a server that hung up as a connect timeout, so the first cause decides and not its name.
     """
     causes = [error]
     while causes[-1].__cause__ is not None and len(causes) < 10:

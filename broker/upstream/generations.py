@@ -1,4 +1,4 @@
-"""What OpenRouter's books say of one generation: GET /generation?id=."""
+"""Fetch OpenRouter's record of one generation: GET /generation?id=."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 TIMEOUT = 5.0
-"""Seconds for one look."""
+"""Seconds for one request."""
 
 
 async def fetch_generation(client: AsyncOpenAI, generation_id: str) -> Mapping[str, Any] | None:
-    """The record of a generation; None while there is none yet.
+    """Return the record of a generation; None while there is none yet.
 
-    A page of HTML, as a proxy answers it, is no record, and says nothing of the next look.
+    An HTML page, as a proxy sends it, is not a record, and says nothing about later requests.
 
     Raises:
-        UpstreamError: it could not be asked.
+        UpstreamError: the request failed.
     """
     with map_errors():
         try:

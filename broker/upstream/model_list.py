@@ -1,6 +1,6 @@
-"""Fetching the list of models: one GET, its bytes as they came. What they mean is in `core/model_entry.py`.
+"""Fetch the list of models with one GET, as bytes. `core/model_entry.py` parses them.
 
-Through the OpenAI client, for its address, key and errors, but without its parsing, which would drop every field that
+The OpenAI client is used for its address, key and errors, but not for parsing, which would drop all fields that
 OpenAI's own list does not have.
 """
 
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FETCH_TIMEOUT = 10.0
-"""Seconds for the whole fetch, connecting included."""
+"""Seconds for the complete request, including the connection."""
 
 log = structlog.get_logger(__name__)
 
 
 async def fetch_models(client: AsyncOpenAI, *, timeout: float = FETCH_TIMEOUT) -> bytes:
-    """Ask the upstream for its list and return the body of the answer, once.
+    """Fetch the list from the upstream once, and return the body of the answer.
 
     Raises:
-        ModelsUnavailable: it cannot be reached, refuses, takes longer than `timeout` seconds or sends too much.
+        ModelsUnavailable: the upstream cannot be reached, refuses, takes longer than `timeout` seconds or sends too
+            much.
     """
     body = bytearray()
     with _errors_as_unavailable():
@@ -49,9 +50,9 @@ async def fetch_models(client: AsyncOpenAI, *, timeout: float = FETCH_TIMEOUT) -
 
 @contextmanager
 def _errors_as_unavailable() -> Iterator[None]:
-    """Turn what the client, its transport and the clock raise into `ModelsUnavailable`.
+    """Turn the exceptions of the client, its transport and timeouts into `ModelsUnavailable`.
 
-    The log keeps what went wrong. The cause itself is let go: aiohttp's errors carry the request with our key.
+    The log has the reason. The cause is dropped: aiohttp's errors hold the request with our key.
     """
     try:
         yield
@@ -65,7 +66,7 @@ def _errors_as_unavailable() -> Iterator[None]:
 
 
 def _origin(error: BaseException) -> BaseException:
-    """The first of a chain: the SDK calls a refused connection a timeout."""
+    """Return the first cause of an error: the SDK reports a refused connection as a timeout."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
