@@ -1,7 +1,7 @@
 """The session broker: between a web page and a language model.
 
-Everything that an application of aiohttp needs to have the service under a prefix is here; see the README, "Embedding".
-Importing this starts, reads and opens nothing, and loads the service only once one of the names is used.
+Here are the names that an aiohttp application needs to have the service under a prefix; see the README, "Embedding".
+Importing this starts, reads and opens nothing, and loads the service only when one of the names is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MODULES = {
 }
 
 
-if not TYPE_CHECKING:  # to a type checker, no other name is anything
+if not TYPE_CHECKING:  # for a type checker, there are no other names
 
     def __getattr__(name: str) -> object:
         if name not in _MODULES:

@@ -1,4 +1,4 @@
-"""`python -m broker` is `broker`."""
+"""Run `broker` by `python -m broker`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The list of models as the broker has it: from memory, else from Redis, else from the upstream.
+"""The list of models: from memory, else from Redis, else from the upstream.
 
-A list is fresh for a while, and the last good one is used for a day while no newer one can be had. One refresh runs at
-a time in a worker, and one fetch at a time among all workers that share a Redis; after a failure all of them wait
-before the next. With Redis away every worker fetches for itself.
+A list is fresh for a while, and the last good one is used for a day while no newer one is available. Each worker runs
+one refresh at a time, and all workers that share a Redis run one fetch at a time. After a failure all of them wait
+before the next one. While Redis is away, every worker fetches for itself.
 """
 
 from __future__ import annotations
@@ -40,32 +40,32 @@ PATIENCE = 12.0
 """Seconds that `models` waits where there is no list at all: longer than a fetch may take."""
 
 PATIENCE_WITH_STALE = 2.0
-"""Seconds that `models` waits for a fresh list while it has an old one to give."""
+"""Seconds that `models` waits for a fresh list while it has an old one."""
 
 PAUSES = (5.0, 10.0, 20.0, 40.0, 60.0)
 """Seconds between tries after one, two, … failures in a row."""
 
 LOCK_POLL = 0.1
-"""Seconds between looks at whether another worker has done fetching."""
+"""Seconds between checks whether another worker has finished its fetch."""
 
 MAX_LISTINGS = 16
-"""Answers of GET /models kept ready; each may take as much as the whole list."""
+"""Prepared answers of GET /models; each may be as large as the whole list."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
-    """The list in memory, a digest of what it was read from, and when it was fetched, by the worker's clock."""
+class _CachedList:
+    """The list in memory, a digest of its source, and the time of its fetch, by this worker's clock."""
 
     models: Models
     digest: bytes
-    born: float
+    fetched_at: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Refresh:
-    """One running refresh: when it began, whether it found any list yet, and whether it found a fresh one or ended."""
+    """One running refresh: its start, whether it has any list yet, and whether it has a fresh one or has ended."""
 
     started: float
     any_list: asyncio.Event = field(default_factory=asyncio.Event)
@@ -76,7 +76,7 @@ class Catalog:
     """The models of one upstream.
 
     Args:
-        fetch: asks the upstream; raises `ModelsUnavailable`.
+        fetch: fetches the list from the upstream; raises `ModelsUnavailable`.
         store: the list in Redis.
         kind: learns from each list what the upstream is.
         ttl: seconds that a list is fresh.
@@ -97,7 +97,7 @@ class Catalog:
         self._kind = kind
         self._ttl = ttl
         self._clock = clock
-        self._held: _Held | None = None
+        self._cached: _CachedList | None = None
         self._refresh: _Refresh | None = None
         self._task: asyncio.Task[None] | None = None
         self._failures = 0
@@ -108,65 +108,65 @@ class Catalog:
 
     @property
     def openrouter(self) -> bool:
-        """True if the upstream understands OpenRouter's own fields, by what is known now."""
+        """True if the upstream understands OpenRouter's own fields, as far as is known now."""
         return self._kind.openrouter
 
     @property
     def has_list(self) -> bool:
-        """Whether there is any list, however old."""
-        return self._kept() is not None
+        """True if there is any list, however old."""
+        return self._usable() is not None
 
     @property
     def dearest(self) -> Prices | None:
-        """Every price at the highest of the list, for a model that has none; None where no price is known."""
-        held = self._kept()
-        return held.models.dearest if held is not None else None
+        """The highest price of the list under each key, for a model without one; None where no price is known."""
+        cached = self._usable()
+        return cached.models.dearest if cached is not None else None
 
     def name_in_list(self, model_id: str) -> str | None:
-        """The name by which the list knows a model, empty where it does not; None where there is no list."""
-        held = self._kept()
-        if held is None or not held.models.entries:
+        """Return the name of a model in the list, empty where it is not there; None where there is no list."""
+        cached = self._usable()
+        if cached is None or not cached.models.entries:
             return None
         base = model_id.partition(":")[0].partition("@")[0]
-        return next((name for name in (model_id, base) if held.models.find(name) is not None), "")
+        return next((name for name in (model_id, base) if cached.models.find(name) is not None), "")
 
     async def models(self) -> Models:
-        """The list, fresh where that can be had within a short wait.
+        """Return the list. Waits a short time for a fresh one.
 
         Raises:
-            ModelsUnavailable: there is none, not even an old one.
+            ModelsUnavailable: there is no list, not even an old one.
         """
-        held = self._kept()
-        if held is not None and self._is_fresh(held):
-            return held.models
+        cached = self._usable()
+        if cached is not None and self._is_fresh(cached):
+            return cached.models
         refresh = self._refreshing()
         if refresh is not None:
-            await _wait(refresh.settled, PATIENCE if held is None else PATIENCE_WITH_STALE)
-            held = self._kept()
-        if held is None:
+            await _wait(refresh.settled, PATIENCE if cached is None else PATIENCE_WITH_STALE)
+            cached = self._usable()
+        if cached is None:
             raise ModelsUnavailable(retry_after=max(1.0, self._retry_at - self._clock()))
-        return held.models
+        return cached.models
 
     async def known(self, model_ids: Iterable[str], timeout: float = 1.0) -> Mapping[str, Model]:
-        """What is known of these models now or within `timeout` seconds; the rest is missing. Raises nothing.
+        """Return the models that are known now or within `timeout` seconds; others are missing. Does not raise.
 
-        An old list is used at once and renewed in the background. Where there is none, the first callers wait for it,
-        counted from the start of the try; after a failed try nobody does. With no ids and no time this only starts
-        what is due.
+        An old list is used at once and refreshed in the background. Where there is none, the callers wait for it,
+        counted from the start of the try; after a failed try they do not wait. With no ids and no time, this only
+        starts a refresh that is due.
         """
-        held = self._kept()
-        if held is None or not self._is_fresh(held):
+        cached = self._usable()
+        if cached is None or not self._is_fresh(cached):
             refresh = self._refreshing()
-            if held is None and refresh is not None and not self._failures:
+            if cached is None and refresh is not None and not self._failures:
                 await _wait(refresh.any_list, timeout - (self._clock() - refresh.started))
-                held = self._kept()
-        if held is None:
+                cached = self._usable()
+        if cached is None:
             return {}
-        found = {model_id: held.models.find(model_id) for model_id in model_ids}
+        found = {model_id: cached.models.find(model_id) for model_id in model_ids}
         return {model_id: model for model_id, model in found.items() if model is not None}
 
     async def listing(self, allowed: Sequence[str], *, q: str = "", free: bool = False) -> Listing:
-        """The answer of GET /models: what passes the globs `allowed`, has `q` in id or name, and is free if asked.
+        """Return the answer of GET /models with the models that match `allowed`, `q` (in id or name) and `free`.
 
         Raises:
             ModelsUnavailable: there is no list.
@@ -184,22 +184,22 @@ class Catalog:
         return listing
 
     async def close(self) -> None:
-        """Stop refreshing. What is in memory stays readable."""
+        """Stop refreshing. The list in memory can still be read."""
         self._closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
 
-    def _kept(self) -> _Held | None:
-        """The list in memory, unless it is too old for any use."""
-        held = self._held
-        return held if held is not None and self._clock() - held.born < KEPT else None
+    def _usable(self) -> _CachedList | None:
+        """Return the list in memory, unless it is too old for any use."""
+        cached = self._cached
+        return cached if cached is not None and self._clock() - cached.fetched_at < KEPT else None
 
-    def _is_fresh(self, held: _Held) -> bool:
-        return self._clock() - held.born < self._ttl
+    def _is_fresh(self, cached: _CachedList) -> bool:
+        return self._clock() - cached.fetched_at < self._ttl
 
     def _refreshing(self) -> _Refresh | None:
-        """The running refresh, else a new one; None while a new one must wait."""
+        """Return the running refresh, or start one; None while a new one must wait."""
         if self._refresh is None and not self._closed and self._clock() >= self._retry_at:
             self._refresh = _Refresh(self._clock())
             self._task = asyncio.create_task(self._run(self._refresh), name="model list")
@@ -210,7 +210,7 @@ class Catalog:
             await self._renew(refresh)
         except ModelsUnavailable:
             self._pause(self._failures + 1)
-        except Exception:  # a bug is paced as a failing upstream is, and costs nobody but the list
+        except Exception:  # a bug is treated like a failing upstream, and affects only the list
             log.exception("model list refresh broke")
             self._pause(self._failures + 1)
         finally:
@@ -237,7 +237,7 @@ class Catalog:
                 await self._store.release(token, failures=failures, pause=_pause_after(failures))
 
     async def _may_fetch(self, token: str) -> bool:
-        """Wait until it is our turn to fetch; False where the last fetch failed and all must wait."""
+        """Wait for the turn of this worker to fetch. Returns False where the last fetch failed and all must wait."""
         with suppress(TimeoutError):
             async with asyncio.timeout(LOCK_TTL + 1):
                 while (busy := await self._store.acquire(token)) is not None:
@@ -250,19 +250,19 @@ class Catalog:
 
     async def _take_stored_or_fetch(self, refresh: _Refresh) -> None:
         with suppress(StoreUnavailable):
-            if await self._take_stored(refresh):  # fetched by who had the right before us
+            if await self._take_stored(refresh):  # another worker fetched it first
                 return
         await self._fetch_and_share(refresh)
 
     async def _take_stored(self, refresh: _Refresh) -> bool:
-        """Take the list from Redis where it is younger than ours; whether ours is fresh now."""
+        """Take the list from Redis where it is younger than the one in memory. Returns True if that is fresh now."""
         stored = await self._store.load()
         if stored is not None:
-            born = self._clock() - stored.age
-            if self._held is None or born > self._held.born:
-                with suppress(ModelsUnavailable):  # one that cannot be read is to be replaced
-                    await self._take(refresh, stored.body, born)
-        return self._held is not None and self._is_fresh(self._held)
+            fetched_at = self._clock() - stored.age
+            if self._cached is None or fetched_at > self._cached.fetched_at:
+                with suppress(ModelsUnavailable):  # one that cannot be parsed is replaced
+                    await self._take(refresh, stored.body, fetched_at)
+        return self._cached is not None and self._is_fresh(self._cached)
 
     async def _fetch_and_share(self, refresh: _Refresh) -> None:
         body = await self._fetch()
@@ -270,25 +270,25 @@ class Catalog:
         with suppress(StoreUnavailable):
             await self._store.save(body)
 
-    async def _take(self, refresh: _Refresh, body: bytes, born: float) -> None:
-        """Make this the list in memory. The same bytes stay the same `Models`, so that what hangs on it stays too.
+    async def _take(self, refresh: _Refresh, body: bytes, fetched_at: float) -> None:
+        """Replace the list in memory. The same bytes keep the same `Models`, and so everything that is derived from it.
 
         Raises:
-            ModelsUnavailable: it cannot be read.
+            ModelsUnavailable: it cannot be parsed.
         """
         digest = sha256(body).digest()
-        if self._held is not None and self._held.digest == digest:
-            models = self._held.models
+        if self._cached is not None and self._cached.digest == digest:
+            models = self._cached.models
         else:
-            try:  # off the loop: some 15 ms for OpenRouter's list, and streams are waiting
+            try:  # not on the loop: OpenRouter's list takes about 15 ms, and streams are waiting
                 models = await asyncio.to_thread(parse_models, body)
             except ValueError:
                 log.warning("model list unreadable", size=len(body))
                 raise ModelsUnavailable from None
-        self._held = _Held(models, digest, born)
+        self._cached = _CachedList(models, digest, fetched_at)
         self._kind.learn(models)
         refresh.any_list.set()
-        if self._is_fresh(self._held):
+        if self._is_fresh(self._cached):
             self._failures = 0
             refresh.settled.set()
 
@@ -302,7 +302,7 @@ def _pause_after(failures: int) -> float:
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:
-    """Wait for an event, at most so long."""
+    """Wait for an event, so many seconds at most."""
     if seconds > 0:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):

@@ -1,8 +1,8 @@
-"""What is logged, and how: every line of ours and of our libraries through one chain, to standard error.
+"""Configure the logs: all lines of the broker and its libraries go through one chain to standard error.
 
-Before a line is written it is cleaned: no secret, and of a session id, which is a bearer secret, the first eight
-characters. That holds for texts, for whatever lies inside lists and mappings, and for the words of exceptions. Only
-the id of a request is told whole, though a client may choose it to look like one of a session: its answer carries it.
+Each line is cleaned before it is written: it has no secret, and only the first eight characters of a session id, which
+is a bearer secret. This applies to texts, to values inside lists and mappings, and to exceptions. Only the id of a
+request is written whole, though a client may make it look like a session id: the answer carries it.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
     from structlog.typing import EventDict, Processor
 
-# At their lower levels these tell URLs, headers and bodies, and openai can be set to that from outside.
+# At lower levels these log URLs, headers and bodies, and openai's level can be set from outside.
 _TALKATIVE: Final = ("openai", "httpx2", "httpcore2")
 _SESSION_ID: Final = re.compile(
     r"\b([0-9a-f]{8})-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\b", re.IGNORECASE
 )
 _REQUEST_ID: Final = "request_id"
-_SHORTEST_SECRET: Final = 4  # to replace a shorter one would make every line unreadable and hide nothing
+_SHORTEST_SECRET: Final = 4  # replacing a shorter one would make every line unreadable and hide nothing
 _DEEPEST: Final = 6
 _FIRST: Final = ("timestamp", "level", "event", "logger")
 
 REPEATED_AFTER: Final = 60.0
-"""Seconds for which a warning that was told is not told again."""
+"""Seconds after a warning in which the same warning is not written again."""
 
 _MOST_WARNINGS: Final = 500
 _SESSION_LINE: Final = "session ended"
-# What tells two warnings of one event apart. Ids of sessions and requests do not: each failure would be a new one.
+# The fields that distinguish two warnings of one event. Ids of sessions and requests do not: each failure has another.
 _KIND_FIELDS: Final = ("code", "status", "script", "doing", "loop", "error", "reason", "setting", "name")
 
 
@@ -48,13 +48,13 @@ def configure_logs(
     secrets: Iterable[str] = (),
     out: TextIO | None = None,
 ) -> None:
-    """Send all logs of this process where they belong. Called once, at the start.
+    """Configure all logs of this process. Called once, at the start.
 
     Args:
         level: `debug`, `info`, `warning`, `error` or `critical`.
-        log_format: lines for a person or for a machine; None is text on a terminal, else JSON.
+        log_format: ``text`` for people, ``json`` for machines; None is text on a terminal, else JSON.
         secrets: texts that must not appear in any line.
-        out: standard error, where nothing else is given.
+        out: standard error where it is None.
     """
     out = sys.stderr if out is None else out
     in_words = out.isatty() if log_format is None else log_format == "text"
@@ -92,12 +92,12 @@ def configure_logs(
 
 
 def log_into_application(secrets: Iterable[str]) -> None:
-    """Send our lines to the `logging` of the application that the service is a part of, to the loggers `broker.…`.
+    """Send the lines of the broker to the `logging` of the application that it is a part of, to the loggers `broker.…`.
 
-    Levels and handlers are the application's. Where it has set up structlog by itself, our lines go where it says.
+    The application sets levels and handlers. If it has configured structlog by itself, the lines go there.
 
     Args:
-        secrets: texts that must not appear in a line, beside those of earlier calls.
+        secrets: texts that must not appear in a line, in addition to those of earlier calls.
     """
     if structlog.is_configured():
         for processor in structlog.get_config()["processors"]:
@@ -116,7 +116,7 @@ def log_into_application(secrets: Iterable[str]) -> None:
 
 
 class Line(dict[str, Any]):
-    """The fields of a line, which as text are the event and what belongs to it."""
+    """The fields of a line. Its text is the event and the fields."""
 
     def __str__(self) -> str:
         rest = (f"{name}={value}" for name, value in self.items() if name != "event")
@@ -124,14 +124,14 @@ class Line(dict[str, Any]):
 
 
 class _IntoApplication:
-    """The last processor of a chain: cleans the fields, and leaves the exception to the application's handlers."""
+    """The last processor of a chain. It cleans the fields and leaves the exception to the application's handlers."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._secrets = set(secrets)
         self._clean = censor(self._secrets)
 
     def hide(self, secrets: Iterable[str]) -> None:
-        """Strike these out as well."""
+        """Remove these texts as well."""
         self._secrets.update(secrets)
         self._clean = censor(self._secrets)
 
@@ -141,7 +141,7 @@ class _IntoApplication:
 
 
 def censor(secrets: Iterable[str]) -> Callable[[Any, str, EventDict], EventDict]:
-    """Return a processor that cleans every value of a line and leaves nothing in it but plain JSON values."""
+    """Return a processor that cleans all values of a line, and leaves only plain JSON values."""
     known = sorted({secret for secret in secrets if len(secret) >= _SHORTEST_SECRET}, key=len, reverse=True)
     anywhere = re.compile("|".join(map(re.escape, known))) if known else None
 
@@ -173,7 +173,7 @@ def censor(secrets: Iterable[str]) -> Callable[[Any, str, EventDict], EventDict]
 
 
 class Repetitions:
-    """A filter that lets a warning or an error pass once a minute, with the number of times it was held back.
+    """Lets a warning or an error pass once a minute, with the number of times it was suppressed.
 
     Lines at the end of a session always pass: each is about another session.
 
@@ -219,7 +219,7 @@ def _in_reading_order(_logger: Any, _method: str, event: EventDict) -> EventDict
 
 
 def _words(*, colors: bool) -> Processor:
-    # Other formatters of exceptions show local variables, and with them prompts and answers.
+    # Other formatters of exceptions show local variables, which hold prompts and answers.
     return structlog.dev.ConsoleRenderer(
         colors=colors, exception_formatter=structlog.dev.plain_traceback, pad_event_to=0
     )
@@ -229,8 +229,8 @@ def _worth_telling(record: logging.LogRecord) -> bool:
     if record.name == "aiohttp.server" and record.exc_info is not None:
         kinds = {
             kind.__name__ for kind in type(record.exc_info[1]).__mro__
-        }  # aiohttp is not imported for a name
+        }  # aiohttp is not imported for one name
         if "HttpProcessingError" in kinds:
-            # A request that is no HTTP was answered with a 400. The error quotes it, Authorization included.
+            # A request that is not HTTP was answered with a 400. The error quotes it, including Authorization.
             return False
     return record.levelno >= logging.WARNING or record.name.partition(".")[0] not in _TALKATIVE

@@ -1,4 +1,4 @@
-"""How this worker names clients: with the operator's secret, else with the one that all workers keep in Redis."""
+"""Names of clients on this worker: with the operator's secret, or with one that all workers share in Redis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from broker.store.names import NameStore
 
 AGREE_EVERY: Final = 2.0
-"""Seconds between two looks at the secret in Redis, which restore it after Redis came back empty."""
+"""Seconds between two checks of the secret in Redis. They restore it after Redis came back empty."""
 
 _SHORTEST_SECRET: Final = 16
 
@@ -23,11 +23,11 @@ log = structlog.get_logger(__name__)
 
 
 class Naming:
-    """Knows the names of clients.
+    """Gives access to the names of clients.
 
     Args:
-        store: where the workers' own secret is kept.
-        secret: the operator's; with one, nothing is kept in Redis.
+        store: stores the secret that the workers share.
+        secret: the operator's secret, if there is one; then nothing is stored in Redis.
     """
 
     def __init__(self, store: NameStore, secret: str | None) -> None:
@@ -40,7 +40,7 @@ class Naming:
             )
 
     async def names(self) -> ClientNamer:
-        """Return what names clients. Waits for Redis only until it has answered once.
+        """Return the namer of clients. Waits for Redis until it has answered once.
 
         Raises:
             StoreUnavailable: Redis has not answered yet.
@@ -48,9 +48,9 @@ class Naming:
         return self._names or await self._agree()
 
     async def run(self) -> NoReturn:
-        """Agree with the other workers again and again, until cancelled; of no use with an operator's secret."""
+        """Agree on the secret with the other workers until cancelled. Not needed with an operator's secret."""
         while True:
-            with suppress(StoreUnavailable):  # the workers' lease tells of it
+            with suppress(StoreUnavailable):  # the loop of the lease logs it
                 await self._agree()
             await asyncio.sleep(AGREE_EVERY)
 

@@ -1,6 +1,6 @@
-"""What /prepare does with a body: validate it, fit it to the model, see that it can be paid, and store it.
+"""Handle the body of /prepare: validate it, fit it to the model, check that it can be paid, and store it.
 
-It joins `core`, the catalog and the store, and knows nothing of HTTP.
+This joins `core`, the catalog and the store. It knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ if TYPE_CHECKING:
     from broker.system_message import SystemMessage
 
 CATALOG_TIMEOUT = 1.0
-"""Seconds that /prepare waits for the list of models; what is not known of a model does not bind."""
+"""Seconds that /prepare waits for the list of models. Unknown limits of a model do not apply."""
 
 NO_LIST_RETRY = 10.0
-"""Seconds after which a caller comes again where a budget of money is on and no price is known yet."""
+"""Seconds after which a caller should try again where there is a budget in money and no price is known yet."""
 
 TURN_TIMEOUT = 10.0
-"""Seconds that a large body waits for others to be read before it."""
+"""Seconds that a large body waits for others to be parsed before it."""
 
 
 class Admitted(NamedTuple):
     """A stored session.
 
     Attributes:
-        answer: what the page is told, JSON-ready.
-        created: it is new; else an earlier request with the same Idempotency-Key made it.
+        answer: the body of the answer, ready for JSON.
+        created: True for a new session; False if an earlier request with the same Idempotency-Key made it.
     """
 
     answer: dict[str, Any]
@@ -68,20 +68,20 @@ class Admitted(NamedTuple):
 
 
 class RateCheck(Protocol):
-    """Counts one prepare against its client's rate."""
+    """Counts one prepare against the rate of its client."""
 
     def call(self) -> Call:
-        """What counts it, to be run together with something else."""
+        """Return the call that counts, to be run together with others."""
 
     def note(self, reply: Sequence[int]) -> None:
-        """Take the reply of `call`; raises `RateLimited`."""
+        """Handle the reply of `call`; raises `RateLimited`."""
 
     async def alone(self) -> None:
-        """Count it by itself; raises `RateLimited`."""
+        """Count with a call of its own; raises `RateLimited`."""
 
 
 class AdmittedRequest(NamedTuple):
-    """A request that is fit to be stored."""
+    """A request that can be stored."""
 
     client: Client
     fitted: FittedRequest
@@ -89,18 +89,18 @@ class AdmittedRequest(NamedTuple):
 
 
 class Admission:
-    """Makes sessions.
+    """Makes sessions from requests.
 
     Args:
         store: runs several steps in one round trip.
-        settings: the rules.
-        catalog: what is known of the models.
-        sessions: where sessions are kept.
-        accounts: what clients have spent, and what of theirs waits.
-        quotas: what they may.
-        bytes_per_token: what has been learned of the models' tokenizers.
-        idempotency: which keys have been used.
-        system: what the operator puts before every conversation.
+        settings: the limits and rules.
+        catalog: the models.
+        sessions: stores the sessions.
+        accounts: the spending and the pending sessions of clients.
+        quotas: the limits of clients.
+        bytes_per_token: the learned values of the models.
+        idempotency: the used keys.
+        system: the operator's system message.
     """
 
     def __init__(
@@ -137,22 +137,22 @@ class Admission:
     async def admit(
         self, body: bytes, *, client: Client, rate_check: RateCheck, referer: str, idempotency_key: str | None
     ) -> Admitted:
-        """Make a session of a request, or find the one that its Idempotency-Key made.
+        """Make a session from a request, or find the one that its Idempotency-Key made.
 
         Args:
             body: the request as JSON.
-            client: who asks, and pays.
-            rate_check: counts the prepare, whatever becomes of it.
-            referer: origin of the page, or empty.
-            idempotency_key: of the request's header.
+            client: the client that pays.
+            rate_check: counts the prepare, whatever its result.
+            referer: the origin of the page, or empty.
+            idempotency_key: the key in the request's header, or None.
 
         Raises:
-            RequestError: the body is not a request that may be sent.
+            RequestError: the body is not a valid request.
             IdempotencyConflict: the key was used with another body.
             RateLimited: the client has prepared too often.
-            Overloaded: too many large bodies wait to be read, or all stored requests are too large together.
-            TooManyStreams: too many sessions of this client wait, or they are too large together.
-            BudgetExceeded: today's budget does not cover this.
+            Overloaded: too many large bodies wait to be parsed, or all stored requests together are too large.
+            TooManyStreams: this client has too many pending sessions, or too large ones.
+            BudgetExceeded: the budget of today does not cover this.
             StoreUnavailable: Redis cannot be reached.
         """
         bound = None
@@ -160,7 +160,7 @@ class Admission:
             bound = await self._idempotency.find(client.name, idempotency_key)
             if bound is not None and (known := await self._known(bound, body)) is not None:
                 return known
-        # A large body is counted before it is looked at. A small one is counted in the round trip that stores it.
+        # A large body is counted before it is parsed. A small one is counted in the round trip that stores it.
         early = idempotency_key is not None or len(body) > SMALL_BODY
         if early:
             await rate_check.alone()
@@ -184,7 +184,7 @@ class Admission:
         return bound is not None and await self._sessions.remaining(bound.session_id) is not None
 
     async def _order(self, body: bytes, client: Client) -> AdmittedRequest:
-        """The request as it would be sent, and what it may cost."""
+        """Return the request as it would be sent, with its worst case."""
         async with self._turn_of(body):
             request = await self._read(body)
         names = request.reachable_models
@@ -213,10 +213,10 @@ class Admission:
 
     @asynccontextmanager
     async def _turn_of(self, body: bytes) -> AsyncIterator[None]:
-        """Hold the turn of a large body; only one of them is worked on at a time.
+        """Wait for the turn of a large body, and keep it during the block: only one is parsed at a time.
 
         Raises:
-            Overloaded: too many others came before it.
+            Overloaded: too many others were before it.
         """
         if len(body) <= SMALL_BODY:
             yield
@@ -232,7 +232,7 @@ class Admission:
             self._turn.release()
 
     async def _read(self, body: bytes) -> Request:
-        """Count, parse, check and validate a body; between two steps of a large one, the event loop runs."""
+        """Count, parse, check and validate a body. Between the steps of a large one, the event loop runs."""
         found = outline(body)
         await _pause(body)
         document = read_json(body)
@@ -246,13 +246,13 @@ class Admission:
     def _worst(
         self, fitted: FittedRequest, prices: Sequence[Prices | None], names: Sequence[str]
     ) -> WorstCase:
-        """The most that a request can take; where money is counted, the upstream is held to the price as well."""
+        """Return the worst case of a request; where there is a budget in money, add the price limit to its body."""
         prompt, output = fitted.reserved_prompt_tokens, fitted.max_output_tokens * fitted.answers
         demand = demand_of(fitted.body, names)
         costs = [worst_case(prompt, output, each, demand) for each in prices]
         known = [each for each in prices if each is not None]
         if None in costs:
-            # Without a budget it is reserved too: one may be switched on before the claim.
+            # The cost is reserved without a budget too, because one may be switched on before the claim.
             dearest = self._catalog.dearest
             costs = [worst_case(prompt, output, dearest, demand)]
             known = [dearest] if dearest is not None else []
@@ -265,11 +265,11 @@ class Admission:
         return WorstCase(prompt + output, max(cost or 0 for cost in costs))
 
     def _check_priced(self, prices: Sequence[Prices | None], names: Sequence[str], demand: Demand) -> None:
-        """See that a budget of money can cover these models.
+        """Check that a budget in money can cover these models.
 
         Raises:
             Overloaded: there is no list of prices now.
-            ModelNotAllowed: the price of one is not known, and it is not allowed to spend without.
+            ModelNotAllowed: the price of one is not known, and unpriced models are not allowed.
         """
         if not self._catalog.has_list:
             message = "The prices of the models are not known yet, so no budget can cover them."
@@ -295,7 +295,7 @@ class Admission:
             calibration_sample=fitted.calibration_sample,
         )
         client, ttl = order.client.name, settings.session_ttl
-        # All that is asked of Redis goes in one round trip; where something refuses, the rest is undone.
+        # All steps in Redis go in one round trip; if one refuses, the others are undone.
         calls = [
             self._accounts.admitting(client, session_id, order.worst, ttl=ttl, stored=len(prepared.request)),
             self._sessions.preparing(session_id, prepared),
@@ -319,25 +319,25 @@ class Admission:
         }
 
     def _forget(self, client: str, session_id: str) -> None:
-        """Take back a session that nobody was told of; in the background, for whoever asked may be gone."""
+        """Remove a session that was not returned to anybody. In the background, because the caller may have left."""
 
         async def forget() -> None:
             try:
                 await self._sessions.forget(session_id)
                 await self._accounts.forget(client, session_id)
             except StoreUnavailable:
-                pass  # both end by themselves
+                pass  # both expire
 
         task = asyncio.create_task(forget())
         self._forgetting.add(task)
         task.add_done_callback(self._forgetting.discard)
 
     async def close(self) -> None:
-        """Wait for what is being taken back; that is bounded by the store."""
+        """Wait for the removals; the store limits their time."""
         await asyncio.gather(*self._forgetting)
 
     async def _known(self, bound: Binding, body: bytes) -> Admitted | None:
-        """The session that a key has made; None where it is gone, and the key free.
+        """Return the session that a key has made; None where it is gone, so that the key is free.
 
         Raises:
             IdempotencyConflict: the key was used with another body.
@@ -353,8 +353,8 @@ class Admission:
         self, body: bytes, order: AdmittedRequest, referer: str, key: str, bound: Binding | None
     ) -> Admitted:
         client, digest = order.client.name, _digest(body)
-        # The session is stored before the key is bound to it, so that a key never leads to nothing: of two requests at
-        # once both store one, one is bound, and the other is forgotten before anybody was told of it.
+        # The session is stored before the key is bound to it, so that a key never leads to nothing. Two requests at
+        # the same time both store one; one of them is bound, and the other is removed before it is returned to anybody.
         answer = await self._keep(order, referer)
         try:
             winner = await self._idempotency.bind(client, key, digest, answer, instead_of=bound)

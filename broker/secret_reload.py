@@ -1,8 +1,8 @@
-"""Secrets that change while the service runs: read again at SIGHUP, and when a file that holds one changes.
+"""Reload secrets while the service runs: at SIGHUP, and when a file with a secret changes.
 
-Only the secrets of the settings are taken, and only those that were set at the start: everything else waits for a
-restart. What cannot be read leaves the old secrets in force. The file of API keys is also watched by
-`broker/identity/api_keys.py`, which needs nobody to look after it.
+Only the secrets among the settings are reloaded, and only those that were set at the start; everything else needs a
+restart. If something cannot be read, the old secrets stay in force. The file of API keys is also watched by
+`broker/identity/api_keys.py` itself.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from broker.watched_file import FileState
     from broker.web.identity import ClientResolver
 
-_MOST_HIDDEN: Final = 200  # old secrets that are still struck out of the logs
+_MOST_HIDDEN: Final = 200  # old secrets that are still removed from the logs
 
 log = structlog.get_logger(__name__)
 
 
 class SecretReload:
-    """Puts changed secrets into force.
+    """Reloads secrets and puts them into force.
 
     Args:
-        settings: those of the start.
+        settings: the settings at the start.
         load: reads all settings again; raises `SettingsError`.
         upstream: gets the upstream's key.
         identifier: gets the API keys and the secret of the tokens.
-        hide: called with every text that the logs must not show, before a new one is used.
+        hide: is called with all texts that the logs must not show, before a new secret is used.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class SecretReload:
         self._seen = _states()
 
     def ask(self) -> None:
-        """Read everything again soon, whether or not a file has changed."""
+        """Reload soon, whether or not a file has changed."""
         self._asked.set()
 
     async def run(self) -> None:
-        """Look after the secrets until cancelled."""
+        """Check for changes until cancelled."""
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY):
@@ -74,7 +74,7 @@ class SecretReload:
     def _look(self) -> None:
         asked = self._asked.is_set()
         self._asked.clear()
-        seen = _states()  # taken before the reading, so that a change during it is seen at the next look
+        seen = _states()  # before reading, so that a change meanwhile is seen at the next check
         if asked or seen != self._seen:
             self._seen = seen
             self._read_again()
@@ -112,7 +112,7 @@ class SecretReload:
 
 
 def _states() -> dict[Path, FileState]:
-    """What tells one version of each file of a secret from another; empty for one that is not there."""
+    """Return the versions of the files with secrets; a missing file has an empty one."""
     try:
         return {path: file_state(path) for path in secret_files()}
     except SettingsError:

@@ -1,6 +1,6 @@
-"""The kinds of values that settings have: how each is written, and the words that say so when it is wrong.
+"""The kinds of setting values: how each is written, and the message for a wrong value.
 
-Which settings there are is in `broker/settings.py`.
+The settings themselves are in `broker/settings.py`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 _A_YEAR = 366 * 24 * 3600
 _UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 24 * 3600}
 _SIZES = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-# What stands in public: as the secret it would let everybody who knows it sign tokens. Public keys come in armour, as
-# a line, as JSON, where they are published, or as bare base64 of DER: a long one of RSA, else those of curves.
+# A public key is no secret: whoever knows it could sign tokens with it. Public keys are published in PEM armour, as one
+# line, as JSON, or as bare base64 of DER: a long one for RSA, else those of curves.
 _PUBLIC = re.compile(
     r"""-----BEGIN\ | ^(ssh|ecdsa)- | "kty" | ^https?://
     | ^MI[IG][A-Za-z0-9+/=\s]{180,}$ | ^M(FkwEwYHKoZIzj|HYwEAYHKoZIzj|CowBQYDK2Vw)""",
     re.VERBOSE,
 )
-# As browsers write the header; one of theirs that is not of this form is refused anyway.
+# The form in which browsers write the header. They send no origin of another form.
 _ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://[a-z0-9._~:\[\]-]+")
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 LATER_REDIS_SCHEMES = ("redis+sentinel", "redis+cluster")
@@ -33,21 +33,21 @@ LATER_REDIS_SCHEMES = ("redis+sentinel", "redis+cluster")
 
 @dataclass(frozen=True, slots=True)
 class Expects:
-    """What a value has to be, as it stands after "must be"."""
+    """What a value must be: the text behind "must be" in the message."""
 
     what: str
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """So many in each window of so many seconds."""
+    """A number of requests in each window of so many seconds."""
 
     count: int
     seconds: int
 
 
 class ApiKey(NamedTuple):
-    """Who a key belongs to, and the key."""
+    """The name of a key's owner, and the key."""
 
     name: str
     key: SecretStr
@@ -58,7 +58,7 @@ def _listed(value: Any) -> Any:
         return value
     items = tuple(item for item in (part.strip() for part in value.split(",")) if item)
     if value and not items:
-        # Somebody meant to list something. As an empty list it would count as unset, and so open a door.
+        # The operator meant to list something. An empty list would count as unset, and so allow more.
         raise ValueError(value)
     return items
 
@@ -91,8 +91,8 @@ def _api_keys(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     keys: dict[str, str] = {}
-    for pair in _listed(value.replace("\n", ",")):  # a file may have one in each line
-        # Names stand in keys of Redis and in tables, where other characters would mean something.
+    for pair in _listed(value.replace("\n", ",")):  # a file may have one pair per line
+        # Names are part of Redis keys and tables, where other characters have a meaning.
         match = re.fullmatch(r"([A-Za-z0-9._@+-]{1,64})\s*:\s*([!-~]+)", pair)
         if match is None or keys.setdefault(match[2], match[1]) != match[1]:
             raise ValueError("name:key")
@@ -155,7 +155,7 @@ def _origin(value: str) -> str:
     match = _ORIGIN.fullmatch(value)
     if match is None or urlsplit(value).port == 0:
         raise ValueError("origin")
-    if match["scheme"] not in {"http", "https"}:  # of an app or an extension of a browser
+    if match["scheme"] not in {"http", "https"}:  # of an app or a browser extension
         return value
     parts = urlsplit(_http_url(value))
     # A browser leaves the default port out of `Origin`.
@@ -200,7 +200,7 @@ Size = Annotated[
 ]
 Money = Annotated[
     Decimal,
-    # What is beyond these bounds cannot be counted in nano-USD, and would end up as no budget at all.
+    # Amounts beyond these bounds cannot be counted in nano-USD, and would count as no budget at all.
     Field(ge=0, le=10**6, max_digits=30, allow_inf_nan=False),
     Expects("an amount in USD such as 2.50, from 0 to 1000000"),
 ]

@@ -1,10 +1,10 @@
-"""Every setting, and the only place that reads the environment.
+"""All settings. This is the only module that reads the environment.
 
-A setting is given as a flag, else as an environment variable, else in `.env` of the working directory, and
-is unset where it is empty. `load_settings` reads all three, once, for the command line. `Settings(...)` itself reads
-nothing: it is a value, so that whoever builds one gets what was written and no more.
+A setting is given as a flag, else as an environment variable, else in `.env` of the working directory. An empty one
+counts as unset. `load_settings` reads all three once, for the command line. `Settings(...)` itself reads nothing: it is
+a value and has only what it was given.
 
-How a value of each kind is written is in `broker/setting_kinds.py`.
+The forms of values are in `broker/setting_kinds.py`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 DOTENV = Path(".env")
 _WITHOUT_PREFIX = frozenset({"openrouter_api_key", "referer", "x_title", "redis_url", "port"})
 _SECRETS = frozenset({"openrouter_api_key", "redis_url", "api_keys", "jwt_secret", "name_secret"})
-# URLs may carry a password where somebody put it in the wrong place.
+# URLs may hold a password, in a wrong place too.
 _NEVER_SHOWN = _SECRETS | {"upstream_url", "jwks_url"}
-# Left out, each of these lets more people in, or to more, so nothing but spaces is a mistake there and not unset.
+# Without one of these, the broker would allow more people or more. So a blank value is an error there, and not unset.
 _NEVER_BLANK = frozenset(
     {
         *("api_keys", "jwt_secret", "jwks_url", "jwt_audience", "jwt_issuer"),
@@ -47,7 +47,7 @@ _NEVER_BLANK = frozenset(
 _LARGEST_FILE = 64 * 1024
 _LONGEST_DOTENV = 1024 * 1024
 _LONGEST_SHOWN = 60
-_TIMES_RETRY = 1.5  # browsers wait up to a fifth longer than they are told, and then connect
+_TIMES_RETRY = 1.5  # browsers wait up to a fifth longer than told, and then connect
 
 
 class SettingsError(Exception):
@@ -55,12 +55,12 @@ class SettingsError(Exception):
 
 
 class Settings(BaseSettings):
-    """All settings, checked. Times are seconds and sizes bytes unless the name says otherwise.
+    """All settings, checked. Times are seconds and sizes are bytes, unless the name says otherwise.
 
-    Properties further down say what several settings mean together.
+    The properties below combine several settings.
     """
 
-    # A wrong value may be a secret that stands in the wrong place.
+    # A wrong value may be a secret that was given for the wrong setting.
     model_config = SettingsConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     openrouter_api_key: kinds.Secret | None = None
@@ -139,12 +139,12 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take what was passed and nothing else; `load_settings` gathers the rest."""
+        """Take only the values that were passed; `load_settings` gathers the others."""
         return (init_settings,)
 
     @classmethod
     def from_environment(cls, **given: Any) -> Settings:
-        """Gather the settings as `broker serve` does: what is given, else the environment, else `.env`.
+        """Load the settings as `broker serve` does: given values, else the environment, else `.env`.
 
         Raises:
             SettingsError: one of them is wrong.
@@ -153,7 +153,7 @@ class Settings(BaseSettings):
 
     @property
     def listens_on_loopback(self) -> bool:
-        """Only this machine can connect."""
+        """True if only this machine can connect."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -161,21 +161,21 @@ class Settings(BaseSettings):
 
     @property
     def told_of_loopback(self) -> bool:
-        """Somebody has said that only this machine can connect; the default says nothing of another's listener."""
+        """True if the operator says that only this machine can connect. The default says nothing of other listeners."""
         return "host" in self.model_fields_set and self.listens_on_loopback
 
     @property
     def resuming(self) -> bool:
-        """A session can be read again; else it streams once."""
+        """True if sessions can be resumed; else each streams once."""
         return self.resume_ttl > 0
 
     @property
     def grace(self) -> float:
-        """Seconds that a generation goes on without a viewer."""
+        """Seconds that a generation continues without a viewer."""
         return self.disconnect_grace if self.resuming else 0.0
 
     def proxy_for(self, url: str) -> str | None:
-        """Return the proxy through which a URL is reached, None for none.
+        """Return the proxy for a URL; None for no proxy.
 
         It is ``BROKER_UPSTREAM_PROXY``, else, for an ``https`` URL, the environment's ``HTTPS_PROXY`` where
         ``NO_PROXY`` does not name the host. The rules are those of `urllib.request`.
@@ -191,17 +191,17 @@ class Settings(BaseSettings):
 
     @property
     def takes_tokens(self) -> bool:
-        """Callers may show a JWT."""
+        """True if callers may send a JWT."""
         return self.jwt_secret is not None or self.jwks_url is not None
 
     @property
     def needs_identity(self) -> bool:
-        """Callers must show an API key or a JWT. A file of keys that has none yet lets nobody in."""
+        """True if callers must send an API key or a JWT. With an empty file of keys, nobody gets in."""
         return bool(self.api_keys) or self.api_keys_file is not None or self.takes_tokens
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """Every text that must never be shown."""
+        """All texts that must never be shown."""
         held = [
             self.openrouter_api_key,
             self.jwt_secret,
@@ -217,7 +217,7 @@ class Settings(BaseSettings):
 
 
 class _Given(NamedTuple):
-    """What somebody wrote: the value, and the words that point to it."""
+    """A given value, and the words that say where it was given."""
 
     value: Any
     name: str
@@ -229,7 +229,7 @@ def setting_name(field: str) -> str:
 
 
 def load_settings(**flags: Any) -> Settings:
-    """Gather the settings from flags (those that are None were not given), the environment and `.env`.
+    """Load the settings from flags (None is not given), the environment and `.env`.
 
     Raises:
         SettingsError: one of them is wrong.
@@ -277,7 +277,7 @@ def read_system_file(path: Path) -> str:
 
 
 def secret_files() -> list[Path]:
-    """The files that hold secrets now, those of the API keys left out.
+    """Return the files that hold secrets now, except the file of API keys.
 
     Raises:
         SettingsError: `.env` cannot be read.
@@ -288,23 +288,21 @@ def secret_files() -> list[Path]:
 
 
 def unknown_settings(environ: Mapping[str, str] | None = None) -> list[str]:
-    """Name every ``BROKER_*`` variable, of the environment and of `.env`, that is no setting of ours.
+    """Return the names of ``BROKER_*`` variables, in the environment and in `.env`, that are not settings.
 
     Raises:
         SettingsError: `.env` cannot be read.
     """
     known = [setting_name(field) for field in Settings.model_fields]
     known += [f"{setting_name(field)}_FILE" for field in _SECRETS]
-    known.append(
-        "BROKER_TOKEN"
-    )  # what the client commands show; it may well be set where the service is started
+    known.append("BROKER_TOKEN")  # read by the client commands; it may be set where the service is started
     written = {**_read_dotenv(), **(os.environ if environ is None else environ)}
     unknown = sorted(name for name in written if name.startswith("BROKER_") and name not in known)
     return [name + _suggestion(name, known) for name in unknown]
 
 
 def not_yet_served(settings: Settings) -> list[str]:
-    """Name what was set but has no effect in this release."""
+    """Return the names of settings that were given but have no effect in this release."""
     names = []
     if not settings.takes_tokens:
         names += [
@@ -318,18 +316,18 @@ def not_yet_served(settings: Settings) -> list[str]:
 
 
 def require_served_store(settings: Settings) -> None:
-    """Check that this release can talk to the store that is named, if one is.
+    """Check that this release supports the store that is named, if one is.
 
     Raises:
-        SettingsError: it cannot.
+        SettingsError: it does not.
     """
     if settings.redis_url is not None and urlsplit(settings.redis_url).scheme in kinds.LATER_REDIS_SCHEMES:
-        # Sessions in a store that nobody chose would be worse than no service.
+        # Storing sessions in a store that nobody chose would be worse than not starting.
         raise SettingsError("REDIS_URL must be redis://, rediss:// or unix:// in this release")
 
 
 def contradictions(settings: Settings) -> list[str]:
-    """Say of each pair of values that defeat each other what will come of it."""
+    """Return a sentence for each pair of values that contradict each other, with the effect."""
     found = []
     if settings.resuming and settings.disconnect_grace < settings.retry_ms / 1000 * _TIMES_RETRY:
         found.append(
@@ -371,12 +369,12 @@ def _from_variables(variables: Mapping[str, str], where: str = "") -> dict[str, 
         if path:
             name = f"{name}_FILE"
             value = _read_text(Path(path), f"{name}{where}")
-            if not value and field != "api_keys":  # keys may come into their file later
+            if not value and field != "api_keys":  # keys may be added to their file later
                 raise SettingsError(f"{name}{where} must name a file that is not empty")
         if value or path:
             found[field] = _Given(value, f"{name}{where}")
     if "api_keys" in found:
-        # A file that a weaker place names does not belong to keys that a stronger one gives.
+        # A file that is named in a weaker place does not add to keys that are given in a stronger one.
         found.setdefault("api_keys_file", _Given(None, "BROKER_API_KEYS_FILE"))
     return found
 
@@ -404,7 +402,7 @@ def _read_text(path: Path, name: str) -> str:
 
 
 def _read_dotenv() -> dict[str, str]:
-    """Read `.env`. A `$` in it is just that: a secret may contain one. Of lines for one name the last counts."""
+    """Read `.env`. A `$` has no meaning: a secret may contain one. Of several lines for one name the last counts."""
     try:
         with DOTENV.open(encoding="utf-8-sig") as file:
             text = file.read(_LONGEST_DOTENV + 1)
@@ -418,7 +416,7 @@ def _read_dotenv() -> dict[str, str]:
         raise SettingsError(f".env must have at most {_LONGEST_DOTENV} characters")
     found: dict[str, str] = {}
     for name, value in _bindings(text):
-        if value or name not in found:  # empty is unset, and undoes nothing
+        if value or name not in found:  # an empty one is unset, and replaces nothing
             found[name] = value
     return found
 
@@ -441,7 +439,7 @@ def _complaint(error: ValidationError, given: Mapping[str, _Given]) -> str:
 
 
 def _expected(field: FieldInfo) -> str:
-    # An optional kind keeps its words inside the union.
+    # The description of an optional kind is inside its union.
     nested = [data for kind in get_args(field.annotation) for data in getattr(kind, "__metadata__", ())]
     return next(data.what for data in (*field.metadata, *nested) if isinstance(data, kinds.Expects))
 

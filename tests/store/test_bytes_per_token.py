@@ -293,7 +293,7 @@ async def test_who_asks_first_waits_a_moment_only(gated: Gated, worker: Worker) 
     assert time.monotonic() - started < 0.5
     gated.gate.set()
     await reads_done(bytes_per_token)
-    assert "a/b" in bytes_per_token._held
+    assert "a/b" in bytes_per_token._cached
 
 
 async def test_all_who_ask_at_once_share_one_read(gated: Gated, worker: Worker) -> None:
@@ -320,8 +320,8 @@ async def test_memory_is_bounded(gated: Gated, worker: Worker) -> None:
     bytes_per_token = worker(gated)
     await bytes_per_token.of(f"m{number}" for number in range(MAX_IN_MEMORY))
     await bytes_per_token.of(["one more"])
-    assert len(bytes_per_token._held) == MAX_IN_MEMORY
-    assert "m0" not in bytes_per_token._held
+    assert len(bytes_per_token._cached) == MAX_IN_MEMORY
+    assert "m0" not in bytes_per_token._cached
 
 
 # When Redis fails
