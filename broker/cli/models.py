@@ -70,18 +70,18 @@ def table(entries: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def _name(entry: Mapping[str, Any]) -> object:
-    """The name; of a model of the rehearsal, which is named after its id, what it does."""
+    """Return the name; of a model of the rehearsal, which is named after its id, what it does."""
     does = entry.get("description")
     return does if does and str(entry.get("id")).startswith(_REHEARSAL) else entry.get("name")
 
 
 def context(tokens: object) -> str:
-    """A context length for a person; empty where it is not known."""
+    """Return a context length for a person; empty where it is not known."""
     return f"{tokens:,}" if isinstance(tokens, int) and tokens > 0 else ""
 
 
 def per_million(price: object) -> str:
-    """A price in USD per million tokens, from USD a token; empty where it is not known."""
+    """Return a price in USD per million tokens, from USD a token; empty where it is not known."""
     try:
         a_token = Decimal(str(price))
     except InvalidOperation:

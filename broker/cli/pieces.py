@@ -57,7 +57,7 @@ def _thoughts(delta: Mapping[str, Any]) -> Iterable[Piece]:
 
 
 def _parts(content: Any, *, thought: bool = False, depth: int = 0) -> Iterator[Piece]:
-    """What a text says, or a list of parts, which are texts and objects with a type."""
+    """Yield what a text says, or a list of parts, which are texts and objects with a type."""
     if isinstance(content, str):
         yield Piece(content, thought=thought)
     elif isinstance(content, list) and depth < _DEEPEST:

@@ -32,5 +32,5 @@ def show(table: Table) -> None:
 
 
 def cell(value: object) -> Text:
-    """What somebody else wrote, as it is but on one line: a plain string would be read as markup."""
+    """Return what somebody else wrote, as it is but on one line: a plain string would be read as markup."""
     return Text(" ".join(printable(str(value or "")).split()))

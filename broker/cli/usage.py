@@ -76,7 +76,7 @@ async def _read(redis_url: str, key_prefix: str, day: dt.date | None) -> tuple[d
 
 
 def summed(lines: Sequence[UsageRow], by: str) -> list[dict[str, Any]]:
-    """One row a client or a model, the dearest first, with `METRICS` summed and the cost in USD."""
+    """Return one row a client or a model, the dearest first, with `METRICS` summed and the cost in USD."""
     sums: dict[str, dict[str, int]] = {}
     for line in lines:
         row = sums.setdefault(line.client if by == "client" else line.model, dict.fromkeys(METRICS, 0))

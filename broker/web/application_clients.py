@@ -44,7 +44,7 @@ class ApplicationClients(ClientResolver):
         self._identify = identify
 
     async def identify(self, request: web.Request) -> Client:
-        """Who a request is from.
+        """Return who a request is from.
 
         Raises:
             web.HTTPException: the application refuses it.

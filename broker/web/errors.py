@@ -45,7 +45,7 @@ _LONGEST_MESSAGE = 300
 
 
 def json_response(data: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    """A JSON answer, never stored by caches."""
+    """Return a JSON answer, never stored by caches."""
     response = web.Response(
         body=orjson.dumps(data), status=status, content_type="application/json", headers=headers
     )
@@ -62,7 +62,7 @@ def error_response(error: BrokerError) -> web.Response:
 
 
 def http_error_response(error: web.HTTPException) -> web.Response:
-    """An exception of aiohttp in our form: its own refusals, and those of the application that we are a part of.
+    """Return an exception of aiohttp in our form: its own refusals, and those of the application that we are a part of.
 
     Of those, status and text are kept. What is no error, such as a redirect to a page for logging in, is a 401: nobody
     could follow it who asks for JSON.
@@ -89,7 +89,7 @@ def _error_response(status: int, body: dict[str, Any], *, retry_after: float | N
 
 
 def _told(error: web.HTTPException) -> str:
-    """What somebody wrote for the caller; empty where it is only the status in words."""
+    """Return what somebody wrote for the caller; empty where it is only the status in words."""
     text = error.text if error.content_type == "text/plain" else ""
     if text and text != f"{error.status}: {error.reason}":
         return text
@@ -97,5 +97,5 @@ def _told(error: web.HTTPException) -> str:
 
 
 def may_come_again(error: BrokerError) -> bool:
-    """Whether an EventSource should simply be asked to reconnect: nothing is wrong with its session."""
+    """Return True if an EventSource should simply be asked to reconnect: nothing is wrong with its session."""
     return isinstance(error, ServiceError) and error.status == 503

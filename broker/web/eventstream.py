@@ -64,7 +64,7 @@ class EventStream(EventSourceResponse):
             transport.write(b"%x\r\n%b\r\n" % (len(block), block) if self._chunks else block)
 
     def backlog(self) -> int:
-        """Bytes that the socket has not taken yet."""
+        """Return bytes that the socket has not taken yet."""
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
     def is_closed(self) -> bool:
@@ -92,10 +92,10 @@ class EventStream(EventSourceResponse):
 
 
 def opening(retry_ms: int) -> bytes:
-    """What a stream begins with: when to come back, and a comment that gets it through buffering proxies."""
+    """Return what a stream begins with: when to come back, and a comment that gets it through buffering proxies."""
     return encode_retry(retry_ms) + encode_comment("stream")
 
 
 def jitter(milliseconds: int) -> int:
-    """A reconnection time, varied."""
+    """Return a reconnection time, varied."""
     return round(milliseconds * random.uniform(1 - JITTER, 1 + JITTER))  # noqa: S311 - jitter is no secret

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 async def live(request: web.Request) -> web.Response:  # noqa: ARG001 - a handler takes a request
-    """The process runs and its loop turns."""
+    """Return the process runs and its loop turns."""
     return json_response({"status": "ok"})
 
 

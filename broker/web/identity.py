@@ -79,7 +79,7 @@ class ClientResolver:
         await self._running.aclose()
 
     async def identify(self, request: web.Request) -> Client:
-        """Who a request is from.
+        """Return who a request is from.
 
         Waits only for the published keys of tokens, and seldom; and for Redis, until it has answered once.
 
@@ -105,7 +105,7 @@ class ClientResolver:
         return network_of(self._address(request))
 
     async def _shown(self, request: web.Request) -> tuple[str | None, tuple[str, str]]:
-        """The name of the API key that is shown, or the issuer and subject of the token."""
+        """Return the name of the API key that is shown, or the issuer and subject of the token."""
         shown = bearer(request.headers.getall(hdrs.AUTHORIZATION, ()))
         if shown is None:
             raise Unauthorized
@@ -150,7 +150,7 @@ def _build_tokens(settings: Settings, published: PublishedKeys | None) -> Tokens
 
 
 def _peer(request: web.Request) -> str:
-    """The address that a connection is from, that of this machine for a unix socket; empty if it is unknown."""
+    """Return the address that a connection is from, that of this machine for a unix socket; empty if it is unknown."""
     connection = request.get_extra_info("socket")
     if connection is not None and connection.family == socket.AF_UNIX:
         return _THIS_MACHINE

@@ -34,7 +34,7 @@ _EXPOSED = "Location, Retry-After, ETag, RateLimit, RateLimit-Policy, X-Request-
 
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The outermost layer. Nothing but a cancellation and a broken line passes it as an exception."""
+    """Return the outermost layer. Nothing but a cancellation and a broken line passes it as an exception."""
     started = time.monotonic()
     request[REQUEST_ID] = _request_id(request)
     response = await _answer(request, handler)
@@ -124,12 +124,12 @@ def _request_id(request: web.Request) -> str:
 
 
 def new_request_id() -> str:
-    """The id of a request that brought none."""
+    """Return the id of a request that brought none."""
     return secrets.token_hex(8)
 
 
 def _shown_path(path: str) -> str:
-    """The path as a log may carry it: of a session id, the first 8 characters."""
+    """Return the path as a log may carry it: of a session id, the first 8 characters."""
     before, stream, session = path.partition("/stream/")
     head, _, rest = session.partition("/")
     return f"{before[:100]}{stream}{short(head)}" + (f"/{short(rest)}" if rest else "")

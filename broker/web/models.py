@@ -45,5 +45,5 @@ def _only_free(query: Mapping[str, str]) -> bool:
 
 
 def _has(request: web.Request, listing: Listing) -> bool:
-    """Whether ``If-None-Match`` names this answer; weak validators count: RFC 9110, section 13.1.2."""
+    """Return True if ``If-None-Match`` names this answer; weak validators count: RFC 9110, section 13.1.2."""
     return not {tag.value for tag in request.if_none_match or ()}.isdisjoint({listing.etag, "*"})

@@ -13,7 +13,7 @@ PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/models", "/chat/completio
 
 
 def routes_not_served() -> list[web.RouteDef]:
-    """One route for each address, for every method."""
+    """Return one route for each address, for every method."""
     return [web.route(hdrs.METH_ANY, path, partial(_refuse, path)) for path in PATHS]
 
 

@@ -40,7 +40,7 @@ HEADERS = {
 
 
 def page_routes() -> list[web.RouteDef]:
-    """The routes of the page, with its files read from the package now."""
+    """Return the routes of the page, with its files read from the package now."""
     folder = files(__package__) / "page"
     return [
         web.get(path, _answering((folder / name).read_bytes(), {**HEADERS, "Content-Type": content_type}))

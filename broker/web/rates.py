@@ -49,7 +49,7 @@ class RateCheck:
             self._note(status)
 
     def call(self) -> Call:
-        """What counts it, for `Store.run`; its reply is for `note`."""
+        """Return what counts it, for `Store.run`; its reply is for `note`."""
         return self._rates.hitting(self._client)
 
     def note(self, reply: Sequence[int]) -> None:
@@ -83,7 +83,7 @@ async def add_rate_headers(request: web.Request, response: web.StreamResponse) -
 
 
 def rate_headers(status: RateStatus) -> dict[str, str]:
-    """The policy (quota, window in seconds) and where the client stands (hits left, seconds until that may change)."""
+    """Return the policy (quota, seconds of its window) and the state (hits left, seconds until that may change)."""
     return {
         "RateLimit-Policy": f'"prepare";q={status.limit};w={status.window}',
         "RateLimit": f'"prepare";r={status.remaining};t={math.ceil(status.reset)}',

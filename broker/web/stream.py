@@ -87,7 +87,7 @@ async def _refuse(request: web.Request, error: BrokerError, cursor: Cursor | Non
 
 
 async def _say(request: web.Request, event: bytes, retry_ms: int) -> web.StreamResponse:
-    """A stream of one event, or of none."""
+    """Return a stream of one event, or of none."""
     response = EventStream(send_timeout=request.app[SETTINGS].send_timeout)
     await response.open(request, retry_ms)
     async with response:
@@ -97,7 +97,7 @@ async def _say(request: web.Request, event: bytes, retry_ms: int) -> web.StreamR
 
 
 def _cursor(request: web.Request) -> Cursor | None:
-    """The header wins: the query is of the page that was loaded, the header of the line that was lost since."""
+    """Return the header wins: the query is of the page that was loaded, the header of the line that was lost since."""
     return parse_cursor(request.headers.get("Last-Event-ID") or request.query.get("lastEventId", ""))
 
 

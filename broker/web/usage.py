@@ -23,7 +23,7 @@ async def get_usage(request: web.Request) -> web.Response:
 
 
 def told(day: Day, quotas: Quotas) -> dict[str, Any]:
-    """A day as JSON: tokens and USD. A limit that is not set is null, and so is what is left of it."""
+    """Return a day as JSON: tokens and USD. A limit that is not set is null, and so is what is left of it."""
     tokens = day.prompt + day.completion
     return {
         "day": day.day.isoformat(),
