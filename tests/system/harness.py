@@ -146,10 +146,24 @@ async def running_broker(
     """
     port = int((env or {}).get("PORT") or free_port())
     settings = {"OPENROUTER_API_KEY": "sk-test", "PORT": str(port), **(env or {})}
-    command = [sys.executable, "-m", "broker", "serve", *(["--rehearsal"] if rehearsal else []), *args]
-    with tempfile.TemporaryDirectory(prefix="broker-test-") as name, tempfile.TemporaryDirectory() as cwd:
+    command = ["-m", "broker", "serve", *(["--rehearsal"] if rehearsal else []), *args]
+    with tempfile.TemporaryDirectory() as cwd:
+        async with running_program(command, port, env=settings, cwd=Path(cwd), ready=ready) as broker:
+            yield broker
+
+
+@asynccontextmanager
+async def running_program(
+    arguments: Sequence[str | Path], port: int, *, env: Mapping[str, str], cwd: Path, ready: str
+) -> AsyncIterator[RunningBroker]:
+    """Run Python until the block ends, with no setting of a broker's but those in `env`.
+
+    Raises:
+        NotStartedError: it ended before `ready` on the port answered 200, or that did not come in time.
+    """
+    with tempfile.TemporaryDirectory(prefix="broker-test-") as name:
         log_path = Path(name, "log")
-        process = _spawn(command, clean_environment(settings), Path(cwd), log_path)
+        process = _spawn([sys.executable, *arguments], clean_environment(env), cwd, log_path)
         try:
             broker = RunningBroker(f"http://127.0.0.1:{port}", port, process, log_path)
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as session:

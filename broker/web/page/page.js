@@ -4,7 +4,8 @@
 import { Line } from "./page-line.js";
 import { account, advice, context, price, total } from "./page-words.js";
 
-const STORE = "session-broker-1"; // the number goes up when a turn changes its shape
+// The number goes up when a turn changes its shape. Another broker of this origin has another path.
+const STORE = `session-broker-1${location.pathname}`;
 const TURNS_SENT = 99; // with the new message 199: brokers take 200 messages unless told otherwise, and trim by themselves
 const MANY_MODELS = 12;
 const MODEL_PAUSES = [2_000, 10_000, 30_000];
