@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import structlog
 
 from broker.bytes_per_token import BytesPerToken
 from broker.catalog import Catalog
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from broker.relay.results import OnEnd
     from broker.settings import Settings
     from broker.web.identity import ClientResolver
+
+log = structlog.get_logger(__name__)
 
 AFTER_DEADLINE = 60
 """Seconds that a running session's keys outlive its deadline and its journal."""
@@ -155,9 +159,23 @@ async def build(
         )
         stack.push_async_callback(admission.close)
         await stack.enter_async_context(_timers(settings, worker))
-        with suppress(StoreUnavailable):
-            await store.load_scripts()
+        await _meet_redis(store)
         yield
+
+
+async def _meet_redis(store: Store) -> None:
+    """Load what we need there, and warn of what is set otherwise than we need it."""
+    try:
+        await store.load_scripts()
+        if await store.may_go_back():
+            log.warning(
+                "redis may come back with sessions as they were at its last snapshot, which would run a second time:"
+                " turn snapshots off (save '') or the append-only file on"
+            )
+        if await store.may_evict():
+            log.warning("redis may throw sessions away: set its maxmemory-policy to noeviction")
+    except StoreUnavailable:
+        log.warning("redis cannot be reached yet")
 
 
 def _upstream(settings: Settings, url: str, kind: UpstreamKind) -> UpstreamClient:

@@ -17,7 +17,14 @@ from aiohttp import web
 from broker.app import build
 from broker.core.upstream_kind import UpstreamKind
 from broker.logs import log_into_application
-from broker.settings import SettingsError, contradictions, not_yet_served, require_served_store
+from broker.settings import (
+    SettingsError,
+    contradictions,
+    not_yet_served,
+    open_door,
+    read_system_file,
+    require_served_store,
+)
 from broker.web import keys
 from broker.web.application_clients import ApplicationClients
 from broker.web.identity import ClientResolver
@@ -71,7 +78,7 @@ def setup(
         ValueError: the prefix does not begin with a slash.
     """
     _check(settings)
-    app.cleanup_ctx.append(partial(_telling, settings))
+    app.cleanup_ctx.append(partial(_telling, settings, open_door(settings) if identify is None else None))
     mount(app, prefix, settings, identify=identify, on_end=on_end)
 
 
@@ -111,6 +118,8 @@ def _check(settings: Settings) -> None:
     if asks_openrouter and settings.openrouter_api_key is None:
         raise SettingsError("openrouter_api_key must be set, or upstream_url to another service")
     require_served_store(settings)
+    if settings.system_file is not None:
+        read_system_file(settings.system_file)
     if settings.redis_url is None and not settings.told_of_loopback:
         raise SettingsError(
             "redis_url must be set;"
@@ -119,11 +128,12 @@ def _check(settings: Settings) -> None:
 
 
 @asynccontextmanager
-async def _telling(settings: Settings, _app: web.Application) -> AsyncIterator[None]:
+async def _telling(settings: Settings, warning: str | None, _app: web.Application) -> AsyncIterator[None]:
     """Find out where our lines go, and warn of settings that do not do what they seem to."""
     log_into_application(settings.secrets)
-    for sentence in contradictions(settings):
-        log.warning(sentence)
+    for sentence in (warning, *contradictions(settings)):
+        if sentence is not None:
+            log.warning(sentence)
     for name in not_yet_served(settings):
         log.warning("setting has no effect in this release", name=name)
     yield

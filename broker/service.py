@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import structlog
 from aiohttp import web
 
-from broker.core.errors import StoreUnavailable
 from broker.logs import configure_logs
 from broker.mount import mount
 from broker.relay.tasks import keep_running
 from broker.secret_reload import SecretReload
+from broker.settings import open_door
 from broker.web import keys
 from broker.web.server import Runner
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
     from broker.settings import Settings
-    from broker.store.connection import Store
 
 log = structlog.get_logger(__name__)
 
@@ -92,7 +91,6 @@ async def _serve(
         await site.start()
         say(_where(runner, settings))
         _tell_where(runner, settings, rehearsal=rehearsal)
-        await _warn_of_redis(app[keys.STORE])
         _calm_collector()
         await stopping.wait()
         await app.shutdown()  # drains, while the listener still tells the proxy and the pages of it
@@ -207,21 +205,6 @@ def _tell_where(runner: web.AppRunner, settings: Settings, *, rehearsal: bool) -
         log.warning(warning)
 
 
-def open_door(settings: Settings) -> str | None:
-    """Return what to warn of where anybody who can connect can spend, else None."""
-    if settings.listens_on_loopback or settings.needs_identity or settings.total_daily_cost:
-        return None
-    warning = (
-        "anybody who can connect can spend: set BROKER_API_KEYS, a JWT setting or BROKER_TOTAL_DAILY_COST"
-    )
-    if settings.system_file is None:
-        warning += (
-            "; without identity and BROKER_SYSTEM_FILE an open broker is everybody's free model"
-            " (README.md, Who may spend what, says how to close it)"
-        )
-    return warning
-
-
 def _what_is_on(settings: Settings) -> dict[str, str]:
     """The limits in force, for the one line at the start."""
     limits = {
@@ -233,16 +216,3 @@ def _what_is_on(settings: Settings) -> dict[str, str]:
         "identity": "required" if settings.needs_identity else "address",
     }
     return {name: value for name, value in limits.items() if value}
-
-
-async def _warn_of_redis(store: Store) -> None:
-    try:
-        if await store.may_go_back():
-            log.warning(
-                "redis may come back with sessions as they were at its last snapshot, which would run a second time:"
-                " turn snapshots off (save '') or the append-only file on"
-            )
-        if await store.may_evict():
-            log.warning("redis may throw sessions away: set its maxmemory-policy to noeviction")
-    except StoreUnavailable:
-        log.warning("redis cannot be reached yet")

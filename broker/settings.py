@@ -326,6 +326,21 @@ def require_served_store(settings: Settings) -> None:
         raise SettingsError("REDIS_URL must be redis://, rediss:// or unix:// in this release")
 
 
+def open_door(settings: Settings) -> str | None:
+    """Return what to warn of where anybody who can connect can spend, else None."""
+    if settings.told_of_loopback or settings.needs_identity or settings.total_daily_cost:
+        return None
+    warning = (
+        "anybody who can connect can spend: set BROKER_API_KEYS, a JWT setting or BROKER_TOTAL_DAILY_COST"
+    )
+    if settings.system_file is None:
+        warning += (
+            "; without identity and BROKER_SYSTEM_FILE an open broker is everybody's free model"
+            " (README.md, Who may spend what, says how to close it)"
+        )
+    return warning
+
+
 def contradictions(settings: Settings) -> list[str]:
     """Return a sentence for each pair of values that contradict each other, with the effect."""
     found = []

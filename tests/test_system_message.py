@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from broker.cli.serve import require
-from broker.service import open_door
-from broker.settings import Settings, SettingsError
+from broker.settings import Settings, SettingsError, open_door
 from broker.system_message import SystemMessage
 from broker.watched_file import LOOK_EVERY
 from tests.clock import Clock

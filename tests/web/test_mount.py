@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -13,7 +14,9 @@ import pytest
 import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from structlog.testing import capture_logs
 
+from broker.core.identity import Client
 from broker.mount import mount, setup
 from broker.settings import Settings, SettingsError
 from broker.web import keys
@@ -317,6 +320,26 @@ def test_a_setting_that_is_missing_is_named(settings: dict[str, Any], named: str
     with pytest.raises(SettingsError, match=named):
         setup(app, prefix="/ai", settings=Settings(**settings))
     assert not list(app.router.routes())
+
+
+def test_a_system_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="BROKER_SYSTEM_FILE"):
+        setup(
+            web.Application(),
+            prefix="/ai",
+            settings=Settings(host="127.0.0.1", openrouter_api_key=KEY, system_file=tmp_path / "nowhere"),
+        )
+
+
+async def test_an_open_door_is_warned_of_at_the_start(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    for identify, warned in ((None, True), (lambda _: Client("anna"), False)):
+        app = web.Application()
+        setup(app, prefix="/ai", settings=chosen(valkey_url, upstream), identify=identify)
+        with capture_logs() as lines:
+            async with served(app):
+                pass
+        told = [line["event"] for line in lines if line["event"].startswith("anybody who can connect")]
+        assert bool(told) is warned
 
 
 def test_a_prefix_begins_with_a_slash() -> None:
