@@ -220,6 +220,21 @@ def is_readable(data: bytes) -> bool:
     return True
 
 
+def parse_relayed(data: bytes) -> dict[str, Any]:
+    """Return a chunk that was relayed as a page's JSON parser reads it, half a surrogate pair included.
+
+    Empty where this cannot be done.
+    """
+    try:
+        chunk = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        try:
+            chunk = _load_leniently(data.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            return {}
+    return chunk if isinstance(chunk, dict) else {}
+
+
 def parse_chunk(data: bytes) -> tuple[bytes, dict[str, Any]]:
     """Return a chunk as bytes that a JSON parser of a page will read alike, and as JSON.
 
@@ -248,11 +263,15 @@ def _parse_leniently(data: bytes) -> tuple[bytes, Any]:
         raise UpstreamInvalid
     text = data.decode("utf-8", "replace")
     try:
-        chunk = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_finite)
+        chunk = _load_leniently(text)
         harmless = json.dumps(chunk, ensure_ascii=False).encode("utf-8", "replace")
         return text.encode(), orjson.loads(harmless)
     except (ValueError, RecursionError):
         raise UpstreamInvalid from None
+
+
+def _load_leniently(text: str) -> Any:
+    return json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_finite)
 
 
 def _refuse(constant: str) -> None:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from broker.core.answer import Answer, size_of, text_of
+from broker.core.chat_said import in_place_of_delta, tellings
 from broker.core.errors import UpstreamError, UpstreamFailed, UpstreamInvalid
 from broker.core.foreign import bounded_object, bounded_text
 from broker.core.pricing import completion_of, reported_cost
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 _MAY_FAIL = frozenset({"error", "error_message", "base_resp"})
 """Keys of a chunk that tell of a failure, where they are not empty."""
@@ -29,7 +30,6 @@ _COUNTED = (
 )
 """Members of a usage object that are kept in any case: what an answer costs is counted by them."""
 
-_REASONING = ("reasoning", "reasoning_content", "reasoning_text")
 _MARKS = frozenset({"annotations", "citations"})
 
 
@@ -183,12 +183,9 @@ class ChatAnswer(Answer):
                 self._go_on()
             elif content or len(delta) > 1 or "content" not in delta:
                 self._read_delta(delta)
-        elif not self._deltas and isinstance(message := choice.get("message"), dict):
-            # Beside deltas it is the answer so far, told again.
+        elif not self._deltas and (message := in_place_of_delta(choice)) is not None:
+            # Behind deltas it is the answer so far, told again.
             self._read_delta(message)
-        elif not self._deltas and choice.get("text") and isinstance(choice["text"], str):
-            self.text_bytes += size_of(choice["text"])
-            self._go_on()
         reason = choice.get("finish_reason")
         if reason and isinstance(reason, str):
             before, self.finish_reason = self.finish_reason, bounded_text(reason)
@@ -208,15 +205,14 @@ class ChatAnswer(Answer):
             self.interim_usage = self.usage or self.interim_usage
             self.usage = None
 
-    def _read_delta(self, delta: dict[str, Any]) -> None:
+    def _read_delta(self, delta: Mapping[str, Any]) -> None:
         """Count every string of a delta or a message. Linear, and without recursion."""
         written, media = self.text_bytes, self.media
         self._count({key: value for key, value in delta.items() if key not in _MARKS})
-        details = delta.get("reasoning_details")
-        thoughts = [size_of(value) for key in _REASONING if isinstance(value := delta.get(key), str)]
-        if details or len(thoughts) > 1:  # the same thoughts, told several times
-            told = [*thoughts, _size_of_thoughts(details)]
-            self.text_bytes -= sum(told) - max(told)
+        told = tellings(delta)
+        if len(told) > 1:  # the same thoughts, told several times
+            sizes = [size_of(text) for text in told]
+            self.text_bytes -= sum(sizes) - max(sizes)
         if self.text_bytes > written or self.media > media:
             self._go_on()
         self._count([delta.get(key) for key in _MARKS])
@@ -229,14 +225,6 @@ def _native_reason(chunk: dict[str, Any]) -> object:
         if isinstance(choice, dict) and choice.get("finish_reason"):
             return choice.get("native_finish_reason")
     return None
-
-
-def _size_of_thoughts(details: object) -> int:
-    """Bytes of readable reasoning in ``reasoning_details``, which ``reasoning`` tells too."""
-    if not isinstance(details, list):
-        return 0
-    texts = [detail.get(key) for detail in details if isinstance(detail, dict) for key in ("text", "summary")]
-    return sum(size_of(text) for text in texts if isinstance(text, str))
 
 
 def _as_delta(choice: object) -> object:

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from broker.core.answer import parse_chunk
 from broker.core.chat_answer import ChatAnswer
+from broker.core.chat_said import said_in_chunk
 from broker.core.errors import UpstreamInvalid
 from broker.core.responses_answer import ResponsesAnswer, is_response
-from broker.core.responses_said import is_event
+from broker.core.responses_said import is_event, said_in_event
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from broker.core.answer import Answer
+    from broker.core.said import Said
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +77,16 @@ def dialect_of_chunk(data: bytes) -> Dialect:
     except UpstreamInvalid:
         return CHAT
     return RESPONSES if is_event(chunk) else CHAT
+
+
+def said_in(chunk: Mapping[str, Any], deltas: bool | None) -> tuple[Said, bool | None]:
+    """Return what a chunk of any dialect says, and the `deltas` for the chunk behind it.
+
+    Args:
+        chunk: parsed.
+        deltas: as for `chat_said.said_in_chunk`; False for the first chunk of an answer.
+
+    Raises:
+        DeltasUnknown: `deltas` is None, and has to be known.
+    """
+    return (said_in_event(chunk), True) if is_event(chunk) else said_in_chunk(chunk, deltas)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from broker.core.said import NOTHING, Said
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -10,23 +12,6 @@ if TYPE_CHECKING:
 _TEXT = frozenset({"response.output_text.delta", "response.refusal.delta", "response.content_part.delta"})
 _REASONING = frozenset({"response.reasoning_text.delta", "response.reasoning_summary_text.delta"})
 _ENDS = frozenset({"response.completed", "response.incomplete"})
-
-
-class Said(NamedTuple):
-    """What an event says.
-
-    Attributes:
-        text: of the answer, a refusal included.
-        reasoning: what the model thinks, or a summary of it.
-        calls: of functions, each a whole ``function_call`` item.
-    """
-
-    text: str = ""
-    reasoning: str = ""
-    calls: tuple[Mapping[str, Any], ...] = ()
-
-
-NOTHING = Said()
 
 
 def is_event(chunk: Mapping[str, Any]) -> bool:

@@ -5,20 +5,15 @@ Gathering parses each chunk once more, so it is done only where an application w
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
-from broker.core.responses_said import is_event, said_in_event
+from broker.core.answer import parse_relayed
+from broker.core.dialect import said_in
 
 if TYPE_CHECKING:
     import datetime as dt
     from collections.abc import Iterable, Mapping
-
-_REASONING = ("reasoning", "reasoning_content", "reasoning_text")
-_DEEPEST = 6  # a part may hold a list of parts: thinking does
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +68,16 @@ class Transcript:
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._calls: dict[int, dict[str, Any]] = {}  # by index
-        self._deltas = False
+        self._deltas: bool | None = False
 
     def add(self, chunks: Iterable[bytes]) -> None:
         """Take the chunks of one read."""
         for data in chunks:
-            if isinstance(chunk := _parsed(data), dict):
-                if is_event(chunk):
-                    self._add_event(chunk)
-                else:
-                    self._add(chunk)
+            said, self._deltas = said_in(parse_relayed(data), self._deltas)
+            self._text.append(said.text)
+            self._reasoning.append(said.reasoning)
+            for call in said.calls:
+                self._add_call(_as_piece(call) if call.get("type") == "function_call" else call)
 
     @property
     def text(self) -> str:
@@ -98,65 +93,6 @@ class Transcript:
     def tool_calls(self) -> tuple[Mapping[str, Any], ...]:
         """The calls, each put together of its pieces."""
         return tuple(self._calls.values())
-
-    def _add(self, chunk: Mapping[str, Any]) -> None:
-        choices = chunk.get("choices")
-        choice = choices[0] if isinstance(choices, list) and choices else None
-        if not isinstance(choice, dict):
-            return
-        said = choice.get("delta")
-        if isinstance(said, dict) and said:
-            self._deltas = True
-        elif self._deltas:  # a message beside deltas is the answer so far, told again
-            return
-        else:
-            said = choice.get("message")
-        if isinstance(said, dict):
-            self._add_said(said)
-
-    def _add_event(self, event: Mapping[str, Any]) -> None:
-        said = said_in_event(event)
-        self._text.append(said.text)
-        self._reasoning.append(said.reasoning)
-        for call in said.calls:
-            function = {name: _text(call.get(name)) for name in ("name", "arguments")}
-            self._calls[len(self._calls)] = {
-                "id": _text(call.get("call_id")),
-                "type": "function",
-                "function": function,
-            }
-
-    def _add_said(self, said: Mapping[str, Any]) -> None:
-        self._add_content(said.get("content"), self._text, 0)
-        self._add_content(said.get("refusal"), self._text, 0)
-        before = len(self._reasoning)
-        for name in _REASONING:  # the same thoughts may stand under several names
-            if len(self._reasoning) == before:
-                self._add_content(said.get(name), self._reasoning, 0)
-        if len(self._reasoning) == before:
-            details = [detail for detail in _list(said.get("reasoning_details")) if isinstance(detail, dict)]
-            texts = (detail.get(key) for detail in details for key in ("text", "summary"))
-            self._reasoning += [text for text in texts if isinstance(text, str)]
-        for call in _list(said.get("tool_calls")):
-            if isinstance(call, dict):
-                self._add_call(call)
-
-    def _add_content(self, content: Any, to: list[str], depth: int) -> None:
-        """Add a text, a part with a type, or a list of both."""
-        if isinstance(content, str):
-            if content:
-                to.append(content)
-        elif depth > _DEEPEST:
-            return
-        elif isinstance(content, list):
-            for part in content:
-                self._add_content(part, to, depth + 1)
-        elif isinstance(content, dict):
-            if content.get("type") in ("thinking", "reasoning"):
-                thoughts = content.get("thinking") or content.get("reasoning") or content.get("text")
-                self._add_content(thoughts, self._reasoning, depth + 1)
-            else:
-                self._add_content(content.get("text") or content.get("refusal"), to, depth + 1)
 
     def _add_call(self, piece: Mapping[str, Any]) -> None:
         index = piece.get("index")
@@ -174,15 +110,9 @@ class Transcript:
             call["extra_content"] = piece["extra_content"]  # has to be sent back with the call
 
 
-def _parsed(data: bytes) -> Any:
-    try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError:
-        pass
-    try:
-        return json.loads(data)  # takes half a surrogate pair, whose other half the next chunk may have
-    except (ValueError, RecursionError):
-        return None
+def _as_piece(item: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``function_call`` item of a response as a call of a chat, whole."""
+    return {"id": item.get("call_id"), "function": {name: item.get(name) for name in ("name", "arguments")}}
 
 
 def _whole(pieces: list[str]) -> str:
@@ -193,10 +123,6 @@ def _whole(pieces: list[str]) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _text(value: Any) -> str:

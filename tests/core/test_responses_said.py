@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from broker.core.responses_said import NOTHING, Said, is_event, said_in_event
+from broker.core.responses_said import is_event, said_in_event
 from broker.core.result import Transcript
+from broker.core.said import NOTHING, Said
 from tests.responses import (
     CALL,
     CREATED,
