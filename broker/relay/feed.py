@@ -13,9 +13,11 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
 from broker.core.replay import Batch, read_on
+from broker.core.short_form import shorten
 
 if TYPE_CHECKING:
     from broker.core.session import Terminal
+    from broker.core.short_form import Short
 
 WINDOW = 256 * 1024
 """Bytes of events that stay in memory although they are in the journal: most viewers that lag, lag less."""
@@ -44,7 +46,7 @@ class Feed:
         end: the terminal, which is not counted in `last`.
     """
 
-    __slots__ = ("_batches", "_hidden", "_live", "end", "first", "last", "shown", "size")
+    __slots__ = ("_batches", "_hidden", "_live", "_shortened", "end", "first", "last", "shown", "size")
 
     def __init__(self, start: int = 0) -> None:
         self.first = start + 1
@@ -54,6 +56,7 @@ class Feed:
         self._batches: list[Batch] = []
         self._live: set[LiveViewer] = set()
         self._hidden = False
+        self._shortened: tuple[Batch, bool | None, Short] | None = None
 
     def add(self, batch: Batch, now: float) -> None:
         """Add the events that follow on `last`, and give them to every live viewer in one piece.
@@ -71,6 +74,21 @@ class Feed:
         for viewer in tuple(self._live):
             viewer.push(batch, now)
 
+    def shorten(self, batch: Batch, deltas: bool | None) -> Short:
+        """Return a batch in the short form, made once for all viewers that are pushed it.
+
+        Args:
+            batch: as it was pushed.
+            deltas: of the events before it, see `core.short_form`.
+
+        Raises:
+            DeltasUnknown: `deltas` must be known.
+        """
+        made = self._shortened
+        if made is None or made[0] is not batch or made[1] is not deltas:
+            made = self._shortened = (batch, deltas, shorten(batch.events, deltas))
+        return made[2]
+
     def finish(self, end: Terminal) -> None:
         """Set the end. Nothing can follow; what was hidden is shown as far as the end counts it."""
         keep = max(self.shown, end.id.n - 1)
@@ -78,6 +96,7 @@ class Feed:
             self.size -= len(self._batches.pop().events)
         self.last = self.shown = min(self.last, keep)
         self._hidden = False
+        self._shortened = None
         self.end = end
         self._wake_all()
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
 
-from broker.core.errors import BrokerError, BudgetExceeded, LimitError, SessionNotFound
+from broker.core.errors import BrokerError, BudgetExceeded, InvalidRequest, LimitError, SessionNotFound
 from broker.core.events import refusal_event
 from broker.core.session import Cursor, is_session_id, parse_cursor
+from broker.relay.token_viewer import TokenViewer
 from broker.relay.viewer import Viewer
 from broker.store.accounts import BUDGET_RETRY, STREAMS_RETRY
 from broker.web.errors import json_response, may_come_again
@@ -19,7 +20,12 @@ from broker.web.eventstream import EventStream, jitter
 from broker.web.keys import HUB, IDENTIFIER, OCCUPANCY, SETTINGS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from broker.relay.source import Source
+
+FORMS: Mapping[str, type[Viewer]] = {"": Viewer, "chunk": Viewer, "token": TokenViewer}
+"""The values of ``events``: in which form a session is told, and who tells it."""
 
 COME_AGAIN_MS = 3000
 """Milliseconds after which a page comes back to a session that cannot be served now."""
@@ -42,6 +48,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
             session_id = request.match_info["session_id"]
             if not is_session_id(session_id):
                 raise SessionNotFound
+            form = _form(request)
             address = request.app[IDENTIFIER].network(request)
             places.enter_context(request.app[OCCUPANCY].taken(session_id, address))
             found = await request.app[HUB].find(session_id, cursor)
@@ -49,7 +56,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
             if not _wants_events(request):
                 raise
             return await _refuse(request, error, cursor)
-        return await _show(request, session_id, found, cursor)
+        return await _show(request, session_id, found, cursor, form)
 
 
 async def cancel(request: web.Request) -> web.Response:
@@ -62,13 +69,13 @@ async def cancel(request: web.Request) -> web.Response:
 
 
 async def _show(
-    request: web.Request, session_id: str, source: Source, cursor: Cursor | None
+    request: web.Request, session_id: str, source: Source, cursor: Cursor | None, form: type[Viewer]
 ) -> web.StreamResponse:
     """Let a viewer follow a session to its end."""
     settings, hub = request.app[SETTINGS], request.app[HUB]
     response = EventStream(send_timeout=settings.send_timeout)
     read_journal = partial(hub.read_journal, session_id)
-    viewer = Viewer(source.feed, read_journal, response, cursor, asyncio.get_running_loop().time())
+    viewer = form(source.feed, read_journal, response, cursor, asyncio.get_running_loop().time())
     with hub.watching(source, viewer):
         await response.open(request, jitter(settings.retry_ms))
         async with response:
@@ -99,6 +106,13 @@ async def _say(request: web.Request, event: bytes, retry_ms: int) -> web.StreamR
 def _cursor(request: web.Request) -> Cursor | None:
     """Return the header wins: the query is of the page that was loaded, the header of the line that was lost since."""
     return parse_cursor(request.headers.get("Last-Event-ID") or request.query.get("lastEventId", ""))
+
+
+def _form(request: web.Request) -> type[Viewer]:
+    form = FORMS.get(request.query.get("events", ""))
+    if form is None:
+        raise InvalidRequest(details=[{"field": "events", "message": "Must be chunk or token, or left out."}])
+    return form
 
 
 def _wants_events(request: web.Request) -> bool:

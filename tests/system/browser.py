@@ -70,16 +70,18 @@ class Complaints(list[str]):
         await dialog.dismiss()
 
 
-def readme_lines() -> str:
-    """What a page has to write, as the README says it: its one block of JavaScript."""
-    (lines,) = re.findall(r"^```js\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+def readme_lines(*, short: bool = False) -> str:
+    """What a page has to write for the long or the short form, as the README says it."""
+    name = "javascript" if short else "js"
+    found = re.findall(rf"^```{name}\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+    (lines,) = [block for block in found if ("events=token" in block) is short]
     return str(lines)
 
 
-async def _ten_lines(_request: web.Request) -> web.Response:
+async def _ten_lines(request: web.Request) -> web.Response:
     page = (PAGES / "ten_lines.html").read_text()
     assert page.count("// the README's lines") == 1
-    page = page.replace("// the README's lines", readme_lines())
+    page = page.replace("// the README's lines", readme_lines(short="short" in request.query))
     return web.Response(text=page, content_type="text/html", charset="utf-8")
 
 

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlencode
 
 import aiohttp
 import redis.asyncio
@@ -75,7 +76,7 @@ class NumberedCall:
     def chunks(self, count: int = 1, size: int = 20) -> None:
         """Send more chunks."""
         for _ in range(count):
-            self._send(chunk("x" * size))
+            self._send(chunk(text_of_chunk(self.sent + 1, size)))
 
     def finish(self) -> None:
         """Send the finish reason and the usage."""
@@ -326,14 +327,24 @@ class Session:
         self._cluster = cluster
 
     def stream(
-        self, worker: Worker, cursor: str | None = None, *, query: bool = False, **options: Any
+        self,
+        worker: Worker,
+        cursor: str | None = None,
+        *,
+        query: bool = False,
+        short: bool = False,
+        **options: Any,
     ) -> AbstractAsyncContextManager[Connection]:
-        """An EventSource on a worker, from the start or from a cursor, told by header or by query."""
-        target, headers = f"/stream/{self.id}", {}
+        """An EventSource on a worker, from the start or from a cursor, told by header or by query.
+
+        It reads the long form, or the short one.
+        """
+        asked, headers = {"events": "token"} if short else {}, {}
         if cursor is not None and query:
-            target += f"?lastEventId={cursor}"
+            asked["lastEventId"] = cursor
         elif cursor is not None:
             headers = {"Last-Event-ID": cursor}
+        target = f"/stream/{self.id}" + (f"?{urlencode(asked)}" if asked else "")
         return opened(worker.url, target, headers or NOTHING, **options)
 
     async def read(self, worker: Worker, cursor: str | None = None, *, query: bool = False) -> list[Event]:
@@ -363,6 +374,11 @@ class Session:
 def question(marker: str) -> dict[str, Any]:
     """The body of a /prepare."""
     return {"model": "scripted/model-1", "messages": [{"role": "user", "content": marker}]}
+
+
+def text_of_chunk(n: int, size: int) -> str:
+    """What chunk number ``n`` says: so many bytes that begin with its number."""
+    return f"{n} ".ljust(size, "x")
 
 
 def number_of(event: Event) -> int:

@@ -148,9 +148,12 @@ async def test_ten_lines_stay_connected_while_they_wait_their_turn(page: Page) -
 
 
 @pytest.mark.slow
-async def test_ten_lines_survive_a_cut_without_a_gap_or_a_repeat(page: Page, broker: RunningBroker) -> None:
+@pytest.mark.parametrize("form", ["", "&short=yes"])
+async def test_ten_lines_survive_a_cut_without_a_gap_or_a_repeat(
+    page: Page, broker: RunningBroker, form: str
+) -> None:
     async with foreign_site() as site, laid_cable(broker.port) as (cable, base):
-        await page.goto(address(site, "ten_lines.html", base, LONG))
+        await page.goto(address(site, "ten_lines.html", base, LONG) + form)
         for word in ("word40", "word200"):
             await reads(page.locator("#answer"), word)
             cable.cut()

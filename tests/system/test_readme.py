@@ -35,8 +35,13 @@ BROWSER = ("--target", "es2022", "--module", "esnext", "--lib", "es2022,dom")
 
 
 @pytest.mark.slow
-async def test_the_lines_of_a_page_are_strict_typescript(typescript: Path, tmp_path: Path) -> None:
-    (tmp_path / "page.ts").write_text(AROUND + readme_lines())
+@pytest.mark.parametrize("short", [False, True])
+async def test_the_lines_of_a_page_are_strict_typescript(
+    typescript: Path,
+    tmp_path: Path,
+    short: bool,
+) -> None:
+    (tmp_path / "page.ts").write_text(AROUND + readme_lines(short=short))
     status, told = await ran(str(typescript), *STRICT, *BROWSER, str(tmp_path / "page.ts"))
     assert (status, told) == (0, "")
 

@@ -1,7 +1,8 @@
 """The random walk: pages come and go on three real workers while everything around them is hurt at random.
 
-After each round every session is judged: each page saw one gapless sequence with the upstream's own numbering, the
-same end as every other page, from one upstream call at most; and nothing is left behind.
+After each round every session is judged: each page saw one gapless sequence with the upstream's own numbering and text,
+in the long form, the short one, or both by turns; the same end as every other page, from one upstream call at most; and
+nothing is left behind.
 
     python -m tests.system.walk --seconds 3600 --seed 1
 
@@ -25,7 +26,7 @@ import aiohttp
 
 from tests.system.cluster import Script, running_cluster
 from tests.system.faults import DRAINED, Faults
-from tests.system.walkers import Page, Walk
+from tests.system.walkers import SHORT, Page, Walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -165,7 +166,7 @@ async def _read_late(cluster: Cluster, walks: list[Walk], random: Random) -> lis
         page = Page()
         gives_up_at = time.monotonic() + LATE
         while page.end is None and time.monotonic() < gives_up_at:
-            await page.visit(walk.session, random.choice(cluster.workers))
+            await page.visit(walk.session, random.choice(cluster.workers), short=random.random() < SHORT)
         walk.pages.append(page)
     return []
 

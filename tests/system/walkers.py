@@ -1,4 +1,8 @@
-"""The pages of the random walk, and the judgement of what they saw."""
+"""The pages of the random walk, and the judgement of what they saw.
+
+A page may come back in the other form of a session, long or short (``?events=token``): numbers, text and end are
+the same.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 
 from tests.events import Broken, Event
-from tests.system.cluster import number_of
+from tests.system.cluster import number_of, text_of_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,6 +37,9 @@ ENDINGS = {
 """What becomes of an answer that does not end well."""
 
 
+SHORT = 0.4
+"""Part of the lines that are in the short form."""
+
 LONGEST = 30.0
 """Seconds after which a page takes another line, so that one which never ends is found."""
 
@@ -42,16 +49,20 @@ class Page:
     """One page: reads a session over as many lines as it takes, as an EventSource does.
 
     Attributes:
-        seen: number of the last chunk.
+        seen: number of the last chunk; in the short form, of the last that said anything.
+        text: what the chunks said.
         end: the event that ended it.
+        ended_short: it came in the short form.
         ended_at: when, by the loop's clock.
         online: its lines, each from when to when.
         findings: what it saw and should not have.
     """
 
     seen: int = 0
+    text: str = ""
     last_id: str | None = None
     end: Event | None = None
+    ended_short: bool = False
     ended_at: float = 0.0
     online: list[tuple[float, float]] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
@@ -59,28 +70,35 @@ class Page:
     async def watch(self, session: Session, workers: Sequence[Worker], random: Random) -> None:
         """Come and go until the end."""
         while self.end is None:
-            await self.visit(session, random.choice(workers), leave_after=random.choice([1, 3, 10, 10_000]))
+            await self.visit(
+                session,
+                random.choice(workers),
+                leave_after=random.choice([1, 3, 10, 10_000]),
+                short=random.random() < SHORT,
+            )
             await asyncio.sleep(random.uniform(0, 0.4))
         if random.random() < 0.2:
             await self._come_back(session, random.choice(workers))
 
-    async def visit(self, session: Session, worker: Worker, leave_after: int = 1_000_000) -> None:
-        """One line, dropped after so many events at the latest."""
+    async def visit(
+        self, session: Session, worker: Worker, leave_after: int = 1_000_000, *, short: bool = False
+    ) -> None:
+        """One line, in the long or the short form, dropped after so many events at the latest."""
         loop = asyncio.get_running_loop()
         since = loop.time()
         try:
-            async with asyncio.timeout(LONGEST), session.stream(worker, self.last_id) as line:
+            async with asyncio.timeout(LONGEST), session.stream(worker, self.last_id, short=short) as line:
                 since = loop.time()
                 if line.status != 200:
                     self.findings.append(f"status {line.status} before the end")
                     return
-                await self._read(line, session, leave_after)
+                await self._read(line, session, leave_after, short=short)
         except (OSError, Broken, TimeoutError, asyncio.IncompleteReadError):
             pass  # what happens to lines when workers are hurt
         finally:
             self.online.append((since, loop.time()))
 
-    async def _read(self, line: Connection, session: Session, leave_after: int) -> None:
+    async def _read(self, line: Connection, session: Session, leave_after: int, *, short: bool) -> None:
         for _ in range(leave_after):
             event = await line.event()
             if event is None:
@@ -88,19 +106,28 @@ class Page:
             if self.end is not None:
                 self.findings.append(f"{event.kind} after the end")
                 return
-            self._take(event, session.marker)
+            self._take(event, session.marker, short=short)
 
-    def _take(self, event: Event, marker: str) -> None:
-        if event.kind == "chunk":
+    def _take(self, event: Event, marker: str, *, short: bool) -> None:
+        if short and event.kind == "start":
+            if self.seen or event.id is not None:
+                self.findings.append(f"a start with the id {event.id} after 1-{self.seen}")
+        elif short and event.kind == "token":
+            if number_of(event) <= self.seen:
+                self.findings.append(f"{event.id} after 1-{self.seen}")
+            self.seen = number_of(event)
+            self.text += event.json["text"]
+        elif not short and event.kind == "chunk":
             if event.id != f"1-{self.seen + 1}":
                 self.findings.append(f"{event.id} after 1-{self.seen}")
             self.seen = number_of(event)
             if event.json["number"] != self.seen or event.json["marker"] != marker:
                 self.findings.append(f"chunk {event.json['number']} of {event.json['marker']} as {event.id}")
+            self.text += "".join(choice["delta"].get("content", "") for choice in event.json["choices"])
         elif event.kind not in ("done", "error"):
             self.findings.append(f"an event of kind {event.kind}")
         elif event.kind == "done" or event.json["final"]:
-            self.end = event
+            self.end, self.ended_short = event, short
             self.ended_at = asyncio.get_running_loop().time()
         self.last_id = event.id or self.last_id
 
@@ -195,8 +222,12 @@ class Walk:
         assert end is not None
         last = number_of(end) - 1
         other_epoch = (end.id or "").startswith("2-")
-        if page.seen < last or (page.seen > last and not other_epoch):
+        # The finish and the usage say nothing, so a page in the short form has seen the chunks before them.
+        least = min(last, self.script.chunks) if page.ended_short else last
+        if page.seen < least or (page.seen > last and not other_epoch):
             yield f"{end.id} ({code}) after {page.seen} chunks"
+        if page.text != self._text(min(page.seen, self.script.chunks)):
+            yield f"{len(page.text)} bytes of text after {page.seen} chunks of {self.script.size}"
         if self.cancel_accepted and code != "cancelled" and not happened & {"redis killed", "redis frozen"}:
             yield f"{code} although a cancel was accepted"
         if code == "stop" and (last != self.script.events or self.script.ending not in ("done", "silent")):
@@ -219,6 +250,10 @@ class Walk:
             expected.add("server_shutdown")  # a freeze moves the upstream's timers, and not the time to drain
         if code not in expected:
             yield f"{code} where {sorted(filter(None, expected))} were to be expected, during {sorted(happened)}"
+
+    def _text(self, count: int) -> str:
+        """What the first chunks say."""
+        return "".join(text_of_chunk(n, self.script.size) for n in range(1, count + 1))
 
     def _unwatched(self, until: float) -> float:
         """The longest time for which no page had a line."""

@@ -1,0 +1,90 @@
+"""The short form of a session, ``?events=token``: of each chunk only what it says. No I/O.
+
+It is made of the framed events of the long form, since these are what is kept in memory and in the journal. An event
+keeps its number, and a chunk that says nothing is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import orjson
+
+from broker.core.answer import parse_relayed
+from broker.core.dialect import said_in
+from broker.core.sse import encode_event
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+START = encode_event("start", b"{}")
+"""What a session begins with in the short form."""
+
+_BEFORE_DATA = b"\nevent: chunk\ndata: "
+
+
+class Short(NamedTuple):
+    """Events in the short form.
+
+    Attributes:
+        events: framed; empty where none of the chunks says anything.
+        deltas: whether any chunk so far was a delta, which those that follow have to know.
+    """
+
+    events: bytes
+    deltas: bool | None
+
+
+def shorten(events: bytes, deltas: bool | None) -> Short:
+    """Return chunk events in the short form.
+
+    Args:
+        events: framed, whole.
+        deltas: `Short.deltas` of the events before them; False at the beginning of a session, None if not known.
+
+    Raises:
+        DeltasUnknown: what they say depends on `deltas`, which is None.
+    """
+    short = []
+    for event in events.split(b"\n\n"):
+        head, found, data = event.partition(_BEFORE_DATA)
+        if not found:
+            continue  # behind the last one
+        said, deltas = said_in(parse_relayed(data.replace(b"\ndata: ", b"\n")), deltas)
+        members: dict[str, Any] = {"text": said.text, "reasoning": said.reasoning, "toolCalls": said.calls}
+        members = {name: value for name, value in members.items() if value}
+        if members and (written := _to_json(members)):
+            short.append(b"%b\nevent: token\ndata: %b\n\n" % (head, written))
+    return Short(b"".join(short), deltas)
+
+
+def begins_with_deltas(events: bytes) -> bool:
+    """Return True if an answer that begins with these events comes in deltas."""
+    return bool(shorten(events, False).deltas)
+
+
+def portions(events: bytes, size: int) -> Iterator[bytes]:
+    """Cut framed events between two of them, into parts of about ``size`` bytes: what one part costs is bounded."""
+    start = 0
+    while start < len(events):
+        end = events.find(b"\n\n", start + size)
+        end = len(events) if end < 0 else end + 2
+        yield events[start:end]
+        start = end
+
+
+def count_events(events: bytes) -> int:
+    """Return the number of framed events."""
+    return events.count(b"\n\n")
+
+
+def _to_json(members: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(members)
+    except orjson.JSONEncodeError:
+        # Half a surrogate pair: the next chunk may have the other half, and a page puts them together.
+        try:
+            return json.dumps(members, separators=(",", ":")).encode()
+        except RecursionError:
+            return b""  # a tool call that no page could read either
