@@ -1,6 +1,7 @@
 """One answer while it is written: the shape of its chunks, and the count of its tokens and their cost.
 
-What is said and when is the scripts' business; this knows only how a chunk looks and what it costs.
+What is said and when is the scripts' business; this knows only how a chunk looks and what it costs. Here it is a chat
+completion; `responses` has the same in the Responses dialect.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from broker.rehearsal.steps import Script, Send, event
+import orjson
+
+from broker.rehearsal.steps import Reply, Script, Send, event
 
 if TYPE_CHECKING:
     from broker.rehearsal.ask import Ask
@@ -76,14 +79,57 @@ class Answer:
         """A chunk with a piece of text."""
         return self.chunk({"role": "assistant", "content": token})
 
-    def finish(self, reason: str = "stop", **more: Any) -> Send:
-        """The chunk that gives the finish reason, ``length`` in place of a good one where the text was cut."""
+    def refusal(self, token: str) -> Send:
+        """Return a chunk with a piece of a refusal."""
+        return self.chunk({"role": "assistant", "content": None, "refusal": token})
+
+    def thought(self, token: str) -> Send:
+        """Return a chunk with a piece of reasoning."""
+        detail = {"type": "reasoning.text", "text": token, "signature": None, "format": "unknown", "index": 0}
+        delta = {"role": "assistant", "content": "", "reasoning": token, "reasoning_details": [detail]}
+        return self.chunk(delta)
+
+    def call(self, index: int, call_id: str, name: str) -> Send:
+        """Return the chunk that begins a call of a function."""
+        function = {"name": name, "arguments": ""}
+        first = {"index": index, "id": call_id, "type": "function", "function": function}
+        return self.chunk({"role": "assistant", "content": None, "tool_calls": [first]})
+
+    def call_piece(self, index: int, piece: str) -> Send:
+        """Return a chunk with a piece of the arguments of a call."""
+        return self.chunk({"tool_calls": [{"index": index, "function": {"arguments": piece}}]})
+
+    def cited(self, annotations: list[dict[str, Any]]) -> Send:
+        """Return a chunk with the pages that the text leans on."""
+        return self.chunk({"role": "assistant", "content": "", "annotations": annotations})
+
+    def finish(self, reason: str = "stop", *, last: bool = False, **more: Any) -> Send:
+        """The chunk that gives the finish reason, ``length`` in place of a good one where the text was cut.
+
+        Args:
+            reason: the finish reason.
+            last: no bill follows. It makes a difference to dialects whose bill is their end.
+            more: what goes beside ``choices``.
+        """
+        del last
         self.finish_reason = "length" if self.cut and reason != "error" else reason
         return self.chunk({"role": "assistant", "content": ""}, self.finish_reason, **more)
 
     def bill(self) -> Send:
         """The chunk without choices that ends a stream with its usage."""
         return event({**self.head("chat.completion.chunk"), "choices": [], "usage": self.usage()})
+
+    def whole(self, text: str) -> Reply:
+        """Return the answer as one JSON document."""
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "finish_reason": self.finish_reason,
+            "native_finish_reason": self.finish_reason,
+            "logprobs": None,
+        }
+        body = {**self.head("chat.completion"), "choices": [choice], "usage": self.usage()}
+        return Reply(200, orjson.dumps(body), headers={"X-Generation-Id": self.id})
 
     def head(self, kind: str) -> dict[str, Any]:
         """What every chunk, and a whole completion, begins with."""

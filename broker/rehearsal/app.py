@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from uuid import uuid4
@@ -17,10 +17,11 @@ import orjson
 from aiohttp import web
 
 from broker.rehearsal.answer import Answer
-from broker.rehearsal.ask import Ask, AskError, read_ask
+from broker.rehearsal.ask import Ask, AskError, read_ask, read_responses_ask
 from broker.rehearsal.behaviours import MODELS
 from broker.rehearsal.ledger import Attempts, Generations, generation_entry
 from broker.rehearsal.model_entries import Model, catalog_entry
+from broker.rehearsal.responses import ResponsesAnswer
 from broker.rehearsal.scripts import unstreamed
 from broker.rehearsal.stage import act
 from broker.rehearsal.steps import problem
@@ -49,6 +50,7 @@ def build_rehearsal(pace: float = 1.0, models: Sequence[Model] = MODELS) -> web.
     app[_ATTEMPTS] = Attempts()
     app[_MODELS] = {model.id: model for model in models}
     app.router.add_post(f"{BASE}/chat/completions", complete)
+    app.router.add_post(f"{BASE}/responses", respond)
     app.router.add_get(f"{BASE}/models", list_models)
     app.router.add_get(f"{BASE}/generation", tell_generation)
     return app
@@ -56,14 +58,25 @@ def build_rehearsal(pace: float = 1.0, models: Sequence[Model] = MODELS) -> web.
 
 async def complete(request: web.Request) -> web.StreamResponse:
     """POST /chat/completions."""
+    return await _serve(request, read_ask, Answer)
+
+
+async def respond(request: web.Request) -> web.StreamResponse:
+    """POST /responses."""
+    return await _serve(request, read_responses_ask, ResponsesAnswer)
+
+
+async def _serve(
+    request: web.Request, read: Callable[[bytes], Ask], kind: type[Answer]
+) -> web.StreamResponse:
     try:
-        ask = read_ask(await request.read())
+        ask = read(await request.read())
     except AskError as error:
         return _refusal(400, str(error))
     model = request.app[_MODELS].get(ask.model)
     if model is None:
         return _refusal(400, f"{ask.model} is not a valid model ID")
-    return await _perform(request, model, _answer(request.app, ask, model))
+    return await _perform(request, model, _answer(request.app, ask, model, kind))
 
 
 async def list_models(request: web.Request) -> web.Response:
@@ -81,11 +94,11 @@ async def tell_generation(request: web.Request) -> web.Response:
     return _json({"data": entry})
 
 
-def _answer(app: web.Application, ask: Ask, model: Model) -> Answer:
+def _answer(app: web.Application, ask: Ask, model: Model, kind: type[Answer]) -> Answer:
     served = app[_MODELS][model.routes_to] if model.routes_to else model
     created = int(time.time())
     limits = (ask.max_tokens, model.max_completion_tokens, model.context_length)
-    return Answer(
+    return kind(
         ask=ask,
         model=served.id,
         prices=served.prices,

@@ -1,4 +1,4 @@
-"""What a caller asks for, read from the body of POST /chat/completions.
+"""What a caller asks for, read from the body of POST /chat/completions or /responses.
 
 Only what a script can make use of is looked at; every other parameter is let through unread, as the real service
 lets through what a model does not support.
@@ -93,12 +93,7 @@ def read_ask(raw: bytes) -> Ask:
     Raises:
         AskError: it is not JSON, or lacks what no model can do without.
     """
-    try:
-        body = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        raise AskError("The body is not valid JSON") from None
-    if not isinstance(body, dict):
-        raise AskError("The body must be a JSON object")
+    body = _object(raw)
     return Ask(
         model=_model(body),
         messages=_objects(body, "messages", at_least=1),
@@ -109,6 +104,63 @@ def read_ask(raw: bytes) -> Ask:
         tools=_objects(body, "tools", at_least=0),
         tool_choice=body.get("tool_choice"),
     )
+
+
+def read_responses_ask(raw: bytes) -> Ask:
+    """Read the body of a Responses request; its items become the messages of a chat.
+
+    Raises:
+        AskError: it is not JSON, or lacks what no model can do without.
+    """
+    body = _object(raw)
+    given = body.get("input")
+    items = (
+        [{"role": "user", "content": given}]
+        if isinstance(given, str)
+        else _objects(body, "input", at_least=1)
+    )
+    instructions = body.get("instructions")
+    messages = [{"role": "system", "content": instructions}] if isinstance(instructions, str) else []
+    return Ask(
+        model=_model(body),
+        messages=[*messages, *map(_message, items)],
+        stream=body.get("stream") is True,
+        max_tokens=_least(body.get("max_output_tokens")),
+        user=body["user"] if isinstance(body.get("user"), str) else None,
+        tools=[{"type": tool.get("type"), "function": tool} for tool in _objects(body, "tools", at_least=0)],
+        tool_choice=body.get("tool_choice"),
+    )
+
+
+def _message(item: dict[str, Any]) -> dict[str, Any]:
+    """An item of an input as a message of a chat."""
+    kind = item.get("type", "message")
+    if kind == "function_call_output":
+        return {"role": "tool", "content": _parts(item.get("output"))}
+    if kind == "function_call":
+        return {"role": "assistant", "content": "", "tool_calls": [item]}
+    if kind == "reasoning":
+        return {"role": "assistant", "content": _parts(item.get("summary"))}
+    return {"role": item.get("role"), "content": _parts(item.get("content"))}
+
+
+def _parts(content: Any) -> Any:
+    """The parts of an item as those of a message: what has a text is one."""
+    if not isinstance(content, list):
+        return content
+    return [
+        {**part, "type": "text"} if "text" in part else part for part in content if isinstance(part, dict)
+    ]
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        raise AskError("The body is not valid JSON") from None
+    if not isinstance(body, dict):
+        raise AskError("The body must be a JSON object")
+    return body
 
 
 def _model(body: Mapping[str, Any]) -> str:

@@ -116,6 +116,18 @@ MODELS = (
         scripts.length,
     ),
     Model(
+        "rehearsal/content-filter",
+        "Rehearsal: Content filter",
+        "A text that is cut off after twenty tokens with the finish reason `content_filter`.",
+        scripts.filtered,
+    ),
+    Model(
+        "rehearsal/refusal",
+        "Rehearsal: Refusal",
+        "A refusal of the model in `refusal`, in place of a text.",
+        scripts.refused,
+    ),
+    Model(
         "rehearsal/no-usage",
         "Rehearsal: No usage",
         "The plain text, but the stream does not say what it cost.",

@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from broker.rehearsal.answer import PROVIDER, Answer, Play
-from broker.rehearsal.scripts import ending, opening, plain, say, whole
+from broker.rehearsal.scripts import SOME_TEXT, ending, opening, plain, say, whole
 from broker.rehearsal.steps import DONE, Pause, Reply, Reset, Script, Send, comment, event, problem
 from broker.rehearsal.text import opening_of, passage_for, tokens_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-SOME_TEXT = 20
-"""Tokens that are written before a fault strikes in the middle."""
 
 ARRIVAL = 0.2
 """Seconds that the last bytes are given to reach the caller's hands, for a reset destroys what was not read."""
@@ -206,5 +203,5 @@ def late(answer: Answer) -> Script:
     """A sound answer, but for a silence after its finish that no end follows."""
     yield from opening()
     yield from say(answer, opening_of(passage_for(answer.ask.question)))
-    yield answer.finish()
+    yield answer.finish(last=True)
     yield from hang(answer)

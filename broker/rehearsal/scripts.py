@@ -7,7 +7,7 @@ looks at a clock, so that `list(script(answer))` is a test of it.
 from __future__ import annotations
 
 import math
-from itertools import cycle
+from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
 import orjson
@@ -36,6 +36,11 @@ RHYTHM = (0.5, 1.4, 0.8, 1.1, 0.7, 1.6, 0.9, 1.0)
 """How long each token takes against the average: uneven as a real model's, and the same in every run."""
 
 SHORT_ANSWER = 60
+
+SOME_TEXT = 20
+"""Tokens that are written before something strikes in the middle."""
+
+REFUSAL = "I am sorry, but I cannot help with that."
 
 
 def opening(wait: float = FIRST_TOKEN) -> Script:
@@ -119,12 +124,26 @@ def reasoning(answer: Answer) -> Script:
     thoughts = answer.fit(tokens_of(THOUGHTS))
     for token, beat in zip(thoughts, cycle(RHYTHM), strict=False):
         answer.reasoning_tokens += 1
-        detail = {"type": "reasoning.text", "text": token, "signature": None, "format": "unknown", "index": 0}
-        delta = {"role": "assistant", "content": "", "reasoning": token, "reasoning_details": [detail]}
-        yield answer.chunk(delta)
+        yield answer.thought(token)
         yield Pause(beat / SPEED / 2)
     yield from say(answer, passage_for(answer.ask.question))
     yield from ending(answer)
+
+
+def refused(answer: Answer) -> Script:
+    """A refusal in place of the text."""
+    yield from opening()
+    for token in answer.fit(tokens_of(REFUSAL)):
+        yield answer.refusal(token)
+        yield Pause(1 / SPEED)
+    yield from ending(answer)
+
+
+def filtered(answer: Answer) -> Script:
+    """The beginning of a text that a filter cuts off."""
+    yield from opening()
+    yield from say(answer, "".join(islice(tokens_of(passage_for(answer.ask.question)), SOME_TEXT)))
+    yield from ending(answer, "content_filter")
 
 
 def tools(answer: Answer) -> Script:
@@ -143,12 +162,10 @@ def tools(answer: Answer) -> Script:
 
 def call(answer: Answer, index: int, name: str, arguments: str) -> Script:
     """One call: who is called in the first chunk, with what in the ones that follow."""
-    function = {"name": name, "arguments": ""}
-    first = {"index": index, "id": f"call_{answer.id[-8:]}_{index}", "type": "function", "function": function}
-    yield answer.chunk({"role": "assistant", "content": None, "tool_calls": [first]})
+    yield answer.call(index, f"call_{answer.id[-8:]}_{index}", name)
     for piece in answer.fit(tokens_of(arguments)):
         yield Pause(1 / SPEED)
-        yield answer.chunk({"tool_calls": [{"index": index, "function": {"arguments": piece}}]})
+        yield answer.call_piece(index, piece)
 
 
 def cited(answer: Answer) -> Script:
@@ -156,20 +173,12 @@ def cited(answer: Answer) -> Script:
     text = opening_of(passage_for(answer.ask.question))
     yield from opening()
     yield from say(answer, text)
-    yield answer.chunk(
-        {
-            "role": "assistant",
-            "content": "",
-            "annotations": [
-                citation("https://example.com/streams", "Streams for the patient", 0, len(text) // 2),
-                citation(
-                    "https://example.org/errors?lang=en",
-                    "Errors & how to say them",
-                    len(text) // 2,
-                    len(text),
-                ),
-            ],
-        }
+    half, end = len(text) // 2, len(text)
+    yield answer.cited(
+        [
+            citation("https://example.com/streams", "Streams for the patient", 0, half),
+            citation("https://example.org/errors?lang=en", "Errors & how to say them", half, end),
+        ]
     )
     yield from ending(answer)
 
@@ -209,7 +218,7 @@ def no_usage(answer: Answer) -> Script:
     """As plain, without a word on its cost."""
     yield from opening()
     yield from say(answer, passage_for(answer.ask.question))
-    yield answer.finish()
+    yield answer.finish(last=True)
     yield Send(DONE)
 
 
@@ -217,7 +226,7 @@ def usage_with_choices(answer: Answer) -> Script:
     """The usage on the chunk that finishes, as older services send it."""
     yield from opening()
     yield from say(answer, passage_for(answer.ask.question))
-    yield answer.finish(usage=answer.usage())
+    yield answer.finish(last=True, usage=answer.usage())
     yield Send(DONE)
 
 
@@ -245,31 +254,28 @@ def framing(answer: Answer) -> Script:
 
 
 def reframed(data: bytes) -> bytes:
-    """The same event with its data over several lines, without spaces after the colons, and with CRLF."""
-    if not data.startswith(b"data: {"):
-        return data.replace(b"data: ", b"data:").replace(b"\n", b"\r\n")
-    indented = orjson.dumps(orjson.loads(data.removeprefix(b"data: ")), option=orjson.OPT_INDENT_2)
-    lines = (b"data:" + line for line in indented.split(b"\n"))
-    return b"event:message\r\n" + b"\r\n".join(lines) + b"\r\n\r\n"
+    """The same events with their data over several lines, without spaces after the colons, and with CRLF."""
+    return b"".join(_reframed_event(event) for event in data.split(b"\n\n") if event)
+
+
+def _reframed_event(event: bytes) -> bytes:
+    name, _, data = event.partition(b"data: ")
+    if not data.startswith(b"{"):
+        return event.replace(b"data: ", b"data:") + b"\r\n\r\n"
+    name = name.replace(b"event: ", b"event:").strip() or b"event:message"
+    indented = orjson.dumps(orjson.loads(data), option=orjson.OPT_INDENT_2)
+    return b"\r\n".join([name, *(b"data:" + line for line in indented.split(b"\n"))]) + b"\r\n\r\n"
 
 
 def whole(answer: Answer) -> Reply:
-    """The plain passage as one JSON completion."""
+    """The plain passage as one JSON document."""
     text = "".join(answer.fit(tokens_of(answer.ask.until_stop(passage_for(answer.ask.question)))))
     answer.finish_reason = "length" if answer.cut else "stop"
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": text, "refusal": None},
-        "finish_reason": answer.finish_reason,
-        "native_finish_reason": answer.finish_reason,
-        "logprobs": None,
-    }
-    body = {**answer.head("chat.completion"), "choices": [choice], "usage": answer.usage()}
-    return Reply(200, orjson.dumps(body), headers={"X-Generation-Id": answer.id})
+    return answer.whole(text)
 
 
 def unstreamed(script: Script, answer: Answer) -> Script:
-    """What a script becomes for a caller who wants no stream: its refusal, or one JSON completion."""
+    """What a script becomes for a caller who wants no stream: its refusal, or one JSON document."""
     for step in script:
         if isinstance(step, Send):
             yield whole(answer)

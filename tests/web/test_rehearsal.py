@@ -431,7 +431,7 @@ async def test_an_answer_that_ends_well_says_so(session: aiohttp.ClientSession, 
     assert {chunk["id"] for chunk in chunks} == {generation_id}
     assert len(finish_in(chunks)) == 1
     assert ("usage" in chunks[-1]) == (model != "no-usage")
-    assert bool(text_in(chunks)) == (model not in {"empty", "tools"})
+    assert bool(text_in(chunks)) == (model not in {"empty", "tools", "refusal"})
 
 
 @pytest.mark.parametrize("model", ["plain", "reasoning", "plain:free", "auto"])
@@ -581,7 +581,7 @@ async def test_not_json_is_one_broken_line_on_a_sound_stream(
     with pytest.raises(orjson.JSONDecodeError):
         orjson.loads(broken[0])
     assert (done, finish_in([orjson.loads(finish)])) == ("[DONE]", ["stop"])
-    assert orjson.loads(bill)["usage"]["completion_tokens"] > faults.SOME_TEXT
+    assert orjson.loads(bill)["usage"]["completion_tokens"] > scripts.SOME_TEXT
 
 
 async def test_truncated_closes_cleanly_without_an_end(session: aiohttp.ClientSession, url: str) -> None:
@@ -630,7 +630,7 @@ async def test_stall_goes_on_with_comments_alone(url: str) -> None:
 
 async def test_silence_keeps_the_line_open_and_says_no_more(url: str) -> None:
     async with raw_answer(url, "silence") as reader:
-        for _ in range(faults.SOME_TEXT):
+        for _ in range(scripts.SOME_TEXT):
             await reader.readuntil(b"data: ")
         await reader.readuntil(b"\n\n\r\n")
         with pytest.raises(TimeoutError):
@@ -662,14 +662,14 @@ async def test_a_generation_whose_client_left_is_booked_as_cancelled(
     session: aiohttp.ClientSession, url: str
 ) -> None:
     async with session.post(f"{url}/chat/completions", json=body_for("silence", user="u-1")) as response:
-        for _ in range(2 * faults.SOME_TEXT):
+        for _ in range(2 * scripts.SOME_TEXT):
             await response.content.readline()
         generation_id = response.headers["X-Generation-Id"]
         response.close()
     booked = await generation_of(session, url, generation_id)
     assert (booked["cancelled"], booked["finish_reason"], booked["external_user"]) == (True, None, "u-1")
     assert booked["tokens_prompt"] > 0
-    assert 0 < booked["tokens_completion"] <= faults.SOME_TEXT
+    assert 0 < booked["tokens_completion"] <= scripts.SOME_TEXT
     assert booked["total_cost"] > 0
 
 
