@@ -258,6 +258,28 @@ async def finish(parts: list[web.Application], calls: list[Call]) -> None:
         call.done()
 
 
+async def test_an_application_may_drain_before_it_closes(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    shop = Shop()
+    part = mount(shop.app, "/ai", chosen(valkey_url, upstream, drain_timeout=PATIENCE))
+    async with served(shop.app) as root:
+        broker = under(root, "/ai")
+        running, prepared = await broker.prepare(), await broker.prepare()
+        async with broker.stream(running) as line:
+            call = (await upstream.call()).open()
+            draining = asyncio.create_task(shop.app.shutdown())
+            await eventually(lambda: part[keys.WORKER].draining)
+            ready = await broker.ask("GET", "/health/ready")
+            assert (ready.status, ready.code, ready.headers["Connection"]) == (503, "draining", "close")
+            async with broker.stream(prepared) as refused:
+                assert await refused.rest() == []  # comes again, to another worker
+            goods = await root.ask("GET", "/goods")
+            assert (goods.status, "Connection" in goods.headers) == (200, False)
+            call.chunk("Hello", finish="stop")
+            call.done()
+            assert [event.kind for event in await line.rest()] == ["chunk", "done"]
+        await draining
+
+
 async def test_answers_that_take_too_long_are_ended(valkey_url: str, upstream: ScriptedUpstream) -> None:
     app = web.Application()
     setup(app, prefix="/ai", settings=chosen(valkey_url, upstream))
