@@ -258,6 +258,26 @@ async def finish(parts: list[web.Application], calls: list[Call]) -> None:
         call.done()
 
 
+async def test_the_log_holds_no_session_and_no_key(
+    valkey_url: str, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    upstream.replies = [plain]
+    caplog.set_level("INFO")
+    app = web.Application()
+    setup(app, prefix="/my/stream", settings=chosen(valkey_url, upstream))
+    setup(app, prefix="/ai", settings=chosen(valkey_url, upstream, key_prefix="two"))
+    async with served(app) as root:
+        for prefix in ("/ai", "/my/stream"):
+            broker = under(root, prefix)
+            session = await broker.prepare()
+            await broker.read(session)
+            await broker.ask("POST", f"/stream/{session}/cancel")
+            assert f"path={prefix}/stream/{session[:8]}" in caplog.text
+            assert session not in caplog.text
+            assert session[9:] not in caplog.text
+    assert KEY not in caplog.text
+
+
 async def test_an_application_may_drain_before_it_closes(valkey_url: str, upstream: ScriptedUpstream) -> None:
     shop = Shop()
     part = mount(shop.app, "/ai", chosen(valkey_url, upstream, drain_timeout=PATIENCE))

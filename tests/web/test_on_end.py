@@ -17,6 +17,7 @@ from broker.core.result import Result
 from broker.mount import setup
 from tests.broker import Broker
 from tests.replies import plain, refuse, streaming
+from tests.responses import CALL, CREATED, USAGE, completed, delta, item_done, send
 from tests.scripted import PATIENCE, Call, ScriptedUpstream, chunk
 from tests.web.test_mount import chosen, served, under
 
@@ -83,6 +84,23 @@ async def test_an_answer_is_told_whole(valkey_url: str, upstream: ScriptedUpstre
     assert (result.usage, result.cost, result.estimated) == (done["usage"], 0.00123, False)
     assert result.first_chunk_at is not None
     assert before <= result.started_at <= result.first_chunk_at <= result.ended_at <= dt.datetime.now(dt.UTC)
+
+
+async def test_a_response_is_told_like_a_chat(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    def reply(call: Call) -> None:
+        call.open()
+        thought = delta("Hm.", "reasoning_summary_text")
+        send(call, CREATED, thought, delta("Hel"), delta("lo"), item_done(CALL, 1), completed())
+        call.end()
+
+    upstream.replies, told = [reply], Told()
+    async with embedded(valkey_url, upstream, told) as broker:
+        answer = await broker.post({"model": "scripted/model-1", "input": "Say it."})
+        await broker.read(answer.json["sessionId"])
+        result = await told.next()
+    assert (result.state, result.text, result.reasoning) == ("done", "Hello", "Hm.")
+    assert [call["function"] for call in result.tool_calls] == [{"name": "look", "arguments": '{"a":1}'}]
+    assert result.usage == USAGE
 
 
 @pytest.mark.parametrize(
