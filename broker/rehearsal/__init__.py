@@ -1,1 +1,1 @@
-"""The scripted upstream: a whole OpenRouter-compatible service with its faults, chosen by model name."""
+"""The scripted upstream: an OpenRouter-compatible service whose models fail in chosen ways."""

@@ -1,7 +1,7 @@
-"""One answer while it is written: the shape of its chunks, and the count of its tokens and their cost.
+"""One answer while it is written: the form of its chunks, and the count of its tokens and their cost.
 
-What is said and when is the scripts' business; this knows only how a chunk looks and what it costs. Here it is a chat
-completion; `responses` has the same in the Responses dialect.
+The scripts decide what is written and when. Here the answer is a chat completion; `responses` has the same in the
+Responses dialect.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Prices:
 
 @dataclass(slots=True)
 class Answer:
-    """An answer on its way.
+    """An answer that is being written.
 
     Attributes:
-        model: the id that the chunks name.
-        id: the generation's.
+        model: the id in the chunks.
+        id: the id of the generation.
         created: seconds since 1970, for the chunks.
         room: the most tokens that it may have.
         attempt: 1 when this question comes for the first time, 2 when it comes again, ...
-        cut: the text did not fit into ``room``.
+        cut: True if the text did not fit into ``room``.
     """
 
     ask: Ask
@@ -56,7 +56,7 @@ class Answer:
     cut: bool = False
 
     def fit(self, tokens: Iterable[str]) -> Iterator[str]:
-        """Counts the tokens as they pass, and stops where the answer's room ends."""
+        """Yield the tokens while the answer has room, and count them."""
         for token in tokens:
             if self.completion_tokens >= self.room:
                 self.cut = True
@@ -65,7 +65,7 @@ class Answer:
             yield token
 
     def chunk(self, delta: Mapping[str, Any], finish_reason: str | None = None, **more: Any) -> Send:
-        """A chunk with one choice; ``more`` goes beside ``choices``."""
+        """Return a chunk with one choice; ``more`` is added beside ``choices``."""
         choice = {
             "index": 0,
             "delta": delta,
@@ -76,7 +76,7 @@ class Answer:
         return event({**self.head("chat.completion.chunk"), "choices": [choice], **more})
 
     def content(self, token: str) -> Send:
-        """A chunk with a piece of text."""
+        """Return a chunk with a piece of text."""
         return self.chunk({"role": "assistant", "content": token})
 
     def refusal(self, token: str) -> Send:
@@ -104,19 +104,19 @@ class Answer:
         return self.chunk({"role": "assistant", "content": "", "annotations": annotations})
 
     def finish(self, reason: str = "stop", *, last: bool = False, **more: Any) -> Send:
-        """The chunk that gives the finish reason, ``length`` in place of a good one where the text was cut.
+        """Return the chunk with the finish reason, which is ``length`` where the text was cut.
 
         Args:
             reason: the finish reason.
-            last: no bill follows. It makes a difference to dialects whose bill is their end.
-            more: what goes beside ``choices``.
+            last: no bill follows. Matters in dialects that end with their bill.
+            more: is added beside ``choices``.
         """
         del last
         self.finish_reason = "length" if self.cut and reason != "error" else reason
         return self.chunk({"role": "assistant", "content": ""}, self.finish_reason, **more)
 
     def bill(self) -> Send:
-        """The chunk without choices that ends a stream with its usage."""
+        """Return the chunk without choices that ends a stream with its usage."""
         return event({**self.head("chat.completion.chunk"), "choices": [], "usage": self.usage()})
 
     def whole(self, text: str) -> Reply:
@@ -132,7 +132,7 @@ class Answer:
         return Reply(200, orjson.dumps(body), headers={"X-Generation-Id": self.id})
 
     def head(self, kind: str) -> dict[str, Any]:
-        """What every chunk, and a whole completion, begins with."""
+        """Return the first members of every chunk, and of a completion."""
         return {
             "id": self.id,
             "provider": PROVIDER,
@@ -142,12 +142,12 @@ class Answer:
         }
 
     def costs(self) -> tuple[Decimal, Decimal]:
-        """USD for the prompt and for the tokens so far."""
+        """Return the cost of the prompt and of the tokens so far, in USD."""
         prompt = Decimal(self.prices.prompt) * self.ask.prompt_tokens
         return prompt, Decimal(self.prices.completion) * self.completion_tokens
 
     def usage(self) -> dict[str, Any]:
-        """The ``usage`` object as of now."""
+        """Return the ``usage`` object as of now."""
         prompt, completion = self.costs()
         prompt_tokens = self.ask.prompt_tokens
         return {
@@ -167,4 +167,4 @@ class Answer:
 
 
 Play: TypeAlias = Callable[[Answer], Script]
-"""A script before it is given the answer that it writes."""
+"""A function that returns the script for an answer."""

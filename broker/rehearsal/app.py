@@ -1,7 +1,7 @@
-"""The scripted upstream as a web service: its routes, and how it is started.
+"""The scripted upstream as a web service: its routes, and its start.
 
-It answers as OpenRouter does under ``/api/v1``, asks for no key, and reaches for no network. All that it
-remembers lives in the application, so two of them in one process know nothing of each other.
+It answers as OpenRouter does under ``/api/v1``, needs no key, and uses no network. All its state is in the application,
+so that two of them in one process are independent.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _MODELS = web.AppKey("models", Mapping[str, Model])
 
 
 def build_rehearsal(pace: float = 1.0, models: Sequence[Model] = MODELS) -> web.Application:
-    """The service as an application, for a runner that has ``handler_cancellation``.
+    """Return the service as an application, for a runner with ``handler_cancellation``.
 
     Args:
-        pace: what every pause is multiplied with: 0.05 runs the scripts twenty times faster.
-        models: the table to answer from.
+        pace: a factor for every pause; 0.05 runs the scripts twenty times faster.
+        models: the models that it serves.
     """
     app = web.Application(client_max_size=LARGEST_BODY)
     app[_PACE] = pace
@@ -80,13 +80,13 @@ async def _serve(
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """GET /models: the whole catalog at once."""
+    """GET /models: the complete catalog."""
     entries = [catalog_entry(model) for model in request.app[_MODELS].values()]
     return _json({"data": entries, "total_count": len(entries), "links": {"next": None}})
 
 
 async def tell_generation(request: web.Request) -> web.Response:
-    """GET /generation?id=: what a generation used, from half a second after its end."""
+    """GET /generation?id=: the usage of a generation, from half a second after its end."""
     generation_id = request.query.get("id", "")
     entry = request.app[_GENERATIONS].find(generation_id, asyncio.get_running_loop().time())
     if entry is None:
@@ -128,7 +128,7 @@ async def _perform(request: web.Request, model: Model, answer: Answer) -> web.St
         raise
     except ConnectionError:
         book(cancelled=True)
-        return web.Response()  # for nobody; what left would be logged as a failure of ours
+        return web.Response()  # nobody gets this; an exception would be logged as a failure
     if response.status < web.HTTPBadRequest.status_code:
         book(cancelled=False)
     return response
@@ -147,12 +147,12 @@ def _refusal(status: int, message: str) -> web.Response:
 async def rehearsal_beside(
     host: str = "127.0.0.1", port: int = 0, pace: float = 1.0, models: Sequence[Model] = MODELS
 ) -> AsyncIterator[str]:
-    """Runs the service in this loop for as long as the context is open, and yields its base URL.
+    """Run the service in this loop during the block, and return its base URL.
 
-    With port 0 on a free one. On the way out, scripts that still play are broken off.
+    With port 0 it takes a free port. At the end of the block, running scripts are cancelled.
 
     Raises:
-        OSError: the port cannot be had.
+        OSError: the port is not available.
     """
     app = build_rehearsal(pace, models)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_TIMEOUT, access_log=None)

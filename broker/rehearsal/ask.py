@@ -1,7 +1,7 @@
-"""What a caller asks for, read from the body of POST /chat/completions or /responses.
+"""Parse the body of POST /chat/completions or /responses.
 
-Only what a script can make use of is looked at; every other parameter is let through unread, as the real service
-lets through what a model does not support.
+Only parameters that a script uses are read. All others are ignored, as the real service ignores what a model does not
+support.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ BYTES_PER_TOKEN = 4
 
 
 class AskError(ValueError):
-    """The body cannot be answered; the text says why, for the caller."""
+    """The body is not a valid request; the text is the reason, for the caller."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request for a completion, checked."""
+    """One valid request for a completion."""
 
     model: str
     messages: Sequence[Mapping[str, Any]]
@@ -45,7 +45,7 @@ class Ask:
 
     @property
     def tool_results(self) -> Sequence[Mapping[str, Any]]:
-        """The tool messages since the last user message, oldest first."""
+        """The tool messages since the last user message, the oldest first."""
         since = 0
         for index, message in enumerate(self.messages):
             if message.get("role") == "user":
@@ -54,23 +54,23 @@ class Ask:
 
     @property
     def prompt_tokens(self) -> int:
-        """An even four bytes to a token, so that a caller's own estimate has something to agree with."""
+        """The tokens of the prompt: exactly four bytes per token, so that a caller's own estimate can agree."""
         tools = len(orjson.dumps(self.tools)) if self.tools else 0
         return sum(weight(m) for m in self.messages) + tools // BYTES_PER_TOKEN
 
     @property
     def fingerprint(self) -> bytes:
-        """The same for the same question of the same user to the same model."""
+        """A hash that is the same for the same question of the same user to the same model."""
         return blake2b(orjson.dumps([self.model, self.user, self.question]), digest_size=16).digest()
 
     def until_stop(self, text: str) -> str:
-        """The text up to the first of the caller's stop sequences."""
+        """Return the text up to the first of the caller's stop sequences."""
         ends = [at for sequence in self.stop if (at := text.find(sequence)) >= 0]
         return text[: min(ends, default=len(text))]
 
 
 def text_of(content: Any) -> str:
-    """The text in a message's ``content``, which is a string, a list of parts, or null."""
+    """Return the text of a message's ``content``, which is a string, a list of parts, or null."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
@@ -78,7 +78,7 @@ def text_of(content: Any) -> str:
 
 
 def weight(message: Mapping[str, Any]) -> int:
-    """The tokens of one message: its text and tool calls by their bytes, anything else at a flat rate."""
+    """Return the tokens of one message: text and tool calls by their bytes, everything else at a flat rate."""
     content = message.get("content")
     parts = content if isinstance(content, list) else []
     files = sum(1 for p in parts if isinstance(p, dict) and p.get("type") != "text")
@@ -88,10 +88,10 @@ def weight(message: Mapping[str, Any]) -> int:
 
 
 def read_ask(raw: bytes) -> Ask:
-    """Reads a request body.
+    """Parse a request body.
 
     Raises:
-        AskError: it is not JSON, or lacks what no model can do without.
+        AskError: it is not JSON, or lacks what every model needs.
     """
     body = _object(raw)
     return Ask(
@@ -107,10 +107,10 @@ def read_ask(raw: bytes) -> Ask:
 
 
 def read_responses_ask(raw: bytes) -> Ask:
-    """Read the body of a Responses request; its items become the messages of a chat.
+    """Parse the body of a Responses request; its items become the messages of a chat.
 
     Raises:
-        AskError: it is not JSON, or lacks what no model can do without.
+        AskError: it is not JSON, or lacks what every model needs.
     """
     body = _object(raw)
     given = body.get("input")
@@ -133,7 +133,7 @@ def read_responses_ask(raw: bytes) -> Ask:
 
 
 def _message(item: dict[str, Any]) -> dict[str, Any]:
-    """An item of an input as a message of a chat."""
+    """Return an item of an input as a message of a chat."""
     kind = item.get("type", "message")
     if kind == "function_call_output":
         return {"role": "tool", "content": _parts(item.get("output"))}
@@ -145,7 +145,7 @@ def _message(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parts(content: Any) -> Any:
-    """The parts of an item as those of a message: what has a text is one."""
+    """Return the parts of an item as those of a message; every part with a text becomes one."""
     if not isinstance(content, list):
         return content
     return [

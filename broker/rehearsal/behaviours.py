@@ -1,6 +1,6 @@
 """The table of the models.
 
-A model is one row. What it does is in its script; what a page sees of it is said in its description.
+Each model is one row: its script decides what it does, and its description says what a page will see.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from broker.rehearsal.faults import mid_stream_error, refusing
 from broker.rehearsal.model_entries import DEAR, FREE, PARAMETERS, UNKNOWN, Model
 
 MODELS = (
-    # Answers that end well. The first of all is the one that a page gets to see without choosing.
+    # Answers that end well. The first model is the one that a page uses without choosing.
     Model(
         "rehearsal/plain",
         "Rehearsal: Plain",
@@ -219,7 +219,7 @@ MODELS = (
         "400, as if the provider could not use the request.",
         refusing(400, "Provider returned error", metadata={"error_type": "invalid_request"}),
     ),
-    # Answers that are no event streams.
+    # Answers that are not event streams.
     Model(
         "rehearsal/html",
         "Rehearsal: HTML",
@@ -238,7 +238,7 @@ MODELS = (
         "200 with a JSON error in place of the stream.",
         faults.json_error,
     ),
-    # Errors inside the stream.
+    # Errors in the stream.
     Model(
         "rehearsal/mid-stream-error",
         "Rehearsal: Mid-stream error",
@@ -269,7 +269,7 @@ MODELS = (
         "Some text, then one chunk that is broken off within its JSON.",
         faults.not_json,
     ),
-    # Lines that break, and lines that fall silent.
+    # Connections that break or fall silent.
     Model(
         "rehearsal/truncated",
         "Rehearsal: Truncated",

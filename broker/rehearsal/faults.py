@@ -1,6 +1,6 @@
-"""Scripts that fail, each in its own way; those that end well are in `scripts`.
+"""Scripts that fail, each in its own way. Scripts that end well are in `scripts`.
 
-A new fault is a function here, a few lines long, and a row in the table of `models`.
+A new fault is a short function here, and a row in the table of `behaviours`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 ARRIVAL = 0.2
-"""Seconds that the last bytes are given to reach the caller's hands, for a reset destroys what was not read."""
+"""Seconds for the last bytes to reach the caller, because a reset destroys bytes that were not read."""
 
 KEEP_ALIVE = 5.0
 
@@ -34,7 +34,7 @@ SIGN_IN_PAGE = b"""<!DOCTYPE html>
 
 
 def some_text(answer: Answer) -> Script:
-    """The beginning of an answer: enough to see, not enough to be useful."""
+    """Yield the start of an answer: enough to see, not enough to be useful."""
     yield from opening()
     tokens = tokens_of(passage_for(answer.ask.question))
     yield from say(answer, "".join(islice(tokens, SOME_TEXT)))
@@ -44,7 +44,7 @@ def some_text(answer: Answer) -> Script:
 
 
 def refusing(status: int, message: str, **more: Any) -> Play:
-    """A script that answers with an error of OpenRouter's shape; ``more`` as for `problem`."""
+    """Return a script that answers with an error in OpenRouter's form; ``more`` as for `problem`."""
 
     def refuse(_: Answer) -> Script:
         yield Pause(0.1)
@@ -54,7 +54,7 @@ def refusing(status: int, message: str, **more: Any) -> Play:
 
 
 def rate_limited(answer: Answer) -> Script:
-    """429 in the newer layout, where the reason lies beside the message."""
+    """Answer with 429 in the newer form, where the reason is beside the message."""
     availability = {
         "code": "capacity_exhausted",
         "retryable": True,
@@ -69,7 +69,7 @@ def rate_limited(answer: Answer) -> Script:
 
 
 def busy(answer: Answer) -> Script:
-    """503 the first time that a question comes."""
+    """Answer with 503 when a question comes for the first time."""
     if answer.attempt == 1:
         metadata = {"error_type": "provider_overloaded", "provider_name": PROVIDER}
         yield problem(503, "The provider is overloaded, try again shortly", retry_after=1, metadata=metadata)
@@ -78,7 +78,7 @@ def busy(answer: Answer) -> Script:
 
 
 def moderated(answer: Answer) -> Script:
-    """403, with the flagged words."""
+    """Answer with 403 and the flagged words."""
     metadata = {
         "reasons": ["violence"],
         "flagged_input": answer.ask.question[:100],
@@ -89,33 +89,33 @@ def moderated(answer: Answer) -> Script:
 
 
 def unavailable(_: Answer) -> Script:
-    """502 from a gateway that speaks HTML."""
+    """Answer with 502 and the HTML of a gateway."""
     yield Reply(502, GATEWAY_PAGE, "text/html")
 
 
-# Answers that are no event streams.
+# Answers that are not event streams.
 
 
 def html(_: Answer) -> Script:
-    """200 with the page of a captive portal."""
+    """Answer with 200 and the page of a captive portal."""
     yield Reply(200, SIGN_IN_PAGE, "text/html")
 
 
 def json(answer: Answer) -> Script:
-    """200 with one JSON completion, as from a service that knows no streaming."""
+    """Answer with 200 and one JSON completion, like a service without streaming."""
     yield whole(answer)
 
 
 def json_error(_: Answer) -> Script:
-    """200 with a JSON error."""
+    """Answer with 200 and a JSON error."""
     yield Reply(200, problem(502, "Provider returned error", metadata={"provider_name": PROVIDER}).body)
 
 
-# Errors inside the stream.
+# Errors in the stream.
 
 
 def mid_stream_error(code: int | str, message: str, *, done: bool = False, **more: Any) -> Play:
-    """A script that tells of an error after some text; ``more`` goes into its ``error`` object."""
+    """Return a script that sends an error after some text; ``more`` goes into its ``error`` object."""
 
     def play(answer: Answer) -> Script:
         yield from some_text(answer)
@@ -127,7 +127,7 @@ def mid_stream_error(code: int | str, message: str, *, done: bool = False, **mor
 
 
 def vllm_error(answer: Answer) -> Script:
-    """An error in the shape of vLLM, which looks like a chunk without choices."""
+    """Send an error in vLLM's form, which looks like a chunk without choices."""
     yield from some_text(answer)
     body: Mapping[str, Any] = {
         "object": "error",
@@ -141,66 +141,66 @@ def vllm_error(answer: Answer) -> Script:
 
 
 def not_json(answer: Answer) -> Script:
-    """A chunk that breaks off within its JSON, on an otherwise sound stream."""
+    """Send a chunk that ends within its JSON, on a stream that is fine otherwise."""
     yield from some_text(answer)
     yield Send(b"data: " + orjson.dumps(answer.head("chat.completion.chunk"))[:-20] + b"\n\n")
     yield from say(answer, " And here the stream goes on as if nothing had been.")
     yield from ending(answer)
 
 
-# Lines that break, and lines that fall silent.
+# Connections that break, and connections that fall silent.
 
 
 def truncated(answer: Answer) -> Script:
-    """A clean close where the rest of the answer should be."""
+    """Close cleanly in place of the rest of the answer."""
     yield from some_text(answer)
 
 
 def blank(_: Answer) -> Script:
-    """An event stream without a single byte."""
+    """Send an event stream without a single byte."""
     yield Send(b"")
 
 
 def reset(answer: Answer) -> Script:
-    """A reset connection where the rest of the answer should be."""
+    """Reset the connection in place of the rest of the answer."""
     yield from some_text(answer)
     yield Pause(ARRIVAL)
     yield Reset()
 
 
 def dropped(_: Answer) -> Script:
-    """A reset connection where the status should be."""
+    """Reset the connection in place of a status."""
     yield Pause(ARRIVAL)
     yield Reset()
 
 
 def stall(answer: Answer) -> Script:
-    """Some text, then comments for ever."""
+    """Send some text, then comments without end."""
     yield from some_text(answer)
     yield from processing(answer)
 
 
 def processing(_: Answer) -> Script:
-    """Comments for ever."""
+    """Send comments without end."""
     while True:
         yield comment()
         yield Pause(KEEP_ALIVE)
 
 
 def silence(answer: Answer) -> Script:
-    """Some text, then nothing for ever, on a line that stays open."""
+    """Send some text, then nothing, on a connection that stays open."""
     yield from some_text(answer)
     yield from hang(answer)
 
 
 def hang(_: Answer) -> Script:
-    """Nothing for ever, not even a status."""
+    """Send nothing, not even a status."""
     while True:
         yield Pause(KEEP_ALIVE)
 
 
 def late(answer: Answer) -> Script:
-    """A sound answer, but for a silence after its finish that no end follows."""
+    """Send a good answer whose stream stays open and silent after the finish reason."""
     yield from opening()
     yield from say(answer, opening_of(passage_for(answer.ask.question)))
     yield answer.finish(last=True)

@@ -1,6 +1,6 @@
-"""What the service remembers between requests: past generations, and which questions came before.
+"""What the service remembers between requests: past generations, and how often questions came.
 
-Both keep the last thousand and forget the oldest first.
+Both keep the last thousand entries and drop the oldest first.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class _Generation(NamedTuple):
 
 
 class Generations:
-    """The generations that GET /generation can tell of.
+    """The generations that GET /generation knows.
 
-    The real service writes its books a moment after the end; ``delay`` is that moment, in seconds.
+    The real service writes its records a moment after the end; ``delay`` is that time in seconds.
     """
 
     def __init__(self, delay: float, kept: int = KEPT) -> None:
@@ -37,26 +37,26 @@ class Generations:
         return len(self._generations)
 
     def record(self, entry: Mapping[str, Any], now: float) -> None:
-        """Writes down a generation that ended now."""
+        """Store a generation that ended now."""
         self._generations[entry["id"]] = _Generation(now + self._delay, entry)
         if len(self._generations) > self._kept:
             self._generations.popitem(last=False)
 
     def find(self, generation_id: str, now: float) -> Mapping[str, Any] | None:
-        """A generation's entry, once the delay since its end is over."""
+        """Return the entry of a generation, once the delay since its end is over; None before."""
         found = self._generations.get(generation_id)
         return found.entry if found is not None and found.told_from <= now else None
 
 
 class Attempts:
-    """How often each question came."""
+    """Counts how often each question came."""
 
     def __init__(self, kept: int = KEPT) -> None:
         self._kept = kept
         self._counts: OrderedDict[bytes, int] = OrderedDict()
 
     def count(self, fingerprint: bytes) -> int:
-        """Counts this question once more; 1 for a new one."""
+        """Count this question, and return its number; 1 for a new question."""
         self._counts[fingerprint] = times = self._counts.pop(fingerprint, 0) + 1
         if len(self._counts) > self._kept:
             self._counts.popitem(last=False)
@@ -66,7 +66,7 @@ class Attempts:
 def generation_entry(
     answer: Answer, *, cancelled: bool, seconds: float, created_at: datetime
 ) -> dict[str, Any]:
-    """What GET /generation answers as ``data``; ``seconds`` is how long the answer took."""
+    """Return the ``data`` of GET /generation; ``seconds`` is the duration of the answer."""
     cost = float(sum(answer.costs()))
     prompt_tokens = answer.ask.prompt_tokens
     return {

@@ -1,4 +1,4 @@
-"""What a model of the rehearsal is, and how GET /models shows it."""
+"""The models of the rehearsal, and their entries in GET /models."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PARAMETERS = ("max_tokens", "max_completion_tokens", "stop", "temperature", "top
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A row of the table.
+    """One model.
 
     Attributes:
-        id: what a request names.
-        name: what a list shows.
+        id: the name in requests.
+        name: the name in a list.
         description: one sentence on what a page will see.
-        script: what is played.
-        routes_to: the model that answers in its place, and whose prices are charged.
+        script: the script of its answers.
+        routes_to: the model that answers in its place, and whose prices apply.
     """
 
     id: str
@@ -41,7 +41,7 @@ class Model:
 
 
 def catalog_entry(model: Model) -> dict[str, Any]:
-    """The model as GET /models lists it."""
+    """Return the model's entry in GET /models."""
     return {
         "id": model.id,
         "canonical_slug": model.id.removesuffix(":free"),

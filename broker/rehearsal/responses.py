@@ -1,7 +1,6 @@
-"""An answer in the Responses dialect: the same scripts, told in events with a type.
+"""An answer in the Responses dialect: the same scripts, sent as events with a type.
 
-A response is a list of items. The item that is being written is open: it is begun by the first piece that belongs to it
-and closed by the next item or by the end.
+A response is a list of items. The first piece of an item opens it, and the next item or the end closes it.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ _CUT = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 @dataclass(slots=True)
 class ResponsesAnswer(Answer):
-    """An answer on its way, as events of a response."""
+    """An answer that is being written, as events of a response."""
 
     _sequence: int = 0
     _output: list[dict[str, Any]] = field(default_factory=list)
-    _item: dict[str, Any] = field(default_factory=dict)  # empty where none is open
+    _item: dict[str, Any] = field(default_factory=dict)  # empty where no item is open
     _begun: bool = False
     _over: bool = False
 
@@ -104,7 +103,7 @@ class ResponsesAnswer(Answer):
         body = self._response(*self._status(reason), usage=self.usage())
         return Reply(200, orjson.dumps(body), headers={"X-Generation-Id": self.id})
 
-    # The pieces of it
+    # The pieces of an answer
 
     def _name(self, kind: str) -> str:
         return f"{kind}_{self.id[-8:]}_{len(self._output)}"
@@ -119,14 +118,14 @@ class ResponsesAnswer(Answer):
         return opening + self._piece(kind, token, content_index=0)
 
     def _begin(self) -> bytes:
-        """The event that every response begins with; nothing where it was sent."""
+        """Return the event that every response starts with; nothing where it was sent before."""
         if self._begun:
             return b""
         self._begun = True
         return self._event("response.created", response=self._response("in_progress", usage=None))
 
     def _open(self, item: dict[str, Any], *, again: bool = False) -> bytes:
-        """Begin an item, where none of its kind is open or `again` says so."""
+        """Open an item, unless one of its kind is open and `again` is False."""
         if self._item.get("type") == item["type"] and not again:
             return b""
         before = self._begin() + self._close()
@@ -138,7 +137,7 @@ class ResponsesAnswer(Answer):
         return before + added + self._of_item("response.content_part.added", content_index=0, part=part)
 
     def _close(self) -> bytes:
-        """End the open item, if there is one."""
+        """Close the open item, if there is one."""
         if not self._item:
             return b""
         item = {**self._item, "status": "completed"}

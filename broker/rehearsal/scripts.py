@@ -1,7 +1,7 @@
-"""Scripts of answers that end well, each in a shape of its own; those that fail are in `faults`.
+"""Scripts of answers that end well, each in its own form. Scripts that fail are in `faults`.
 
-A script is a generator of steps that takes the answer it writes. It never waits, never touches a connection and never
-looks at a clock, so that `list(script(answer))` is a test of it.
+A script is a generator of steps for an answer. It never waits, uses no connection and no clock, so that
+`list(script(answer))` tests it.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ if TYPE_CHECKING:
     from broker.rehearsal.answer import Answer
 
 SPEED = 32.0
-"""Tokens a second of an ordinary model."""
+"""Tokens per second of an ordinary model."""
 
 FIRST_TOKEN = 0.3
 RHYTHM = (0.5, 1.4, 0.8, 1.1, 0.7, 1.6, 0.9, 1.0)
-"""How long each token takes against the average: uneven as a real model's, and the same in every run."""
+"""Durations of tokens relative to the average: uneven like a real model's, and the same in every run."""
 
 SHORT_ANSWER = 60
 
 SOME_TEXT = 20
-"""Tokens that are written before something strikes in the middle."""
+"""Tokens before a fault or a cut in the middle of an answer."""
 
 REFUSAL = "I am sorry, but I cannot help with that."
 
 
 def opening(wait: float = FIRST_TOKEN) -> Script:
-    """The headers and a comment at once, then the wait for the first token."""
+    """Yield the headers and a comment at once, then the wait for the first token."""
     yield comment()
     yield Pause(wait)
 
 
 def say(answer: Answer, text: str, speed: float = SPEED) -> Script:
-    """The text, a chunk for each token, at so many tokens a second; as much of it as there is room for."""
+    """Yield the text, one chunk for each token, at so many tokens per second, up to the room of the answer."""
     tokens = answer.fit(tokens_of(answer.ask.until_stop(text)))
     for token, beat in zip(tokens, cycle(RHYTHM), strict=False):
         yield answer.content(token)
@@ -58,26 +58,26 @@ def say(answer: Answer, text: str, speed: float = SPEED) -> Script:
 
 
 def ending(answer: Answer, reason: str = "stop") -> Script:
-    """The finish reason, the usage, and the mark of the end."""
+    """Yield the finish reason, the usage, and the mark of the end."""
     yield answer.finish(reason)
     yield answer.bill()
     yield Send(DONE)
 
 
-def tell(answer: Answer, text: str, speed: float = SPEED, wait: float = FIRST_TOKEN) -> Script:
-    """A whole answer of nothing but text."""
+def answer_with(answer: Answer, text: str, speed: float = SPEED, wait: float = FIRST_TOKEN) -> Script:
+    """Yield a complete answer of text."""
     yield from opening(wait)
     yield from say(answer, text, speed)
     yield from ending(answer)
 
 
 def plain(answer: Answer) -> Script:
-    """A passage at the speed of an ordinary model."""
-    return tell(answer, passage_for(answer.ask.question))
+    """Send a passage at the speed of an ordinary model."""
+    return answer_with(answer, passage_for(answer.ask.question))
 
 
 def slow(answer: Answer) -> Script:
-    """Five seconds of comments, then few words a second."""
+    """Send comments for five seconds, then a few words per second."""
     for _ in range(5):
         yield from opening(wait=1.0)
     yield from say(answer, opening_of(passage_for(answer.ask.question)), speed=6)
@@ -85,41 +85,41 @@ def slow(answer: Answer) -> Script:
 
 
 def fast(answer: Answer) -> Script:
-    """All passages, as fast as the socket takes them."""
-    return tell(answer, "\n\n".join(PASSAGES), speed=math.inf, wait=0)
+    """Send all passages, as fast as the socket takes them."""
+    return answer_with(answer, "\n\n".join(PASSAGES), speed=math.inf, wait=0)
 
 
 def long(answer: Answer) -> Script:
-    """Thousands of chunks."""
-    return tell(answer, "\n\n".join(PASSAGES * 3), speed=180)
+    """Send thousands of chunks."""
+    return answer_with(answer, "\n\n".join(PASSAGES * 3), speed=180)
 
 
 def echo(answer: Answer) -> Script:
-    """The question back."""
-    return tell(answer, answer.ask.question, speed=200, wait=0.05)
+    """Send the question back."""
+    return answer_with(answer, answer.ask.question, speed=200, wait=0.05)
 
 
 def small(answer: Answer) -> Script:
-    """What arrived of the conversation, to make trimming visible."""
+    """Send a summary of the conversation as it arrived, to make trimming visible."""
     count, tokens = len(answer.ask.messages), answer.ask.prompt_tokens
     arrived = f"What reached me of this conversation: messages: {count}, tokens: about {tokens}.\n\n"
-    return tell(answer, arrived + opening_of(passage_for(answer.ask.question)))
+    return answer_with(answer, arrived + opening_of(passage_for(answer.ask.question)))
 
 
 def empty(answer: Answer) -> Script:
-    """A finish without a word."""
+    """Finish without any text."""
     yield from opening()
     yield from ending(answer)
 
 
 def length(answer: Answer) -> Script:
-    """Cut in the middle of a sentence."""
+    """Stop in the middle of a sentence because of the length."""
     answer.room = min(answer.room, SHORT_ANSWER)
     return plain(answer)
 
 
 def reasoning(answer: Answer) -> Script:
-    """Thoughts first, then the text."""
+    """Send thoughts first, then the text."""
     yield from opening()
     thoughts = answer.fit(tokens_of(THOUGHTS))
     for token, beat in zip(thoughts, cycle(RHYTHM), strict=False):
@@ -131,7 +131,7 @@ def reasoning(answer: Answer) -> Script:
 
 
 def refused(answer: Answer) -> Script:
-    """A refusal in place of the text."""
+    """Send a refusal in place of the text."""
     yield from opening()
     for token in answer.fit(tokens_of(REFUSAL)):
         yield answer.refusal(token)
@@ -140,16 +140,16 @@ def refused(answer: Answer) -> Script:
 
 
 def filtered(answer: Answer) -> Script:
-    """The beginning of a text that a filter cuts off."""
+    """Send the start of a text that a filter cuts off."""
     yield from opening()
     yield from say(answer, "".join(islice(tokens_of(passage_for(answer.ask.question)), SOME_TEXT)))
     yield from ending(answer, "content_filter")
 
 
 def tools(answer: Answer) -> Script:
-    """Calls of functions, their arguments in pieces; or a text, once the results are there."""
+    """Send calls of functions with their arguments in pieces, or a text once the results are there."""
     if answer.ask.tool_results:
-        yield from tell(answer, report_on(answer.ask))
+        yield from answer_with(answer, report_on(answer.ask))
         return
     if answer.ask.tool_choice == "none":
         yield from plain(answer)
@@ -161,7 +161,7 @@ def tools(answer: Answer) -> Script:
 
 
 def call(answer: Answer, index: int, name: str, arguments: str) -> Script:
-    """One call: who is called in the first chunk, with what in the ones that follow."""
+    """Yield one call: its name in the first chunk, its arguments in the following ones."""
     yield answer.call(index, f"call_{answer.id[-8:]}_{index}", name)
     for piece in answer.fit(tokens_of(arguments)):
         yield Pause(1 / SPEED)
@@ -169,7 +169,7 @@ def call(answer: Answer, index: int, name: str, arguments: str) -> Script:
 
 
 def cited(answer: Answer) -> Script:
-    """A text, then the pages that it leans on."""
+    """Send a text, then the pages that it cites."""
     text = opening_of(passage_for(answer.ask.question))
     yield from opening()
     yield from say(answer, text)
@@ -184,20 +184,20 @@ def cited(answer: Answer) -> Script:
 
 
 def citation(url: str, title: str, start: int, end: int) -> dict[str, object]:
-    """One annotation; the indices are those of the characters of the answer that it supports."""
+    """Return one annotation; the indices are those of the characters that it supports."""
     cited = {"url": url, "title": title, "content": title, "start_index": start, "end_index": end}
     return {"type": "url_citation", "url_citation": cited}
 
 
 def unicode(answer: Answer) -> Script:
-    """Many scripts of the world, with every event torn in the middle of a character."""
+    """Send many scripts of the world, with every event cut in the middle of a character."""
     yield from opening()
     yield from torn(say(answer, WRITINGS_OF_THE_WORLD))
     yield from ending(answer)
 
 
 def torn(script: Iterable[object]) -> Script:
-    """The same steps, each write in two halves with a pause between."""
+    """Yield the same steps, with each write in two halves and a pause between them."""
     for step in script:
         if isinstance(step, Send):
             middle = inside_a_character(step.data)
@@ -209,13 +209,13 @@ def torn(script: Iterable[object]) -> Script:
 
 
 def inside_a_character(data: bytes) -> int:
-    """An index within the first character of several bytes; the middle where there is none."""
+    """Return an index inside the first character of several bytes; the middle where there is none."""
     starts = (at + 1 for at, byte in enumerate(data) if byte >= 0b1100_0000)
     return next(starts, len(data) // 2)
 
 
 def no_usage(answer: Answer) -> Script:
-    """As plain, without a word on its cost."""
+    """Send a plain answer without its usage."""
     yield from opening()
     yield from say(answer, passage_for(answer.ask.question))
     yield answer.finish(last=True)
@@ -223,7 +223,7 @@ def no_usage(answer: Answer) -> Script:
 
 
 def usage_with_choices(answer: Answer) -> Script:
-    """The usage on the chunk that finishes, as older services send it."""
+    """Send the usage in the chunk with the finish reason, as older services do."""
     yield from opening()
     yield from say(answer, passage_for(answer.ask.question))
     yield answer.finish(last=True, usage=answer.usage())
@@ -231,7 +231,7 @@ def usage_with_choices(answer: Answer) -> Script:
 
 
 def usage_first(answer: Answer) -> Script:
-    """A usage before the first word as well: the one that comes last is the right one."""
+    """Send a usage before the first word as well; the last one is right."""
     yield from opening()
     yield answer.bill()
     yield from say(answer, passage_for(answer.ask.question))
@@ -239,7 +239,7 @@ def usage_first(answer: Answer) -> Script:
 
 
 def no_done(answer: Answer) -> Script:
-    """A finish and a clean close, without the mark of the end."""
+    """Finish and close cleanly, without the mark of the end."""
     yield from opening()
     yield from say(answer, passage_for(answer.ask.question))
     yield answer.finish()
@@ -247,14 +247,14 @@ def no_done(answer: Answer) -> Script:
 
 
 def framing(answer: Answer) -> Script:
-    """Everything that the format allows and nearly nobody uses."""
+    """Use every feature of the format that is rarely used."""
     yield Send(b"\xef\xbb\xbf")
     for step in plain(answer):
         yield Send(reframed(step.data)) if isinstance(step, Send) else step
 
 
 def reframed(data: bytes) -> bytes:
-    """The same events with their data over several lines, without spaces after the colons, and with CRLF."""
+    """Return the events with their data on several lines, without spaces after the colons, and with CRLF."""
     return b"".join(_reframed_event(event) for event in data.split(b"\n\n") if event)
 
 
@@ -268,14 +268,14 @@ def _reframed_event(event: bytes) -> bytes:
 
 
 def whole(answer: Answer) -> Reply:
-    """The plain passage as one JSON document."""
+    """Return the plain passage as one JSON document."""
     text = "".join(answer.fit(tokens_of(answer.ask.until_stop(passage_for(answer.ask.question)))))
     answer.finish_reason = "length" if answer.cut else "stop"
     return answer.whole(text)
 
 
 def unstreamed(script: Script, answer: Answer) -> Script:
-    """What a script becomes for a caller who wants no stream: its refusal, or one JSON document."""
+    """Return the script for a caller that wants no stream: its refusal, or one JSON document."""
     for step in script:
         if isinstance(step, Send):
             yield whole(answer)

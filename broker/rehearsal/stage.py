@@ -1,4 +1,4 @@
-"""Acts a script out on one connection: the only place where a step becomes bytes, time, or a broken line."""
+"""Run a script on one connection. Only here a step becomes bytes, a pause, or a broken connection."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aiohttp import web
 from broker.rehearsal.steps import Pause, Reply, Reset, Script, Send
 
 LONGEST = 3600.0
-"""Seconds after which even a script without an end is broken off: no caller waits that long."""
+"""Seconds after which even an endless script is stopped; no caller waits that long."""
 
 _LINGER_NOT = struct.pack("ii", 1, 0)
 
@@ -20,13 +20,13 @@ _LINGER_NOT = struct.pack("ii", 1, 0)
 async def act(
     script: Script, request: web.Request, generation_id: str, pace: float, longest: float = LONGEST
 ) -> web.StreamResponse:
-    """Plays a script to its end and returns the response that it became.
+    """Run a script to its end, and return its response.
 
-    The caller that leaves cancels this (the runner must have ``handler_cancellation``), or is found gone by the next
-    write; either way the script is closed before the exception goes on.
+    A caller that leaves cancels this (the runner must have ``handler_cancellation``), or the next write finds it gone.
+    In both cases the script is closed before the exception is raised.
 
     Raises:
-        ConnectionError: the caller is gone.
+        ConnectionError: the caller has left.
     """
     headers = {
         "Content-Type": "text/event-stream",
@@ -66,7 +66,7 @@ async def _play(
 
 
 def _reset(request: web.Request) -> None:
-    # Without lingering, closing a socket sends RST rather than FIN: the difference between a crash and a goodbye.
+    # Without lingering, closing a socket sends RST and not FIN, which is how a crash looks.
     transport = request.transport
     if transport is None:
         return

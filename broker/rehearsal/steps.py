@@ -1,6 +1,6 @@
-"""What a script can do to a connection, as plain values: a script says it, the stage does it.
+"""The steps of a script, as plain values. The stage executes them.
 
-Only the vocabulary belongs here. A new kind of fault is mostly a new order of these five, hardly ever a sixth.
+Only the kinds of steps belong here. A new kind of fault is usually a new order of these five.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Writes these bytes now, as one write; the first one opens the event stream."""
+    """Write these bytes now, in one write. The first one opens the event stream."""
 
     data: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Writes nothing for so many seconds, before the pace of the service is applied."""
+    """Write nothing for so many seconds, multiplied by the pace of the service."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Answers with a whole body in place of an event stream, and ends the script."""
+    """Answer with a complete body in place of an event stream, and end the script."""
 
     status: int
     body: bytes
@@ -41,26 +41,26 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """Resets the TCP connection, and ends the script."""
+    """Reset the TCP connection, and end the script."""
 
 
 Step: TypeAlias = Send | Pause | Reply | Reset
 Script: TypeAlias = Generator[Step, None, None]
-"""A script that runs out of steps closes the stream cleanly."""
+"""At the end of its steps, a script closes the stream cleanly."""
 
 
 def comment() -> Send:
-    """The keep-alive line that OpenRouter writes while a model is busy."""
+    """Return the comment that OpenRouter writes while a model is busy."""
     return Send(PROCESSING)
 
 
 def event(body: Mapping[str, Any]) -> Send:
-    """One event with this JSON in it, its characters as UTF-8 rather than escaped."""
+    """Return one event with this JSON, with its characters as UTF-8 and not escaped."""
     return Send(b"data: " + orjson.dumps(body) + b"\n\n")
 
 
 def problem(status: int, message: str, *, retry_after: int | None = None, **more: Any) -> Reply:
-    """An error body as OpenRouter sends it; ``more`` goes into its ``error`` object."""
+    """Return an error body in OpenRouter's form; ``more`` goes into its ``error`` object."""
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
     return Reply(
         status, orjson.dumps({"error": {"code": status, "message": message, **more}}), headers=headers

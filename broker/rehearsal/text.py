@@ -1,7 +1,7 @@
-"""What the models say, and how it falls into tokens.
+"""The text of the models, and how it is cut into tokens.
 
-The passages are about the very thing that a reader of them is likely to be building. Each is Markdown with several
-paragraphs, a list and a piece of code, so that a page has something to render.
+The passages are about what their readers are probably building. Each is Markdown with several paragraphs, a list and a
+piece of code, so that a page has something to render.
 """
 
 from __future__ import annotations
@@ -161,16 +161,16 @@ Decode each network read by itself and this text is full of question marks; deco
 
 
 def passage_for(question: str) -> str:
-    """The passage that answers this question: always the same one for the same question."""
+    """Return the passage that answers this question: always the same for the same question."""
     digest = blake2b(question.encode(), digest_size=8).digest()
     return PASSAGES[int.from_bytes(digest, "big") % len(PASSAGES)]
 
 
 def opening_of(text: str) -> str:
-    """The first paragraph."""
+    """Return the first paragraph."""
     return text.partition("\n\n")[0]
 
 
 def tokens_of(text: str) -> Iterator[str]:
-    """The text in pieces about as long as a model's tokens; joined they are the text again."""
+    """Yield the text in pieces of about the length of a model's tokens. Joined, they are the text."""
     return (found.group() for found in _TOKEN.finditer(text))

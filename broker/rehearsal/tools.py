@@ -1,4 +1,4 @@
-"""Which functions the model of `rehearsal/tools` calls, and with what arguments."""
+"""The functions that the model of `rehearsal/tools` calls, and their arguments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOT_DECLARED = (
     ("get_weather", {"city": "Lisbon", "unit": "celsius"}),
     ("get_local_time", {"city": "Lisbon"}),
 )
-"""Called where the request declares no functions, so that a page sees the shape in any case."""
+"""Called where the request declares no functions, so that a page sees a call in any case."""
 
 _EXAMPLES: Mapping[str, Any] = {
     "string": "Lisbon",
@@ -31,7 +31,7 @@ _EXAMPLES: Mapping[str, Any] = {
 
 
 def calls_for(ask: Ask) -> list[tuple[str, str]]:
-    """The calls that answer this request: names, and arguments as JSON text. The first two of its functions."""
+    """Return the calls that answer this request, of its first two functions: names, and arguments as JSON text."""
     declared = [(str(f.get("name", "")), f.get("parameters")) for t in ask.tools if (f := _function(t))]
     if not declared:
         return [(name, orjson.dumps(arguments).decode()) for name, arguments in NOT_DECLARED]
@@ -39,7 +39,7 @@ def calls_for(ask: Ask) -> list[tuple[str, str]]:
 
 
 def example_of(schema: Any, depth: int = 0) -> Any:
-    """A value that fits a JSON schema of the plain kind: its default, its first choice, or one of its type."""
+    """Return a value that fits a simple JSON schema: its default, its first choice, or a value of its type."""
     if not isinstance(schema, dict) or depth > DEEPEST:
         return {}
     if "default" in schema:
@@ -57,7 +57,7 @@ def example_of(schema: Any, depth: int = 0) -> Any:
 
 
 def report_on(ask: Ask) -> str:
-    """The text that uses the results of the tools."""
+    """Return the text that uses the results of the tools."""
     results = [
         f"- {text_of(m.get('content')).strip()[:RESULT_SHOWN] or '(nothing)'}" for m in ask.tool_results
     ]
