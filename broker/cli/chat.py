@@ -1,6 +1,6 @@
 """`broker chat`: one turn of a conversation through a running broker, printed as it streams.
 
-What to do with what arrives is decided in `broker/cli/turn.py`.
+`broker/cli/turn.py` decides what to do with each event.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from broker.cli.output import Output, OutputError, require_output, write
 from broker.cli.pieces import Piece
 from broker.cli.talk import NO_BROKER, Broker, TalkError, broker_at, refusal, whole
 from broker.cli.turn import End, Turn
-from broker.cli.words import BAD_USE, complain, printable, tell
+from broker.cli.words import BAD_USE, complain, print_note, printable
 from broker.core.sse import Decoder, EventTooLarge
 
 if TYPE_CHECKING:
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 
 LONGEST_TEXT = 16 * 1024 * 1024
 LARGEST_EVENT = 64 * 1024 * 1024
-# A broker breaks every silence with a comment, every 15 s by default.
+# The broker sends a comment after each silence of 15 s (by default).
 LONGEST_SILENCE = 120.0
 CANCEL_TIMEOUT = 3.0
 
 
 class _UnusableTextError(Exception):
-    """What standard input holds cannot be said; the text is a sentence for a person."""
+    """Standard input cannot be sent; the text is a sentence for a person."""
 
 
 def chat(text: str, *, model: str | None, url: str, token: str | None = None) -> int:
-    """Say `text` (`-`: what standard input holds), print the answer, and return the exit status.
+    """Send `text` (or standard input for `-`), print the answer, and return the exit status.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; the session is cancelled.
-        OutputError: there is nowhere to print any more; likewise.
+        OutputError: standard output is closed; the session is cancelled.
     """
     require_output()
     try:
@@ -124,23 +124,23 @@ def _field(answer: bytes, name: str) -> Any:
 
 
 async def _follow(broker: Broker, session_id: str, turn: Turn, show: Show) -> End:
-    """Follow the session, line after line, to its end."""
+    """Follow the session over one or more connections, to its end."""
     while turn.end is None:
-        # A line that breaks is like one that ends: the turn knows how often that may happen.
+        # A connection that breaks counts like one that ends: the turn limits how often that may happen.
         with suppress(TalkError):
-            await _follow_line(broker, session_id, turn, show)
+            await _follow_connection(broker, session_id, turn, show)
         if turn.end is None:
             if turn.waits_for:
                 show.note(f"{turn.waits_for} Waiting.")
-            await asyncio.sleep(turn.line_over())
+            await asyncio.sleep(turn.connection_over())
     return turn.end
 
 
-async def _follow_line(broker: Broker, session_id: str, turn: Turn, show: Show) -> None:
-    """Follow one line until it is over or the turn is.
+async def _follow_connection(broker: Broker, session_id: str, turn: Turn, show: Show) -> None:
+    """Follow one connection until it or the turn has ended.
 
     Raises:
-        TalkError: it broke, or the broker is out of order for now.
+        TalkError: it broke, or the broker is not available now.
     """
     headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
     if turn.cursor:
@@ -176,7 +176,7 @@ async def _read(content: AsyncIterator[bytes], turn: Turn, show: Show) -> None:
 
 
 async def _cancel(broker: Broker, session_id: str) -> str:
-    """Stop the session at the broker, and say in words how that went."""
+    """Cancel the session at the broker, and return a sentence on the result."""
     try:
         async with asyncio.timeout(CANCEL_TIMEOUT):
             await broker.ask("DELETE", f"/stream/{session_id}")
@@ -186,7 +186,7 @@ async def _cancel(broker: Broker, session_id: str) -> str:
 
 
 class Show:
-    """Where the answer is printed: text to standard output, everything else to standard error."""
+    """Prints the answer: text to standard output, everything else to standard error."""
 
     def __init__(self) -> None:
         output = Output()
@@ -195,7 +195,7 @@ class Show:
         self._last_note = ""
 
     def piece(self, piece: Piece) -> None:
-        """Print some of the answer. Thoughts are for a person to see, and no part of what a program reads."""
+        """Print a part of the answer. Thoughts go to standard error, because they are not for programs."""
         if self._terminal is None:
             if not piece.thought:
                 write(piece.text)
@@ -208,14 +208,14 @@ class Show:
         self._last = piece
 
     def note(self, words: str) -> None:
-        """Say something beside the answer, once."""
+        """Print a note to standard error, once."""
         if words != self._last_note:
             self._end_line()
-            tell(words)
+            print_note(words)
         self._last_note = words
 
     def end(self, end: End) -> None:
-        """Say how it ended."""
+        """Print how the answer ended."""
         self.note(end.note if end.status == 0 else f"broker: {end.note}")
 
     def _end_line(self) -> None:

@@ -1,4 +1,4 @@
-"""The commands as they are typed: their arguments, their help, and nothing of what they do.
+"""The arguments and the help of the commands.
 
 Each command imports its own module when it runs, so that none waits for the libraries of another.
 """
@@ -14,7 +14,7 @@ import typer
 from broker.cli.output import write
 from broker.cli.words import CREDENTIAL
 
-# Checked where all settings are, so that a bad one is told of in the same words wherever it was written.
+# The value is checked together with the settings, so that the message is the same wherever it was given.
 Host = Annotated[str | None, typer.Option(help="Address to listen on.", metavar="ADDRESS")]
 Port = Annotated[str | None, typer.Option(help="Port to listen on; 0 is any free one.", metavar="PORT")]
 RedisUrl = Annotated[str | None, typer.Option(help="Redis or Valkey to keep sessions in.", metavar="URL")]
@@ -35,7 +35,7 @@ Token = Annotated[str | None, typer.Option(envvar=CREDENTIAL, hidden=True, callb
 
 
 class By(StrEnum):
-    """What the books are summed by."""
+    """The keys by which the usage ledger is summed."""
 
     CLIENT = "client"
     MODEL = "model"
@@ -116,9 +116,9 @@ def chat(
     url: Url = DEFAULT_URL,
     token: Token = None,
 ) -> None:
-    """Say something through a running broker and print the answer as it streams. Ctrl-C cancels it.
+    """Send a message through a running broker and print the answer as it streams. Ctrl-C cancels it.
 
-    Where the broker asks who is there, set BROKER_TOKEN in the environment to an API key or a JWT.
+    If the broker requires identity, set BROKER_TOKEN in the environment to an API key or a JWT.
     """
     from broker.cli import chat as command  # noqa: PLC0415 - see the module
 
@@ -134,9 +134,9 @@ def usage(
     *,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, for a program.")] = False,
 ) -> None:
-    """Print the books of a day, straight from Redis: who used what, and what it cost.
+    """Print the usage ledger of a day, straight from Redis: requests, tokens and cost.
 
-    REDIS_URL and BROKER_KEY_PREFIX, in the environment or in .env, say where the books are.
+    REDIS_URL and BROKER_KEY_PREFIX, in the environment or in .env, say where the ledger is.
     """
     from broker.cli import usage as command  # noqa: PLC0415 - see the module
 
@@ -153,7 +153,7 @@ def models(
 ) -> None:
     """List the models of a running broker, with context and prices.
 
-    Where the broker asks who is there, set BROKER_TOKEN in the environment to an API key or a JWT.
+    If the broker requires identity, set BROKER_TOKEN in the environment to an API key or a JWT.
     """
     from broker.cli import models as command  # noqa: PLC0415 - see the module
 

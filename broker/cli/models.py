@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 _REHEARSAL = "rehearsal/"
 _MILLION = 1_000_000
-_DEAREST = Decimal(1_000)  # USD a token; more is no price
+_DEAREST = Decimal(1_000)  # USD per token; more is not a price
 
 
 def models(query: str, *, free: bool, url: str, token: str | None = None) -> int:
     """Print the table and return the exit status.
 
     Raises:
-        OutputError: there is nowhere to print it.
+        OutputError: standard output is closed.
     """
     require_output()
     try:
@@ -50,9 +50,9 @@ async def _fetch(query: str, *, free: bool, url: str, token: str | None) -> list
 
 
 def table(entries: Iterable[Mapping[str, Any]]) -> Table:
-    """Lay out entries of GET /models; prices are USD per million tokens."""
+    """Return a table of entries of GET /models; prices are USD per million tokens."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    shown.add_column("id", no_wrap=True)  # half an id could not be asked for
+    shown.add_column("id", no_wrap=True)  # half an id would be useless
     shown.add_column("name", overflow="fold", min_width=20)
     for heading in ("context", "prompt $/M", "completion $/M"):
         shown.add_column(heading, justify="right", no_wrap=True)
@@ -70,18 +70,18 @@ def table(entries: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def _name(entry: Mapping[str, Any]) -> object:
-    """Return the name; of a model of the rehearsal, which is named after its id, what it does."""
+    """Return the name of a model; for one of the rehearsal, whose name is like its id, its description."""
     does = entry.get("description")
     return does if does and str(entry.get("id")).startswith(_REHEARSAL) else entry.get("name")
 
 
 def context(tokens: object) -> str:
-    """Return a context length for a person; empty where it is not known."""
+    """Return a context length as text; empty where it is not known."""
     return f"{tokens:,}" if isinstance(tokens, int) and tokens > 0 else ""
 
 
 def per_million(price: object) -> str:
-    """Return a price in USD per million tokens, from USD a token; empty where it is not known."""
+    """Return a price in USD per million tokens as text, from USD per token; empty where it is not known."""
     try:
         a_token = Decimal(str(price))
     except InvalidOperation:

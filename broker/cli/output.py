@@ -1,4 +1,4 @@
-"""Standard output of the commands: the only place that writes to it, and what happens when it takes no more."""
+"""Standard output of the commands. Only this module writes to it, and handles that it is closed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _LAST_STANDARD = 2  # the number of standard error
 
 
 class OutputError(Exception):
-    """Standard output takes no more; the text is a sentence for a person.
+    """Standard output is closed; the text is a sentence for a person.
 
     Attributes:
-        reader_left: it is a pipe that nobody reads any more.
+        reader_left: it is a pipe whose reader has left.
     """
 
     def __init__(self, error: OSError | None = None) -> None:
@@ -22,11 +22,11 @@ class OutputError(Exception):
         self.reader_left = isinstance(error, BrokenPipeError)
 
 
-def hold_streams() -> None:
-    """Make the three standard streams safe to use; for the start of the process, once.
+def secure_streams() -> None:
+    """Make the three standard streams safe to use. Called once, at the start of the process.
 
-    A closed one would give its number to the next file or socket, which would then be written to in its place. What
-    the output's encoding lacks is shown as a question mark.
+    The number of a closed stream would be given to the next file or socket, which would then get the output. Characters
+    that the encoding of the output lacks are shown as question marks.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= _LAST_STANDARD:
         pass
@@ -38,7 +38,7 @@ def hold_streams() -> None:
 
 
 def require_output() -> None:
-    """Check before anything is asked for that there is somewhere to write the answer.
+    """Check that standard output is open, before anything is requested.
 
     Raises:
         OutputError: standard output was closed when the process started.
@@ -48,10 +48,10 @@ def require_output() -> None:
 
 
 def write(text: str) -> None:
-    """Write to standard output, at once.
+    """Write to standard output at once.
 
     Raises:
-        OutputError: it takes no more, now and later.
+        OutputError: it is closed.
     """
     require_output()
     try:
@@ -63,20 +63,20 @@ def write(text: str) -> None:
 
 
 class Output(io.StringIO):
-    """Standard output for a library that wants a file; keeps nothing itself, and raises `OutputError`."""
+    """Standard output for a library that needs a file. Stores nothing, and raises `OutputError`."""
 
     def isatty(self) -> bool:
-        """Somebody reads it on a terminal."""
+        """Return True if it is a terminal."""
         return sys.stdout.isatty()
 
     def write(self, text: str) -> int:
-        """As the function of this name."""
+        """Write as the function `write` does."""
         write(text)
         return len(text)
 
 
 def _discard() -> None:
-    # What is still buffered would fail once more when the interpreter ends, and not in words of ours.
+    # Buffered text would fail again at the end of the interpreter, with a message that is not ours.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

@@ -1,6 +1,6 @@
-"""What a chunk of an answer says, for a person to read: text, thoughts, and a word in place of a picture.
+"""Turn a chunk of an answer into text for people: text, thoughts, and a word in place of a picture.
 
-The shapes in which services write it are known to `core.chat_said`.
+`core.chat_said` knows the shapes in which services write the same contents.
 """
 
 from __future__ import annotations

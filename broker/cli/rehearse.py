@@ -1,4 +1,4 @@
-"""`broker rehearse`: the scripted upstream alone, for people who test a page of their own against failure."""
+"""`broker rehearse`: the scripted upstream alone, to test a page against failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`broker serve`: gathers the settings, says what is wrong with them, and runs the service."""
+"""`broker serve`: load the settings, report what is wrong with them, and run the service."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _CANNOT_LISTEN = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES,
 
 
 def serve(flags: Mapping[str, Any], *, rehearsal: bool, embedded: bool) -> int:
-    """Run the service until it is told to stop, and return the exit status.
+    """Run the service until it is stopped, and return the exit status.
 
     Args:
-        flags: settings by their attribute; None was not given.
-        rehearsal: ask a scripted upstream of our own.
-        embedded: keep sessions in a Valkey of our own, whatever ``REDIS_URL`` says.
+        flags: settings by their attribute; None is not given.
+        rehearsal: use the scripted upstream.
+        embedded: store sessions in an embedded Valkey, whatever ``REDIS_URL`` says.
     """
-    # Until the service can read its secrets again at this signal, it must not end by it.
+    # Until the service can reload its secrets at this signal, the signal must not end it.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         settings = load_settings(**flags)
@@ -56,10 +56,10 @@ def serve(flags: Mapping[str, Any], *, rehearsal: bool, embedded: bool) -> int:
 
 
 def require(settings: Settings, *, rehearsal: bool, embedded: bool) -> None:
-    """Check what no setting can tell by itself.
+    """Check the settings against this way of starting.
 
     Raises:
-        SettingsError: something that this way of starting needs is not set.
+        SettingsError: a setting that is needed is not set.
     """
     if settings.openrouter_api_key is None and not rehearsal:
         raise SettingsError("OPENROUTER_API_KEY must be set, or start with --rehearsal, which needs no key")
@@ -84,8 +84,8 @@ def _warn(settings: Settings, unknown: list[str]) -> None:
 
 
 def _run(settings: Settings, load: Callable[[], Settings], *, rehearsal: bool, embedded: bool) -> int:
-    # The service with all its libraries, once it is sure that it is going to run.
-    from broker import service  # noqa: PLC0415 - as said above
+    # The service with all its libraries is imported only when it is certain to run.
+    from broker import service  # noqa: PLC0415 - see above
 
     try:
         return service.serve(settings, load=load, say=_say, rehearsal=rehearsal, embedded=embedded)
@@ -93,10 +93,10 @@ def _run(settings: Settings, load: Callable[[], Settings], *, rehearsal: bool, e
         return complain(error)
     except OSError as error:
         if error.errno not in _CANNOT_LISTEN:
-            return _confess()
+            return _report_bug()
         return complain(f"cannot listen on {settings.host}:{settings.port}: {_why(error)}")
-    except Exception:  # noqa: BLE001 - a bug's traceback goes through the logs, which hold the secrets back
-        return _confess()
+    except Exception:  # noqa: BLE001 - a bug's traceback goes through the logs, which remove secrets
+        return _report_bug()
 
 
 def _say(line: str) -> None:
@@ -104,11 +104,11 @@ def _say(line: str) -> None:
         write(f"{line}\n")
 
 
-def _confess() -> int:
+def _report_bug() -> int:
     structlog.get_logger(__name__).exception("the service failed")
     return 1
 
 
 def _why(error: OSError) -> str:
-    # The loop's own words repeat the address; those of a failed look-up have numbers of their own.
+    # The loop's own text repeats the address; the text of a failed look-up has its own numbers.
     return str(error.strerror) if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)

@@ -1,4 +1,4 @@
-"""How the commands draw their tables: for a person on a terminal, for a program line by line."""
+"""Tables of the commands: for people on a terminal, line by line for programs."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from broker.cli.words import printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-# Away from a terminal no line is folded, so that grep finds whole ones.
+# Lines are never folded except on a terminal, so that grep finds whole ones.
 _ENDLESS = 10_000
 
 
 def show(table: Table) -> None:
-    """Print a table. Away from a terminal a row is a line; on one, columns that may wrap are folded to fit.
+    """Print a table. On a terminal, columns that may wrap are folded to fit; otherwise each row is one line.
 
     Raises:
-        OutputError: standard output takes no more.
+        OutputError: standard output is closed.
     """
     output = Output()
     console = Console(file=output, width=None if output.isatty() else _ENDLESS)
-    # Half a figure would be a wrong one: what does not fit at all is left to the terminal to break.
+    # Half a number would be a wrong one: what does not fit is left to the terminal to break.
     needed = console.measure(table, options=console.options.update(width=_ENDLESS)).minimum
     console.size = ConsoleDimensions(max(console.width, needed), console.height)
     console.print(table)
 
 
 def cell(value: object) -> Text:
-    """Return what somebody else wrote, as it is but on one line: a plain string would be read as markup."""
+    """Return text of others on one line, unchanged otherwise. A plain string would be parsed as markup."""
     return Text(" ".join(printable(str(value or "")).split()))

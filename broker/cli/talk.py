@@ -1,4 +1,4 @@
-"""How the client commands talk to a broker over HTTP, and what they say when that fails."""
+"""HTTP from the client commands to a broker, with sentences for failures."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ LONGEST_ANSWER = 64 * 1024 * 1024
 
 
 class TalkError(Exception):
-    """The broker could not be asked or said no; the text is a sentence for a person.
+    """The broker could not be reached or refused; the text is a sentence for a person.
 
     Attributes:
-        document: the broker's own words, where it answered in JSON.
+        document: the broker's JSON answer, if there was one.
     """
 
     def __init__(self, sentence: str, document: Mapping[str, Any] | None = None) -> None:
@@ -38,12 +38,12 @@ class TalkError(Exception):
 
 
 class Broker:
-    """A broker at a base URL. Every failure of the line is a `TalkError`.
+    """A broker at a base URL. Every failure of the connection is a `TalkError`.
 
     Args:
-        session: what shows the token, if there is one.
+        session: sends the token, if there is one.
         url: without a slash at the end.
-        anonymous: there is no token.
+        anonymous: True if there is no token.
     """
 
     def __init__(self, session: aiohttp.ClientSession, url: str, *, anonymous: bool) -> None:
@@ -54,10 +54,10 @@ class Broker:
     async def ask(
         self, method: str, path: str, *, body: object = None, query: Mapping[str, str] | None = None
     ) -> bytes:
-        """Ask for something and return the body of a good answer.
+        """Send a request and return the body of a successful answer.
 
         Raises:
-            TalkError: no answer, or not a good one.
+            TalkError: no answer, or one that is not successful.
         """
         data = None if body is None else orjson.dumps(body)
         headers = {} if body is None else {"Content-Type": "application/json"}
@@ -76,10 +76,10 @@ class Broker:
     async def open(
         self, method: str, path: str, *, wait: float, **request: Any
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Open an answer, of any status, whose silence may last `wait` seconds.
+        """Open an answer of any status, which may be silent for `wait` seconds.
 
         Raises:
-            TalkError: no connection, or it broke while the block read from it.
+            TalkError: no connection, or it broke during the block.
         """
         patience = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=wait)
         try:
@@ -91,10 +91,10 @@ class Broker:
 
 @asynccontextmanager
 async def broker_at(url: str, token: str | None = None) -> AsyncIterator[Broker]:
-    """Talk to the broker at this base URL for the length of the block, and show it this token.
+    """Connect to the broker at this base URL during the block, with this token.
 
     Raises:
-        TalkError: it is no URL of a web service, or no token.
+        TalkError: it is not the URL of a web service, or not a token.
     """
     base = _base(url)
     headers = {"Authorization": f"Bearer {_token(token)}"} if token else {}
@@ -103,7 +103,7 @@ async def broker_at(url: str, token: str | None = None) -> AsyncIterator[Broker]
 
 
 async def whole(answer: aiohttp.ClientResponse) -> bytes:
-    """Read an answer to its end.
+    """Read the complete body of an answer.
 
     Raises:
         TalkError: it is longer than any answer of a broker.
@@ -117,10 +117,10 @@ async def whole(answer: aiohttp.ClientResponse) -> bytes:
 
 
 def refusal(status: int, content: bytes, retry_after: str | None = None) -> TalkError:
-    """Put an answer that is not good into words.
+    """Return the error for an answer that is not successful.
 
     Args:
-        status: of the answer.
+        status: its status.
         content: its body.
         retry_after: its header of this name.
     """
@@ -146,7 +146,7 @@ def refusal(status: int, content: bytes, retry_after: str | None = None) -> Talk
 def _base(url: str) -> str:
     try:
         parts = urlsplit(url)
-        # That a port is none is found out by asking for it.
+        # An invalid port is found when it is read.
         plain = parts.hostname and parts.port != 0 and not parts.query and not parts.fragment
     except ValueError:
         plain = False
@@ -173,5 +173,5 @@ def _why(error: BaseException) -> str:
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else None
     if cause is None:
         return "the connection broke"
-    # A failed look-up of a name has numbers and words of its own.
+    # A failed look-up of a name has its own numbers and text.
     return (os.strerror(cause.errno) if cause.errno and cause.errno > 0 else str(cause.strerror)).lower()

@@ -1,6 +1,6 @@
-"""One turn of a conversation as `broker chat` follows it: what to do with each thing that the broker sends.
+"""One turn of a conversation in `broker chat`: decide what to do with each event of the broker.
 
-No I/O and no clock. `broker/cli/chat.py` holds the connection and prints.
+No I/O and no clock. `broker/cli/chat.py` has the connection and prints.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from broker.cli.pieces import Piece
     from broker.core.sse import Frame
 
-# Lines in a row that brought nothing, as while the broker restarts, and waits in a row for room or budget.
+# Connections in a row without any event, as while the broker restarts; and waits in a row for room or budget.
 MOST_BARREN_LINES = 10
 MOST_WAITS = 200
 DEFAULT_RETRY_MS = 2000
@@ -28,7 +28,7 @@ LONGEST_RETRY_MS = 60_000
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How the turn ended.
+    """The end of the turn.
 
     Attributes:
         status: the exit status.
@@ -40,15 +40,15 @@ class End:
 
 
 class Turn:
-    """Follows one session over as many lines as it takes.
+    """Follows one session over as many connections as it takes.
 
-    A *line* is one connection to GET /stream/<id>. Feed each frame to `take`; when a line is over, however it
-    went, ask `line_over` how long to wait for the next.
+    Pass each frame to `take`. After the end of a connection, call `connection_over` for the seconds to wait before the
+    next one.
 
     Attributes:
-        cursor: what to send as ``Last-Event-ID``, empty before the first event.
-        end: set once there is nothing more to come.
-        waits_for: why the broker asked to come again, in its words, if it did so on this line.
+        cursor: the ``Last-Event-ID`` to send, empty before the first event.
+        end: set once nothing more will come.
+        waits_for: the broker's reason for a wait, if it gave one on this connection.
     """
 
     def __init__(self) -> None:
@@ -81,15 +81,15 @@ class Turn:
             self.waits_for = message
 
     def gone(self) -> None:
-        """The broker says that there is nothing more (204)."""
+        """Note that the broker has nothing more (204)."""
         self.end = self.end or End(1, "The answer is over; there is nothing more to show.")
 
     def come_back_in(self, milliseconds: int) -> None:
-        """The broker says how long to wait between lines."""
+        """Note how long the broker asks to wait between connections."""
         self._retry_ms = min(milliseconds, LONGEST_RETRY_MS)
 
-    def line_over(self) -> float:
-        """Say how many seconds to wait before the next line; sets `end`, and says 0, where that is not worth it."""
+    def connection_over(self) -> float:
+        """Return the seconds to wait before the next connection. Where that is useless, sets `end` and returns 0."""
         if self.waits_for:
             self._waits += 1
             if self._waits >= MOST_WAITS:

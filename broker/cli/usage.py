@@ -1,4 +1,4 @@
-"""`broker usage`: the books of a day, for the operator, straight from Redis."""
+"""`broker usage`: the usage ledger of a day, for the operator, straight from Redis."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _HEADINGS = (
 )
 
 NOTHING = Quotas(0, 0, 0, 0, 0)
-"""The books are read whatever anybody may."""
+"""Quotas do not matter for reading the ledger."""
 
 
 def usage(day: str | None, *, by: str, as_json: bool) -> int:
-    """Print the books of a day, summed by client or by model; returns the exit status.
+    """Print the ledger of a day, summed by client or by model, and return the exit status.
 
     Args:
         day: ``YYYY-MM-DD``, UTC; None is today.
         by: ``client`` or ``model``.
-        as_json: for a machine.
+        as_json: print JSON for programs.
 
     Raises:
-        OutputError: there is nowhere to print them.
+        OutputError: standard output is closed.
     """
     require_output()
     try:
@@ -76,7 +76,7 @@ async def _read(redis_url: str, key_prefix: str, day: dt.date | None) -> tuple[d
 
 
 def summed(lines: Sequence[UsageRow], by: str) -> list[dict[str, Any]]:
-    """Return one row a client or a model, the dearest first, with `METRICS` summed and the cost in USD."""
+    """Return one row for each client or model, the highest cost first, with sums of `METRICS` and the cost in USD."""
     sums: dict[str, dict[str, int]] = {}
     for line in lines:
         row = sums.setdefault(line.client if by == "client" else line.model, dict.fromkeys(METRICS, 0))

@@ -1,4 +1,4 @@
-"""What the commands say to a person, and their exit statuses."""
+"""Messages of the commands to people, and exit statuses."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ import sys
 from contextlib import suppress
 
 BAD_USE = 2
-"""The exit status where the arguments or the settings are at fault."""
+"""The exit status for wrong arguments or settings."""
 
 CREDENTIAL = "BROKER_TOKEN"
-"""The environment variable of what the client commands show to a broker that asks who is there."""
+"""The environment variable with the token of the client commands."""
 
 _MINUTE, _HOUR = 60, 3600
-_FOR_EVER = 10**9  # seconds; no wait that anybody means
+_FOR_EVER = 10**9  # seconds; longer than any real wait
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C."""
 
 
 def complain(words: object, status: int = 1) -> int:
-    """Say it on standard error and return the exit status that goes with it."""
-    tell(f"broker: {words}")
+    """Print a complaint on standard error and return the exit status."""
+    print_note(f"broker: {words}")
     return status
 
 
-def tell(words: str) -> None:
-    """Say it on standard error, where somebody may be listening."""
+def print_note(words: str) -> None:
+    """Print a note on standard error."""
     with suppress(OSError):
         print(printable(words), file=sys.stderr, flush=True)
 
 
 def after(sentence: str, seconds: object) -> str:
-    """Return the sentence and, where it is known, how long to wait before the next attempt."""
+    """Return the sentence with, where known, the time to wait before the next attempt."""
     if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds < _FOR_EVER:
         return sentence
     for size, unit in ((_HOUR, "hours"), (_MINUTE, "minutes")):
@@ -42,7 +42,7 @@ def after(sentence: str, seconds: object) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the text without what would command a terminal: control characters but tab and newline."""
+    """Return the text without control characters, which a terminal could obey; tab and newline stay."""
     return "".join(char for char in text if char in "\n\t" or not _commands(ord(char)))
 
 

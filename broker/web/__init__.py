@@ -1,1 +1,1 @@
-"""HTTP: parse, call, answer."""
+"""HTTP: parse requests, call the other layers, and answer."""

@@ -1,4 +1,4 @@
-"""Who a request is from, where the application that the service is a part of says so."""
+"""Identify clients by a function of the application that the service is a part of."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from broker.web.identity import Naming
 
 Identify = Callable[[web.Request], "Client | Awaitable[Client]"]
-"""Says who a request is from, or raises; a `web.HTTPException` is answered in our form of errors."""
+"""Returns the client of a request, or raises; a `web.HTTPException` is answered in our form of errors."""
 
 TIMEOUT: Final = 10.0
-"""Seconds that the application may take to say who somebody is."""
+"""Seconds that the application's function may take."""
 
 
 class ApplicationClients(ClientResolver):
-    """Asks the application. API keys, tokens and addresses tell nobody apart here.
+    """Asks the application. API keys, tokens and addresses do not distinguish clients here.
 
     Args:
-        settings: which proxies are trusted, for the streams of an address.
-        naming: gives clients the names that the upstream knows them by.
+        settings: the trusted proxies, to count the streams of an address.
+        naming: names clients for the upstream.
         app: the application.
-        identify: its own function.
+        identify: its function.
     """
 
     def __init__(self, settings: Settings, naming: Naming, app: web.Application, identify: Identify) -> None:
@@ -44,13 +44,13 @@ class ApplicationClients(ClientResolver):
         self._identify = identify
 
     async def identify(self, request: web.Request) -> Client:
-        """Return who a request is from.
+        """Return the client of a request.
 
         Raises:
-            web.HTTPException: the application refuses it.
+            web.HTTPException: the application refuses the request.
             Overloaded: it did not answer in time.
-            StoreUnavailable: Redis has not answered yet, so nobody has a name for the upstream.
-            TypeError: it did not return a client. Anything else that it raises passes as well.
+            StoreUnavailable: Redis has not answered yet, so that clients have no name for the upstream.
+            TypeError: it did not return a client. Any other exception of the application is raised as well.
         """
         client = await self._ask(request)
         if client.user:
@@ -58,7 +58,7 @@ class ApplicationClients(ClientResolver):
         return replace(client, user=(await self._naming.names()).user_of(client.name))
 
     async def check(self, request: web.Request) -> None:
-        """Raise what `identify` raises for a request that may not come in."""
+        """Raise what `identify` raises for a request that is refused."""
         await self._ask(request)
 
     async def _ask(self, request: web.Request) -> Client:
@@ -73,7 +73,7 @@ class ApplicationClients(ClientResolver):
 
 @contextmanager
 def _seen_by(app: web.Application, request: web.Request) -> Iterator[None]:
-    """Make `request.app` the application's own while it is asked: that is where its things are."""
+    """Set `request.app` to the application during the block, so that its function finds its own values there."""
     match = request.match_info
     ours = match.current_app
     match.current_app = app
@@ -88,6 +88,6 @@ async def _in_time(client: Awaitable[Client]) -> Client:
         async with asyncio.timeout(TIMEOUT) as timeout:
             return await client
     except TimeoutError:
-        if not timeout.expired():  # one of the application's own
+        if not timeout.expired():  # a timeout of the application's own
             raise
         raise Overloaded("It took too long to find out who you are; try again in a moment.") from None

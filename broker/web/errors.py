@@ -26,7 +26,7 @@ from broker.core.errors import (
 )
 
 RETRY_AFTER = 3
-"""Seconds after which a caller may come back where nothing better is known."""
+"""Seconds after which a caller may try again where nothing better is known."""
 
 
 _KINDS: Mapping[int, type[BrokerError]] = {
@@ -39,13 +39,13 @@ _KINDS: Mapping[int, type[BrokerError]] = {
     429: RateLimited,
     503: Overloaded,
 }
-"""Our word and sentence for a status of somebody else's."""
+"""Our code and sentence for the statuses of other errors."""
 
 _LONGEST_MESSAGE = 300
 
 
 def json_response(data: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    """Return a JSON answer, never stored by caches."""
+    """Return a JSON answer that caches never store."""
     response = web.Response(
         body=orjson.dumps(data), status=status, content_type="application/json", headers=headers
     )
@@ -54,7 +54,7 @@ def json_response(data: Any, *, status: int = 200, headers: Mapping[str, str] | 
 
 
 def error_response(error: BrokerError) -> web.Response:
-    """``{"error": {"code", "message", "details"?}}`` with the error's status."""
+    """Return ``{"error": {"code", "message", "details"?}}`` with the error's status."""
     body: dict[str, Any] = {"code": error.code, "message": error.message}
     if error.details is not None:
         body["details"] = error.details
@@ -62,16 +62,16 @@ def error_response(error: BrokerError) -> web.Response:
 
 
 def http_error_response(error: web.HTTPException) -> web.Response:
-    """Return an exception of aiohttp in our form: its own refusals, and those of the application that we are a part of.
+    """Return an exception of aiohttp in our form: aiohttp's own, and those of the application around the service.
 
-    Of those, status and text are kept. What is no error, such as a redirect to a page for logging in, is a 401: nobody
-    could follow it who asks for JSON.
+    The status and the text of the latter are kept. One that is not an error, such as a redirect to a login page,
+    becomes a 401: a caller that asks for JSON could not follow it.
     """
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         return error_response(BodyTooLarge())
     status = error.status if error.status >= 400 else 401
     kind = _KINDS.get(status, InternalError if status >= 500 else InvalidRequest)
-    message = _told(error)[:_LONGEST_MESSAGE] or kind.default_message
+    message = _message(error)[:_LONGEST_MESSAGE] or kind.default_message
     response = _error_response(status, {"code": kind.code, "message": message})
     for header in (hdrs.ALLOW, hdrs.RETRY_AFTER, hdrs.WWW_AUTHENTICATE):
         if header in error.headers:
@@ -88,8 +88,8 @@ def _error_response(status: int, body: dict[str, Any], *, retry_after: float | N
     return json_response({"error": body}, status=status, headers=headers)
 
 
-def _told(error: web.HTTPException) -> str:
-    """Return what somebody wrote for the caller; empty where it is only the status in words."""
+def _message(error: web.HTTPException) -> str:
+    """Return the text that was written for the caller; empty where it is only the name of the status."""
     text = error.text if error.content_type == "text/plain" else ""
     if text and text != f"{error.status}: {error.reason}":
         return text
@@ -97,5 +97,5 @@ def _told(error: web.HTTPException) -> str:
 
 
 def may_come_again(error: BrokerError) -> bool:
-    """Return True if an EventSource should simply be asked to reconnect: nothing is wrong with its session."""
+    """Return True if an EventSource should be asked to reconnect, because nothing is wrong with its session."""
     return isinstance(error, ServiceError) and error.status == 503

@@ -1,4 +1,4 @@
-"""Health, for orchestrators and proxies."""
+"""Health checks for orchestrators and proxies."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 async def live(request: web.Request) -> web.Response:  # noqa: ARG001 - a handler takes a request
-    """Return the process runs and its loop turns."""
+    """Answer that the process runs and its event loop turns."""
     return json_response({"status": "ok"})
 
 
 async def ready(request: web.Request) -> web.Response:
-    """Whether to send requests here.
+    """Answer whether requests should be sent to this worker.
 
-    503 until Redis has answered once, and while draining. When Redis goes away later every worker loses it at once,
-    and a proxy that took all of them out would cut every stream; so that is told and is still a 200.
+    503 until Redis has answered once, and while draining. When Redis goes away later, all workers lose it at the same
+    time, and a proxy that excluded all of them would cut every stream. So the answer is a 200 that names the problem.
     """
     if request.app[WORKER].draining:
         return _not_ready("draining", Draining(), "shutting down")

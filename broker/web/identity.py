@@ -1,4 +1,4 @@
-"""Who a request is from: what it shows is checked in `broker/identity`, and the client gets a name."""
+"""Identify the client of a request: check its credentials with `broker/identity`, and name it."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
     from broker.setting_kinds import ApiKey
     from broker.settings import Settings
 
-_SHORTEST_SECRET: Final = 32  # RFC 7518, section 3.2: a key of HS256 has at least as many bytes as its hash
+_SHORTEST_SECRET: Final = 32  # RFC 7518, section 3.2: at least as many bytes as the hash of HS256
 _THIS_MACHINE: Final = "127.0.0.1"
 
 log = structlog.get_logger(__name__)
 
 
 class Naming(Protocol):
-    """Knows what names clients."""
+    """Gives access to the namer of clients."""
 
     async def names(self) -> ClientNamer:
-        """Return it, or raise `StoreUnavailable`."""
+        """Return the namer; raises `StoreUnavailable`."""
 
 
 class ClientResolver:
-    """Tells clients apart: by API key, else by token, else by address. An async context manager.
+    """Identifies clients by API key, else by token, else by address. An async context manager.
 
-    Where keys or tokens are set up, every caller must show one. Where neither is, ``Authorization`` means nothing.
+    Where keys or tokens are configured, every caller must send one. Where neither is, ``Authorization`` is ignored.
 
     Args:
-        settings: what is set up.
-        naming: gives clients their names.
+        settings: the configured keys, tokens and proxies.
+        naming: names clients.
         clock: seconds that only go forward.
     """
 
@@ -79,14 +79,14 @@ class ClientResolver:
         await self._running.aclose()
 
     async def identify(self, request: web.Request) -> Client:
-        """Return who a request is from.
+        """Return the client of a request.
 
-        Waits only for the published keys of tokens, and seldom; and for Redis, until it has answered once.
+        Waits only for the published keys of tokens, which is rare, and for Redis, until it has answered once.
 
         Raises:
-            Unauthorized: it shows no key or token where one is needed, or one that is not good.
-            Overloaded: the keys that a token is checked with cannot be fetched now.
-            StoreUnavailable: Redis has not answered yet, so nobody has a name.
+            Unauthorized: the request has no key or token where one is needed, or an invalid one.
+            Overloaded: the keys to check a token cannot be fetched now.
+            StoreUnavailable: Redis has not answered yet, so that clients have no names.
         """
         if not self._shown_is_needed:
             address = self._address(request)
@@ -96,16 +96,16 @@ class ClientResolver:
         return names.of_key(owner) if owner is not None else names.of_subject(*subject)
 
     async def check(self, request: web.Request) -> None:
-        """Raise what `identify` raises for a request that may not come in. Nobody is named, so Redis may be away."""
+        """Raise what `identify` raises for a request that is refused. Needs no names, so Redis may be away."""
         if self._shown_is_needed:
             await self._shown(request)
 
     def network(self, request: web.Request) -> str:
-        """Return a word for where a request comes from: its address, of IPv6 the /64."""
+        """Return one word for the network of a request: its address, or the /64 of an IPv6 one."""
         return network_of(self._address(request))
 
     async def _shown(self, request: web.Request) -> tuple[str | None, tuple[str, str]]:
-        """Return the name of the API key that is shown, or the issuer and subject of the token."""
+        """Return the name of the API key of a request, or the issuer and subject of its token."""
         shown = bearer(request.headers.getall(hdrs.AUTHORIZATION, ()))
         if shown is None:
             raise Unauthorized
@@ -129,11 +129,11 @@ class ClientResolver:
         return self._proxies.caller(peer, forwarded)
 
     def use_api_keys(self, keys: Iterable[ApiKey], path: Path | None) -> bool:
-        """Take these API keys in place of those there are. Returns True if they differ."""
+        """Replace the API keys. Returns True if they differ from those before."""
         return self._api_keys.replace(keys, path)
 
     def use_jwt_secret(self, secret: str) -> None:
-        """Check tokens with this secret from now on, where tokens are taken."""
+        """Check tokens with this secret from now on, if tokens are accepted."""
         if self._tokens is not None:
             self._tokens.replace_secret(secret)
 
@@ -150,7 +150,7 @@ def _build_tokens(settings: Settings, published: PublishedKeys | None) -> Tokens
 
 
 def _peer(request: web.Request) -> str:
-    """Return the address that a connection is from, that of this machine for a unix socket; empty if it is unknown."""
+    """Return the address of a connection; that of this machine for a unix socket; empty if it is unknown."""
     connection = request.get_extra_info("socket")
     if connection is not None and connection.family == socket.AF_UNIX:
         return _THIS_MACHINE

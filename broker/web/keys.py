@@ -1,4 +1,4 @@
-"""What the handlers are given: typed keys of the application, filled by the composition root."""
+"""Typed keys of the application, under which handlers find what the composition root has built."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ ADMISSION = web.AppKey("admission", Admission)
 SYSTEM = web.AppKey("system", SystemMessage)
 IDENTIFIER = web.AppKey("identifier", ClientResolver)
 STORE_SEEN = web.AppKey("store_seen", asyncio.Event)
-"""Redis has answered at least once."""
+"""Set once Redis has answered."""
 HUB = web.AppKey("hub", Hub)
 WORKER = web.AppKey("worker", Worker)
 RESULTS = web.AppKey("results", Results)
-"""Only there where an application wants to know."""
+"""Only present where an application wants the results."""
 UPSTREAM = web.AppKey("upstream", UpstreamClient)
 
 REQUEST_ID = web.RequestKey("request_id", str)

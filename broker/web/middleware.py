@@ -1,4 +1,4 @@
-"""What holds for every request: its id, the host and origin it may come from, errors as JSON, one line in the log."""
+"""What applies to every request: its id, the checks of host and origin, errors as JSON, and one line in the log."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _EXPOSED = "Location, Retry-After, ETag, RateLimit, RateLimit-Policy, X-Request-
 
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Return the outermost layer. Nothing but a cancellation and a broken line passes it as an exception."""
+    """Handle a request completely. Only a cancellation and a broken connection leave it as an exception."""
     started = time.monotonic()
     request[REQUEST_ID] = _request_id(request)
     response = await _answer(request, handler)
     level = logging.DEBUG if "/health/" in request.path else logging.INFO
-    if log.is_enabled_for(level):  # else the line is not even built
+    if log.is_enabled_for(level):  # else the line need not be built
         log.log(
             level,
             "request",
@@ -70,7 +70,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     except web.HTTPException as error:
         return http_error_response(error)
     except ConnectionError:
-        # The client has left, so nobody gets this; raised, aiohttp would tell of it as of an error of ours.
+        # The client has left, so nobody gets this answer. If it were raised, aiohttp would log it as an error of ours.
         return web.Response(status=499, reason="Client Closed Request")
     except Exception:
         log.exception("internal error", request_id=request[REQUEST_ID])
@@ -80,11 +80,11 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 async def add_headers(app: web.Application, request: web.Request, response: web.StreamResponse) -> None:
-    """A signal for every response, streams included: the request's id, and what CORS wants of it."""
+    """Add the request's id and the CORS headers to a response, streams included. A signal of aiohttp."""
     headers = response.headers
     if app[WORKER].draining:
         response.force_close()
-        headers[hdrs.CONNECTION] = "close"  # the library has written its own before it asks us
+        headers[hdrs.CONNECTION] = "close"  # the library has set its own before this signal
     headers["X-Request-Id"] = request.get(REQUEST_ID) or new_request_id()
     origin = request.headers.get(hdrs.ORIGIN)
     headers.add(hdrs.VARY, "Origin")
@@ -124,12 +124,12 @@ def _request_id(request: web.Request) -> str:
 
 
 def new_request_id() -> str:
-    """Return the id of a request that brought none."""
+    """Return the id of a request that has none."""
     return secrets.token_hex(8)
 
 
 def _shown_path(path: str) -> str:
-    """Return the path as a log may carry it: of a session id, the first 8 characters."""
+    """Return the path for the log, with only the first 8 characters of a session id."""
     before, stream, session = path.partition("/stream/")
     head, _, rest = session.partition("/")
     return f"{before[:100]}{stream}{short(head)}" + (f"/{short(rest)}" if rest else "")

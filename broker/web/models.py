@@ -1,4 +1,4 @@
-"""GET /models: the upstream's list, narrowed to what may be used here and to what was asked for."""
+"""GET /models: the upstream's list, with only the allowed models that match the query."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
     from broker.core.model_entry import Listing
 
-# A copy may be kept, and asked about each time: the list changes when it likes.
+# Caches may store a copy but must check it each time, because the list may change at any time.
 HEADERS = {"Cache-Control": "no-cache"}
 
 
 async def get_models(request: web.Request) -> web.Response:
-    """Answer with ``{"data": [...]}``, or with 304 where the caller has that already.
+    """Answer with ``{"data": [...]}``, or with 304 where the caller has the same list already.
 
     Raises:
-        InvalidRequest: the query cannot be understood.
+        InvalidRequest: the query is not valid.
         ModelsUnavailable: there is no list.
     """
     await request.app[IDENTIFIER].check(request)
@@ -45,5 +45,5 @@ def _only_free(query: Mapping[str, str]) -> bool:
 
 
 def _has(request: web.Request, listing: Listing) -> bool:
-    """Return True if ``If-None-Match`` names this answer; weak validators count: RFC 9110, section 13.1.2."""
+    """Return True if ``If-None-Match`` names this answer; weak validators count (RFC 9110, section 13.1.2)."""
     return not {tag.value for tag in request.if_none_match or ()}.isdisjoint({listing.etag, "*"})

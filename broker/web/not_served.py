@@ -1,4 +1,4 @@
-"""Addresses of other APIs that people try here. Nothing is served there; the 404 says what to use in its place."""
+"""Addresses of other APIs that people try here. The 404 says what to use in their place."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/models", "/chat/completio
 
 
 def routes_not_served() -> list[web.RouteDef]:
-    """Return one route for each address, for every method."""
+    """Return one route for each of these addresses, for all methods."""
     return [web.route(hdrs.METH_ANY, path, partial(_refuse, path)) for path in PATHS]
 
 
 async def _refuse(path: str, request: web.Request) -> NoReturn:
-    prefix = request.path.removesuffix(path)  # of the application that this service is a part of
+    prefix = request.path.removesuffix(path)  # the application's part of the path
     raise NotFound(
         f"This is not served here: use POST {prefix}/prepare with GET {prefix}/stream/<id> for an answer,"
         f" and GET {prefix}/models for the models."

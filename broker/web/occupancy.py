@@ -1,6 +1,6 @@
-"""How many streams there may be at a worker: in all, of one session, and of one address.
+"""Limit the streams of a worker: in total, of one session, and of one address.
 
-A session's id is all that a stream needs, so without a bound one page could take every place of a worker.
+The id of a session is enough to open streams, so without a limit one page could take all places of a worker.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ OVERLOADED_RETRY: Final = 3.0
 
 
 class Occupancy:
-    """Counts the streams that are open, and those that are just being looked for.
+    """Counts open streams, and those that are being opened.
 
     Args:
-        max_streams: of this worker.
+        max_streams: the limit of this worker.
     """
 
     def __init__(self, max_streams: int) -> None:
@@ -36,12 +36,12 @@ class Occupancy:
 
     @contextmanager
     def taken(self, session_id: str, address: str) -> Iterator[None]:
-        """Hold a place of a session and of an address for as long as the block runs.
+        """Take a place of a session and of an address during the block.
 
-        Checked and taken in one step: nothing is awaited in between, so of many at once no more than may pass.
+        Checked and taken in one step without an await, so that no more than the limit pass at the same time.
 
         Raises:
-            Overloaded: there is none.
+            Overloaded: there is no place.
         """
         if self._streams >= self._max_streams:
             raise Overloaded(retry_after=OVERLOADED_RETRY)

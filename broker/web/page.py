@@ -1,6 +1,6 @@
 """The chat page at ``/`` and its files, read once and answered from memory.
 
-Only files: what the page asks of the broker it asks as any page would, through the same routes.
+These are only files: the page uses the same routes as any other page.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PATHS = {
     "/favicon.ico": ("icon.svg", "image/svg+xml"),
 }
 
-# The page shows what models write: should any of it ever pass as markup, it can still run and fetch nothing.
+# The page shows what models write. If any of it were taken for markup, it still could not run or fetch anything.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -49,7 +49,7 @@ def page_routes() -> list[web.RouteDef]:
 
 
 async def to_page(request: web.Request) -> web.Response:
-    """Send a browser from the bare prefix to the page behind its slash, where the page's relative addresses begin."""
+    """Redirect a browser from the bare prefix to the path with a slash, which the page's relative addresses need."""
     query = f"?{request.query_string}" if request.query_string else ""
     return web.Response(status=308, headers={"Location": f"{request.rel_url.raw_path}/{query}"})
 

@@ -13,7 +13,7 @@ from broker.web.keys import ADMISSION, IDENTIFIER, RATES, SETTINGS
 from broker.web.rates import RateCheck
 
 BODY_TIMEOUT = 30.0
-"""Seconds that a body may take to arrive."""
+"""Seconds for a body to arrive."""
 
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
@@ -25,7 +25,7 @@ async def prepare(request: web.Request) -> web.Response:
     key = _idempotency_key(request)
     try:
         rate_check.check()
-    except RateLimited:  # a key that is known is answered all the same, and costs next to nothing
+    except RateLimited:  # a known key is still answered, and costs next to nothing
         if key is None or not await request.app[ADMISSION].knows(client, key):
             raise
     body = await _body(request, request.app[SETTINGS].max_body)
@@ -44,7 +44,7 @@ async def prepare(request: web.Request) -> web.Response:
 
 
 def _prefix(request: web.Request) -> str:
-    """Return what stands before our paths where the service is a part of an application."""
+    """Return the part of the path before ours, where the service is a part of an application."""
     return request.rel_url.raw_path.removesuffix("/prepare")
 
 
@@ -66,7 +66,7 @@ async def _body(request: web.Request, limit: int) -> bytes:
 
 
 def _with_our_limit(request: web.Request, limit: int) -> web.BaseRequest:
-    """Return the request with our limit of its body: that of the application around us may be any."""
+    """Return the request with our limit of its body; the application around us may have another one."""
     try:
         return request.clone(client_max_size=limit)
     except RuntimeError:  # a middleware of that application has read it already

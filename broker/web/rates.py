@@ -1,7 +1,8 @@
-"""The rate of a client as HTTP tells it: a refusal, and two headers on every answer to a counted request.
+"""The rate limit of a client in HTTP: the refusal, and two headers on every answer to a counted request.
 
 The headers are those of https://datatracker.ietf.org/doc/draft-ietf-httpapi-ratelimit-headers/ (revision 11), both of
-them lists of structured fields (RFC 9651). The draft wants no `Retry-After` that lies before `t`; here they are equal.
+them lists of structured fields (RFC 9651). The draft requires that `Retry-After` is not less than `t`; here they are
+equal.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ if TYPE_CHECKING:
     from broker.store.rates import Rates
 
 RATE_STATUS = web.RequestKey("rate_status", RateStatus)
-"""How the client of a request stands, once the request was counted."""
+"""The state of the client's rate, once the request was counted."""
 
 
 class RateCheck:
-    """The counting of one prepare: alone, or in one round trip with what else it does.
+    """Counts one prepare: with a call of its own, or together with others in one round trip.
 
     Args:
-        request: is told how its client stands.
-        rates: of all clients.
-        client: whose prepare it is.
+        request: stores the state of the rate.
+        rates: counts for all clients.
+        client: the client of the request.
     """
 
     def __init__(self, request: web.Request, rates: Rates, client: str) -> None:
@@ -39,32 +40,32 @@ class RateCheck:
         self._client = client
 
     def check(self) -> None:
-        """Refuse what is sure to be refused.
+        """Refuse a request whose client is known to have reached its limit.
 
         Raises:
-            RateLimited: the client has had its limit.
+            RateLimited: the client has reached its limit.
         """
         status = self._rates.standing_refusal(self._client)
         if status is not None:
             self._note(status)
 
     def call(self) -> Call:
-        """Return what counts it, for `Store.run`; its reply is for `note`."""
+        """Return the call that counts, for `Store.run`; its reply is for `note`."""
         return self._rates.hitting(self._client)
 
     def note(self, reply: Sequence[int]) -> None:
-        """Take the reply of `call`.
+        """Handle the reply of `call`.
 
         Raises:
-            RateLimited: the client has had its limit.
+            RateLimited: the client has reached its limit.
         """
         self._note(self._rates.read(self._client, reply))
 
     async def alone(self) -> None:
-        """Count it by itself.
+        """Count with a call of its own.
 
         Raises:
-            RateLimited: the client has had its limit.
+            RateLimited: the client has reached its limit.
             StoreUnavailable: Redis cannot be reached.
         """
         self._note(await self._rates.hit(self._client))
@@ -76,7 +77,7 @@ class RateCheck:
 
 
 async def add_rate_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """A signal for every response: what was counted is told, whatever became of the request after that."""
+    """Add the rate headers to the response of a counted request, whatever its status. A signal of aiohttp."""
     status = request.get(RATE_STATUS)
     if status is not None:
         response.headers.update(rate_headers(status))

@@ -1,4 +1,4 @@
-"""What lies below the application: connections, and answers to what is no HTTP request and so never reaches it."""
+"""The level below the application: connections, and answers to bytes that are not an HTTP request."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 KEEPALIVE = 75.0
-"""Seconds that a connection may stay open with no request under way, one whose head never comes to its end included."""
+"""Seconds that a connection may be open without a complete request."""
 
 MAX_LINE = 32 * 1024
-"""Bytes of a request line, and of a header. A browser sends the cookies of a host to each of its ports, and on a
-developer's localhost there are many."""
+"""Bytes of a request line, and of a header. A browser sends the cookies of a host to all of its ports, and a
+developer's localhost may have many."""
 
 
 class Runner(web.AppRunner):
     """Serves an application.
 
-    A handler whose client leaves is cancelled, which is not aiohttp's default, and no body is decompressed: we take
-    none that is, and the library trips over a broken one even after it was refused.
+    A handler whose client leaves is cancelled, which is not aiohttp's default. Bodies are not decompressed: we accept
+    no compressed ones, and the library fails on a broken one even after it was refused.
     """
 
     def __init__(self, app: web.Application) -> None:
@@ -49,17 +49,17 @@ class Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
         return _Server(
-            _told_of_expectations(made.request_handler),
+            _answering_expectations(made.request_handler),
             request_factory=made.request_factory,
             handler_cancellation=made.handler_cancellation,
-            **made._kwargs,  # noqa: SLF001 - there is no other way to choose the class of its connections
+            **made._kwargs,  # noqa: SLF001 - the only way to choose the class of its connections
         )
 
 
-def _told_of_expectations(
+def _answering_expectations(
     handler: Callable[[BaseRequest], Awaitable[web.StreamResponse]],
 ) -> Callable[[BaseRequest], Awaitable[web.StreamResponse]]:
-    """Answer an `Expect` that is not supported like any other error: aiohttp refuses it before any middleware."""
+    """Answer an unsupported `Expect` like any other error. Otherwise aiohttp refuses it before any middleware."""
 
     async def handle(request: BaseRequest) -> web.StreamResponse:
         try:
@@ -76,7 +76,7 @@ class _Server(web.Server):
 
 
 class _Connection(web.RequestHandler):
-    """One connection. Of what it cannot read it tells nothing: such bytes may be anything, a key for one."""
+    """One connection. Errors quote nothing of what could not be parsed: it may be anything, such as a key."""
 
     __slots__ = ()
 
@@ -87,7 +87,7 @@ class _Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Answer what could not be read, in the one shape that errors have, and close."""
+        """Answer bytes that could not be parsed in our form of errors, and close."""
         if not isinstance(exc, HttpProcessingError) or request.writer.output_size > 0:
             return super().handle_error(request, status, exc, message)
         too_long = isinstance(exc, LineTooLong)

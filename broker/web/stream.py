@@ -1,4 +1,4 @@
-"""GET /stream/<id>, and the two ways to cancel it."""
+"""GET /stream/<id>, and two ways to cancel a session."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ FORMS: Mapping[str, type[Viewer]] = {"": Viewer, "chunk": Viewer, "token": Token
 """The values of ``events``: in which form a session is told, and who tells it."""
 
 COME_AGAIN_MS = 3000
-"""Milliseconds after which a page comes back to a session that cannot be served now."""
+"""Milliseconds after which a page should reconnect to a session that cannot be served now."""
 
 
 async def stream(request: web.Request) -> web.StreamResponse:
-    """Claim a session, or follow one, as an event stream.
+    """Claim or follow a session, as an event stream.
 
-    A browser's EventSource can read neither the status nor the body of anything but a 200 and gives up on it for
-    good. So a caller who accepts event streams is told of errors by an event, and anybody else by status and JSON.
+    A browser's EventSource can read neither the status nor the body of anything but a 200, and never tries again after
+    one. So callers that accept event streams get errors as an event, and all others get a status and JSON.
     """
     if _is_prefetch(request):
         return _nothing(hdrs.CACHE_CONTROL)
@@ -60,7 +60,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
 
 
 async def cancel(request: web.Request) -> web.Response:
-    """Stop a session. The id is all it takes, so that a page can do it by `sendBeacon` while it unloads."""
+    """Cancel a session. Its id is all that is needed, so that a page can use `sendBeacon` while it unloads."""
     session_id = request.match_info["session_id"]
     if not is_session_id(session_id):
         raise SessionNotFound
@@ -71,7 +71,7 @@ async def cancel(request: web.Request) -> web.Response:
 async def _show(
     request: web.Request, session_id: str, source: Source, cursor: Cursor | None, form: type[Viewer]
 ) -> web.StreamResponse:
-    """Let a viewer follow a session to its end."""
+    """Send a viewer the events of a session up to its end."""
     settings, hub = request.app[SETTINGS], request.app[HUB]
     response = EventStream(send_timeout=settings.send_timeout)
     read_journal = partial(hub.read_journal, session_id)
@@ -87,14 +87,14 @@ async def _refuse(request: web.Request, error: BrokerError, cursor: Cursor | Non
     if may_come_again(error):
         return await _say(request, b"", jitter(COME_AGAIN_MS))
     if isinstance(error, LimitError) and not (isinstance(error, BudgetExceeded) and error.final):
-        # No id and not final: a page that leaves its EventSource open waits its turn.
+        # The event has no id and is not final: a page that leaves its EventSource open reconnects.
         wait = BUDGET_RETRY if isinstance(error, BudgetExceeded) else STREAMS_RETRY
         return await _say(request, refusal_event(error, None, final=False), round(wait * 1000))
     return await _say(request, refusal_event(error, cursor), jitter(request.app[SETTINGS].retry_ms))
 
 
 async def _say(request: web.Request, event: bytes, retry_ms: int) -> web.StreamResponse:
-    """Return a stream of one event, or of none."""
+    """Send a stream of one event, or of none."""
     response = EventStream(send_timeout=request.app[SETTINGS].send_timeout)
     await response.open(request, retry_ms)
     async with response:
@@ -104,7 +104,7 @@ async def _say(request: web.Request, event: bytes, retry_ms: int) -> web.StreamR
 
 
 def _cursor(request: web.Request) -> Cursor | None:
-    """Return the header wins: the query is of the page that was loaded, the header of the line that was lost since."""
+    """Return the cursor of the header, else of the query: the query is as old as the page, the header is newer."""
     return parse_cursor(request.headers.get("Last-Event-ID") or request.query.get("lastEventId", ""))
 
 

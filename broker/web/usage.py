@@ -1,4 +1,4 @@
-"""GET /usage: what the caller has used today, and what is left."""
+"""GET /usage: what the caller has used today, and what is left of its limits."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 async def get_usage(request: web.Request) -> web.Response:
-    """Answer for the caller's own day, UTC."""
+    """Answer with the caller's own day (UTC)."""
     client = await request.app[IDENTIFIER].identify(request)
     day = await request.app[ACCOUNTS].day(client.name)
-    return json_response(told(day, request.app[QUOTAS]))
+    return json_response(day_to_json(day, request.app[QUOTAS]))
 
 
-def told(day: Day, quotas: Quotas) -> dict[str, Any]:
-    """Return a day as JSON: tokens and USD. A limit that is not set is null, and so is what is left of it."""
+def day_to_json(day: Day, quotas: Quotas) -> dict[str, Any]:
+    """Return a day as JSON, in tokens and USD. A limit that is not set is null, and so is what is left of it."""
     tokens = day.prompt + day.completion
     return {
         "day": day.day.isoformat(),

@@ -120,7 +120,7 @@ def test_an_error_that_is_not_final_waits_its_turn() -> None:
     turn.come_back_in(5000)
     turn.take(error(final=False))
     assert turn.waits_for == "No room."
-    assert turn.line_over() == 5.0
+    assert turn.connection_over() == 5.0
     assert (turn.end, turn.waits_for) == (None, "")
 
 
@@ -129,7 +129,7 @@ def test_waiting_has_an_end() -> None:
     for _ in range(MOST_WAITS):
         assert turn.end is None
         turn.take(error(final=False))
-        turn.line_over()
+        turn.connection_over()
     assert turn.end == End(1, "No room.")
 
 
@@ -137,7 +137,7 @@ def test_lines_that_bring_nothing_have_an_end() -> None:
     turn = Turn()
     for _ in range(MOST_BARREN_LINES):
         assert turn.end is None
-        turn.line_over()
+        turn.connection_over()
     assert turn.end is not None
     assert turn.end.status == 1
 
@@ -146,18 +146,18 @@ def test_progress_starts_the_count_anew() -> None:
     turn = Turn()
     for number in range(3 * MOST_BARREN_LINES):
         turn.take(chunk({}, f"1-{number}"))
-        turn.line_over()
+        turn.connection_over()
     assert turn.end is None
 
 
 def test_the_broker_says_when_to_come_back_within_reason() -> None:
     turn = Turn()
-    assert turn.line_over() == 2.0
+    assert turn.connection_over() == 2.0
     turn.come_back_in(250)
-    assert turn.line_over() == 0.25
-    assert turn.line_over() == 0.25
+    assert turn.connection_over() == 0.25
+    assert turn.connection_over() == 0.25
     turn.come_back_in(10**9)
-    assert turn.line_over() == 60.0
+    assert turn.connection_over() == 60.0
 
 
 def test_nothing_more_to_come_ends_the_turn() -> None:

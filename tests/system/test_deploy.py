@@ -31,13 +31,13 @@ def instructions() -> list[tuple[str, str]]:
     return [(keyword, " ".join(rest.split())) for keyword, _, rest in (line.partition(" ") for line in lines)]
 
 
-def told(keyword: str) -> list[str]:
+def rests_of(keyword: str) -> list[str]:
     return [rest for name, rest in instructions() if name == keyword]
 
 
 def only(keyword: str) -> str:
     """What an instruction says that may stand in the final image once."""
-    (rest,) = told(keyword)
+    (rest,) = rests_of(keyword)
     return rest
 
 
@@ -60,7 +60,7 @@ def seconds(duration: str) -> float:
 
 
 def test_what_the_image_copies_exists_and_is_all_that_the_package_is_built_from() -> None:
-    copied = [source for rest in told("COPY") if "--from" not in rest for source in rest.split()[:-1]]
+    copied = [source for rest in rests_of("COPY") if "--from" not in rest for source in rest.split()[:-1]]
     assert all((ROOT / source).exists() for source in copied), copied
     package = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project, wheel = package["project"], package["tool"]["hatch"]["build"]["targets"]["wheel"]
@@ -83,7 +83,7 @@ def test_the_image_runs_as_a_numbered_user_and_is_stopped_by_what_starts_a_drain
 
 
 def test_both_stages_are_of_one_python_that_the_package_runs_on() -> None:
-    bases = {rest.split()[0] for rest in told("FROM")}
+    bases = {rest.split()[0] for rest in rests_of("FROM")}
     assert len(bases) == 1
     found = re.fullmatch(r"python:3\.(\d+)-slim", bases.pop())
     assert found is not None

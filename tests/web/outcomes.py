@@ -43,5 +43,5 @@ async def outcome(broker: Broker, *, chunks: int = 0) -> dict[str, Any]:
     return error
 
 
-def told(error: dict[str, Any], *names: str) -> list[Any]:
+def fields_of(error: dict[str, Any], *names: str) -> list[Any]:
     return [error.get(name) for name in names]

@@ -9,7 +9,7 @@ import pytest
 from tests.broker import Broker, running
 from tests.replies import after_a_chunk, body_of, dripping, plain, refuse, streaming
 from tests.scripted import Call, Reply, ScriptedUpstream, chunk
-from tests.web.outcomes import outcome, told
+from tests.web.outcomes import fields_of, outcome
 
 if TYPE_CHECKING:
     from tests.events import Event
@@ -46,7 +46,7 @@ async def test_an_error_in_the_stream_ends_the_session(
     broker: Broker, upstream: ScriptedUpstream, event: Any, code: str, status: int | None, before: int
 ) -> None:
     upstream.replies = [streaming(*[chunk("Hello")] * before, event, chunk("never seen"), b"[DONE]")]
-    assert told(await outcome(broker, chunks=before), "code", "upstreamStatus") == [code, status]
+    assert fields_of(await outcome(broker, chunks=before), "code", "upstreamStatus") == [code, status]
     assert len(upstream.calls) == 1
 
 
@@ -88,7 +88,7 @@ async def test_an_answer_that_is_no_stream_ends_the_session(
 ) -> None:
     upstream.replies = [body_of(kind, text)]
     data = await outcome(broker)
-    assert told(data, "code", "upstreamStatus") == [code, status]
+    assert fields_of(data, "code", "upstreamStatus") == [code, status]
     assert "nginx" not in data["message"]
     assert len(upstream.calls) == 1
 
@@ -109,7 +109,7 @@ async def test_an_upstream_that_never_answers_runs_into_the_first_timer(
     async with running(valkey_url, upstream, first_data_timeout=0.3) as broker:
         data = await outcome(broker)
         await (await upstream.call()).wait_gone()
-    assert told(data, "code", "retryable", "upstreamStatus") == ["upstream_timeout", True, None]
+    assert fields_of(data, "code", "retryable", "upstreamStatus") == ["upstream_timeout", True, None]
     assert len(upstream.calls) == 1
 
 
@@ -150,7 +150,7 @@ async def test_data_that_keeps_coming_ends_at_the_deadline(
         valkey_url, upstream, deadline=0.6, idle_timeout=0.4, first_data_timeout=0.4
     ) as broker:
         event = await ends_by_timer(broker, upstream, after_a_chunk(), lambda call: call.chunk("x"))
-    assert told(event.json, "code", "retryable") == ["deadline_exceeded", True]
+    assert fields_of(event.json, "code", "retryable") == ["deadline_exceeded", True]
 
 
 async def test_each_try_has_its_own_time_for_the_first_data(
@@ -181,7 +181,7 @@ async def test_an_answer_over_the_limit_is_cut_off(valkey_url: str, upstream: Sc
                 await call.wait_gone()
     assert len(events) > 4
     assert sum(len(event.data) for event in events[:-1]) <= 5000
-    assert told(events[-1].json, "code", "retryable") == ["response_too_large", False]
+    assert fields_of(events[-1].json, "code", "retryable") == ["response_too_large", False]
 
 
 @pytest.mark.parametrize("piece", [b"x" * 20_000, b"data: x\n" * 1000])

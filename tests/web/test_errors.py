@@ -11,7 +11,7 @@ import pytest
 from tests.broker import KEY, Broker, running
 from tests.replies import after_a_chunk, dripping, plain, refuse, streaming
 from tests.scripted import NOTHING, Call, Reply, ScriptedUpstream
-from tests.web.outcomes import outcome, told
+from tests.web.outcomes import fields_of, outcome
 
 AT_ONCE = {"Retry-After": "0"}
 
@@ -46,7 +46,7 @@ async def test_a_refusal_is_told_and_not_tried_again(
 ) -> None:
     upstream.replies = [refuse(status, error, AT_ONCE, secret=KEY)]
     data = await outcome(broker)
-    assert told(data, "code", "retryable", "upstreamStatus") == [code, retryable, status]
+    assert fields_of(data, "code", "retryable", "upstreamStatus") == [code, retryable, status]
     assert len(upstream.calls) == 1
 
 
@@ -137,7 +137,7 @@ async def test_it_is_asked_so_often_and_no_more(
     upstream.replies = [refuse(status, headers=AT_ONCE)]
     async with running(valkey_url, upstream, max_retries=retries) as broker:
         data = await outcome(broker)
-    assert told(data, "code", "retryable", "upstreamStatus") == [code, True, status]
+    assert fields_of(data, "code", "retryable", "upstreamStatus") == [code, True, status]
     assert len(upstream.calls) == 1 + retries
 
 
@@ -164,7 +164,7 @@ async def test_a_long_wait_is_left_to_the_page(
 ) -> None:
     upstream.replies = [refuse(429, error, headers)]
     data = await outcome(broker)
-    assert told(data, "code", "retryAfter", "retryable") == ["upstream_rate_limited", 40, True]
+    assert fields_of(data, "code", "retryAfter", "retryable") == ["upstream_rate_limited", 40, True]
     assert len(upstream.calls) == 1
 
 
@@ -177,7 +177,7 @@ async def test_a_refused_connection_is_tried_again(valkey_url: str) -> None:
             started = loop.time()
             data = await outcome(broker)
             assert loop.time() - started > 0.3 + 0.7  # the two waits between three tries
-    assert told(data, "code", "retryable", "upstreamStatus") == ["upstream_unavailable", True, None]
+    assert fields_of(data, "code", "retryable", "upstreamStatus") == ["upstream_unavailable", True, None]
 
 
 async def test_a_try_is_no_event(broker: Broker, upstream: ScriptedUpstream) -> None:
@@ -195,7 +195,7 @@ async def test_a_line_that_breaks_before_the_answer_is_not_tried_again(
 ) -> None:
     upstream.replies = [breaking]
     data = await outcome(broker)
-    assert told(data, "code", "retryable") == ["upstream_interrupted", True]
+    assert fields_of(data, "code", "retryable") == ["upstream_interrupted", True]
     assert len(upstream.calls) == 1
 
 
@@ -212,7 +212,7 @@ async def test_an_answer_that_ends_without_a_finish_is_interrupted(
     broker: Broker, upstream: ScriptedUpstream, reply: Reply
 ) -> None:
     upstream.replies = [reply]
-    assert told(await outcome(broker, chunks=1), "code", "retryable") == ["upstream_interrupted", True]
+    assert fields_of(await outcome(broker, chunks=1), "code", "retryable") == ["upstream_interrupted", True]
     assert len(upstream.calls) == 1
 
 

@@ -16,7 +16,7 @@ from tests.broker import KEY, Broker, running
 from tests.recordings import LINE_ENDS, RECORDINGS, Recording, with_line_ends
 from tests.replies import plain, refuse, streaming
 from tests.scripted import NOTHING, Call, ScriptedUpstream, chunk
-from tests.web.outcomes import outcome, told
+from tests.web.outcomes import fields_of, outcome
 
 LIMITED = {"code": 429, "message": "Rate limit exceeded"}
 DATES: dict[str, Callable[[float], str]] = {
@@ -169,7 +169,7 @@ async def test_a_numeric_string_inside_the_stream_is_a_status(
     for status, retryable in (("400", False), ("422", False), ("503", True)):
         upstream.replies = [streaming(chunk("Hi"), {"error": {"code": status, "message": "x"}})]
         data = await outcome(broker, chunks=1)
-        assert told(data, "retryable", "upstreamStatus") == [retryable, int(status)]
+        assert fields_of(data, "retryable", "upstreamStatus") == [retryable, int(status)]
 
 
 # The other name of the cap
@@ -239,7 +239,7 @@ async def test_a_cap_refused_under_both_names_is_told(broker: Broker, upstream: 
 
     upstream.replies = [reply]
     data = await outcome(broker)
-    assert told(data, "code", "upstreamStatus", "retryable") == ["upstream_rejected", 400, False]
+    assert fields_of(data, "code", "upstreamStatus", "retryable") == ["upstream_rejected", 400, False]
     assert len(upstream.calls) == 2
 
 
@@ -293,7 +293,7 @@ async def test_an_answer_may_pause_for_six_seconds_behind_its_finish(
         call.done()
         events = await line.rest()
     assert [event.kind for event in events] == ["chunk", "chunk", "chunk", "done"]
-    assert told(events[-1].json, "finishReason", "cost", "estimated") == ["length", 0.5, False]
+    assert fields_of(events[-1].json, "finishReason", "cost", "estimated") == ["length", 0.5, False]
 
 
 class ClosingServer(asyncio.Protocol):
