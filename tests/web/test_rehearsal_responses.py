@@ -10,7 +10,8 @@ import pytest
 
 from broker.core.errors import UpstreamError
 from broker.core.responses_answer import ResponsesAnswer as Reading
-from broker.core.responses_said import Said, said_in_event
+from broker.core.responses_said import said_in_event
+from broker.core.said import Said
 from broker.core.sse import Decoder
 from broker.rehearsal import scripts, text
 from broker.rehearsal.answer import Prices
