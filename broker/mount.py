@@ -77,7 +77,7 @@ def setup(
         SettingsError: a setting that is needed is missing, or cannot be served.
         ValueError: the prefix does not begin with a slash.
     """
-    _check(settings)
+    _check(prefix, settings)
     app.cleanup_ctx.append(partial(_telling, settings, open_door(settings) if identify is None else None))
     mount(app, prefix, settings, identify=identify, on_end=on_end)
 
@@ -92,8 +92,6 @@ def mount(
 ) -> web.Application:
     """Do what `setup` promises, without its checks and warnings; return the part that is the broker's."""
     prefix = prefix.rstrip("/")
-    if prefix and not prefix.startswith("/"):
-        raise ValueError("a prefix begins with a slash")
     part = web.Application() if prefix else app
     add_web(part, settings, prefix=prefix)
     if prefix:
@@ -108,12 +106,15 @@ def mount(
     return part
 
 
-def _check(settings: Settings) -> None:
-    """Check what no setting can tell by itself.
+def _check(prefix: str, settings: Settings) -> None:
+    """Check what no setting can tell by itself, before anything is added to the application.
 
     Raises:
         SettingsError: something that is needed is not set.
+        ValueError: the prefix does not begin with a slash.
     """
+    if prefix and not prefix.startswith("/"):
+        raise ValueError("a prefix begins with a slash")
     asks_openrouter = UpstreamKind("auto", settings.upstream_url).openrouter
     if asks_openrouter and settings.openrouter_api_key is None:
         raise SettingsError("openrouter_api_key must be set, or upstream_url to another service")
@@ -163,7 +164,10 @@ async def _running(
 
 async def _drain_all(app: web.Application) -> None:
     """Let what runs come to its end; all brokers of an application at once, so that it takes no longer for two."""
-    await asyncio.gather(*(_drain(part) for part in app[_PARTS]))
+    ends = await asyncio.gather(*(_drain(part) for part in app[_PARTS]), return_exceptions=True)
+    for end in ends:
+        if isinstance(end, Exception):
+            log.error("draining failed", exc_info=end)  # the application closes all the same
 
 
 async def _drain(part: web.Application) -> None:
