@@ -68,7 +68,7 @@ async def test_the_model_that_is_named_is_asked() -> None:
         assert broker.prepared[0]["model"] == "a/b"
 
 
-async def test_without_a_default_the_first_of_the_list_is_asked() -> None:
+async def test_chat_asks_the_first_model_where_there_is_no_default() -> None:
     async with fake_broker(
         sends(done(1)), prepare=[no_model()], models=[{"id": "a/b"}, {"id": "a/c"}]
     ) as broker:
@@ -92,7 +92,7 @@ async def test_a_model_that_is_refused_is_not_replaced() -> None:
         assert await run("chat", "hi", "--model", "x", "--url", broker.url) == (1, "", told)
 
 
-async def test_a_line_that_breaks_is_taken_up_where_it_was() -> None:
+async def test_chat_resumes_after_a_broken_connection() -> None:
     lines = [
         sends(chunk(1, "one "), chunk(2, "two "), breaks=True),
         sends(chunk(3, "three "), "id: 1-4\nevent: chunk\ndata: half", breaks=True),
@@ -104,18 +104,18 @@ async def test_a_line_that_breaks_is_taken_up_where_it_was() -> None:
         assert broker.cursors == [None, "1-2", "1-4", "1-4"]
 
 
-async def test_a_line_that_ends_early_is_taken_up_too() -> None:
+async def test_chat_resumes_after_a_connection_that_ends_early() -> None:
     async with fake_broker(sends(), sends(chunk(1, "one")), sends(done(2))) as broker:
         assert await run("chat", "hi", "--url", broker.url) == (0, "one\n", FIGURES)
         assert broker.cursors == [None, None, "1-1"]
 
 
-async def test_an_error_ends_it_in_words_after_what_was_there() -> None:
+async def test_an_error_is_printed_after_the_text_before_it() -> None:
     async with fake_broker(sends(chunk(1, "one"), refused("upstream_error", "It failed."))) as broker:
         assert await run("chat", "hi", "--url", broker.url) == (1, "one\n", "broker: It failed.\n")
 
 
-async def test_a_full_broker_is_waited_for_and_said_to_be_once() -> None:
+async def test_chat_waits_for_a_full_broker_and_says_so_once() -> None:
     full = sends(refused("too_many_streams", "Too many.", final=False))
     async with fake_broker(full, full, sends(chunk(1, "one"), done(2))) as broker:
         assert await run("chat", "hi", "--url", broker.url) == (0, "one\n", f"Too many. Waiting.\n{FIGURES}")
@@ -128,7 +128,7 @@ async def test_204_ends_it() -> None:
         assert await run("chat", "hi", "--url", broker.url) == (1, "one\n", told)
 
 
-async def test_a_refusal_of_the_stream_is_told_and_final() -> None:
+async def test_a_refused_stream_is_reported_and_final() -> None:
     body = {"error": {"code": "host_not_allowed", "message": "Not that host."}}
     async with fake_broker(answers(403, body)) as broker:
         assert await run("chat", "hi", "--url", broker.url) == (1, "", "broker: Not that host.\n")
@@ -148,7 +148,7 @@ async def test_thoughts_are_not_for_programs() -> None:
         assert await run("chat", "hi", "--url", broker.url) == (0, "Yes.\n", FIGURES)
 
 
-async def test_on_a_terminal_thoughts_are_dim_and_text_cannot_command_it() -> None:
+async def test_a_terminal_shows_thoughts_dim_and_obeys_no_text() -> None:
     async with fake_broker(sends(chunk(1, "", "Hm."), chunk(2, "Y\x1b[2Jes."), done(3))) as broker:
         ours, theirs = pty.openpty()
         try:
@@ -197,7 +197,7 @@ async def test_a_second_ctrl_c_waits_for_no_broker() -> None:
         assert (process.returncode, err) == (130, b"")
 
 
-async def test_a_cancellation_that_nobody_answers_is_told_of() -> None:
+async def test_a_cancel_without_an_answer_is_reported() -> None:
     async with fake_broker(sends(chunk(1, "one\n"), stays=True), never_cancels=True) as broker:
         process = await start("chat", "hi", "--url", broker.url)
         assert process.stdout is not None
@@ -221,7 +221,7 @@ async def test_a_reader_that_leaves_cancels_the_session() -> None:
         assert broker.asked == ["cancel"]
 
 
-async def test_a_pipe_that_closes_ends_it_without_a_word_and_cancels() -> None:
+async def test_a_closed_pipe_cancels_without_a_message() -> None:
     async with fake_broker(sends(*(chunk(n, "word " * 1000) for n in range(1, 200)), stays=True)) as broker:
         assert await run_shell(f"broker chat hi --url {broker.url} | head -c 4") == (1, "word", "")
         assert broker.asked == ["cancel"]
@@ -241,7 +241,7 @@ async def test_without_an_output_nothing_is_asked() -> None:
         assert broker.prepared == []
 
 
-async def test_without_a_standard_error_its_words_are_not_put_into_the_answer() -> None:
+async def test_a_closed_standard_error_leaves_the_answer_clean() -> None:
     async with fake_broker(sends(chunk(1, "one"), done(2))) as broker:
         assert await run_shell(f"broker chat hi --url {broker.url} 2>&-") == (0, "one\n", "")
 
@@ -251,13 +251,13 @@ async def test_a_full_standard_error_changes_nothing() -> None:
         assert await run_shell(f"broker chat hi --url {broker.url} 2>/dev/full") == (0, "one\n", "")
 
 
-async def test_what_the_output_cannot_show_is_a_question_mark() -> None:
+async def test_characters_that_the_output_lacks_are_question_marks() -> None:
     async with fake_broker(sends(chunk(1, "caf\u00e9"), done(2))) as broker:
         _, out, _ = await run("chat", "hi", "--url", broker.url, env={"PYTHONIOENCODING": "ascii"})
         assert out == "caf?\n"
 
 
-async def test_ctrl_c_before_there_is_a_session_ends_it_without_a_word() -> None:
+async def test_ctrl_c_before_the_session_ends_without_a_message() -> None:
     asked = asyncio.Event()
 
     async def nobody(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -283,7 +283,7 @@ async def test_a_dash_reads_standard_input() -> None:
         assert broker.prepared[0]["messages"][0]["content"] == "from\nthe pipe\n"
 
 
-async def test_text_that_is_none_is_refused_in_one_line() -> None:
+async def test_empty_text_is_refused_in_one_line() -> None:
     told = "broker: standard input is not UTF-8 text.\n"
     assert await run("chat", "-", typed=b"\xff\xfe") == (2, "", told)
     told = "broker: the arguments must be UTF-8 text.\n"
@@ -296,7 +296,7 @@ async def test_text_that_is_too_long_is_refused_and_not_cut() -> None:
     assert await run("chat", "-", typed=b"a" * (16 * 1024 * 1024 + 1)) == (2, "", told)
 
 
-async def test_a_standard_input_that_is_closed_holds_nothing() -> None:
+async def test_a_closed_standard_input_counts_as_empty() -> None:
     assert await run_shell("broker chat - <&-") == (2, "", "broker: there is nothing to say.\n")
 
 
@@ -326,7 +326,7 @@ async def test_a_broker_that_is_not_there_is_one_sentence() -> None:
         *("http://:3000", "http://a b", "http://127.0.0.1:3000?a=b", "http://127.0.0.1:3000/#chat"),
     ],
 )
-async def test_a_url_that_is_none_is_one_sentence(url: str) -> None:
+async def test_an_invalid_url_is_reported_in_one_sentence(url: str) -> None:
     told = f"broker: {url} is not the URL of a broker; one looks like http://127.0.0.1:3000.\n"
     assert await run("chat", "hi", "--url", url) == (1, "", told)
     assert await run("models", "--url", url) == (1, "", told)
@@ -337,7 +337,7 @@ async def test_a_url_with_a_password_is_refused_without_repeating_it() -> None:
     assert await run("chat", "hi", "--url", "http://ann:pass@127.0.0.1:3000") == (1, "", told)
 
 
-async def test_the_token_of_the_environment_is_shown() -> None:
+async def test_the_token_of_the_environment_is_sent() -> None:
     async with fake_broker(sends(done(1)), key="k-1", models=[{"id": "a/b"}]) as broker:
         env = {"BROKER_TOKEN": " k-1\n"}
         assert (await run("chat", "hi", "--url", broker.url, env=env))[0] == 0
@@ -346,7 +346,7 @@ async def test_the_token_of_the_environment_is_shown() -> None:
 
 
 @pytest.mark.parametrize("command", [["chat", "hi"], ["models"]])
-async def test_a_broker_that_asks_who_is_there_is_told_of_with_the_way_in(command: list[str]) -> None:
+async def test_a_401_is_reported_with_the_way_to_identify(command: list[str]) -> None:
     async with fake_broker(key="k-1") as broker:
         told = "broker: This needs an API key or a token. Put it into the environment as BROKER_TOKEN.\n"
         for env in ({}, {"BROKER_TOKEN": ""}):
@@ -357,12 +357,12 @@ async def test_a_broker_that_asks_who_is_there_is_told_of_with_the_way_in(comman
 
 
 @pytest.mark.parametrize("token", ["a b", "a\nb: c", "caf\u00e9"])
-async def test_a_token_that_no_header_can_hold_is_refused_without_repeating_it(token: str) -> None:
+async def test_an_invalid_token_is_refused_without_repeating_it(token: str) -> None:
     told = "broker: BROKER_TOKEN must be visible ASCII characters, no spaces.\n"
     assert await run("chat", "hi", env={"BROKER_TOKEN": token}) == (1, "", told)
 
 
-async def test_a_token_is_no_flag() -> None:
+async def test_a_token_cannot_be_given_as_a_flag() -> None:
     status, out, err = await run("chat", "hi", "--token", "k-1")
     assert (status, out) == (2, "")
     assert "BROKER_TOKEN" in err
@@ -370,18 +370,18 @@ async def test_a_token_is_no_flag() -> None:
 
 
 @pytest.mark.parametrize("command", ["chat", "models"])
-async def test_the_help_tells_of_the_token(command: str) -> None:
+async def test_the_help_mentions_the_token(command: str) -> None:
     status, out, _ = await run(command, "--help")
     assert (status, "BROKER_TOKEN" in out, "--token" in out) == (0, True, False)
 
 
-async def test_a_certificate_of_nobody_is_told_of_as_that(tmp_path: Path) -> None:
+async def test_an_untrusted_certificate_is_reported(tmp_path: Path) -> None:
     async with fake_broker(tls=certified_by_nobody(tmp_path)) as broker:
         told = f"broker: The broker at {broker.url} cannot be reached (its certificate is not trusted).\n"
         assert await run("models", "--url", broker.url) == (1, "", told)
 
 
-async def test_a_broker_without_tls_is_told_of_as_that() -> None:
+async def test_a_broker_without_tls_is_reported() -> None:
     async with fake_broker() as broker:
         url = broker.url.replace("http:", "https:")
         told = f"broker: The broker at {url} cannot be reached (it does not speak TLS).\n"
@@ -415,13 +415,13 @@ async def test_models_asks_the_broker_to_search() -> None:
         assert broker.asked == ["models?q=b c&free=true"]
 
 
-async def test_models_says_when_there_is_none() -> None:
+async def test_models_says_that_there_are_none() -> None:
     async with fake_broker() as broker:
         assert await run("models", "--url", broker.url) == (1, "", "broker: no model matches.\n")
 
 
 @pytest.mark.parametrize("models", [[5], [{}], {"a": 1}, 5])
-async def test_an_odd_list_of_models_is_one_sentence(models: Any) -> None:
+async def test_an_invalid_list_of_models_is_reported_in_one_sentence(models: Any) -> None:
     async with fake_broker(prepare=[no_model()], models=models) as broker:
         told = "broker: What answers there is not a session broker.\n"
         assert await run("chat", "hi", "--url", broker.url) == (1, "", told)

@@ -45,7 +45,7 @@ def test_a_context_is_shown_in_thousands(tokens: Any, shown: str) -> None:
     assert context(tokens) == shown
 
 
-def test_an_entry_is_shown_as_it_is_whatever_it_holds() -> None:
+def test_an_entry_is_shown_unchanged_whatever_it_holds() -> None:
     entries: list[dict[str, Any]] = [
         {
             "id": "a/b",
@@ -66,7 +66,7 @@ LONG_ID = "rehearsal/a-model-with-a-very-long-name-that-goes-on-and-on:free"
 
 
 @pytest.mark.parametrize("columns", [20, 40, 80, 300])
-async def test_an_id_is_whole_and_a_rehearsal_says_what_it_does_however_narrow_the_terminal(
+async def test_a_narrow_terminal_shows_whole_ids_and_descriptions(
     columns: int,
 ) -> None:
     does = "Waits five seconds, then says one sentence."
@@ -80,7 +80,7 @@ async def test_an_id_is_whole_and_a_rehearsal_says_what_it_does_however_narrow_t
     assert does in piped
 
 
-async def test_what_other_services_say_of_a_model_is_left_out() -> None:
+async def test_fields_of_other_services_are_left_out() -> None:
     entry = {"id": "a/b", "name": "The model", "description": "Paragraphs of praise."}
     async with fake_broker(models=[entry]) as broker:
         _, out, _ = await run("models", "--url", broker.url)
@@ -132,7 +132,7 @@ async def test_a_table_that_nobody_takes_ends_as_an_answer_does() -> None:
         assert len(broker.asked) == asked
 
 
-async def test_a_list_without_a_match_is_told_in_one_line() -> None:
+async def test_a_list_without_a_match_is_reported_in_one_line() -> None:
     async with fake_broker() as broker:
         assert await run("models", "x", "--free", "--url", broker.url) == (
             1,

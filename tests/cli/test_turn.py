@@ -89,17 +89,17 @@ def test_done_ends_the_turn_with_its_figures() -> None:
         ({"usage": {}}, "? + ? tokens · $0.00123"),
     ],
 )
-def test_what_is_not_known_of_the_end_is_not_invented(data: dict[str, Any], told: str) -> None:
+def test_unknown_facts_of_the_end_are_left_out(data: dict[str, Any], told: str) -> None:
     assert note_of(done(**data)) == told
 
 
-def test_an_answer_that_somebody_else_cancelled_is_no_success() -> None:
+def test_a_cancel_by_somebody_else_is_not_a_success() -> None:
     turn = Turn()
     turn.take(done(finishReason="cancelled"))
     assert turn.end == End(1, "The answer was cancelled.")
 
 
-def test_a_final_error_ends_the_turn_in_its_words() -> None:
+def test_a_final_error_ends_the_turn_with_its_message() -> None:
     turn = Turn()
     turn.take(error(final=True, message="Refused."))
     assert turn.end == End(1, "Refused.")
@@ -124,7 +124,7 @@ def test_an_error_that_is_not_final_waits_its_turn() -> None:
     assert (turn.end, turn.waits_for) == (None, "")
 
 
-def test_waiting_has_an_end() -> None:
+def test_waits_are_limited() -> None:
     turn = Turn()
     for _ in range(MOST_WAITS):
         assert turn.end is None
@@ -133,7 +133,7 @@ def test_waiting_has_an_end() -> None:
     assert turn.end == End(1, "No room.")
 
 
-def test_lines_that_bring_nothing_have_an_end() -> None:
+def test_connections_without_events_are_limited() -> None:
     turn = Turn()
     for _ in range(MOST_BARREN_LINES):
         assert turn.end is None
@@ -142,7 +142,7 @@ def test_lines_that_bring_nothing_have_an_end() -> None:
     assert turn.end.status == 1
 
 
-def test_progress_starts_the_count_anew() -> None:
+def test_progress_resets_the_count() -> None:
     turn = Turn()
     for number in range(3 * MOST_BARREN_LINES):
         turn.take(chunk({}, f"1-{number}"))

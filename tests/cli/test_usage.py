@@ -94,7 +94,7 @@ def rows(found: subprocess.CompletedProcess[str]) -> Any:
     return json.loads(found.stdout)
 
 
-async def test_the_books_by_client(tmp_path: Path, valkey_url: str, day: str) -> None:
+async def test_the_ledger_is_summed_by_client(tmp_path: Path, valkey_url: str, day: str) -> None:
     zeros = dict.fromkeys(METRICS, 0)
     ann = {"requests": 2, "prompt": 1010, "completion": 205, "cached": 300, "reasoning": 40, "cost": 0.0025}
     assert rows(run(tmp_path, valkey_url, "--json")) == {
@@ -115,7 +115,7 @@ async def test_the_books_by_client(tmp_path: Path, valkey_url: str, day: str) ->
     }
 
 
-async def test_the_books_by_model(tmp_path: Path, valkey_url: str, day: str) -> None:
+async def test_the_ledger_is_summed_by_model(tmp_path: Path, valkey_url: str, day: str) -> None:
     found = rows(run(tmp_path, valkey_url, "--by", "model", "--day", day, "--json"))
     assert [(row["model"], row["requests"], row["cost"]) for row in found["rows"]] == [
         ("a/one", 3, 0.0095),
@@ -138,9 +138,7 @@ ANN = ["key:ann", "2", "1,010", "205", "300", "40", "0.002500+?", "50%", "1", "0
 BOB = ["key:bob", "2", "1", "2", "0", "0", "0.007000", "0%", "0", "2"]
 
 
-async def test_the_table_has_the_same_and_a_line_for_each_row(
-    tmp_path: Path, valkey_url: str, day: str
-) -> None:
+async def test_the_table_has_one_line_for_each_row(tmp_path: Path, valkey_url: str, day: str) -> None:
     found = run(tmp_path, valkey_url)
     assert (found.returncode, found.stderr) == (0, "")
     title, *lines = found.stdout.splitlines()
@@ -148,14 +146,14 @@ async def test_the_table_has_the_same_and_a_line_for_each_row(
     assert [line.split() for line in lines] == [["client", *HEADINGS], BOB, ANN]
 
 
-async def test_no_figure_and_no_name_is_cut_or_folded_on_a_narrow_terminal(
+async def test_a_narrow_terminal_shows_whole_figures_and_names(
     tmp_path: Path, valkey_url: str, day: str
 ) -> None:
     _, *lines = on_a_terminal(tmp_path, valkey_url, columns=40)
     assert [line.split() for line in lines] == [["client", *HEADINGS], BOB, ANN]
 
 
-async def test_a_name_is_shown_as_it_is_and_on_one_line(
+async def test_a_name_is_shown_unchanged_on_one_line(
     tmp_path: Path, valkey_url: str, accounts: AccountStore
 ) -> None:
     await book(accounts, "1", "key:ann", "[red]a/one[/red] :smile:\n\x1b[2J", Usage(1, 1, cost=0))
@@ -172,7 +170,7 @@ async def test_a_day_without_use_is_empty(tmp_path: Path, valkey_url: str, day: 
     assert run(tmp_path, valkey_url, "--day", "2020-02-29").returncode == 0
 
 
-async def test_the_books_are_kept_for_thirty_five_days(store: Store, day: str) -> None:
+async def test_the_ledger_is_stored_for_thirty_five_days(store: Store, day: str) -> None:
     keys: Any = await store.redis.keys("*:books:*")
     [key] = keys
     assert key.decode().endswith(day)
@@ -180,27 +178,27 @@ async def test_the_books_are_kept_for_thirty_five_days(store: Store, day: str) -
 
 
 @pytest.mark.parametrize("day", ["yesterday", "2026-13-01", "20", ""])
-def test_a_day_that_is_none_is_refused_in_one_line(tmp_path: Path, valkey_url: str, day: str) -> None:
+def test_an_invalid_day_is_refused_in_one_line(tmp_path: Path, valkey_url: str, day: str) -> None:
     found = run(tmp_path, valkey_url, "--day", day)
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr.count("\n") == 1
     assert "--day" in found.stderr
 
 
-def test_without_a_redis_there_are_no_books(tmp_path: Path) -> None:
+def test_without_a_redis_there_is_no_ledger(tmp_path: Path) -> None:
     found = run(tmp_path, "")
     assert (found.returncode, found.stdout) == (2, "")
     assert "REDIS_URL" in found.stderr
 
 
-def test_a_redis_that_is_away_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_redis_that_is_away_is_reported_in_one_line(tmp_path: Path) -> None:
     found = run(tmp_path, f"redis://127.0.0.1:{free_port()}/0")
     assert (found.returncode, found.stdout) == (1, "")
     assert found.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("url", ["redis+sentinel://x/y", "redis+cluster://x/0"])
-def test_a_redis_that_is_not_served_yet_is_told_in_one_line(tmp_path: Path, url: str) -> None:
+def test_an_unsupported_redis_is_reported_in_one_line(tmp_path: Path, url: str) -> None:
     found = run(tmp_path, url)
     told = "broker: REDIS_URL must be redis://, rediss:// or unix:// in this release\n"
     assert (found.returncode, found.stdout, found.stderr) == (2, "", told)
@@ -214,7 +212,7 @@ async def test_a_redis_that_refuses_leaves_standard_output_alone(tmp_path: Path,
 
 
 @pytest.mark.parametrize("flag", ["", "--json"])
-async def test_a_full_disk_is_told_in_one_line(valkey_url: str, day: str, flag: str) -> None:
+async def test_a_full_disk_is_reported_in_one_line(valkey_url: str, day: str, flag: str) -> None:
     told = "broker: standard output cannot be written (no space left on device).\n"
     assert await run_shell(f"REDIS_URL={valkey_url} broker usage {flag} >/dev/full") == (1, "", told)
 

@@ -35,5 +35,5 @@ def test_a_complaint_goes_to_standard_error_with_its_status(capsys: pytest.Captu
         (float("nan"), "No."),
     ],
 )
-def test_how_long_to_wait_is_told_where_it_is_known(seconds: object, told: str) -> None:
+def test_a_known_wait_is_part_of_the_sentence(seconds: object, told: str) -> None:
     assert after("No.", seconds) == told

@@ -60,12 +60,12 @@ def test_a_chunk_passes_as_it_came(data: bytes) -> None:
     assert ChatAnswer().read(data) == data
 
 
-def test_bytes_that_are_no_utf8_pass_as_the_event_stream_format_decodes_them() -> None:
+def test_invalid_utf8_is_decoded_as_event_streams_decode_it() -> None:
     assert ChatAnswer().read(b'{"a": "\xff"}') == '{"a": "\ufffd"}'.encode()
 
 
 @pytest.mark.parametrize("data", [b"", b" ", b"\n", b"null", b" null ", b"[DONE]", b"[DONE] ", b'"[DONE]"'])
-def test_what_is_no_chunk_is_not_relayed(data: bytes) -> None:
+def test_data_that_is_not_a_chunk_is_not_relayed(data: bytes) -> None:
     assert ChatAnswer().read(data) is None
 
 
@@ -73,7 +73,7 @@ def test_what_is_no_chunk_is_not_relayed(data: bytes) -> None:
     "data",
     [b"[]", b"1", b'"x"', b"{", b"{}x", b'{"a": NaN}', b'{"a": Infinity}', b"[DONE", b"<html>"],
 )
-def test_what_is_no_json_object_is_invalid(data: bytes) -> None:
+def test_data_that_is_not_a_json_object_is_invalid(data: bytes) -> None:
     with pytest.raises(UpstreamInvalid):
         ChatAnswer().read(data)
 
@@ -97,7 +97,7 @@ def test_nothing_after_done_is_relayed_or_believed() -> None:
     assert answer.usage is None
 
 
-def test_the_first_names_stay_and_the_last_reason_is_told() -> None:
+def test_the_first_names_and_the_last_reason_count() -> None:
     answer = read(
         {
             "id": "gen-1",
@@ -117,7 +117,7 @@ def test_the_first_names_stay_and_the_last_reason_is_told() -> None:
     assert (answer.finish_reason, answer.native_finish_reason) == ("stop", "x")
 
 
-def test_an_empty_reason_is_none() -> None:
+def test_an_empty_reason_counts_as_none() -> None:
     answer = read(
         {"choices": [choice("", content="a")]}, {"choices": [choice("length")]}, {"choices": [choice("")]}
     )
@@ -196,7 +196,7 @@ def test_content_takes_a_finish_reason_back(more: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "more", [{}, {"content": ""}, {"role": "assistant", "content": None}, {"annotations": ["x"]}]
 )
-def test_what_is_no_content_does_not(more: dict[str, Any]) -> None:
+def test_a_chunk_without_content_keeps_the_finish_reason(more: dict[str, Any]) -> None:
     assert read(STOP, {"choices": [choice(**more)]}).finished
 
 
@@ -216,7 +216,7 @@ def test_a_body_that_ends_without_any_reason_is_not_whole() -> None:
         b"[]",
     ],
 )
-def test_what_fails_after_the_finish_is_of_no_interest(late: bytes) -> None:
+def test_a_failure_after_the_finish_is_ignored(late: bytes) -> None:
     answer = read(TEXT, {"choices": [choice("length")]}, {"choices": [choice("length")]})
     assert answer.read(late) is None
     assert (answer.finished, answer.over, answer.finish_reason) == (True, True, "length")
@@ -244,7 +244,7 @@ def test_an_event_named_error_is_one(data: bytes) -> None:
     assert caught.value.message == "no"
 
 
-def test_a_completion_is_told_as_one_chunk() -> None:
+def test_a_completion_is_relayed_as_one_chunk() -> None:
     message = {"role": "assistant", "content": "abc", "tool_calls": []}
     answer = ChatAnswer()
     told = answer.read_whole(
@@ -270,7 +270,7 @@ def test_usage_beside_an_error_is_kept() -> None:
     assert answer.usage == {"cost": 0.1}
 
 
-def test_what_a_model_writes_is_counted_in_bytes_of_utf8() -> None:
+def test_text_is_counted_in_bytes_of_utf8() -> None:
     call = {"index": 0, "id": "call_1", "function": {"name": "abc", "arguments": '{"a":1}'}}
     answer = read(
         {"choices": [choice(role="assistant", content="abc")]},
@@ -337,7 +337,7 @@ def test_every_string_that_a_model_writes_counts_once(delta: Any, size: int, med
     assert (answer.text_bytes, answer.media) == (size, media)
 
 
-def test_a_message_beside_deltas_is_the_answer_so_far_and_not_more_of_it() -> None:
+def test_a_message_beside_deltas_is_not_counted_again() -> None:
     answer = read(
         {"choices": [choice(content="ab") | {"message": {"content": "ab"}}]},
         {"choices": [choice(content="cd") | {"message": {"content": "abcd"}}]},
@@ -396,16 +396,16 @@ def test_an_error_chunk_of_any_shape_is_an_error(
 
 
 @pytest.mark.parametrize("error", [None, "", False, 0, {}, [], {"message": "", "code": None}])
-def test_an_empty_error_is_none(error: object) -> None:
+def test_an_empty_error_counts_as_none(error: object) -> None:
     for chunk in ({"error": error}, {"error_message": error}, {"choices": [choice() | {"error": error}]}):
         assert ChatAnswer().read(json.dumps(chunk).encode()) is not None
 
 
-def test_a_base_resp_of_zero_is_none() -> None:
+def test_a_base_resp_of_zero_is_not_an_error() -> None:
     assert ChatAnswer().read(b'{"base_resp": {"status_code": 0, "status_msg": "ok"}}') is not None
 
 
-def test_an_error_of_half_characters_and_absurd_numbers_can_still_be_told() -> None:
+def test_an_error_with_odd_text_and_numbers_can_be_written() -> None:
     error = fault(
         b'{"error": {"message": "cut \\ud83d", "code": 123456789012345678901234567890,'
         b' "availability": {"retry_after": 1%b}}}' % (b"0" * 400)
@@ -415,7 +415,7 @@ def test_an_error_of_half_characters_and_absurd_numbers_can_still_be_told() -> N
     assert error.retry_after is None
 
 
-def test_a_chunk_of_half_characters_is_known_by_names_that_can_be_written() -> None:
+def test_names_with_half_characters_can_be_written() -> None:
     answer = read(b'{"model": "a\\ud83d", "usage": {"\\ud83d": 123456789012345678901234567890}}')
     assert answer.model == "a?"
     assert json.dumps(answer.usage).encode()
@@ -465,12 +465,12 @@ def test_an_error_in_a_list_of_one_is_read() -> None:
 
 
 @pytest.mark.parametrize("data", [b"[]", b"[{}]", b'[{"choices":[]}]', b'[{"error":{"code":1}},{}]'])
-def test_any_other_list_is_no_chunk(data: bytes) -> None:
+def test_any_other_list_is_not_a_chunk(data: bytes) -> None:
     with pytest.raises(UpstreamInvalid):
         ChatAnswer().read(data)
 
 
-def test_a_completion_whose_usage_cannot_be_written_is_relayed_without_it() -> None:
+def test_a_completion_is_relayed_without_an_unwritable_usage() -> None:
     deep: dict[str, Any] = {}
     for _ in range(300):
         deep = {"a": deep}

@@ -69,7 +69,7 @@ def samples(client: str, *values: float) -> list[Sample]:
 # Which prompts teach
 
 
-def test_a_prompt_of_text_teaches_what_it_measures() -> None:
+def test_a_prompt_of_text_gives_a_sample() -> None:
     talk = [say("Be terse", "system"), say("é" * 50), say([{"type": "text", "text": "x" * 30}])]
     assert calibration_sample(*talk) == Size(8 + 100 + 30, PROMPT_TOKENS + 3 * MESSAGE_TOKENS)
 
@@ -79,7 +79,7 @@ def test_only_what_is_sent_counts() -> None:
     assert calibration_sample(old, say("z" * 300, "assistant"), new, most=400) == calibration_sample(new)
 
 
-def test_calls_of_functions_teach() -> None:
+def test_function_calls_give_a_sample() -> None:
     tools = [{"type": "function", "function": {"name": "f", "description": "x" * 300}}]
     talk = [say("Hi"), say(None, "assistant", tool_calls=[CALL]), say("x" * 90, "tool", tool_call_id="c")]
     whole = [measure_frame({"tools": tools}), *map(measure_message, talk)]
@@ -89,7 +89,7 @@ def test_calls_of_functions_teach() -> None:
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "video_url"])
-def test_what_is_no_text_teaches_nothing(kind: str) -> None:
+def test_contents_other_than_text_give_no_sample(kind: str) -> None:
     assert calibration_sample(say("x" * 900), say([{"type": "text", "text": "x"}, {"type": kind}])) is None
 
 
@@ -104,7 +104,7 @@ def test_what_is_no_text_teaches_nothing(kind: str) -> None:
     ],
     ids=str,
 )
-def test_what_only_some_models_read_again_teaches_nothing(more: dict[str, Any]) -> None:
+def test_contents_that_only_some_models_read_give_no_sample(more: dict[str, Any]) -> None:
     assert calibration_sample(say("Hi"), say("Hello", "assistant", **more), say("x" * 900)) is None
     assert (
         calibration_sample(say("Hi"), say("Hello", "assistant", **dict.fromkeys(more)), say("x" * 900))
@@ -125,11 +125,11 @@ def test_what_only_some_models_read_again_teaches_nothing(more: dict[str, Any]) 
     ],
     ids=str,
 )
-def test_a_prompt_that_is_changed_on_its_way_teaches_nothing(parameters: dict[str, Any]) -> None:
+def test_a_prompt_that_is_changed_on_its_way_gives_no_sample(parameters: dict[str, Any]) -> None:
     assert calibration_sample(say("x" * 900), **parameters) is None
 
 
-def test_what_changes_nothing_does_not_keep_a_prompt_from_teaching() -> None:
+def test_parameters_that_change_nothing_allow_a_sample() -> None:
     nothing: dict[str, Any] = {"plugins": [], "transforms": [], "tools": []}
     assert calibration_sample(say("x" * 900), temperature=1, **nothing) == calibration_sample(say("x" * 900))
 
@@ -137,7 +137,7 @@ def test_what_changes_nothing_does_not_keep_a_prompt_from_teaching() -> None:
 # What an answer teaches
 
 
-def test_the_density_is_text_by_what_of_the_bill_is_text() -> None:
+def test_a_sample_is_text_bytes_by_billed_text_tokens() -> None:
     assert learned(2007) == Sample("a/b", "me", 4.0)
     assert learned(1007, Size(1500, 14)) == Sample("a/b", "me", 1.5)
 
@@ -150,28 +150,28 @@ def test_a_sample_keeps_to_the_bounds(tokens: int, density: float) -> None:
 
 
 @pytest.mark.parametrize("tokens", [None, "2000", 2000.5, True, 0, -5, [], 1])
-def test_a_bill_that_tells_no_tokens_teaches_nothing(tokens: object) -> None:
+def test_a_usage_without_tokens_gives_no_sample(tokens: object) -> None:
     assert learned(tokens) is None
 
 
-def test_no_bill_and_no_measure_teach_nothing() -> None:
+def test_a_missing_usage_or_size_gives_no_sample() -> None:
     assert sample_of(model="a/b", answered=None, client="me", size=LONG, usage=None) is None
     assert sample_of(model="a/b", answered=None, client="me", size=LONG, usage={}) is None
     assert learned(2000, None) is None
 
 
-def test_a_short_prompt_teaches_nothing() -> None:
+def test_a_short_prompt_gives_no_sample() -> None:
     assert learned(100, Size(199, 14)) is None
     assert learned(100, Size(200, 14)) is not None
 
 
-def test_a_prompt_of_many_short_messages_teaches_nothing() -> None:
+def test_a_prompt_of_many_short_messages_gives_no_sample() -> None:
     twenty = PROMPT_TOKENS + 20 * MESSAGE_TOKENS
     assert learned(4 * twenty - 1, Size(1200, twenty)) is None
     assert learned(4 * twenty, Size(1200, twenty)) is not None
 
 
-def test_tools_teach_only_in_a_long_prompt() -> None:
+def test_tools_give_a_sample_only_in_a_long_prompt() -> None:
     flat = PROMPT_TOKENS + MESSAGE_TOKENS + TOOLS_TOKENS
     assert learned(1000, Size(3000, flat)) is None
     assert learned(2000, Size(6000, flat)) is not None
@@ -191,7 +191,7 @@ def test_tools_teach_only_in_a_long_prompt() -> None:
         ("a/b:Online", "a/b", False),
     ],
 )
-def test_another_model_or_a_search_teaches_nothing(
+def test_another_model_or_a_search_gives_no_sample(
     asked: str, answered: str | None, teaches_something: bool
 ) -> None:
     found = learned(2007, model=asked, answered=answered)
@@ -201,7 +201,7 @@ def test_another_model_or_a_search_teaches_nothing(
 @pytest.mark.parametrize(
     ("model", "plain"), [("a/b", "a/b"), ("a/b:free", "a/b"), ("a/b:free:nitro", "a/b"), (":x", ":x")]
 )
-def test_a_variant_teaches_for_its_model(model: str, plain: str) -> None:
+def test_a_variant_gives_a_sample_of_its_model(model: str, plain: str) -> None:
     assert without_variant(model) == plain
     found = learned(2007, model=model)
     assert found is not None
@@ -216,7 +216,7 @@ def test_too_few_samples_say_nothing() -> None:
     assert estimate(samples("me", *[5.0] * (ENOUGH - 1))) is None
 
 
-def test_a_low_density_is_believed_at_once_and_a_high_one_step_by_step() -> None:
+def test_low_values_are_trusted_at_once_and_high_ones_in_steps() -> None:
     assert estimate(samples("me", *[1.5] * ENOUGH)) == pytest.approx(1.5)
     steps = [estimate(samples("me", *[6.0] * count)) or 0 for count in range(ENOUGH, SURE + 1)]
     assert steps == sorted(steps)
@@ -224,7 +224,7 @@ def test_a_low_density_is_believed_at_once_and_a_high_one_step_by_step() -> None
     assert steps[-1] == pytest.approx(6.0)
 
 
-def test_two_who_contradict_each_other_leave_it_to_the_default() -> None:
+def test_two_contradicting_estimates_give_the_default() -> None:
     assert estimate(samples("one", *[2.0] * 12) + samples("two", *[5.0] * 12)) == DEFAULT_BYTES_PER_TOKEN
     assert estimate(samples("one", *[4.0] * 12) + samples("two", *[6.0] * 12)) == 4
     assert estimate(samples("one", *[1.6] * 12) + samples("two", *[2.4] * 12)) == pytest.approx(2.4)
@@ -232,16 +232,16 @@ def test_two_who_contradict_each_other_leave_it_to_the_default() -> None:
 
 @pytest.mark.parametrize("odd", [1.0, 8.0])
 @pytest.mark.parametrize("truth", [1.5, 2.0, 3.0, 4.0, 5.0, 6.0])
-def test_of_two_the_one_that_no_language_explains_is_not_heard(truth: float, odd: float) -> None:
+def test_an_unlikely_estimate_of_two_is_left_out(truth: float, odd: float) -> None:
     assert estimate(samples("me", *[truth] * 20) + samples("odd", *[odd] * 24)) == pytest.approx(truth)
 
 
-def test_a_model_unlike_all_others_is_believed_where_nobody_contradicts() -> None:
+def test_an_unusual_model_is_trusted_without_contradiction() -> None:
     assert estimate(samples("me", *[1.1] * 20)) == pytest.approx(1.1)
     assert estimate(samples("me", *[7.5] * 20) + samples("you", *[7.4] * 20)) == pytest.approx(7.45, rel=0.01)
 
 
-def test_clients_of_few_words_speak_with_one_voice() -> None:
+def test_clients_with_few_samples_make_one_estimate() -> None:
     many = [sample for number in range(20) for sample in samples(f"c{number}", 4.0 + number / 100)]
     assert estimate(many) == pytest.approx(4.1, rel=0.01)
     assert estimate([*many, *samples("odd", *[1.0] * 24)]) == pytest.approx(4.1, rel=0.01)
@@ -250,12 +250,12 @@ def test_clients_of_few_words_speak_with_one_voice() -> None:
     )
 
 
-def test_one_stranger_is_not_enough_to_be_heard_against_one_who_has_said_much() -> None:
+def test_one_sample_does_not_contradict_many_of_one_client() -> None:
     assert estimate(samples("me", *[4.0] * 20) + samples("new", 2.0, 2.0, 2.0)) == pytest.approx(4.0)
 
 
 @given(st.lists(DENSITY))
-def test_an_estimate_keeps_to_what_was_said_and_the_default(values: list[float]) -> None:
+def test_a_result_lies_between_the_samples_and_the_default(values: list[float]) -> None:
     found = estimate(samples("me", *values))
     assert (found is None) == (len(values) < ENOUGH)
     if found is not None:
@@ -263,7 +263,7 @@ def test_an_estimate_keeps_to_what_was_said_and_the_default(values: list[float])
 
 
 @given(st.permutations(samples("a", 4, 4, 5, 5) + samples("b", *[2.0] * 5) + samples("c", 3, 6, 6)))
-def test_the_order_of_samples_says_nothing(shuffled: list[Sample]) -> None:
+def test_the_order_of_samples_does_not_matter(shuffled: list[Sample]) -> None:
     assert estimate(shuffled) == estimate(sorted(shuffled))
 
 
@@ -289,7 +289,7 @@ def test_one_odd_answer_stays_between_its_neighbours(
     st.lists(st.lists(HONEST, min_size=SURE // 2, max_size=24), min_size=2, max_size=6),
     st.lists(DENSITY, min_size=1, max_size=300),
 )
-def test_one_odd_client_among_several_stays_between_their_voices(
+def test_one_odd_client_stays_within_the_other_estimates(
     clients: list[list[float]], odd: list[float]
 ) -> None:
     honest = [sample for number, values in enumerate(clients) for sample in samples(f"c{number}", *values)]
@@ -300,9 +300,7 @@ def test_one_odd_client_among_several_stays_between_their_voices(
 
 
 @given(HONEST, st.lists(DENSITY, min_size=1, max_size=300))
-def test_one_odd_client_against_one_never_moves_the_estimate_beyond_the_default(
-    honest: float, odd: list[float]
-) -> None:
+def test_one_odd_client_of_two_cannot_pass_the_default(honest: float, odd: list[float]) -> None:
     found = estimate(samples("me", *[honest] * SURE) + samples("odd", *odd))
     assert found is not None
     room = 1 + (AGREEMENT - 1) / 2 + 1e-9
@@ -363,7 +361,7 @@ def ask(model: Model, clients: Sequence[int]) -> list[Sample]:
     ],
     ids=str,
 )
-def test_twenty_answers_are_enough_whoever_asks(clients: list[int], truth: float) -> None:
+def test_twenty_answers_are_enough_from_any_clients(clients: list[int], truth: float) -> None:
     errors = sorted(
         model.error(estimate(ask(model, clients))) for model in (Model(truth, seed) for seed in range(200))
     )
@@ -382,7 +380,7 @@ def test_one_odd_client_among_several_does_not_count(clients: list[int], odd: fl
     assert sorted(errors)[94] < 0.13
 
 
-def test_what_was_learned_estimates_the_next_prompt() -> None:
+def test_the_result_estimates_the_next_prompt() -> None:
     learning = [learned(round(1000 / 4.5) + 7, Size(1000, 14)) for _ in range(20)]
     density = estimate([sample for sample in learning if sample is not None]) or 0
     for size in (300, 1000, 30_000):

@@ -197,7 +197,7 @@ def test_a_null_parameter_is_as_good_as_none(name: str) -> None:
         ("prediction", {"type": "content", "content": [{"type": "image_url"}]}, ".content.0.type"),
     ],
 )
-def test_values_out_of_bounds_are_refused_where_they_stand(name: str, value: Any, field: str) -> None:
+def test_values_out_of_range_are_refused_at_their_place(name: str, value: Any, field: str) -> None:
     assert fields(chat(**{name: value}))[0] == name + field
 
 
@@ -225,7 +225,7 @@ CLOSED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", CLOSED)
-def test_what_would_raise_cost_or_reach_is_refused_by_name(name: str) -> None:
+def test_parameters_that_raise_cost_or_reach_are_refused(name: str) -> None:
     assert fields(chat(**{name: CLOSED[name]}))[0].split(".")[0] == name
     assert fields(chat(**{name: CLOSED[name]}), rules("x" + name))[0].split(".")[0] == name
 
@@ -259,7 +259,7 @@ def test_an_opened_parameter_that_the_broker_reads_must_be_readable(
     assert fields(chat(**{name: value}), rules("*")) == [name + field]
 
 
-def test_opened_and_other_faults_are_told_together() -> None:
+def test_opened_and_other_faults_are_reported_together() -> None:
     assert fields(chat(temperature=3, plugins=1, frobnicate=1), rules("plugins")) == [
         "temperature",
         "frobnicate",
@@ -288,9 +288,7 @@ def test_models_that_search_the_web_are_refused_unless_opened(model: str) -> Non
         (":batch", "x/y@preset/z:batch"),
     ],
 )
-def test_forms_of_a_model_that_bring_more_than_the_model_are_refused_unless_opened(
-    form: str, model: str
-) -> None:
+def test_special_forms_of_a_model_are_refused_unless_opened(form: str, model: str) -> None:
     others = tuple(name for name in (":online", ":batch", "@preset") if name != form)
     narrow = rules(*others, models=("x/*", "X/*", "@preset/*", "a/b"))
     assert fields({**chat(), "model": model}, narrow) == ["model"]
@@ -306,7 +304,7 @@ def test_an_opened_form_still_has_to_pass_the_allowed_models() -> None:
             parse_chat(document, opened)
 
 
-def test_effort_may_be_told_twice_but_not_in_two_ways() -> None:
+def test_two_efforts_must_be_equal() -> None:
     for told in ({"effort": "low"}, {"effort": None}, {"max_tokens": 100}, {"enabled": False}):
         accept(chat(reasoning=told, reasoning_effort="low"))
     assert fields(chat(reasoning={"effort": "high"}, reasoning_effort="low")) == ["reasoning_effort"]
@@ -368,7 +366,7 @@ def test_globs_open_no_object_of_very_many_keys(glob: str) -> None:
         assert time.perf_counter() - started < 0.2
 
 
-def test_a_dotted_name_opens_no_documented_range_and_hides_no_other_fault() -> None:
+def test_a_dotted_name_opens_only_unknown_keys() -> None:
     opened = rules("messages.*", "stream_options.*", "reasoning.effort", "messages.content.x")
     assert fields(chat(reasoning={"effort": "huge"}), opened) == ["reasoning.effort"]
     assert fields(chat({"role": "user", "content": 7}), opened) == ["messages.0.content"]
@@ -392,9 +390,7 @@ def test_the_message_names_the_first_field_that_is_wrong() -> None:
     "address", ["http://169.254.169.254/latest", "https://example.com/a.png", "HTTPS://x/y"]
 )
 @pytest.mark.parametrize("role", ["user", "assistant"])
-def test_pictures_that_a_server_would_have_to_fetch_are_refused_where_it_is_not_openrouter(
-    role: str, address: str
-) -> None:
+def test_only_openrouter_gets_pictures_by_address(role: str, address: str) -> None:
     part = {"type": "image_url", "image_url": {"url": address}}
     data = {"type": "image_url", "image_url": {"url": "Data:image/png;base64,AA"}}
     request = accept(chat({"role": role, "content": [data, part]}))
@@ -406,7 +402,7 @@ def test_pictures_that_a_server_would_have_to_fetch_are_refused_where_it_is_not_
     refuse_fetched_images(accept(chat({"role": role, "content": [data]})).image_addresses(), ())
 
 
-def test_a_picture_that_a_model_made_is_looked_at_too() -> None:
+def test_pictures_of_the_model_are_checked_too() -> None:
     made = {"role": "assistant", "images": [{"image_url": {"url": "http://10.0.0.1/a.png"}}]}
     with pytest.raises(InvalidRequest):
         refuse_fetched_images(accept(chat(made)).image_addresses(), ())
@@ -519,9 +515,7 @@ CLOSED_PARTS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "part"), CLOSED_PARTS)
-def test_files_sounds_and_films_are_closed_until_an_operator_opens_them(
-    name: str, part: dict[str, Any]
-) -> None:
+def test_files_sounds_and_films_must_be_opened_first(name: str, part: dict[str, Any]) -> None:
     for message in ({"role": "user"}, {"role": "assistant"}, ANSWER):
         content = [{"type": "text", "text": "x"}, part]
         document = chat(CALLING, {**message, "content": content})
@@ -605,7 +599,7 @@ def test_messages_come_through_as_they_came(messages: list[dict[str, Any]]) -> N
         ([CALLING, {**ANSWER, "error": True}], "messages.1.error"),
     ],
 )
-def test_a_fault_in_a_message_is_told_at_its_path(messages: list[Any], field: str) -> None:
+def test_a_fault_in_a_message_is_reported_at_its_path(messages: list[Any], field: str) -> None:
     assert fields(chat(*messages))[0] == field
 
 
@@ -637,7 +631,7 @@ def test_a_request_is_an_object(document: Any) -> None:
     assert fields(document) == ["body"]
 
 
-def test_many_faults_are_told_in_few_details() -> None:
+def test_many_faults_are_reported_in_few_details() -> None:
     assert len(details(chat(*[{"role": "user"}] * 200))) == MAX_DETAILS
     assert fields(chat({**USER, **{str(n): 1 for n in range(20_000)}})) == ["body"]
 
@@ -700,7 +694,7 @@ VALUES = st.recursive(
     VALUES | st.dictionaries(KEYS, VALUES, max_size=8) | st.lists(VALUES, max_size=4).map(lambda v: chat(*v)),
     st.booleans(),
 )
-def test_no_document_raises_anything_but_an_error_of_ours(document: Any, opened: bool) -> None:
+def test_any_document_raises_only_errors_of_the_broker(document: Any, opened: bool) -> None:
     try:
         request = parse_chat(document, rules("*") if opened else RULES)
     except BrokerError:
@@ -765,9 +759,7 @@ GOOD_PARAMETERS = st.fixed_dictionaries(
 
 
 @given(st.lists(GOOD_MESSAGES, min_size=1, max_size=6), GOOD_PARAMETERS)
-def test_what_is_in_bounds_is_accepted_with_the_same_values(
-    messages: list[Any], parameters: dict[str, Any]
-) -> None:
+def test_values_in_range_are_accepted_unchanged(messages: list[Any], parameters: dict[str, Any]) -> None:
     request = accept(chat(*messages, **parameters))
     assert request.messages == messages
     assert request.parameters == parameters

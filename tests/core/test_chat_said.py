@@ -54,14 +54,14 @@ def test_text_and_reasoning_are_found_in_every_known_shape(
     assert deltas is (key == "delta")
 
 
-def test_tool_calls_are_told_as_the_upstream_sent_them() -> None:
+def test_tool_calls_are_given_as_the_upstream_sent_them() -> None:
     call = {**CALL, "extra_content": {"google": {"thought_signature": "x"}}}
     told, _ = said_in_chunk(chunk(delta={"content": None, "tool_calls": [call, None, "x"]}), deltas=True)
     assert told == Said(calls=(call,))
 
 
 @pytest.mark.parametrize("choice", [{}, {"delta": None}, {"delta": {}}])
-def test_a_message_in_place_of_deltas_is_told_and_behind_them_not(choice: dict[str, Any]) -> None:
+def test_a_message_counts_in_place_of_deltas_but_not_after_them(choice: dict[str, Any]) -> None:
     repeated = chunk(**choice, message={"content": "a"})
     assert said_in_chunk(repeated, deltas=False) == (Said("a"), False)
     assert said_in_chunk(repeated, deltas=True) == (NOTHING, True)
@@ -70,11 +70,11 @@ def test_a_message_in_place_of_deltas_is_told_and_behind_them_not(choice: dict[s
     assert said_in_chunk(chunk(**choice, message={"content": ""}), deltas=None) == (NOTHING, None)
 
 
-def test_the_text_of_an_old_completion_is_told() -> None:
+def test_the_text_of_an_old_completion_is_given() -> None:
     assert said_in_chunk(chunk(text="a"), deltas=False) == (Said("a"), False)
 
 
-def test_of_several_choices_only_the_first_is_told() -> None:
+def test_only_the_first_of_several_choices_counts() -> None:
     choices = [{"index": n, "delta": {"content": str(n)}} for n in (1, 0, 2)]
     assert said_in_chunk({"choices": choices}, deltas=False) == (Said("0"), True)
 
@@ -92,11 +92,11 @@ def test_of_several_choices_only_the_first_is_told() -> None:
         chunk(delta={"content": [1, None, {"text": 7}, {"type": 8}], "reasoning_details": [1, {"text": 2}]}),
     ],
 )
-def test_what_has_no_known_shape_says_nothing(nothing: dict[str, Any]) -> None:
+def test_unknown_shapes_give_nothing(nothing: dict[str, Any]) -> None:
     assert said_in_chunk(nothing, deltas=False)[0] == NOTHING
 
 
-def test_lists_of_lists_without_end_say_nothing() -> None:
+def test_endless_lists_of_lists_give_nothing() -> None:
     content: Any = "a"
     for _ in range(200):
         content = [content]
@@ -146,7 +146,7 @@ SAYINGS = st.lists(st.tuples(st.sampled_from([*TEXT_SHAPES, *REASONING_SHAPES, c
 
 
 @given(SAYINGS, st.sampled_from(["deltas", "messages", "both"]))
-def test_what_is_told_is_the_answer_and_all_that_is_counted(sayings: Any, shape: str) -> None:
+def test_the_pieces_are_the_whole_counted_answer(sayings: Any, shape: str) -> None:
     """In deltas, in messages in their place, or in deltas beside the answer so far, told again."""
     answer, so_far = ChatAnswer(), ""
     deltas: bool | None = False

@@ -172,7 +172,7 @@ DIALECTS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_what_a_page_collected_can_be_sent_back(dialect: str) -> None:
+def test_collected_messages_can_be_sent_back(dialect: str) -> None:
     collected = collect(DIALECTS[dialect])
     calls = [each for each in collected.get("tool_calls") or [] if each]
     answers: list[dict[str, Any]] = [
@@ -187,7 +187,7 @@ def test_what_a_page_collected_can_be_sent_back(dialect: str) -> None:
     assert sent[2:-1] == answers
 
 
-def test_what_a_page_collected_counts_in_full() -> None:
+def test_collected_messages_count_in_full() -> None:
     for key, value in {
         "content": [{"type": "thinking", "thinking": [{"type": "text", "text": "x" * 30_000}]}],
         "tool_calls": [call(extra_content={"a": "x" * 30_000})],

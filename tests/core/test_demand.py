@@ -40,7 +40,7 @@ def asked(*content: Any, **more: Any) -> dict[str, Any]:
         ({**asked(), "messages": 7, "tools": "x", "plugins": [None], "modalities": None}, Demand()),
     ],
 )
-def test_everything_that_has_a_price_of_its_own_is_counted(body: dict[str, Any], demand: Demand) -> None:
+def test_everything_with_its_own_price_is_counted(body: dict[str, Any], demand: Demand) -> None:
     assert demand_of(body, ["a/b"]) == demand
 
 

@@ -63,7 +63,7 @@ def strictly(body: bytes) -> Any:
 
 
 @given(DOCUMENTS, st.booleans(), st.sampled_from([None, 1, "\t"]))
-def test_whatever_a_writer_writes_is_read_as_it_was(document: Any, ascii_only: bool, indent: Any) -> None:
+def test_written_documents_are_parsed_unchanged(document: Any, ascii_only: bool, indent: Any) -> None:
     body = json.dumps(document, ensure_ascii=ascii_only, indent=indent).encode()
     assert parse_json(body) == document
     assert json.dumps(parse_json(body)) == json.dumps(document)
@@ -123,7 +123,7 @@ def test_any_bytes_are_a_value_or_invalid_json(body: bytes) -> None:
         (b"-9223372036854775809", "does not fit 64 bits"),
     ],
 )
-def test_what_is_wrong_is_said_and_where_it_is(body: bytes, part: str) -> None:
+def test_the_message_names_the_fault_and_its_place(body: bytes, part: str) -> None:
     assert part in sentence_for(body)
 
 
@@ -174,7 +174,7 @@ def test_a_bottomless_body_is_refused_and_no_recursion_error(opening: bytes) -> 
     )
 
 
-def test_depth_is_told_before_doubles_so_that_the_slow_reader_never_sees_a_deep_body() -> None:
+def test_a_deep_body_is_refused_before_its_double_keys() -> None:
     depth = sys.getrecursionlimit() - 100
     assert "deeper" in sentence_for(b"[" * depth + b'{"a":1,"a":2}' + b"]" * depth, InvalidRequest)
 
@@ -202,9 +202,7 @@ TRICKY_DOCUMENTS = st.recursive(
 
 
 @given(TRICKY_DOCUMENTS, st.booleans(), st.sampled_from([None, 1, "\t"]))
-def test_marks_in_texts_and_keys_change_neither_count_nor_depth(
-    document: Any, ascii_only: bool, indent: Any
-) -> None:
+def test_marks_in_texts_and_keys_do_not_count(document: Any, ascii_only: bool, indent: Any) -> None:
     body = json.dumps(document, ensure_ascii=ascii_only, indent=indent).encode()
     found = outline(body)
     assert (found.values, found.keys) == (values_of(document), keys_of(document))
@@ -216,7 +214,7 @@ def test_marks_in_texts_and_keys_change_neither_count_nor_depth(
 
 
 @given(JSONISH)
-def test_any_bytes_that_are_json_have_no_more_values_than_the_outline(body: bytes) -> None:
+def test_json_never_has_more_values_than_its_outline(body: bytes) -> None:
     try:
         document = json.loads(body, object_pairs_hook=lambda pairs: [value for _, value in pairs])
     except (ValueError, UnicodeError):
@@ -250,7 +248,7 @@ def test_exactly_the_allowed_number_of_values_passes(
     assert sentence == "body: It holds more than 50000 JSON values."
 
 
-def test_marks_inside_of_a_text_are_no_values() -> None:
+def test_marks_inside_a_text_are_not_values() -> None:
     text = ',[]{}:"\\' * 60_000
     assert parse_json(json.dumps({"a": text}).encode()) == {"a": text}
 

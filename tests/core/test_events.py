@@ -60,13 +60,13 @@ def test_a_terminal_carries_its_own_id() -> None:
     assert frames(terminal_event(end)) == [Frame("done", b'{"x":1}', "1-5.end")]
 
 
-def test_a_refusal_ends_the_line_of_one_viewer_where_it_stands() -> None:
+def test_a_refusal_ends_one_viewer_at_its_cursor() -> None:
     [frame] = frames(refusal_event(ReplayGap(), Cursor(1, 9)))
     assert (frame.event, frame.id) == ("error", "1-9.end")
     assert json.loads(frame.data)["final"] is True
 
 
-def test_a_refusal_of_a_viewer_without_a_cursor_ends_at_the_first_event() -> None:
+def test_a_refusal_without_a_cursor_ends_at_the_first_event() -> None:
     [frame] = frames(refusal_event(SessionNotFound(), None))
     assert frame.id == "1-1.end"
 
@@ -93,15 +93,15 @@ def test_a_refusal_for_now_carries_no_id() -> None:
         (SessionError(retry_after=1.5), {"code": "internal_error", "retryable": True, "retryAfter": 1.5}),
     ],
 )
-def test_an_error_tells_what_is_known_and_no_more(error: SessionError, data: dict[str, Any]) -> None:
+def test_an_error_has_only_known_fields(error: SessionError, data: dict[str, Any]) -> None:
     assert json.loads(error_data(error)) == {"message": error.message, "final": True, **data}
 
 
-def test_a_whole_number_of_seconds_is_told_as_one() -> None:
+def test_whole_seconds_are_written_as_an_integer() -> None:
     assert b'"retryAfter":40,' in error_data(UpstreamRateLimited(retry_after=40.0, upstream_status=429))
 
 
-def test_done_tells_all_that_the_upstream_said() -> None:
+def test_done_has_all_facts_of_the_upstream() -> None:
     answer = ChatAnswer()
     answer.read(
         b'{"id":"gen-1","model":"m","provider":"P","choices":'
@@ -121,7 +121,7 @@ def test_done_tells_all_that_the_upstream_said() -> None:
     }
 
 
-def test_what_is_not_known_of_an_answer_is_null() -> None:
+def test_unknown_facts_of_an_answer_are_null() -> None:
     assert told(ChatAnswer(), finish_reason=None, cost=None, ttft_ms=None) == {
         "finishReason": None,
         "nativeFinishReason": None,
@@ -146,7 +146,7 @@ def test_what_is_not_known_of_an_answer_is_null() -> None:
         b'"choices": [{"delta": {}, "finish_reason": "\\ud83d", "native_finish_reason": "\\ud83d"}]',
     ],
 )
-def test_an_answer_of_half_characters_and_absurd_numbers_can_still_be_told(fields: bytes) -> None:
+def test_an_answer_with_odd_text_and_numbers_can_be_written(fields: bytes) -> None:
     answer = ChatAnswer()
     answer.read(b"{%b}" % fields)
     assert told(answer, finish_reason=answer.finish_reason)["totalMs"] == 34

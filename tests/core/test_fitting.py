@@ -69,7 +69,7 @@ def test_usage_is_asked_for_in_one_way_whatever_a_page_says(usage: Any, options:
     assert "usage" not in body
 
 
-def test_what_an_operator_opened_of_the_stream_options_is_passed_on() -> None:
+def test_opened_stream_options_are_passed_on() -> None:
     opened = RequestRules(None, ("stream_options.*",), ("*",), 200)
     options = {"continuous_usage_stats": True, "include_usage": False, "include_obfuscation": False}
     document = {"model": "a/b", "messages": [say("Hi")], "stream_options": options}
@@ -96,7 +96,7 @@ def test_the_usage_is_asked_for_whatever_the_page_says() -> None:
         (None, 4096, 0, 0, 4096),  # nothing is known
     ],
 )
-def test_the_cap_is_the_least_of_what_is_known(
+def test_the_cap_is_the_lowest_known_limit(
     asked: int | None, ours: int, context: int | None, completion: int | None, cap: int
 ) -> None:
     fitted = fit(request(max_tokens=asked), known(context, completion), rules(output=ours))
@@ -121,7 +121,7 @@ def test_the_cap_is_sent_in_the_fields_that_the_page_uses() -> None:
     )
 
 
-def test_reasoning_is_held_to_the_cap() -> None:
+def test_reasoning_is_limited_by_the_cap() -> None:
     asked = request(reasoning={"max_tokens": 9000, "effort": None}, max_tokens=500)
     assert fit(asked, {}, RULES).body["reasoning"] == {"max_tokens": 500, "effort": None}
     assert fit(request(reasoning={"max_tokens": 20}), {}, RULES).body["reasoning"] == {"max_tokens": 20}
@@ -164,7 +164,7 @@ def test_the_compression_of_the_upstream_is_switched_off() -> None:
     assert fit(request(plugins=[theirs]), {}, RULES).body["plugins"] == [theirs]
 
 
-def test_more_than_one_answer_is_told() -> None:
+def test_the_number_of_answers_is_known() -> None:
     fitted = fit(request(n=3, max_tokens=100), {}, RULES)
     assert (fitted.answers, fitted.max_output_tokens, fitted.body["n"]) == (3, 100, 3)
 
@@ -202,7 +202,7 @@ def test_tools_leave_less_room() -> None:
     assert fit(request(*CONVERSATION, tools=tools), {}, rules(prompt=700)).dropped == 2
 
 
-def test_what_cannot_fit_is_refused_with_both_figures() -> None:
+def test_a_prompt_that_cannot_fit_is_refused_with_both_figures() -> None:
     with pytest.raises(PromptTooLong) as caught:
         fit(request(*CONVERSATION), {}, rules(prompt=50))
     [detail] = caught.value.details
@@ -227,7 +227,7 @@ def test_what_cannot_fit_is_refused_with_both_figures() -> None:
         ({"max_completion_tokens": 9000}, 4096, 2048, "9000 tokens (2048 are allowed)"),
     ],
 )
-def test_an_answer_as_long_as_the_context_is_told_to_be_too_long_and_not_the_question(
+def test_a_cap_as_long_as_the_context_is_refused_as_the_cap(
     asked: dict[str, Any], ours: int, completion: int | None, told: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -237,21 +237,21 @@ def test_an_answer_as_long_as_the_context_is_told_to_be_too_long_and_not_the_que
     assert caught.value.details == [{"field": field, "message": sentence}]
 
 
-def test_a_context_that_another_model_has_is_told() -> None:
+def test_the_smallest_context_of_all_models_counts() -> None:
     models = {"a/b": ModelLimits(128_000, None), "c/d": ModelLimits(2048, None)}
     with pytest.raises(InvalidRequest, match="leaves no room") as caught:
         fit(request(models=["c/d"], max_tokens=2048), models, RULES)
     assert "a context of 2048" in caught.value.details[0]["message"]
 
 
-def test_a_context_that_leaves_any_room_calls_the_conversation_too_long() -> None:
+def test_with_some_room_the_conversation_is_too_long() -> None:
     with pytest.raises(PromptTooLong) as caught:
         fit(request(max_tokens=2047), known(2048), RULES)
     assert caught.value.details[0]["limit"] == 1
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, 100, 4096])
-def test_who_names_no_length_is_never_told_that_it_is_too_long(context: int) -> None:
+def test_without_a_cap_the_cap_is_never_too_long(context: int) -> None:
     with suppress(PromptTooLong):
         assert fit(request(), known(context, 10**6), rules(output=10**6)).max_output_tokens <= context // 2
 
@@ -292,7 +292,7 @@ FITS = st.fixed_dictionaries(
 
 
 @given(TALKS, FITS)
-def test_whatever_is_asked_the_body_keeps_every_limit(
+def test_any_request_is_sent_within_every_limit(
     messages: list[dict[str, Any]], drawn: dict[str, Any]
 ) -> None:
     asked, context, completion = drawn["asked"], drawn["context"], drawn["completion"]
@@ -336,7 +336,7 @@ def test_a_trimmed_conversation_is_still_a_valid_one(messages: list[dict[str, An
 @pytest.mark.parametrize(
     ("learned", "shown", "reserved"), [(6.0, 100, 200), (2.0, 300, 300), (3.0, 200, 200)]
 )
-def test_what_was_learned_never_lowers_what_is_reserved(learned: float, shown: int, reserved: int) -> None:
+def test_learned_values_never_lower_the_reservation(learned: float, shown: int, reserved: int) -> None:
     """Bytes per token are learned from answers to clients, and none of them may stretch its budget so."""
     fitted = fit(request(say("x" * 600)), {}, RULES, {"a/b": learned})
     around = fit(request(say("")), {}, RULES).prompt_tokens

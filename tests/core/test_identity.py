@@ -80,14 +80,14 @@ def test_an_address_is_read_in_every_form_that_proxies_write(text: str, address:
         "16909060",
     ],
 )
-def test_anything_else_is_no_address(text: str) -> None:
+def test_other_texts_are_not_addresses(text: str) -> None:
     assert parse_hop(text) is None
 
 
 # Behind proxies
 
 
-def test_without_proxies_the_peer_counts_whatever_the_header_says() -> None:
+def test_without_proxies_only_the_peer_counts() -> None:
     assert caller("10.0.0.1", "8.8.8.8", proxies=Proxies([])) == "10.0.0.1"
 
 
@@ -99,11 +99,11 @@ def test_behind_a_proxy_the_last_entry_counts() -> None:
     assert caller("10.0.0.1", "1.1.1.1, 8.8.8.8") == "8.8.8.8"
 
 
-def test_behind_several_proxies_the_right_most_that_is_not_trusted_counts() -> None:
+def test_the_right_most_untrusted_hop_is_the_caller() -> None:
     assert caller("10.0.0.1", "1.1.1.1, 8.8.8.8:4711, 192.168.0.1, 10.0.0.2") == "8.8.8.8"
 
 
-def test_several_lines_are_one_list() -> None:
+def test_several_header_lines_are_one_list() -> None:
     assert caller("10.0.0.1", "1.1.1.1", "8.8.8.8, 10.0.0.3", "10.0.0.2") == "8.8.8.8"
 
 
@@ -118,19 +118,19 @@ def test_garbage_ends_the_list_at_the_hop_that_wrote_it(garbage: str) -> None:
     assert caller("10.0.0.1", f"8.8.8.8,{garbage}") == "10.0.0.1"
 
 
-def test_a_chain_of_our_own_without_an_end_is_followed_so_far_and_no_further() -> None:
+def test_a_very_long_chain_of_proxies_is_cut() -> None:
     hops = [f"10.1.0.{number}" for number in range(MAX_HOPS + 30)]
     assert caller("10.0.0.1", ",".join(hops)) == hops[-MAX_HOPS]
     assert caller("10.0.0.1", *hops) == hops[-MAX_HOPS]
 
 
 @pytest.mark.parametrize("address", ["127.8.9.1", "10.0.0.1", "172.16.0.1", "192.168.0.1", "::1", "fdab::1"])
-def test_private_means_the_loopback_and_networks_of_ones_own(address: str) -> None:
+def test_private_means_the_loopback_and_private_networks(address: str) -> None:
     assert caller(address, "8.8.8.8") == "8.8.8.8"
 
 
 @pytest.mark.parametrize("address", ["172.32.0.1", "169.254.169.254", "100.64.0.1", "fe80::1", "192.0.2.1"])
-def test_private_means_nothing_that_strangers_may_have(address: str) -> None:
+def test_private_means_no_public_address(address: str) -> None:
     assert caller(address, "8.8.8.8") == address
 
 
@@ -154,7 +154,7 @@ LINES = st.lists(st.lists(HOPS, min_size=1).map(",".join) | st.text(max_size=40)
 
 
 @given(peer=HOPS | st.text(max_size=60), lines=LINES)
-def test_whatever_is_sent_somebody_is_named_if_the_peer_is_known(peer: str, lines: list[str]) -> None:
+def test_a_known_peer_always_gives_a_caller(peer: str, lines: list[str]) -> None:
     assert (caller(peer, *lines) is None) == (parse_hop(peer) is None)
 
 
@@ -165,7 +165,7 @@ def test_whatever_is_sent_somebody_is_named_if_the_peer_is_known(peer: str, line
     peer=st.sampled_from(TRUSTED),
     in_one_line=st.booleans(),
 )
-def test_what_is_left_of_a_stranger_changes_nothing(
+def test_entries_left_of_a_stranger_change_nothing(
     left: list[str], stranger: str, right: list[str], peer: str, *, in_one_line: bool
 ) -> None:
     lines = [",".join([*left, stranger, *right])] if in_one_line else [*left, stranger, *right]
@@ -173,7 +173,7 @@ def test_what_is_left_of_a_stranger_changes_nothing(
 
 
 @given(peer=st.sampled_from(TRUSTED), entries=st.lists(HOPS, max_size=MAX_HOPS))
-def test_a_trusted_one_is_the_caller_only_where_no_stranger_was_seen(peer: str, entries: list[str]) -> None:
+def test_a_proxy_is_the_caller_only_without_a_stranger(peer: str, entries: list[str]) -> None:
     hops = itertools.takewhile(lambda hop: hop is not None, map(parse_hop, reversed(entries)))
     strangers = [hop for hop in hops if hop in {parse_hop(text) for text in STRANGERS}]
     found = PRIVATE.caller(peer, [",".join(entries)])
@@ -202,7 +202,7 @@ def named(address: str, secret: str = "secret") -> str:
     return ClientNamer(secret).of_address(parse_hop(address)).name
 
 
-def test_names_say_what_kind_they_are_and_whether_something_was_shown() -> None:
+def test_names_have_a_kind_and_know_credentials() -> None:
     names = ClientNamer("secret")
     key, subject, address = (
         names.of_key("ann"),
@@ -226,7 +226,7 @@ def test_all_workers_give_the_same_names_and_nobody_else_does() -> None:
     assert ClientNamer("one").of_subject("i", "ann").name != ClientNamer("two").of_subject("i", "ann").name
 
 
-def test_what_the_upstream_is_told_is_not_in_the_name() -> None:
+def test_the_user_for_the_upstream_is_not_in_the_name() -> None:
     client = ClientNamer("secret").of_address(parse_hop("8.8.8.8"))
     assert client.user.removeprefix("u_") != client.name.removeprefix("addr:")
 

@@ -115,7 +115,7 @@ def test_the_first_reason_decides(events: tuple[Event, ...], phase: Phase, propo
     ],
     ids=lambda value: " then ".join(value) if isinstance(value, tuple) and value[0] in set(Event) else "",
 )
-def test_an_end_that_redis_holds_stands(events: tuple[Event, ...], standing: Terminal) -> None:
+def test_an_end_that_redis_has_stands(events: tuple[Event, ...], standing: Terminal) -> None:
     lifecycle = live(*events)
     assert lifecycle.phase is Phase.ENDING
     assert lifecycle.standing == standing
@@ -138,7 +138,7 @@ def test_an_unknown_event_raises_and_changes_nothing(phase: Phase) -> None:
 
 
 @pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.ENDED])
-def test_what_comes_from_outside_is_known_in_every_phase(phase: Phase) -> None:
+def test_events_from_outside_are_known_in_every_phase(phase: Phase) -> None:
     outside = {Event.CANCEL, Event.SHUTDOWN, Event.FENCED, Event.TIMED_OUT, Event.FROZE, Event.GRACE_OVER}
     outside.add(Event.BROKE)
     assert outside <= GENERATION[phase].keys()

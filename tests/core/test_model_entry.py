@@ -64,7 +64,7 @@ def ids(models: list[Model]) -> list[str]:
     return [model.id for model in models]
 
 
-def test_an_entry_tells_id_name_limits_and_prices() -> None:
+def test_an_entry_has_id_name_limits_and_prices() -> None:
     model = only(MINI)
     assert (model.id, model.name) == ("openai/gpt-4o-mini", "OpenAI: GPT-4o-mini")
     assert model.max_completion_tokens == 16384
@@ -78,13 +78,13 @@ def test_the_smaller_of_two_limits_counts() -> None:
 
 
 @pytest.mark.parametrize("odd", [None, 0, -1, "128000", True, 1.5, []])
-def test_a_limit_that_is_no_number_of_tokens_is_not_known(odd: Any) -> None:
+def test_an_invalid_limit_is_unknown(odd: Any) -> None:
     assert only({"id": "m", "context_length": odd}).context_length is None
     assert only({**MINI, "context_length": odd}).context_length == 100000
     assert only({"id": "m", "context_length": 9, "top_provider": odd}).context_length == 9
 
 
-def test_an_entry_of_another_server_is_a_model_of_which_little_is_known() -> None:
+def test_an_entry_of_another_server_has_few_facts() -> None:
     model = only({"id": "llama3:8b", "object": "model", "created": 1, "owned_by": "library"})
     assert model.name == "llama3:8b"
     assert (model.context_length, model.max_completion_tokens, model.prices) == (None, None, None)
@@ -95,13 +95,13 @@ def test_an_entry_without_an_id_is_left_out(odd: Any) -> None:
     assert ids(list(read(odd, MINI).entries)) == ["openai/gpt-4o-mini"]
 
 
-def test_of_two_entries_with_one_id_the_first_stays() -> None:
+def test_the_first_of_two_entries_with_one_id_stays() -> None:
     models = read({"id": "m", "name": "first"}, {"id": "m", "name": "second"})
     assert [model.name for model in models.entries] == ["first"]
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"null", b"{}", b'{"data":{}}', b'{"data":[]', b"\xff"])
-def test_an_answer_that_is_no_list_is_refused(body: bytes) -> None:
+def test_an_answer_that_is_not_a_list_is_refused(body: bytes) -> None:
     with pytest.raises(ValueError, match=r".+"):
         parse_models(body)
 
@@ -129,7 +129,7 @@ def test_a_bare_list_is_a_list() -> None:
     ],
     ids=["deep list", "deep object", "large", "long id", "many values"],
 )
-def test_an_entry_that_is_too_large_is_left_out_and_the_others_stay(odd: bytes) -> None:
+def test_an_entry_that_is_too_large_is_left_out(odd: bytes) -> None:
     models = parse_models(b'{"data":[' + odd + b"," + orjson.dumps(MINI) + b"]}")
     assert [model.id for model in models.entries] == [MINI["id"]]
 
@@ -149,7 +149,7 @@ def test_a_list_that_is_too_large_is_refused_at_once(body: bytes) -> None:
     assert time.perf_counter() - started < 0.05
 
 
-def test_of_too_many_models_the_first_are_kept() -> None:
+def test_the_first_of_too_many_models_stay() -> None:
     body = orjson.dumps({"data": [{"id": f"m{n}"} for n in range(MAX_MODELS + 5)]})
     assert len(parse_models(body).entries) == MAX_MODELS
 
@@ -161,7 +161,7 @@ def test_a_model_is_found_by_id_and_by_canonical_slug() -> None:
     assert models.find("openai/gpt-9") is None
 
 
-def test_a_free_entry_never_answers_for_the_slug_that_it_shares_with_a_paid_model() -> None:
+def test_a_free_entry_never_stands_for_the_slug_of_a_paid_one() -> None:
     assert the(read(LLAMA_FREE, LLAMA).find("meta-llama/llama-3.3-70b")).id == "meta-llama/llama-3.3"
     assert read(LLAMA_FREE).find("meta-llama/llama-3.3-70b") is None
 
@@ -171,7 +171,7 @@ def test_an_alias_does_not_answer_for_a_slug() -> None:
     assert the(read(alias, MINI).find("openai/gpt-4o-mini-2024-07-18")).id == "openai/gpt-4o-mini"
 
 
-def test_a_slug_of_two_models_names_neither() -> None:
+def test_a_slug_of_two_models_finds_none() -> None:
     assert read(MINI, {**MINI, "id": "other"}).find("openai/gpt-4o-mini-2024-07-18") is None
 
 
@@ -181,14 +181,14 @@ def test_an_id_wins_over_the_slug_of_another_model() -> None:
 
 
 @pytest.mark.parametrize("suffix", [":nitro", ":floor", ":exacto"])
-def test_a_suffix_that_only_chooses_among_providers_is_the_model_itself(suffix: str) -> None:
+def test_a_routing_suffix_finds_the_model_itself(suffix: str) -> None:
     models = read(MINI, LLAMA, LLAMA_FREE)
     assert the(models.find("openai/gpt-4o-mini" + suffix)).id == "openai/gpt-4o-mini"
     assert the(models.find("meta-llama/llama-3.3:free" + suffix)).id == "meta-llama/llama-3.3:free"
 
 
 @pytest.mark.parametrize("suffix", [":free", ":extended", ":thinking", ":online", ":8b", ":"])
-def test_any_other_suffix_is_a_model_of_its_own(suffix: str) -> None:
+def test_any_other_suffix_is_another_model(suffix: str) -> None:
     assert read(MINI).find("openai/gpt-4o-mini" + suffix) is None
 
 
@@ -196,7 +196,7 @@ def test_a_free_variant_is_found_as_itself() -> None:
     assert the(read(LLAMA, LLAMA_FREE).find("meta-llama/llama-3.3:free")).context_length == 65536
 
 
-def test_an_entry_with_an_id_under_a_routing_suffix_wins_over_the_model_itself() -> None:
+def test_an_entry_with_a_routing_suffix_is_found_first() -> None:
     assert the(read(MINI, {"id": "openai/gpt-4o-mini:nitro"}).find("openai/gpt-4o-mini:nitro")).prices is None
 
 
@@ -239,7 +239,7 @@ def test_narrowing_keeps_the_order_of_the_list() -> None:
 
 
 @pytest.mark.parametrize("q", ["4O-MINI", "gpt-4o-mini", "OpenAI: gpt"])
-def test_a_search_looks_at_id_and_name_in_either_case(q: str) -> None:
+def test_a_search_compares_id_and_name_ignoring_case(q: str) -> None:
     assert ids(search(read(MINI, LLAMA).entries, q, free=False)) == ["openai/gpt-4o-mini"]
 
 
@@ -247,12 +247,12 @@ def test_an_empty_search_finds_everything() -> None:
     assert len(search(read(MINI, LLAMA).entries, "", free=False)) == 2
 
 
-def test_only_free_models_are_found_where_only_they_are_wanted() -> None:
+def test_a_search_for_free_models_finds_only_those() -> None:
     models = read(MINI, LLAMA, LLAMA_FREE, {"id": "unpriced"})
     assert ids(search(models.entries, "", free=True)) == ["meta-llama/llama-3.3:free"]
 
 
-def test_a_listing_holds_the_upstreams_own_entries() -> None:
+def test_a_listing_has_the_upstreams_own_entries() -> None:
     odd = {"id": "x", "new_field": {"deep": [1, None, "é"]}, "pricing": {"prompt": "0.10"}}
     assert orjson.loads(write_listing(read(MINI, odd).entries).body) == {"data": [MINI, odd]}
     assert write_listing([]).body == b'{"data":[]}'

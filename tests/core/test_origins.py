@@ -25,11 +25,11 @@ def answers_to(host: str | None, *listed: str, loopback_only: bool = True) -> bo
         "http://LocalHost",
     ],
 )
-def test_pages_of_this_machine_may_come_where_nothing_is_listed(origin: str) -> None:
+def test_pages_of_this_machine_are_allowed_by_default(origin: str) -> None:
     assert judge(origin) is Verdict.ALLOWED
 
 
-def test_pages_of_this_machine_are_as_any_other_once_something_is_listed() -> None:
+def test_a_list_excludes_other_pages_of_this_machine() -> None:
     assert judge("http://localhost:5173", "https://a.example") is Verdict.REFUSED
 
 
@@ -71,7 +71,7 @@ def test_other_pages_may_not(origin: str) -> None:
         ("http://[2001:db8::1]:3000", "[2001:db8::1]:3000"),
     ],
 )
-def test_the_own_origin_may_whatever_its_scheme(origin: str, host: str) -> None:
+def test_the_own_origin_is_allowed_with_any_scheme(origin: str, host: str) -> None:
     assert judge(origin, "https://other.example", host=host) is Verdict.ALLOWED
 
 
@@ -103,7 +103,7 @@ def test_a_listed_origin_is_one_scheme_host_and_port(origin: str) -> None:
 
 
 @pytest.mark.parametrize("origin", ["https://a.example", "null", "chrome-extension://abc"])
-def test_a_star_lets_everybody_in_without_credentials(origin: str) -> None:
+def test_a_star_allows_all_pages_without_credentials(origin: str) -> None:
     assert judge(origin, "*") is Verdict.ALLOWED
 
 
@@ -114,7 +114,7 @@ def test_a_star_leaves_the_listed_ones_their_credentials() -> None:
 @pytest.mark.parametrize(
     "host", ["localhost", "localhost:3000", "127.0.0.1", "127.0.0.1:3000", "[::1]:3000", "LOCALHOST"]
 )
-def test_on_the_loopback_the_names_of_the_loopback_are_answered_to(host: str) -> None:
+def test_a_loopback_service_answers_to_loopback_names(host: str) -> None:
     assert answers_to(host)
 
 
@@ -126,7 +126,7 @@ def test_on_the_loopback_no_other_name_is(host: str, listed: tuple[str, ...]) ->
     assert not answers_to(host, *listed)
 
 
-def test_the_host_of_a_listed_origin_is_answered_to() -> None:
+def test_the_host_of_a_listed_origin_is_accepted() -> None:
     assert answers_to("a.example:8443", "https://a.example")
 
 

@@ -66,7 +66,7 @@ def test_a_cost_of_zero_is_zero(cost: Any) -> None:
 
 
 @pytest.mark.parametrize("cost", ["0", "0.0015", {"total_cost": "7"}])
-def test_a_text_is_no_cost(cost: Any) -> None:
+def test_a_text_is_not_a_cost(cost: Any) -> None:
     assert cost_of({"cost": cost}, None) is None
     assert cost_of(usage(1000, 1000, cost=cost), prices(MINI)) == 750_000
 
@@ -90,7 +90,7 @@ def test_a_text_is_no_cost(cost: Any) -> None:
         10**400,
     ],
 )
-def test_what_is_no_cost_counts_as_not_given(cost: Any) -> None:
+def test_an_invalid_cost_counts_as_missing(cost: Any) -> None:
     assert cost_of({"cost": cost}, None) is None
     assert cost_of(usage(1000, 100, cost=cost), prices(MINI)) == 1000 * 150 + 100 * 600
 
@@ -121,13 +121,13 @@ def test_more_cached_tokens_than_prompt_tokens_count_as_the_prompt() -> None:
     assert cost_of(usage(1000, 0, prompt_tokens_details=details), prices(GEMINI)) == 1000 * 310
 
 
-def test_reasoning_tokens_are_part_of_the_completion_and_have_their_own_price() -> None:
+def test_reasoning_tokens_have_their_own_price() -> None:
     priced = prices({"prompt": "0", "completion": "0.000002", "internal_reasoning": "0.000003"})
     details = {"reasoning_tokens": 40}
     assert cost_of(usage(0, 100, completion_tokens_details=details), priced) == 60 * 2000 + 40 * 3000
 
 
-def test_reasoning_listed_at_zero_beside_a_real_price_is_billed_as_completion() -> None:
+def test_reasoning_listed_at_zero_costs_as_completion() -> None:
     details = {"reasoning_tokens": 40}
     assert cost_of(usage(0, 100, completion_tokens_details=details), prices(MINI)) == 100 * 600
 
@@ -150,7 +150,7 @@ def test_an_override_leaves_the_prices_that_it_does_not_name() -> None:
     assert cost == 200_001 * 310
 
 
-def test_of_overrides_that_apply_the_later_wins_price_by_price() -> None:
+def test_later_overrides_win_price_by_price() -> None:
     tiers = [
         {"min_prompt_tokens": 10, "prompt": "0.000002", "completion": "0.000005"},
         {"min_prompt_tokens": 20, "prompt": "0.000003"},
@@ -230,7 +230,7 @@ def test_a_condition_that_cannot_be_judged_counts_where_it_is_dearer(
         "0",
     ],
 )
-def test_a_price_that_is_negative_or_unreadable_makes_the_model_unpriced(pricing: Any) -> None:
+def test_an_invalid_price_makes_the_model_unpriced(pricing: Any) -> None:
     unpriced = parse_prices({"pricing": pricing})
     assert unpriced is None
     assert cost_of(usage(1, 1), unpriced) is None
@@ -246,7 +246,7 @@ def test_a_price_that_is_null_is_not_listed() -> None:
     assert prices({"prompt": "0.1", "completion": "0.1", "request": None, "overrides": None}).overrides == ()
 
 
-def test_an_unreadable_price_of_what_is_not_used_only_keeps_the_model_from_being_free() -> None:
+def test_an_invalid_unused_price_means_only_not_free() -> None:
     priced = prices({"prompt": "0", "completion": "0", "web_search": "-1"})
     assert cost_of(usage(5, 5), priced) == 0
     assert not is_free(priced)
@@ -259,7 +259,7 @@ def test_free_means_every_price_is_zero() -> None:
     assert not is_free(prices({"prompt": "0", "completion": "0", "overrides": [{"prompt": "0.1"}]}))
 
 
-def test_the_worst_case_takes_the_dearest_of_list_overrides_and_cache_writing() -> None:
+def test_the_worst_case_takes_the_highest_of_all_prices() -> None:
     assert worst_case(100, 10, prices(GEMINI)) == 100 * 2500 + 10 * 15_000
     writing = prices({"prompt": "0.000003", "completion": "0.000015", "input_cache_write_1h": "0.000006"})
     assert worst_case(100, 10, writing) == 100 * 6000 + 10 * 15_000
@@ -431,7 +431,7 @@ def test_any_json_is_an_amount_or_none(value: Any) -> None:
         ({"cost": 1e-10, "is_byok": True, "cost_details": {"upstream_inference_cost": 1e-10}}, 1),
     ],
 )
-def test_a_cost_is_read_in_every_form_it_is_told_in(told: dict[str, Any], nano: int) -> None:
+def test_a_reported_cost_is_read_in_every_form(told: dict[str, Any], nano: int) -> None:
     assert cost_of(usage(1000, 1000, **told), prices(MINI)) == nano
 
 
@@ -452,7 +452,7 @@ def test_a_cost_in_no_known_form_leaves_it_to_the_list(told: dict[str, Any]) -> 
     assert cost_of(usage(1000, 100, **told), prices(MINI)) == 1000 * 150 + 100 * 600
 
 
-def test_the_record_of_a_generation_names_the_bill_of_an_own_key_apart() -> None:
+def test_a_record_has_the_cost_of_an_own_key_separately() -> None:
     record = {"total_cost": 0.001, "is_byok": True, "upstream_inference_cost": 0.02}
     assert reported_cost_of_record(record) == 21_000_000
     assert reported_cost_of_record({**record, "is_byok": False}) == 1_000_000
@@ -473,13 +473,11 @@ def test_the_record_of_a_generation_names_the_bill_of_an_own_key_apart() -> None
         ({"total_tokens": 12}, None),
     ],
 )
-def test_reasoning_that_only_the_total_has_was_written_too(
-    counts: dict[str, Any], written: int | None
-) -> None:
+def test_reasoning_that_only_the_total_has_counts(counts: dict[str, Any], written: int | None) -> None:
     assert completion_of(counts) == written
 
 
-def test_hidden_reasoning_is_priced_as_what_it_is() -> None:
+def test_hidden_reasoning_has_the_price_of_reasoning() -> None:
     priced = prices({"prompt": "0", "completion": "0.000002", "internal_reasoning": "0.000003"})
     told = usage(12, 2, total_tokens=354, completion_tokens_details={"reasoning_tokens": 340})
     assert cost_of(told, priced) == 2 * 2000 + 340 * 3000
@@ -528,13 +526,13 @@ def test_the_worst_case_has_every_price_that_a_request_can_touch(demand: Demand,
         ("image_output", Demand(draws=True)),
     ],
 )
-def test_a_price_that_depends_is_unknown_to_the_requests_that_touch_it(key: str, demand: Demand) -> None:
+def test_a_negative_price_is_unknown_only_where_it_applies(key: str, demand: Demand) -> None:
     priced = prices({"prompt": "0.000001", "completion": "0.000001", key: "-1"})
     assert worst_case(1, 1, priced, demand) is None
     assert worst_case(1, 1, priced) == 2000
 
 
-def test_max_price_names_what_the_request_touches_in_the_units_of_the_list() -> None:
+def test_max_price_has_the_prices_that_apply() -> None:
     text = {"prompt": 1.0, "completion": 2.0, "request": 0.001}
     assert max_price([prices(RICH)]) == text
     assert max_price([prices(RICH)], Demand(images=1)) == {**text, "image": 0.011}

@@ -44,7 +44,7 @@ def overlapping(draw: st.DrawFn) -> list[Batch]:
 
 
 @given(overlapping(), st.data())
-def test_what_is_read_from_anywhere_is_exactly_the_rest(journal: list[Batch], data: st.DataObject) -> None:
+def test_reading_from_any_event_gives_exactly_the_rest(journal: list[Batch], data: st.DataObject) -> None:
     newest = max(entry.last for entry in journal)
     after = data.draw(st.integers(0, newest + 2))
     assert read_on(journal, after) == (events(after + 1, newest), max(after, newest))
@@ -69,18 +69,18 @@ def test_a_hole_is_never_read_over(before: int, missing: int, behind: int) -> No
     assert read_on(journal, first - 1) == (events(first, first + behind - 1), first + behind - 1)
 
 
-def test_nothing_is_read_of_nothing() -> None:
+def test_an_empty_journal_gives_nothing() -> None:
     assert read_on([], 7) == (b"", 7)
 
 
-def test_a_batch_is_cut_between_events_that_hold_empty_lines() -> None:
+def test_a_batch_is_cut_between_events_with_empty_lines() -> None:
     whole = batch(1, 9)
     for after in range(9):
         assert read_on([whole], after) == (events(after + 1, 9), 9)
 
 
 @given(st.data())
-def test_whoever_follows_what_is_next_gets_everything_once(data: st.DataObject) -> None:
+def test_following_the_decisions_gives_every_event_once(data: st.DataObject) -> None:
     """Memory holds the newest events, the journal all but the very newest; the viewer comes with any cursor."""
     last = data.draw(st.integers(0, 12), label="last")
     first = data.draw(st.integers(1, last + 1), label="first in memory")
@@ -98,7 +98,7 @@ def test_whoever_follows_what_is_next_gets_everything_once(data: st.DataObject) 
 
 
 @pytest.mark.parametrize("n", [5, 6, 1000])
-def test_at_or_ahead_of_a_running_session_one_waits(n: int) -> None:
+def test_a_cursor_at_or_ahead_of_a_running_session_waits(n: int) -> None:
     assert what_next(Cursor(1, n), 1, 5, None) is Next.WAIT
 
 
@@ -116,7 +116,7 @@ def test_beyond_the_end_there_is_a_gap(n: int) -> None:
     assert what_next(Cursor(1, n), 1, 5, end(6)) is Next.GAP
 
 
-def test_whoever_saw_more_of_a_dead_worker_than_was_journaled_is_at_the_end() -> None:
+def test_a_cursor_beyond_a_dead_workers_journal_is_at_the_end() -> None:
     assert what_next(Cursor(1, 9), 6, 5, end(6, epoch=2)) is Next.END
 
 
@@ -125,7 +125,7 @@ def test_a_cursor_that_nobody_was_given_is_a_gap(ended: Terminal | None) -> None
     assert what_next(Cursor(2, 3), 1, 5, ended) is Next.GAP
 
 
-def test_what_memory_no_longer_has_is_in_the_journal() -> None:
+def test_events_that_left_memory_are_in_the_journal() -> None:
     assert what_next(Cursor(1, 2), 4, 9, None) is Next.JOURNAL
     assert what_next(Cursor(1, 3), 4, 9, None) is Next.MEMORY
     assert what_next(Cursor(1, 3), 10, 9, end(10)) is Next.JOURNAL

@@ -164,7 +164,7 @@ def test_items_are_taken_as_a_page_collects_them(items: list[dict[str, Any]]) ->
     assert accept(asked(*items)).items == items
 
 
-def test_a_text_is_what_the_user_says() -> None:
+def test_a_text_is_a_message_of_the_user() -> None:
     request = accept({"model": "a/b", "input": "Hi"})
     assert request.items == [user()]
     assert fit(request, {}, FIT).body["input"] == "Hi"
@@ -225,7 +225,7 @@ def test_a_null_beside_the_other_is_as_good_as_nothing() -> None:
         ({"models": ["a/b@preset/x"]}, "models.0"),
     ],
 )
-def test_what_is_wrong_is_refused_at_its_place(parameters: dict[str, Any], field: str) -> None:
+def test_faults_are_refused_at_their_place(parameters: dict[str, Any], field: str) -> None:
     assert field in fields({**asked(), **parameters})
 
 
@@ -245,7 +245,7 @@ CLOSED = {
 
 
 @pytest.mark.parametrize(("name", "value"), CLOSED.items())
-def test_what_raises_cost_or_reach_is_closed_until_it_is_opened(name: str, value: Any) -> None:
+def test_parameters_that_raise_cost_must_be_opened(name: str, value: Any) -> None:
     assert all(field.startswith(name) for field in fields(asked(**{name: value})))
     assert fit(accept(asked(**{name: value}), rules(name)), {}, FIT).body[name] == value
 
@@ -317,7 +317,7 @@ VALUES = st.recursive(
     | st.lists(VALUES, max_size=4).map(lambda v: {"model": "a/b", "input": v}),
     st.booleans(),
 )
-def test_no_document_raises_anything_but_an_error_of_ours(document: Any, opened: bool) -> None:
+def test_any_document_raises_only_errors_of_the_broker(document: Any, opened: bool) -> None:
     try:
         request = parse_request(document, rules("*") if opened else RULES)
         fitted = fit(request, {}, FIT)
@@ -345,7 +345,7 @@ def test_the_cap_is_the_least_of_all() -> None:
     assert fitted.max_output_tokens == 20
 
 
-def test_no_room_for_a_question_is_told_at_its_own_parameter() -> None:
+def test_a_cap_without_room_is_refused_at_its_parameter() -> None:
     with pytest.raises(InvalidRequest) as caught:
         fit(accept(asked(max_output_tokens=1000)), {"a/b": ModelLimits(900, None)}, FIT)
     assert caught.value.details[0]["field"] == "max_output_tokens"
@@ -383,7 +383,7 @@ def test_all_that_a_model_reads_is_measured(item: dict[str, Any], size: Size) ->
     assert measure_item(item) == size
 
 
-def test_text_teaches_and_what_nobody_can_measure_does_not() -> None:
+def test_only_measured_text_gives_a_sample() -> None:
     assert (
         fit(accept(asked(user("x" * 600), call(), output(), said())), {}, FIT).calibration_sample is not None
     )

@@ -56,13 +56,13 @@ def test_an_event_is_relayed_as_it_is(each: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"null", b" [DONE]"])
-def test_what_says_nothing_is_not_relayed(data: bytes) -> None:
+def test_data_that_says_nothing_is_not_relayed(data: bytes) -> None:
     answer = ResponsesAnswer()
     assert answer.read(data) is None
     assert not answer.end()
 
 
-def test_what_is_no_object_is_invalid() -> None:
+def test_data_that_is_not_an_object_is_invalid() -> None:
     with pytest.raises(UpstreamInvalid):
         ResponsesAnswer().read(b'{"type')
 
@@ -89,7 +89,7 @@ def test_what_is_no_object_is_invalid() -> None:
         (event("response.done"), "stop", "completed"),
     ],
 )
-def test_an_end_tells_its_reason(end: dict[str, Any], reason: str, native: str) -> None:
+def test_an_end_has_its_reason(end: dict[str, Any], reason: str, native: str) -> None:
     answer = read(CREATED, delta("Hello"), end)
     assert answer.finished
     assert answer.end()
@@ -152,7 +152,7 @@ def test_the_first_names_are_kept() -> None:
         ({"object": "error", "message": "It broke.", "code": 500}, "upstream_error", True),
     ],
 )
-def test_a_failure_is_an_error_of_ours(told: dict[str, Any], code: str, retryable: bool) -> None:
+def test_a_failure_is_an_error_of_the_broker(told: dict[str, Any], code: str, retryable: bool) -> None:
     error, answer = failure(CREATED, delta("Hello"), told)
     assert (error.code, error.retryable) == (code, retryable)
     if "It broke." in json.dumps(told) and code != "upstream_moderated":
@@ -161,7 +161,7 @@ def test_a_failure_is_an_error_of_ours(told: dict[str, Any], code: str, retryabl
     assert not answer.end()
 
 
-def test_an_event_named_error_is_one_whatever_it_holds() -> None:
+def test_an_event_named_error_is_an_error() -> None:
     for data in ({"message": "It broke."}, {"code": "x"}):
         error, _ = failure(data, name="error")
         assert error.code == "upstream_error"
@@ -169,13 +169,13 @@ def test_an_event_named_error_is_one_whatever_it_holds() -> None:
         ResponsesAnswer().read(b"It broke.", "error")
 
 
-def test_an_error_that_is_null_is_none() -> None:
+def test_an_error_that_is_null_is_not_one() -> None:
     assert read(
         event("response.created", error=None, response=response(error=None)), completed(error=None)
     ).end()
 
 
-def test_a_failure_tells_its_usage_at_once_or_behind_it() -> None:
+def test_a_failure_has_its_usage_at_once_or_later() -> None:
     _, answer = failure(delta("Hello"), failed({"code": "server_error"}, usage=USAGE))
     assert answer.usage == USAGE
     _, answer = failure(delta("Hello"), event("error", message="It broke."))
@@ -187,7 +187,7 @@ def test_a_failure_tells_its_usage_at_once_or_behind_it() -> None:
 # Usage
 
 
-def test_the_usage_of_the_end_is_final_and_an_earlier_one_is_not() -> None:
+def test_only_the_usage_of_the_end_is_final() -> None:
     early = event("response.in_progress", response=response(usage={"input_tokens": 10, "output_tokens": 0}))
     answer = read(early)
     assert answer.usage is None
@@ -204,7 +204,7 @@ def test_the_usage_of_the_end_is_final_and_an_earlier_one_is_not() -> None:
     assert cost_of({**answer.counts, "cost": 0.25}, None) == 250_000_000
 
 
-def test_an_incomplete_response_tells_its_usage_too() -> None:
+def test_an_incomplete_response_has_its_usage_too() -> None:
     assert read(INCOMPLETE).usage == USAGE
 
 
@@ -292,7 +292,7 @@ def test_an_end_without_usage_counts_its_output() -> None:
     ("status", "kind", "reason"),
     [("completed", "completed", "stop"), ("incomplete", "incomplete", "length"), (None, "completed", "stop")],
 )
-def test_a_whole_response_is_told_as_its_end(status: str | None, kind: str, reason: str) -> None:
+def test_a_complete_response_is_relayed_as_its_end(status: str | None, kind: str, reason: str) -> None:
     document = response(status=status, output=[MESSAGE], usage=USAGE)
     answer = ResponsesAnswer()
     chunk = answer.read_whole(document)
@@ -312,7 +312,7 @@ def test_a_whole_response_is_told_as_its_end(status: str | None, kind: str, reas
         {"choices": [], "output": None},
     ],
 )
-def test_what_is_no_finished_response_is_none(document: dict[str, Any]) -> None:
+def test_an_unfinished_response_is_not_complete(document: dict[str, Any]) -> None:
     answer = ResponsesAnswer()
     assert answer.read_whole(document) is None
     assert not answer.end()
@@ -429,7 +429,7 @@ KINDS = st.sampled_from(
         max_size=5,
     )
 )
-def test_no_event_raises_anything_but_an_error_of_ours(events: list[tuple[str, dict[str, Any]]]) -> None:
+def test_any_event_raises_only_errors_of_the_broker(events: list[tuple[str, dict[str, Any]]]) -> None:
     answer = ResponsesAnswer()
     for kind, fields in events:
         try:

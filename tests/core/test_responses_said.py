@@ -51,17 +51,17 @@ WHOLE = response(output=[THOUGHT, MESSAGE, CALL])
         ({}, NOTHING),
     ],
 )
-def test_words_are_said_once(told: dict[str, Any], said: Said) -> None:
+def test_text_is_given_once(told: dict[str, Any], said: Said) -> None:
     assert said_in_event(told) == said
 
 
-def test_an_event_is_told_from_a_chunk_of_a_chat() -> None:
+def test_an_event_is_distinguished_from_a_chat_chunk() -> None:
     assert is_event(CREATED)
     assert not is_event({"choices": []})
     assert not is_event({"type": 3})
 
 
-def test_a_transcript_has_what_the_events_said() -> None:
+def test_a_transcript_has_the_contents_of_the_events() -> None:
     transcript = Transcript()
     events = [CREATED, delta("Hm", "reasoning_text"), delta("Hel"), delta("lo"), item_done(CALL), completed()]
     transcript.add([json.dumps(each).encode() for each in events])

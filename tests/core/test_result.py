@@ -91,7 +91,7 @@ json_values = st.recursive(
 
 
 @given(json_values, json_values)
-def test_nothing_that_a_chunk_holds_breaks_it(choice: Any, delta: Any) -> None:
+def test_no_chunk_breaks_the_result(choice: Any, delta: Any) -> None:
     transcript = Transcript()
     for chunk in (choice, {"choices": choice}, {"choices": [choice]}, {"choices": [{"delta": delta}]}):
         transcript.add([json.dumps(chunk).encode()])
@@ -100,7 +100,7 @@ def test_nothing_that_a_chunk_holds_breaks_it(choice: Any, delta: Any) -> None:
     json.dumps(transcript.tool_calls)
 
 
-def test_a_result_does_not_show_what_was_said() -> None:
+def test_a_result_does_not_show_its_text() -> None:
     now = dt.datetime.now(dt.UTC)
     call = {"function": {"name": "x", "arguments": "hunter2"}}
     result = Result(

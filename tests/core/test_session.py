@@ -28,7 +28,7 @@ def test_a_cursor_is_read_and_written_the_same(text: str, cursor: Cursor) -> Non
     assert str(cursor) == text
 
 
-def test_no_cursor_is_none() -> None:
+def test_an_empty_cursor_is_none() -> None:
     assert parse_cursor("") is None
 
 
@@ -69,7 +69,7 @@ def test_the_start_is_before_the_first_event() -> None:
         ),
     ],
 )
-def test_what_is_no_cursor_of_ours_is_refused(text: str) -> None:
+def test_an_invalid_cursor_is_refused(text: str) -> None:
     with pytest.raises(InvalidCursor):
         parse_cursor(text)
 
@@ -101,5 +101,5 @@ def test_anything_else_is_not(text: str) -> None:
     assert not is_session_id(text)
 
 
-def test_a_log_sees_eight_characters_of_an_id() -> None:
+def test_a_log_gets_eight_characters_of_an_id() -> None:
     assert short(ID) == "946d9dda"

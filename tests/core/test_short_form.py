@@ -32,7 +32,7 @@ def frames(events: bytes) -> list[tuple[str, str, Any]]:
     ]
 
 
-def test_a_chunk_is_told_by_what_it_says_under_its_number() -> None:
+def test_a_chunk_becomes_a_token_event_with_its_number() -> None:
     call = {"index": 0, "function": {"name": "f", "arguments": "{"}}
     chunks = [
         delta(role="assistant", content=""),
@@ -79,7 +79,7 @@ def test_any_chunk_that_is_relayed_can_be_read(chunk: bytes) -> None:
 
 
 @pytest.mark.parametrize("data", [b"[]", b"1", b"{", b'{"a":' * 5000, b""])
-def test_what_is_no_chunk_says_nothing(data: bytes) -> None:
+def test_data_that_is_not_a_chunk_gives_nothing(data: bytes) -> None:
     assert parse_relayed(data) == {}
     assert shorten(chunk_events([data], 1), deltas=False).events == b""
 
@@ -107,7 +107,7 @@ def test_the_first_events_tell_whether_an_answer_comes_in_deltas() -> None:
     assert not begins_with_deltas(chunk_events([message("a"), message("b")], 1))
 
 
-def test_events_of_a_response_are_told_too() -> None:
+def test_events_of_a_response_become_token_events_too() -> None:
     item = {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": "{}"}
     events = [
         {"type": "response.created", "sequence_number": 0, "response": {}},

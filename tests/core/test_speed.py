@@ -20,7 +20,7 @@ def learned(usage: Any, seconds: float | None) -> float | None:
     return None if sample is None else sample.value
 
 
-def test_an_answer_teaches_what_it_wrote_in_its_time() -> None:
+def test_an_answer_gives_tokens_by_seconds() -> None:
     assert learned(usage(500), 10.0) == 50.0
 
 
@@ -40,7 +40,7 @@ def test_hidden_reasoning_was_written_too() -> None:
         ({"prompt_tokens": 1, "completion_tokens": "many"}, 10.0),
     ],
 )
-def test_what_tells_nothing_teaches_nothing(usage: Any, seconds: float | None) -> None:
+def test_an_answer_without_facts_gives_no_sample(usage: Any, seconds: float | None) -> None:
     assert learned(usage, seconds) is None
 
 

@@ -61,7 +61,7 @@ def test_any_cut_of_any_stream_gives_the_same_frames(parts: list[bytes], places:
 
 
 @given(st.text().filter(lambda t: "\x00" not in t), st.lists(st.integers(0, 500)))
-def test_what_is_encoded_is_decoded(text: str, places: list[int]) -> None:
+def test_encoded_events_are_decoded_unchanged(text: str, places: list[int]) -> None:
     lines = text.encode("utf-8", "replace").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     event = encode_event("chunk", text.encode("utf-8", "replace"), "1-7")
     assert decode(*cut(event, places)) == [Frame("chunk", lines, "1-7")]
@@ -71,7 +71,7 @@ def test_an_event_without_a_blank_line_is_dropped() -> None:
     assert decode(b"data: half\n") == []
 
 
-def test_comments_and_retries_are_no_events() -> None:
+def test_comments_and_retries_are_not_events() -> None:
     decoder = Decoder(1000)
     assert decoder.feed(encode_comment("hello") + encode_retry(2500)) == []
     assert decoder.retry == 2500
@@ -102,7 +102,7 @@ def test_many_events_together_may_be_larger_than_the_bound_of_one() -> None:
     assert len(decode(b"data: 0123456789\n\n" * 100, limit=20)) == 100
 
 
-def test_what_a_stream_ended_in_can_be_had() -> None:
+def test_an_unfinished_event_can_be_flushed() -> None:
     decoder = Decoder(1000)
     assert decoder.feed(b"data: a\n\nevent: b\ndata: c\r\ndata: d") == [Frame("message", b"a", "")]
     assert decoder.flush() == [Frame("b", b"c\nd", "")]
@@ -111,13 +111,13 @@ def test_what_a_stream_ended_in_can_be_had() -> None:
 
 
 @pytest.mark.parametrize("value", [b"", b"{}", b"null", b"[]", b'""', b"false"])
-def test_an_empty_error_line_tells_nothing(value: bytes) -> None:
+def test_an_empty_error_line_is_not_an_event(value: bytes) -> None:
     decoder = Decoder(1000, error_lines=True)
     assert decoder.feed(b"error: " + value + b"\r\nerror:" + value + b"\n") + decoder.flush() == []
 
 
 @pytest.mark.parametrize("line", [b'error: {"code":500}', b'error:{"code":500}'])
-def test_an_error_line_is_an_event_where_that_is_asked_for(line: bytes) -> None:
+def test_an_error_line_is_an_event_if_enabled(line: bytes) -> None:
     for ends in (b"\n", b"\r\n", b"\r"):
         for cut in range(len(line + ends) + 1):
             decoder, data = Decoder(1000, error_lines=True), line + ends

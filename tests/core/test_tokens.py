@@ -75,7 +75,7 @@ def test_every_kind_of_part_but_text_has_a_flat_rate() -> None:
         ).flat_tokens == (MESSAGE_TOKENS + tokens)
 
 
-def test_what_a_model_made_before_counts_as_well() -> None:
+def test_earlier_outputs_of_the_model_count_as_well() -> None:
     made = {"images": [{"image_url": {"url": "data:," + "A" * 9999}}], "audio": {"data": "A" * 9999}}
     assert measure_message({"role": "assistant", **made}) == Size(
         0, MESSAGE_TOKENS + IMAGE_TOKENS + AUDIO_TOKENS

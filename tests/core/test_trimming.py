@@ -22,7 +22,7 @@ def kept(roles: str, limit: float) -> list[int]:
     return trim(droppable_units(messages), [1] * len(messages), limit)
 
 
-def test_what_fits_is_left_alone() -> None:
+def test_a_conversation_that_fits_stays_unchanged() -> None:
     assert kept("s ua ua u", 6) == [0, 1, 2, 3, 4, 5]
     assert kept("s ua ua u", math.inf) == [0, 1, 2, 3, 4, 5]
 
@@ -55,7 +55,7 @@ def test_the_oldest_goes_first(roles: str, limit: int, stay: list[int]) -> None:
     assert kept(roles, limit) == stay
 
 
-def test_what_goes_goes_in_order() -> None:
+def test_units_are_dropped_in_order() -> None:
     assert list(droppable_units(talk("s a uat s ua u at s att a"))) == [
         [1],
         [2, 3, 4],
@@ -72,9 +72,7 @@ CONVERSATIONS = st.tuples(
 
 
 @given(CONVERSATIONS, st.data())
-def test_what_stays_is_instructions_the_last_question_and_an_unbroken_end(
-    messages: list[Any], data: st.DataObject
-) -> None:
+def test_instructions_question_and_an_unbroken_end_stay(messages: list[Any], data: st.DataObject) -> None:
     tokens = data.draw(st.lists(st.integers(0, 50), min_size=len(messages), max_size=len(messages)))
     limit = data.draw(st.integers(0, 300))
     stay = trim(droppable_units(messages), tokens, limit)

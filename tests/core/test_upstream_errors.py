@@ -58,7 +58,7 @@ def rejected(message: str) -> str:
     ],
 )
 @pytest.mark.parametrize("body", [None, "<html>", [], {}, {"error": {"message": "x"}}, {"error": "x"}])
-def test_a_status_has_its_error_whatever_the_body(status: int, kind: type[UpstreamError], body: Any) -> None:
+def test_a_status_has_its_error_with_any_body(status: int, kind: type[UpstreamError], body: Any) -> None:
     error = fault_of_status(status, body)
     assert type(error) is kind
     assert error.upstream_status == status
@@ -77,13 +77,13 @@ def test_a_status_has_its_error_whatever_the_body(status: int, kind: type[Upstre
         {"message": "x", "code": "content_filter"},
     ],
 )
-def test_moderation_is_told_apart_and_does_not_quote(error: dict[str, Any]) -> None:
+def test_moderation_is_recognised_and_not_quoted(error: dict[str, Any]) -> None:
     fault = fault_of_status(403, {"error": error})
     assert type(fault) is UpstreamModerated
     assert fault.message == UpstreamModerated.default_message
 
 
-def test_what_is_said_of_our_key_is_not_passed_on() -> None:
+def test_messages_about_our_key_are_not_passed_on() -> None:
     error = fault_of_status(401, {"error": {"message": "something about the key"}})
     assert error.message == error.default_message
 
@@ -100,7 +100,7 @@ def test_what_is_said_of_our_key_is_not_passed_on() -> None:
     ],
     ids=str,
 )
-def test_every_other_refusal_is_told_in_the_upstreams_words(status: int, body: object) -> None:
+def test_other_refusals_have_the_upstreams_message(status: int, body: object) -> None:
     assert fault_of_status(status, body).message == "the disk is full"
 
 
@@ -121,7 +121,7 @@ def test_every_other_refusal_is_told_in_the_upstreams_words(status: int, body: o
     ],
 )
 @pytest.mark.parametrize("place", ["Bad thing with {} here", "Bearer {}", "key={}", '"{}"'])
-def test_no_key_and_no_token_is_told(secret: str, place: str) -> None:
+def test_messages_have_no_keys_and_tokens(secret: str, place: str) -> None:
     for body in (
         {"error": {"message": place.format(secret)}},
         {"error": {"message": "Provider returned error", "metadata": {"raw": place.format(secret)}}},
@@ -140,7 +140,7 @@ def test_no_key_and_no_token_is_told(secret: str, place: str) -> None:
         "user_message_is_too_long: keep it under 4096 tokens",
     ],
 )
-def test_what_is_no_secret_is_told_whole(message: str) -> None:
+def test_text_that_is_not_secret_stays(message: str) -> None:
     assert fault_of_status(400, {"error": {"message": message}}).message == message
 
 
@@ -155,7 +155,7 @@ def test_what_is_no_secret_is_told_whole(message: str) -> None:
         {"detail": "no such model"},
     ],
 )
-def test_a_rejection_is_told_in_the_upstreams_words(body: dict[str, Any]) -> None:
+def test_a_rejection_has_the_upstreams_message(body: dict[str, Any]) -> None:
     assert fault_of_status(404, body).message == "no such model"
 
 
@@ -163,7 +163,7 @@ def test_a_long_message_is_cut() -> None:
     assert len(rejected("x" * 1000)) == 300
 
 
-def test_a_message_is_one_line() -> None:
+def test_a_message_has_one_line() -> None:
     assert rejected("a\n\tb\x1b[31m  c\x00") == "a b [31m c"
 
 
@@ -201,7 +201,7 @@ def test_words_that_only_look_like_secrets_may_stay() -> None:
     assert rejected(message) == message
 
 
-def test_a_refused_key_inside_a_stream_is_not_told() -> None:
+def test_a_refused_key_in_a_stream_is_not_quoted() -> None:
     error = fault_in_stream({"error": {"code": 401, "message": "key of ACME Inc. is wrong"}})
     assert error is not None
     assert error.message == UpstreamFailed.default_message
@@ -236,7 +236,7 @@ def test_a_retry_after_is_a_number_of_seconds(value: str | None, seconds: float 
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 529])
-def test_what_did_not_generate_may_be_asked_again(status: int) -> None:
+def test_a_refusal_without_generation_may_be_retried(status: int) -> None:
     assert retry_delay(fault_of_status(status, None), 0, 0.5) == 0.5
 
 
@@ -245,17 +245,17 @@ def test_a_connection_that_was_not_made_may_be_tried_again() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 408, 500, 504, 524, 501, 505, 520])
-def test_what_may_have_generated_or_will_not_is_never_asked_again(status: int) -> None:
+def test_a_possible_generation_is_never_retried(status: int) -> None:
     assert retry_delay(fault_of_status(status, None), 0, 0.5) is None
 
 
 @pytest.mark.parametrize("error", [UpstreamInterrupted(), UpstreamTimeout(), UpstreamFailed()])
-def test_a_line_that_broke_after_the_request_is_never_asked_again(error: UpstreamError) -> None:
+def test_a_connection_broken_after_the_request_is_not_retried(error: UpstreamError) -> None:
     assert retry_delay(error, 0, 0.5) is None
 
 
 @pytest.mark.parametrize(("wait", "delay"), [(0.0, 0.0), (20.0, 20.0), (20.5, None), (40.0, None)])
-def test_a_told_wait_is_kept_up_to_twenty_seconds(wait: float, delay: float | None) -> None:
+def test_a_given_wait_is_honoured_up_to_twenty_seconds(wait: float, delay: float | None) -> None:
     assert retry_delay(fault_of_status(429, None, retry_after=wait), 0, 0.5) == delay
 
 
@@ -271,7 +271,7 @@ def test_waits_vary_by_a_quarter() -> None:
     "text",
     ["key" + "-" * 24_000, "key-" * 6_000, "token=" * 4_000, "sk_" * 8_000 + "1", "key " + "a" * 24_000],
 )
-def test_a_long_message_made_to_slow_us_down_is_told_cut(text: str) -> None:
+def test_a_hostile_long_message_is_cut(text: str) -> None:
     told = rejected(text)
     assert 0 < len(told) <= 300
 
@@ -343,7 +343,7 @@ def test_a_retry_after_may_be_a_date_of_any_form(
         ([15], None),
     ],
 )
-def test_a_reset_is_told_in_three_units(value: object, seconds: float | None) -> None:
+def test_a_reset_is_read_in_three_units(value: object, seconds: float | None) -> None:
     assert parse_reset(value, NOW) == seconds
     for status in (429, 502, 503, 529):
         assert wait_in_headers({"x-ratelimit-reset": value}, status, NOW) == seconds
@@ -397,7 +397,7 @@ RAW = {
 @pytest.mark.parametrize("raw", RAW.values(), ids=RAW)
 @pytest.mark.parametrize("form", [lambda raw: raw, json.dumps, lambda raw: json.dumps(raw, indent=2)])
 @pytest.mark.parametrize("message", ["Provider returned error", "Provider returned error.", "", None])
-def test_the_providers_own_sentence_is_told_with_its_name(raw: object, form: Any, message: Any) -> None:
+def test_the_providers_sentence_comes_with_its_name(raw: object, form: Any, message: Any) -> None:
     body = wrapped(form(raw), message=message, provider_name="DeepInfra")
     assert fault_of_status(400, body).message == f"DeepInfra: {SAID}"
     assert fault_of_status(400, wrapped(form(raw), message=message)).message == SAID
@@ -407,7 +407,7 @@ def test_the_providers_own_sentence_is_told_with_its_name(raw: object, form: Any
 
 
 @pytest.mark.parametrize("raw", RAW.values(), ids=RAW)
-def test_a_provider_that_is_asked_directly_is_told_in_the_same_words(raw: object) -> None:
+def test_a_provider_without_openrouter_has_the_same_message(raw: object) -> None:
     assert fault_of_status(400, raw).message == SAID
 
 
@@ -460,7 +460,7 @@ def test_an_empty_raw_text_leaves_the_phrase() -> None:
         ("  spaced \r\n out ", "spaced out"),
     ],
 )
-def test_the_first_of_many_complaints_is_told_with_its_place(body: object, message: str) -> None:
+def test_the_first_complaint_comes_with_its_place(body: object, message: str) -> None:
     assert fault_of_status(422, body).message == message
 
 
@@ -476,7 +476,7 @@ def test_the_first_of_many_complaints_is_told_with_its_place(body: object, messa
         "<!-- 502 --><html>",
     ],
 )
-def test_a_page_is_not_told(page: str) -> None:
+def test_an_html_page_is_not_quoted(page: str) -> None:
     bodies: list[object] = [page, {"error": page}, {"error": {"message": page}}, {"detail": page}]
     for body in bodies:
         fault = fault_of_status(502, body)
@@ -523,7 +523,7 @@ TEAM = "0f3c2a10-1b2c-4d3e-8f90-a1b2c3d4e5f6"
         "{}",
     ],
 )
-def test_no_id_is_told(identifier: str, place: str) -> None:
+def test_messages_have_no_ids(identifier: str, place: str) -> None:
     raw = place.format(identifier)
     for body in (wrapped(raw), wrapped({"error": raw}), wrapped(json.dumps({"error": {"message": raw}}))):
         told = fault_of_status(400, body).message
@@ -537,7 +537,7 @@ def test_no_id_is_told(identifier: str, place: str) -> None:
 )
 @pytest.mark.parametrize("between", [": ", "=", ' "', ": '", " "])
 @pytest.mark.parametrize("value", ["20251126Abc4567", "b7c9-12fe-9981", "R01xyz"])
-def test_no_request_id_is_told(name: str, between: str, value: str) -> None:
+def test_messages_have_no_request_ids(name: str, between: str, value: str) -> None:
     told = rejected(f"Overloaded ({name}{between}{value})")
     assert value not in told
     assert told.startswith("Overloaded (")
@@ -555,11 +555,11 @@ def test_no_request_id_is_told(name: str, between: str, value: str) -> None:
         "The key 'messages' is missing; user-provided keys are read first",
     ],
 )
-def test_what_helps_is_told_whole(message: str) -> None:
+def test_helpful_messages_stay_whole(message: str) -> None:
     assert rejected(message) == message
 
 
-def test_our_key_is_never_told_whatever_the_shape() -> None:
+def test_our_key_is_never_quoted_in_any_shape() -> None:
     for text in (f"Key {KEY} is used up", f"{KEY}", f'{{"key": "{KEY}"}}', "x" * 280 + KEY, f"\x00{KEY}\x1b"):
         for body in (
             text,
@@ -576,7 +576,7 @@ def test_our_key_is_never_told_whatever_the_shape() -> None:
             assert "0123" not in fault.message
 
 
-def test_a_message_with_its_provider_has_300_characters_at_most_and_one_line() -> None:
+def test_a_message_has_300_characters_and_one_line_at_most() -> None:
     for raw in ("a\n\tb\x1b[31m  c\x00\x85" * 200, "word " * 200):
         told = fault_of_status(400, wrapped(raw, provider_name="P" * 500)).message
         assert len(told) <= 300
@@ -615,7 +615,7 @@ XAI = (
         wrapped(json.dumps({"error": {"message": "x", "code": "moderation_blocked"}})),
     ],
 )
-def test_moderation_of_any_provider_is_told_apart(body: Any) -> None:
+def test_moderation_of_any_provider_is_recognised(body: Any) -> None:
     fault = fault_of_status(403, body)
     assert type(fault) is UpstreamModerated
     assert (fault.retryable, fault.upstream_status) == (False, 403)
@@ -625,7 +625,7 @@ def test_moderation_of_any_provider_is_told_apart(body: Any) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
-def test_a_fault_that_only_speaks_of_guidelines_is_no_moderation(status: int) -> None:
+def test_an_error_about_guidelines_is_not_moderation(status: int) -> None:
     assert type(fault_of_status(status, {"error": {"message": XAI}})) is not UpstreamModerated
 
 
@@ -639,7 +639,7 @@ def test_a_fault_that_only_speaks_of_guidelines_is_no_moderation(status: int) ->
         *((status, True) for status in (408, 429, 500, 502, 503, 504, 524, 529)),
     ],
 )
-def test_what_may_succeed_later_is_told_alike_everywhere(status: int, *, retryable: bool) -> None:
+def test_retryable_is_the_same_in_every_shape(status: int, *, retryable: bool) -> None:
     assert fault_of_status(status, {"error": {"message": "x"}}).retryable is retryable
     chunks: list[dict[str, Any]] = [
         {"error": {"code": status, "message": "x"}},
@@ -671,7 +671,7 @@ def test_what_may_succeed_later_is_told_alike_everywhere(status: int, *, retryab
     ],
 )
 @pytest.mark.parametrize("key", ["code", "type", "error_type"])
-def test_a_word_in_place_of_a_status_says_it_too(word: str, key: str, *, retryable: bool) -> None:
+def test_a_word_counts_in_place_of_a_status(word: str, key: str, *, retryable: bool) -> None:
     fault = fault_in_stream({"error": {key: word, "message": "x"}})
     assert fault is not None
     assert fault.retryable is retryable
@@ -733,6 +733,6 @@ def test_a_parameter_that_is_named_has_another_name(sent: str, other: str, said:
     ],
 )
 @pytest.mark.parametrize("param", [True, False])
-def test_a_cap_of_a_wrong_size_is_not_asked_again(sent: str, said: str, *, param: bool) -> None:
+def test_a_cap_with_a_wrong_value_is_not_retried(sent: str, said: str, *, param: bool) -> None:
     error = {"message": said.format(sent), "code": "invalid_value", "param": sent if param else None}
     assert other_cap(400, {"error": error}, [sent]) is None
