@@ -37,7 +37,7 @@ fixture `redis_server`, `valkey_url`, `store` or `broker`."""
 
 IN_BOTH_FORMS = tuple(
     f"tests/web/test_{name}.py"
-    for name in ("stream", "states", "cancel", "done", "token_events", "not_served")
+    for name in ("stream", "states", "cancel", "prepare", "done", "token_events", "not_served")
 )
 """Tests that run against the service and against a broker that is a part of somebody else's application."""
 

@@ -15,6 +15,7 @@ from aiohttp import web
 from broker.core.identity import Client
 from broker.core.result import Result
 from broker.mount import setup
+from broker.web import keys
 from tests.broker import Broker
 from tests.replies import plain, refuse, streaming
 from tests.responses import CALL, CREATED, USAGE, completed, delta, item_done, send
@@ -180,3 +181,11 @@ async def test_an_application_that_hangs_holds_nobody_up(valkey_url: str, upstre
             for _ in range(2):
                 assert (await broker.read(session))[-1].kind == "done"
         assert called.is_set()
+
+
+async def test_nothing_is_gathered_where_nobody_is_told(broker: Broker, upstream: ScriptedUpstream) -> None:
+    session = await broker.prepare()
+    async with broker.stream(session) as line:
+        (await upstream.call()).open().chunk("Hello")
+        await line.take(1)
+        assert broker.app[keys.WORKER].running[session].transcript is None

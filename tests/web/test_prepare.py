@@ -7,6 +7,7 @@ import gzip
 import json
 import uuid
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -32,7 +33,7 @@ async def test_a_session_is_made_and_nothing_is_sent(broker: Broker, upstream: S
     session = answer.json["sessionId"]
     assert answer.status == 201
     assert uuid.UUID(session).version == 4
-    assert answer.headers["Location"] == f"/stream/{session}"
+    assert answer.headers["Location"] == f"{urlsplit(broker.url).path}/stream/{session}"
     assert answer.headers["Cache-Control"] == "no-store"
     assert answer.json == {
         "sessionId": session,
@@ -230,18 +231,17 @@ async def test_a_body_without_a_length_is_held_to_the_same_limit(
             assert answer.status == status, answer.text
 
 
-@pytest.mark.parametrize("body", [gzip.compress(b"{}", mtime=0), b"not gzip at all"])
-async def test_a_compressed_body_is_refused_unread(broker: Broker, body: bytes) -> None:
+async def test_a_compressed_body_is_refused_unread(broker: Broker) -> None:
     for _ in range(2):
-        answer = await broker.post(body, {"Content-Encoding": "gzip"})
+        answer = await broker.post(gzip.compress(b"{}", mtime=0), {"Content-Encoding": "gzip"})
         assert (answer.status, answer.code) == (415, "unsupported_media_type")
 
 
 async def test_a_client_that_leaves_in_the_middle_of_its_body_does_no_harm(broker: Broker) -> None:
-    host, port = broker.url.removeprefix("http://").split(":")
-    _, writer = await asyncio.open_connection(host, int(port))
-    head = f"POST /prepare HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
-    writer.write(head.encode() + b"{")
+    address = urlsplit(broker.url)
+    _, writer = await asyncio.open_connection(address.hostname, address.port)
+    head = f"POST {address.path}/prepare HTTP/1.1\r\nHost: {address.hostname}\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: 100\r\n\r\n{{".encode())
     await writer.drain()
     writer.close()
     await writer.wait_closed()

@@ -104,6 +104,12 @@ async def test_a_client_that_waits_for_leave_to_send_its_body_gets_it(broker: Br
     assert reply.body.startswith(b"HTTP/1.1 201 ")
 
 
+async def test_a_body_that_only_claims_to_be_compressed_is_refused_unread(broker: Broker) -> None:
+    for _ in range(2):
+        answer = await broker.post(b"not gzip at all", {"Content-Encoding": "gzip"})
+        assert (answer.status, answer.code) == (415, "unsupported_media_type")
+
+
 def whole(call: Call) -> None:
     call.open()
     call.chunk("Hello", finish="stop")
