@@ -68,3 +68,9 @@ def send(call: Call, *events: dict[str, Any]) -> None:
     for each in events:
         name = f"event: {each['type']}\n" if "type" in each else ""
         call.send(f"{name}data: {json.dumps(each)}\n\n".encode())
+
+
+def in_responses_names(usage: dict[str, Any]) -> dict[str, Any]:
+    """A usage of a chat as a response has it."""
+    names = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens"}
+    return {names.get(name, name): value for name, value in usage.items()}

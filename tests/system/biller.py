@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tests.money import NANO, PRICE, price_list
+from tests.responses import completed, delta, event, failed, in_responses_names
 from tests.scripted import chunk
+from tests.system.cluster import marker_of
 
 if TYPE_CHECKING:
     from random import Random
@@ -113,7 +115,7 @@ class Biller:
         await asyncio.gather(*self._playing, return_exceptions=True)
 
     def _answer(self, call: Call) -> None:
-        bills = self.bills[call.body["messages"][-1]["content"]]
+        bills = self.bills[marker_of(call)]
         bill = Bill(f"gen-{id(bills)}-{len(bills)}", began_at=asyncio.get_running_loop().time())
         bills.append(bill)
         ending = self.random.choice(ENDINGS)
@@ -135,13 +137,16 @@ class Biller:
             bill.named = True
         else:
             call.open()
+        in_responses = "input" in call.body
+        if in_responses:
+            self._send(call, bill, event("response.created", response={"id": bill.generation}))
         for _ in range(chunks):
             if await self._gone(call, pause):
                 break
             bill.tokens += PER_CHUNK
-            self._send(call, bill, chunk("x" * 20))
+            self._send(call, bill, delta("x" * 20) if in_responses else chunk("x" * 20))
         else:
-            await self._end(call, bill, ending)
+            await (self._end_response if in_responses else self._end)(call, bill, ending)
         bill.over_at = asyncio.get_running_loop().time()
         # Each is recorded: else its estimate would keep its reservation for ten minutes, and pages wait for that.
         bill.recorded = True
@@ -162,7 +167,26 @@ class Biller:
             bill.closed = True
             call.event(json.dumps({"error": {"code": 502, "message": "It broke."}}).encode())
             call.close()
-        elif ending == "cut":
+        else:
+            await self._break_off(call, bill, ending)
+
+    async def _end_response(self, call: Call, bill: Bill, ending: str) -> None:
+        """End in the Responses dialect, whose usage comes with the end."""
+        bill.told = ending in ("usage", "late error")
+        usage = in_responses_names(self._usage(bill)["usage"]) if bill.told else None
+        if ending in ("usage", "silent"):
+            self._send(call, bill, completed(usage=usage))
+            call.done()
+        elif ending in ("error", "late error"):
+            bill.closed = True
+            self._send(call, bill, failed({"code": "server_error", "message": "It broke."}, usage=usage))
+            call.close()
+        else:
+            await self._break_off(call, bill, ending)
+
+    @staticmethod
+    async def _break_off(call: Call, bill: Bill, ending: str) -> None:
+        if ending == "cut":
             bill.closed = True
             call.close()
         elif ending == "reset":
@@ -181,7 +205,11 @@ class Biller:
 
     @staticmethod
     def _send(call: Call, bill: Bill, data: dict[str, Any]) -> None:
-        call.event(json.dumps({**data, "id": bill.generation}).encode())
+        if "choices" in data:
+            data = {**data, "id": bill.generation}
+        elif "response" in data:
+            data = {**data, "response": {**data["response"], "id": bill.generation}}
+        call.event(json.dumps(data).encode())
         bill.named = True
 
     @staticmethod

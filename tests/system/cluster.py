@@ -19,6 +19,7 @@ from urllib.parse import urlencode
 import aiohttp
 import redis.asyncio
 
+from tests import responses
 from tests.events import Broken, Connection, Event, opened
 from tests.scripted import NOTHING, PATIENCE, Call, ScriptedUpstream, chunk, scripted_upstream
 from tests.system.harness import (
@@ -46,12 +47,14 @@ class Script(NamedTuple):
         pause: seconds before each.
         size: bytes of text in each.
         ending: ``done``, ``silent`` (no [DONE] after the finish), ``truncated``, ``reset``, ``error``, ``hang``.
+        responses: it is asked and answered in the Responses dialect.
     """
 
     chunks: int = 5
     pause: float = 0.0
     size: int = 20
     ending: str = "done"
+    responses: bool = False
 
     @property
     def events(self) -> int:
@@ -70,16 +73,22 @@ class NumberedCall:
     def __init__(self, marker: str, call: Call) -> None:
         self.marker = marker
         self.call = call
+        self.in_responses = "input" in call.body
         self.sent = 0
         self.over = False
 
     def chunks(self, count: int = 1, size: int = 20) -> None:
         """Send more chunks."""
         for _ in range(count):
-            self._send(chunk(text_of_chunk(self.sent + 1, size)))
+            text = text_of_chunk(self.sent + 1, size)
+            self._send(responses.delta(text) if self.in_responses else chunk(text))
 
     def finish(self) -> None:
-        """Send the finish reason and the usage."""
+        """Send the finish reason and the usage, in two chunks."""
+        if self.in_responses:
+            self._send(responses.item_done(responses.MESSAGE))
+            self._send(responses.completed())
+            return
         self._send(chunk(finish="stop"))
         self._send(chunk(choices=[], usage={"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}))
 
@@ -167,7 +176,7 @@ class Upstream:
         if call.body is None:  # the question what a generation cost, for which there is no path here
             call.reply(404, "There is no such path.")
             return
-        marker = call.body["messages"][-1]["content"]
+        marker = marker_of(call)
         numbered = NumberedCall(marker, call)
         self.calls[marker].append(numbered)
         self._asked[marker].set()
@@ -292,7 +301,8 @@ class Cluster:
         marker = self.marker()
         if script is not None:
             self.upstream.scripts[marker] = script
-        answer = await self.ask("POST", worker, "/prepare", json=question(marker))
+        in_responses = script is not None and script.responses
+        answer = await self.ask("POST", worker, "/prepare", json=question(marker, in_responses=in_responses))
         assert answer.status == 201, answer
         return Session(self, str(answer.json["sessionId"]), marker)
 
@@ -371,9 +381,16 @@ class Session:
         return len(self._cluster.upstream.calls[self.marker])
 
 
-def question(marker: str) -> dict[str, Any]:
+def question(marker: str, *, in_responses: bool = False) -> dict[str, Any]:
     """The body of a /prepare."""
-    return {"model": "scripted/model-1", "messages": [{"role": "user", "content": marker}]}
+    asked = {"input": marker} if in_responses else {"messages": [{"role": "user", "content": marker}]}
+    return {"model": "scripted/model-1", **asked}
+
+
+def marker_of(call: Call) -> str:
+    """The marker of the session that a call is made for."""
+    body = call.body
+    return str(body["input"] if "input" in body else body["messages"][-1]["content"])
 
 
 def text_of_chunk(n: int, size: int) -> str:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from tests.system.cluster import Cluster, Worker
 
 AWAY = (OSError, TimeoutError, aiohttp.ClientError, Broken, asyncio.IncompleteReadError)
+RESPONSES = 0.3
+"""Share of sessions that speak the Responses dialect."""
+
 NOT_YET_JOURNALED = 1.0
 """Seconds for which what a worker has learned may be in its memory alone."""
 
@@ -58,11 +61,13 @@ class Spender:
 
     async def _prepare(self) -> None:
         marker = self.cluster.marker()
+        in_responses = self.random.random() < RESPONSES
+        cap = "max_output_tokens" if in_responses else "max_tokens"
         answer = await self.cluster.ask(
             "POST",
             self._worker(),
             "/prepare",
-            json={**question(marker), "max_tokens": MAX_TOKENS},
+            json={**question(marker, in_responses=in_responses), cap: MAX_TOKENS},
             headers={"Authorization": f"Bearer {self.random.choice(['one', 'two', 'three'])}"},
         )
         if answer.status == 201:

@@ -49,6 +49,10 @@ GRACE = 4
 """Seconds of the workers' disconnect grace."""
 
 
+RESPONSES = 0.3
+"""Share of sessions that speak the Responses dialect."""
+
+
 class Profile(NamedTuple):
     """What is hurt in a round."""
 
@@ -140,7 +144,8 @@ async def _begin(cluster: Cluster, walks: list[Walk], random: Random) -> set[asy
 def _script(random: Random) -> Script:
     ending = random.choice(["done"] * 6 + ["silent", "truncated", "reset", "error", "hang"])
     chunks = random.choice([0, 1, 10, 100, 300])
-    return Script(chunks, random.choice([0.0, 0.001, 0.02, 0.03]), random.choice([5, 20, 500]), ending)
+    pause, size = random.choice([0.0, 0.001, 0.02, 0.03]), random.choice([5, 20, 500])
+    return Script(chunks, pause, size, ending, responses=random.random() < RESPONSES)
 
 
 async def _prepare(cluster: Cluster, script: Script, random: Random) -> Session | None:

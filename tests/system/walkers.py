@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
@@ -42,6 +42,13 @@ SHORT = 0.4
 
 LONGEST = 30.0
 """Seconds after which a page takes another line, so that one which never ends is found."""
+
+
+def _text_in(chunk: dict[str, Any]) -> str:
+    """The text of a chunk of either dialect."""
+    if "choices" not in chunk:
+        return str(chunk.get("delta", ""))
+    return "".join(choice["delta"].get("content", "") for choice in chunk["choices"])
 
 
 @dataclass
@@ -123,7 +130,7 @@ class Page:
             self.seen = number_of(event)
             if event.json["number"] != self.seen or event.json["marker"] != marker:
                 self.findings.append(f"chunk {event.json['number']} of {event.json['marker']} as {event.id}")
-            self.text += "".join(choice["delta"].get("content", "") for choice in event.json["choices"])
+            self.text += _text_in(event.json)
         elif event.kind not in ("done", "error"):
             self.findings.append(f"an event of kind {event.kind}")
         elif event.kind == "done" or event.json["final"]:

@@ -316,6 +316,32 @@ async def test_a_viewer_comes_back_to_any_worker(
     assert len(upstream.calls) == 1
 
 
+async def test_the_short_form_has_words_and_whole_calls(broker: Broker, upstream: ScriptedUpstream) -> None:
+    thought = delta("Hm", "reasoning_summary_text", 1)
+    upstream.replies = [answering(*WORDS, thought, item_done(CALL, 2), completed())]
+    session, _ = await prepared(broker)
+    async with broker.stream(session, query="?events=token") as line:
+        start, *tokens, done = await line.rest()
+    assert (start.kind, done.kind, done.id) == ("start", "done", "1-8.end")
+    assert [(each.id, each.json) for each in tokens] == [
+        ("1-2", {"text": "Hel"}),
+        ("1-3", {"text": "lo"}),
+        ("1-5", {"reasoning": "Hm"}),
+        ("1-6", {"toolCalls": [CALL]}),
+    ]
+
+
+async def test_a_whole_response_is_told_in_the_short_form_too(
+    broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    document = response(status="completed", output=[MESSAGE], usage=USAGE)
+    upstream.replies = [body_of("application/json", json.dumps(document))]
+    session, _ = await prepared(broker)
+    async with broker.stream(session, query="?events=token") as line:
+        _, token, _ = await line.rest()
+    assert token.json == {"text": "Hello"}
+
+
 async def test_who_leaves_pays_what_was_written(valkey_url: str, upstream: ScriptedUpstream) -> None:
     upstream.models = price_list()
     async with running(valkey_url, upstream, disconnect_grace=0) as broker:
