@@ -19,8 +19,8 @@ PATHS = {
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/page-chunk.js": ("page-chunk.js", "text/javascript; charset=utf-8"),
-    "/page-line.js": ("page-line.js", "text/javascript; charset=utf-8"),
-    "/page-words.js": ("page-words.js", "text/javascript; charset=utf-8"),
+    "/page-stream.js": ("page-stream.js", "text/javascript; charset=utf-8"),
+    "/page-text.js": ("page-text.js", "text/javascript; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
     "/favicon.ico": ("icon.svg", "image/svg+xml"),
 }

@@ -1,10 +1,10 @@
-// What a chunk of an answer says: text, reasoning, images, the pieces of tool calls, sources. Plain functions: no
-// document, no network. Services write the same thing in many shapes; one that is not known says nothing.
+// Read a chunk of an answer: text, reasoning, images, the pieces of tool calls, sources. Plain functions: no document,
+// no network. Services write the same contents in many shapes; an unknown shape gives nothing.
 
-const DEEPEST = 6; // a part may hold a list of parts: thinking does
+const DEEPEST = 6; // a part may hold a list of parts, as thinking does
 const PICTURE = /^data:image\/(png|jpeg|webp|gif|avif);base64,/i;
 
-/** Adds one chunk of the upstream to a turn. */
+/** Add one chunk of the upstream to a turn. */
 export function take(turn, chunk) {
   const choice = list(chunk?.choices)[0];
   const delta = [choice?.delta, choice?.message].find((said) => said && Object.keys(said).length);
@@ -27,7 +27,7 @@ export function take(turn, chunk) {
   }
 }
 
-/** Adds what a content says: a text, a part with a type, or a list of both. */
+/** Add a content: a text, a part with a type, or a list of both. */
 function add(said, content, kind = "text", depth = 0) {
   if (typeof content === "string") said[kind] += content;
   else if (depth > DEEPEST || !content) return;
@@ -49,7 +49,7 @@ function add(said, content, kind = "text", depth = 0) {
   }
 }
 
-/** The same thoughts may stand under several names: the first that says something counts. */
+/** The same thoughts may be there under several names: the first name with contents counts. */
 function reasoning(delta) {
   for (const thoughts of [delta.reasoning, delta.reasoning_content]) {
     const said = { text: "", reasoning: "", images: [] };
@@ -59,7 +59,7 @@ function reasoning(delta) {
   return list(delta.reasoning_details).map((detail) => words(detail?.text) + words(detail?.summary)).join("");
 }
 
-/** Images are shown where the chunk holds them, and linked where it names an address: the page loads nothing. */
+/** Show an image that is in the chunk, and link one that has an address: the page loads nothing. */
 function picture(turn, url) {
   if (PICTURE.test(url)) (turn.images ??= []).push(url);
   else if (/^https?:/.test(url)) turn.sources.push({ url, title: "Image" });

@@ -1,12 +1,12 @@
 // The chat page: the conversation and its views, the composer, the choice of models.
-// A line follows an answer (page-line.js); this file shows it. All text goes in as text, never as markup.
+// page-stream.js follows an answer; this file shows it. All text is inserted as text, never as markup.
 
-import { Line } from "./page-line.js";
-import { account, advice, context, price, total } from "./page-words.js";
+import { AnswerStream } from "./page-stream.js";
+import { account, advice, context, price, total } from "./page-text.js";
 
-// The number goes up when a turn changes its shape. Another broker of this origin has another path.
+// The number changes with the shape of a turn. Another broker of this origin has another path.
 const STORE = `session-broker-1${location.pathname}`;
-const TURNS_SENT = 99; // with the new message 199: brokers take 200 messages unless told otherwise, and trim by themselves
+const TURNS_SENT = 99; // with the new message 199: by default brokers accept 200 messages, and trim by themselves
 const MANY_MODELS = 12;
 const MODEL_PAUSES = [2_000, 10_000, 30_000];
 const MODEL_TIMEOUT = 10_000;
@@ -16,10 +16,10 @@ const state = restored();
 const views = new Map();
 let models = [];
 let listed = loadModels(); // the first attempt; a message sent before its end waits for it
-let line = null; // the answer under way
+let stream = null; // the answer that is being written
 let following = true; // whether the reader is at the bottom
 
-// ---- the conversation, kept over a reload --------------------------------------------------------------------------
+// ---- the conversation, stored over a reload ------------------------------------------------------------------------
 
 function restored() {
   try {
@@ -53,7 +53,7 @@ function messages(question) {
 
 function submit() {
   const question = $("text").value.trim();
-  if (line || !question) return $("text").focus();
+  if (stream || !question) return $("text").focus();
   const request = { messages: messages(question) };
   const turn = { question, model: "", sessionId: null, cursor: "", text: "", reasoning: "", tools: {}, sources: [] };
   state.turns.push(turn);
@@ -65,22 +65,22 @@ function submit() {
 }
 
 async function handIn(turn, request) {
-  const line = follow(turn);
+  const stream = follow(turn);
   await listed;
   state.model = turn.model = $("model").value;
-  await line.prepare(turn.model ? { ...request, model: turn.model } : request, state.key);
+  await stream.prepare(turn.model ? { ...request, model: turn.model } : request, state.key);
   save();
 }
 
 function follow(turn) {
-  line = new Line(turn, { changed: () => repaint(turn), ended: () => ended(turn) });
+  stream = new AnswerStream(turn, { changed: () => repaint(turn), ended: () => ended(turn) });
   repaint(turn);
   controls();
-  return line;
+  return stream;
 }
 
 function ended(turn) {
-  line = null;
+  stream = null;
   if (turn.problem?.code === "withdrawn") putBack(turn);
   else repaint(turn);
   if (turn.problem?.code === "unauthorized") $("access").hidden = false;
@@ -91,15 +91,15 @@ function ended(turn) {
 function stop() {
   toText();
   $("stop").disabled = true;
-  line?.stop();
+  stream?.stop();
 }
 
-/** Moves the focus from a button about to be disabled; not on a phone, where the keyboard would cover the answer. */
+/** Move the focus away from a button before it is disabled, but not on a phone, where the keyboard would open. */
 function toText() {
   if (matchMedia("(pointer: fine)").matches) $("text").focus({ preventScroll: true });
 }
 
-/** Takes a turn that came to nothing out of the conversation; its question goes back into the box. */
+/** Remove a turn without an answer from the conversation, and put its question back into the box. */
 function putBack(turn) {
   state.turns = state.turns.filter((other) => other !== turn);
   views.get(turn)?.root.remove();
@@ -124,7 +124,7 @@ function anew() {
 
 // ---- views ---------------------------------------------------------------------------------------------------------
 
-/** The elements of one turn, and `paint`, which shows in them what the turn has become. */
+/** Make the elements of one turn, and `paint`, which shows its present contents. */
 function view(turn) {
   const root = $("turn").content.cloneNode(true).firstElementChild;
   const part = (selector) => root.querySelector(selector);
@@ -178,15 +178,15 @@ function put(element, text) {
   element.hidden = !text;
 }
 
-/** Appends what is new, so that what the reader has selected stays selected. */
+/** Append new text, so that the reader's selection stays. */
 function grow(node, text) {
   if (node.length < text.length) node.appendData(text.slice(node.length));
 }
 
 function status(turn) {
-  switch (line?.state) {
+  switch (stream?.state) {
     case "preparing": return "Sending…";
-    case "waiting": return `${line.notice} It goes on by itself as soon as there is room.`;
+    case "waiting": return `${stream.notice} It goes on by itself as soon as there is room.`;
     case "reconnecting": return "Reconnecting… The answer goes on where it was.";
     case "stopping": return "Stopping…";
     default: return turn.text ? "" : turn.reasoning ? "Thinking…" : "Waiting for the first word…";
@@ -195,7 +195,7 @@ function status(turn) {
 
 const pending = new Set();
 
-/** Paints a turn with the next frame, however many chunks come before it. */
+/** Paint a turn with the next frame, however many chunks come before it. */
 function repaint(turn) {
   if (!pending.size) requestAnimationFrame(paintPending);
   pending.add(turn);
@@ -215,9 +215,9 @@ function paintPending() {
 }
 
 function controls() {
-  $("send").disabled = line !== null;
-  $("stop").disabled = line === null;
-  $("conversation").setAttribute("aria-busy", String(line !== null));
+  $("send").disabled = stream !== null;
+  $("stop").disabled = stream === null;
+  $("conversation").setAttribute("aria-busy", String(stream !== null));
   $("welcome").hidden = state.turns.length > 0;
   $("anew").hidden = state.turns.every(underWay);
   put($("total"), total(state.turns));
@@ -225,7 +225,7 @@ function controls() {
 
 // ---- models --------------------------------------------------------------------------------------------------------
 
-/** Asks for the list until it is there, in the background but for the first time. */
+/** Load the list, again until it is there. All attempts but the first run in the background. */
 async function loadModels([pause, ...later] = MODEL_PAUSES) {
   const headers = state.key ? { Authorization: `Bearer ${state.key}` } : {};
   try {
@@ -236,7 +236,7 @@ async function loadModels([pause, ...later] = MODEL_PAUSES) {
       return;
     }
   } catch {
-    // As an answer without a list: shown below, and asked again.
+    // Handled like an answer without a list: shown below, and tried again.
   }
   $("model").replaceChildren(new Option("Default model", ""));
   put($("about"), "The list of models cannot be had right now; the broker's own default is asked.");
@@ -249,7 +249,7 @@ function offer(list) {
   narrow();
 }
 
-/** Lists the models that the filter leaves; the chosen one stays chosen while it is among them. */
+/** List the models that match the filter; the chosen one stays chosen while it is among them. */
 function narrow() {
   const sought = $("filter").value.trim().toLowerCase();
   const left = models.filter((model) => `${model.label} ${model.name ?? ""}`.toLowerCase().includes(sought));
@@ -267,7 +267,7 @@ function describe() {
   put($("about"), [model.name, context(model.context_length), unit].filter(Boolean).join(" · "));
 }
 
-// ---- what the reader does ------------------------------------------------------------------------------------------
+// ---- actions of the reader -----------------------------------------------------------------------------------------
 
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -279,7 +279,7 @@ $("text").addEventListener("keydown", (event) => {
   submit();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && line && !$("stop").disabled && event.target !== $("filter")) stop();
+  if (event.key === "Escape" && stream && !$("stop").disabled && event.target !== $("filter")) stop();
 });
 $("stop").addEventListener("click", stop);
 $("anew").addEventListener("click", anew);
@@ -311,6 +311,6 @@ for (const turn of [...state.turns]) {
   repaint(turn);
   if (!underWay(turn)) continue;
   if (turn.sessionId) follow(turn).open();
-  else putBack(turn); // left before it was handed in
+  else putBack(turn); // the page was left before the request was sent
 }
 controls();

@@ -1,4 +1,4 @@
-// Figures and failures in words. Plain functions: no document, no network.
+// Text for figures and failures. Plain functions: no document, no network.
 
 const TRY_LATER = "Try again in a moment.";
 const OTHER_MODEL = "Choose another model, or try again later.";
@@ -46,13 +46,13 @@ const FINISH = {
   tool_calls: "The model asks for a tool, which this page does not run",
 };
 
-/** What can be done about a problem; empty where nothing helps. */
+/** Return advice on a problem; empty where nothing helps. */
 export function advice({ code, retryAfter }) {
   const wait = retryAfter > 0 ? `Wait about ${duration(retryAfter * 1000)} first.` : "";
   return [ADVICE[code], wait].filter(Boolean).join(" ");
 }
 
-/** US dollars, short but never rounded down to nothing: $0.0012, $1.25. */
+/** Return US dollars as a short text that is never rounded to zero: $0.0012, $1.25. */
 export function money(usd) {
   if (usd === 0) return "$0";
   if (usd < 0.0000005) return "under $0.000001";
@@ -60,7 +60,7 @@ export function money(usd) {
   return `$${usd.toFixed(digits)}`;
 }
 
-/** A price per million tokens from the upstream's decimal strings (USD per token); a negative one means unknown. */
+/** Return a price per million tokens from the upstream's decimal strings (USD per token); a negative one means unknown. */
 export function price({ prompt, completion } = {}) {
   const [input, output] = [prompt, completion].map((text) => Number.parseFloat(text) * 1e6);
   if (!(input >= 0 && output >= 0)) return "price varies";
@@ -71,7 +71,7 @@ function perMillion(usd) {
   return `$${usd.toFixed(usd >= 0.1 || usd === 0 ? 2 : 3)}`;
 }
 
-/** 131072 → 131K, 1048576 → 1M. */
+/** Return a short number: 131072 → 131K, 1048576 → 1M. */
 export function context(tokens) {
   if (!tokens) return "";
   return tokens >= 1e6 ? `${+(tokens / 1e6).toFixed(1)}M context` : `${Math.round(tokens / 1e3)}K context`;
@@ -84,7 +84,7 @@ export function duration(ms) {
 
 const count = (tokens) => tokens.toLocaleString("en-US");
 
-/** What an answer took: how it ended where that is not plain, its cost, tokens, time and model. */
+/** Return the facts of an answer: how it ended where that is not obvious, its cost, tokens, time and model. */
 export function account({ result, dropped, model }) {
   const { finishReason, usage, cost, estimated, totalMs } = result;
   const about = estimated ? "about " : "";
@@ -98,7 +98,7 @@ export function account({ result, dropped, model }) {
   ].filter(Boolean).join(" · ");
 }
 
-/** The running total of a conversation; empty before the first answer. */
+/** Return the total of a conversation; empty before the first answer. */
 export function total(turns) {
   const results = turns.map((turn) => turn.result).filter(Boolean);
   if (!results.length) return "";

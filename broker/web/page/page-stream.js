@@ -1,10 +1,10 @@
 // One answer, from /prepare to its end: the only part of the page that talks to /prepare and /stream.
-// What arrives is kept in the turn, together with the cursor it belongs to, so that the pair can be stored at any moment.
+// Received contents are added to the turn together with their cursor, so that both can be stored at any moment.
 
 import { take } from "./page-chunk.js";
 
-const COMINGS = 200; // connection errors without an event between them: at the broker's pace about ten minutes
-const REOPENINGS = 8; // after the browser has given up; with their pauses about a minute
+const COMINGS = 200; // connection errors without an event between them; about ten minutes at the broker's retry time
+const REOPENINGS = 8; // after the browser has stopped reconnecting; about a minute with their pauses
 const PREPARE_TIMEOUT = 30_000;
 const STOP_TIMEOUT = 10_000;
 
@@ -12,12 +12,12 @@ const UNREACHABLE = { code: "unreachable", message: "The broker cannot be reache
 const STOP_UNCONFIRMED = { code: "stop_unconfirmed", message: "Stopped here, but the broker did not confirm it." };
 
 /**
- * Follows one turn. Calls `changed()` whenever there is something new to show and `ended()` once;
- * the turn then has its `result` (what `done` said) or its `problem`.
+ * Follows one turn. Calls `changed()` whenever there is something new to show, and `ended()` once; the turn then has
+ * its `result` (the data of `done`) or its `problem`.
  *
  * `state` is one of preparing, connecting, open, waiting (for room on the broker), reconnecting, stopping.
  */
-export class Line {
+export class AnswerStream {
   #turn;
   #changed;
   #ended;
@@ -37,7 +37,7 @@ export class Line {
     this.notice = "";
   }
 
-  /** Hands the request in and follows the session it becomes. */
+  /** Prepare the request, and follow its session. */
   async prepare(request, key) {
     try {
       const session = await this.#post(request, key);
@@ -64,7 +64,7 @@ export class Line {
     return body;
   }
 
-  /** Opens the event stream where the turn left off. From then on the browser itself reconnects. */
+  /** Open the event stream at the turn's cursor. From then on the browser reconnects by itself. */
   open() {
     this.#source?.close();
     const { sessionId, cursor } = this.#turn;
@@ -80,7 +80,7 @@ export class Line {
     });
   }
 
-  /** Asks the broker to stop, and waits for the end it then sends. */
+  /** Cancel the session at the broker, and wait for its end. */
   async stop() {
     if (!this.#turn.sessionId) return this.#abort.abort();
     this.#say("stopping");
@@ -114,7 +114,7 @@ export class Line {
   #lost() {
     if (++this.#comings > COMINGS || this.#reopenings >= REOPENINGS) return this.#end({ problem: UNREACHABLE });
     if (this.state !== "waiting") this.#say("reconnecting");
-    if (this.#source.readyState !== EventSource.CLOSED) return; // the browser comes back by itself
+    if (this.#source.readyState !== EventSource.CLOSED) return; // the browser reconnects by itself
     const pause = Math.min(15_000, 1000 * 2 ** this.#reopenings++) * (0.8 + 0.4 * Math.random());
     clearTimeout(this.#reopening);
     this.#reopening = setTimeout(() => this.open(), pause);
