@@ -34,6 +34,7 @@ from broker.store.idempotency import IdempotencyStore
 from broker.store.journal import JournalStore
 from broker.store.model_list import CatalogStore
 from broker.store.names import NameStore
+from broker.store.pending import PendingStore
 from broker.store.rates import Rates
 from broker.store.sessions import SessionStore
 from broker.store.workers import WorkerStore
@@ -132,7 +133,8 @@ async def build(
             config=_worker_config(settings, running_ttl),
             results=results,
         )
-        app[keys.HUB] = Hub(worker, sessions=sessions, journal=journal, accounts=accounts)
+        pending = PendingStore(store, quotas, session_ttl=settings.session_ttl)
+        app[keys.HUB] = Hub(worker, sessions=sessions, journal=journal, accounts=accounts, pending=pending)
         stack.push_async_callback(worker.close)
         worker.start()
         app[keys.SETTINGS] = settings
@@ -142,7 +144,6 @@ async def build(
         )
         app[keys.REFUSED_ORIGINS] = RefusedOrigins()
         app[keys.OCCUPANCY] = Occupancy(settings.max_streams)
-        app[keys.RATES] = Rates(store, limit=settings.rate_limit.count, window=settings.rate_limit.seconds)
         naming = await stack.enter_async_context(_naming(settings, store))
         app[keys.IDENTIFIER] = await stack.enter_async_context(clients(settings, naming))
         system = app[keys.SYSTEM] = SystemMessage(settings.system_file)
@@ -151,7 +152,8 @@ async def build(
             settings=settings,
             catalog=catalog,
             sessions=sessions,
-            accounts=accounts,
+            rates=Rates(store, limit=settings.rate_limit.count, window=settings.rate_limit.seconds),
+            pending=pending,
             quotas=quotas,
             bytes_per_token=bytes_per_token,
             idempotency=IdempotencyStore(store, ttl=settings.session_ttl + running_ttl),
@@ -204,13 +206,13 @@ def _catalog(
 
 def _quotas(settings: Settings) -> Quotas:
     return Quotas(
-        waiting=settings.max_prepared,
+        pending=settings.max_prepared,
         streams=settings.max_concurrent_streams,
         daily_tokens=settings.daily_tokens,
         daily_cost=to_nano(settings.daily_cost) or 0,
         total_daily_cost=to_nano(settings.total_daily_cost) or 0,
-        waiting_bytes=settings.max_prepared_bytes,
-        total_waiting_bytes=settings.total_prepared_bytes,
+        pending_bytes=settings.max_prepared_bytes,
+        total_pending_bytes=settings.total_prepared_bytes,
     )
 
 

@@ -1,4 +1,4 @@
-"""Handle the body of /prepare: validate it, fit it to the model, check that it can be paid, and store it.
+"""Handle /prepare: check the rate, validate the body, fit it to the model, check that it can be paid, store it.
 
 This joins `core`, the catalog and the store. It knows nothing of HTTP.
 """
@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import uuid
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
@@ -18,17 +18,19 @@ from broker.core.checking import RequestRules, refuse_fetched_images
 from broker.core.demand import demand_of
 from broker.core.document import SMALL_BODY, check_document, outline, read_json
 from broker.core.errors import (
+    BrokerError,
     IdempotencyConflict,
+    InternalError,
     InvalidRequest,
     ModelNotAllowed,
     Overloaded,
+    RateLimited,
     RequestError,
     StoreUnavailable,
 )
 from broker.core.fitting import FitRules, FittedRequest, ModelLimits, fit
 from broker.core.pricing import Demand, Prices, max_price, narrow_max_price, worst_case
 from broker.core.request import parse_request
-from broker.store.accounts import check_admitted
 from broker.store.sessions import Prepared
 
 if TYPE_CHECKING:
@@ -38,21 +40,23 @@ if TYPE_CHECKING:
     from broker.catalog import Catalog
     from broker.core.fitting import Request
     from broker.core.identity import Client
+    from broker.core.rates import RateStatus
     from broker.settings import Settings
-    from broker.store.accounts import AccountStore
-    from broker.store.connection import Call, Store
+    from broker.store.connection import Store
     from broker.store.idempotency import Binding, IdempotencyStore
+    from broker.store.pending import PendingStore
+    from broker.store.rates import Rates
     from broker.store.sessions import SessionStore
     from broker.system_message import SystemMessage
 
 CATALOG_TIMEOUT = 1.0
-"""Seconds that /prepare waits for the list of models. Unknown limits of a model do not apply."""
+"""Seconds that /prepare waits for the list of models; what is not known of a model does not bind."""
 
 NO_LIST_RETRY = 10.0
-"""Seconds after which a caller should try again where there is a budget in money and no price is known yet."""
+"""Seconds after which a caller comes again where a budget of money is on and no price is known yet."""
 
 TURN_TIMEOUT = 10.0
-"""Seconds that a large body waits for others to be parsed before it."""
+"""Seconds that a large body waits for others to be read before it."""
 
 
 class Admitted(NamedTuple):
@@ -61,42 +65,40 @@ class Admitted(NamedTuple):
     Attributes:
         answer: the body of the answer, ready for JSON.
         created: True for a new session; False if an earlier request with the same Idempotency-Key made it.
+        rate: how its client stands, if this prepare was counted.
     """
 
     answer: dict[str, Any]
     created: bool
+    rate: RateStatus | None = None
 
 
-class RateCheck(Protocol):
-    """Counts one prepare against the rate of its client."""
+class ReadyRequest(NamedTuple):
+    """A request that may be stored, if its client may have it.
 
-    def call(self) -> Call:
-        """Return the call that counts, to be run together with others."""
-
-    def note(self, reply: Sequence[int]) -> None:
-        """Handle the reply of `call`; raises `RateLimited`."""
-
-    async def alone(self) -> None:
-        """Count with a call of its own; raises `RateLimited`."""
-
-
-class AdmittedRequest(NamedTuple):
-    """A request that can be stored."""
+    Attributes:
+        client: who asks, and pays.
+        body: for the upstream.
+        fitted: how it fits to its models.
+        worst: the most that it can take.
+    """
 
     client: Client
+    body: dict[str, Any]
     fitted: FittedRequest
     worst: WorstCase
 
 
 class Admission:
-    """Makes sessions from requests.
+    """Makes sessions.
 
     Args:
         store: runs several steps in one round trip.
         settings: the limits and rules.
         catalog: the models.
         sessions: stores the sessions.
-        accounts: the spending and the pending sessions of clients.
+        rates: counts the prepares of each client.
+        pending: counts the pending sessions.
         quotas: the limits of clients.
         bytes_per_token: the learned values of the models.
         idempotency: the used keys.
@@ -110,7 +112,8 @@ class Admission:
         settings: Settings,
         catalog: Catalog,
         sessions: SessionStore,
-        accounts: AccountStore,
+        rates: Rates,
+        pending: PendingStore,
         quotas: Quotas,
         bytes_per_token: BytesPerToken,
         idempotency: IdempotencyStore,
@@ -122,7 +125,8 @@ class Admission:
         self._settings = settings
         self._catalog = catalog
         self._sessions = sessions
-        self._accounts = accounts
+        self._rates = rates
+        self._pending = pending
         self._quotas = quotas
         self._bytes_per_token = bytes_per_token
         self._idempotency = idempotency
@@ -134,15 +138,27 @@ class Admission:
             max_messages=settings.max_messages,
         )
 
+    async def check_rate(self, client: Client, idempotency_key: str | None) -> None:
+        """Refuse a client that was refused a moment ago, before its body is read.
+
+        A key that is known is answered all the same, and costs next to nothing.
+
+        Raises:
+            RateLimited: the client has had its limit, and nothing can have changed that yet.
+            StoreUnavailable: Redis cannot be reached.
+        """
+        status = self._rates.standing_refusal(client.name)
+        if status is not None and not (idempotency_key and await self._knows(client, idempotency_key)):
+            raise _rate_limited(status)
+
     async def admit(
-        self, body: bytes, *, client: Client, rate_check: RateCheck, referer: str, idempotency_key: str | None
+        self, body: bytes, *, client: Client, referer: str, idempotency_key: str | None
     ) -> Admitted:
-        """Make a session from a request, or find the one that its Idempotency-Key made.
+        """Make a session of a request, or find the one that its Idempotency-Key made.
 
         Args:
             body: the request as JSON.
             client: the client that pays.
-            rate_check: counts the prepare, whatever its result.
             referer: the origin of the page, or empty.
             idempotency_key: the key in the request's header, or None.
 
@@ -154,37 +170,49 @@ class Admission:
             TooManyStreams: this client has too many pending sessions, or too large ones.
             BudgetExceeded: the budget of today does not cover this.
             StoreUnavailable: Redis cannot be reached.
+
+        Each of them says in `rate` how the client stands, once the prepare was counted.
         """
         bound = None
         if idempotency_key is not None:
             bound = await self._idempotency.find(client.name, idempotency_key)
             if bound is not None and (known := await self._known(bound, body)) is not None:
                 return known
-        # A large body is counted before it is parsed. A small one is counted in the round trip that stores it.
-        early = idempotency_key is not None or len(body) > SMALL_BODY
-        if early:
-            await rate_check.alone()
+        rate: RateStatus | None = None
         try:
-            order = await self._order(body, client)
-        except RequestError:
-            if not early:
-                await rate_check.alone()
+            # A large body is counted before it is read, a small one in the round trip that admits it.
+            if idempotency_key is not None or len(body) > SMALL_BODY:
+                rate = await self._count(client)
+            try:
+                ready = await self._make_ready(body, client)
+            except RequestError:
+                rate = rate or await self._count(client)
+                raise
+            session_id = str(uuid.uuid4())
+            rate = await self._admit(session_id, ready, rate)
+            answer = await self._store_session(session_id, ready, referer)
+            if idempotency_key is None:
+                return Admitted(answer, True, rate)
+            return (await self._bind(body, client, answer, idempotency_key, bound))._replace(rate=rate)
+        except BrokerError as error:
+            error.rate = error.rate or rate
             raise
-        if idempotency_key is None:
-            return Admitted(await self._keep(order, referer, None if early else rate_check), created=True)
-        return await self._keep_once(body, order, referer, idempotency_key, bound)
 
-    async def knows(self, client: Client, idempotency_key: str) -> bool:
-        """Return True if a session is bound to this key of this client.
+    async def _count(self, client: Client) -> RateStatus:
+        """Count a prepare by itself.
 
         Raises:
-            StoreUnavailable: Redis cannot be reached.
+            RateLimited: the client has had its limit.
         """
+        return _allowed(await self._rates.hit(client.name))
+
+    async def _knows(self, client: Client, idempotency_key: str) -> bool:
+        """Return True if a session is bound to this key of this client."""
         bound = await self._idempotency.find(client.name, idempotency_key)
         return bound is not None and await self._sessions.remaining(bound.session_id) is not None
 
-    async def _order(self, body: bytes, client: Client) -> AdmittedRequest:
-        """Return the request as it would be sent, with its worst case."""
+    async def _make_ready(self, body: bytes, client: Client) -> ReadyRequest:
+        """Return the request as it would be sent, and what it may cost."""
         async with self._turn_of(body):
             request = await self._read(body)
         names = request.reachable_models
@@ -206,17 +234,21 @@ class Admission:
             fitted = fit(request, limits, rules, bytes_per_token)
             await _pause(body)
             prices = [known[name].prices if name in known else None for name in names]
-            worst = self._worst(fitted, prices, names)
+            demand = demand_of(fitted.body, names)
+            if self._quotas.limit_cost:
+                self._check_priced(prices, names, demand)
+            priced = self._prices_to_reserve(prices, demand)
+            worst = _worst_of(fitted, priced, demand)
             if faults := beyond_limits(worst, self._quotas, request.caps[0]):
                 raise InvalidRequest(details=faults)
-            return AdmittedRequest(client, fitted, worst)
+            return ReadyRequest(client, self._with_max_price(fitted.body, priced, demand), fitted, worst)
 
     @asynccontextmanager
     async def _turn_of(self, body: bytes) -> AsyncIterator[None]:
-        """Wait for the turn of a large body, and keep it during the block: only one is parsed at a time.
+        """Hold the turn of a large body; only one of them is worked on at a time.
 
         Raises:
-            Overloaded: too many others were before it.
+            Overloaded: too many others came before it.
         """
         if len(body) <= SMALL_BODY:
             yield
@@ -232,7 +264,7 @@ class Admission:
             self._turn.release()
 
     async def _read(self, body: bytes) -> Request:
-        """Count, parse, check and validate a body. Between the steps of a large one, the event loop runs."""
+        """Count, parse, check and validate a body; between two steps of a large one, the event loop runs."""
         found = outline(body)
         await _pause(body)
         document = read_json(body)
@@ -243,29 +275,28 @@ class Admission:
         await _pause(body)
         return request.with_system(self._system.text)
 
-    def _worst(
-        self, fitted: FittedRequest, prices: Sequence[Prices | None], names: Sequence[str]
-    ) -> WorstCase:
-        """Return the worst case of a request; where there is a budget in money, add the price limit to its body."""
-        prompt, output = fitted.reserved_prompt_tokens, fitted.max_output_tokens * fitted.answers
-        demand = demand_of(fitted.body, names)
-        costs = [worst_case(prompt, output, each, demand) for each in prices]
+    def _prices_to_reserve(self, prices: Sequence[Prices | None], demand: Demand) -> list[Prices]:
+        """Return the prices of which the dearest is reserved, none where nothing is known.
+
+        Where one of the models has no known price, it is the dearest of the list: without a budget too, because one may
+        be switched on before the claim.
+        """
         known = [each for each in prices if each is not None]
-        if None in costs:
-            # The cost is reserved without a budget too, because one may be switched on before the claim.
-            dearest = self._catalog.dearest
-            costs = [worst_case(prompt, output, dearest, demand)]
-            known = [dearest] if dearest is not None else []
-        if self._quotas.limit_cost:
-            self._check_priced(prices, names, demand)
-            if known and self._catalog.openrouter:
-                provider = fitted.body.get("provider") or {}
-                limited = narrow_max_price(provider.get("max_price"), max_price(known, demand))
-                fitted.body["provider"] = {**provider, "max_price": limited}
-        return WorstCase(prompt + output, max(cost or 0 for cost in costs))
+        if len(known) == len(prices) and None not in [worst_case(0, 0, each, demand) for each in known]:
+            return known
+        dearest = self._catalog.dearest
+        return [dearest] if dearest is not None else []
+
+    def _with_max_price(self, body: dict[str, Any], prices: list[Prices], demand: Demand) -> dict[str, Any]:
+        """Return the body that holds the upstream to the price reserved, where money is counted."""
+        if not (self._quotas.limit_cost and prices and self._catalog.openrouter):
+            return body
+        provider = body.get("provider") or {}
+        limited = narrow_max_price(provider.get("max_price"), max_price(prices, demand))
+        return {**body, "provider": {**provider, "max_price": limited}}
 
     def _check_priced(self, prices: Sequence[Prices | None], names: Sequence[str], demand: Demand) -> None:
-        """Check that a budget in money can cover these models.
+        """See that a budget of money can cover these models.
 
         Raises:
             Overloaded: there is no list of prices now.
@@ -280,34 +311,46 @@ class Admission:
             if worst_case(0, 0, listed, demand) is None:
                 raise ModelNotAllowed(f"The price of {name} is not known, so no budget can cover it.")
 
-    async def _keep(
-        self, order: AdmittedRequest, referer: str, rate_check: RateCheck | None = None
-    ) -> dict[str, Any]:
-        session_id = str(uuid.uuid4())
-        fitted, settings = order.fitted, self._settings
+    async def _admit(self, session_id: str, ready: ReadyRequest, rate: RateStatus | None) -> RateStatus:
+        """Take a place among the pending sessions, and count the prepare unless that was done.
+
+        Raises:
+            RateLimited, TooManyStreams, Overloaded, BudgetExceeded, StoreUnavailable: as `admit`. No place is taken.
+        """
+        client = ready.client.name
+        stored = len(orjson.dumps(ready.body))
+        calls = self._pending.admitting(client, session_id, ready.worst, stored=stored)
+        if rate is None:
+            calls = [*calls, self._rates.hitting(client)]
+        try:
+            own, total, *counted = await self._store.run(calls)
+            if counted:
+                rate = self._rates.read(client, counted[0])
+            rate = _allowed(rate)
+            self._pending.check([own, total])
+        except BaseException as error:
+            self._forget(client, session_id)
+            if isinstance(error, BrokerError):
+                error.rate = rate
+            raise
+        return rate
+
+    async def _store_session(self, session_id: str, ready: ReadyRequest, referer: str) -> dict[str, Any]:
+        """Store a session that was admitted. Returns what the page is told."""
+        fitted, settings = ready.fitted, self._settings
         prepared = Prepared(
-            request=orjson.dumps(fitted.body),
+            request=orjson.dumps(ready.body),
             model=fitted.model,
             prompt_tokens=fitted.reserved_prompt_tokens,
             referer=settings.referer or referer,
-            client=order.client.name,
-            worst=order.worst,
+            client=ready.client.name,
+            worst=ready.worst,
             calibration_sample=fitted.calibration_sample,
         )
-        client, ttl = order.client.name, settings.session_ttl
-        # All steps in Redis go in one round trip; if one refuses, the others are undone.
-        calls = [
-            self._accounts.admitting(client, session_id, order.worst, ttl=ttl, stored=len(prepared.request)),
-            self._sessions.preparing(session_id, prepared),
-            *([rate_check.call()] if rate_check is not None else []),
-        ]
         try:
-            admitted, _, *counted = await self._store.run(calls)
-            if rate_check is not None:
-                rate_check.note(*counted)
-            check_admitted(admitted)
+            await self._sessions.prepare(session_id, prepared)
         except BaseException:
-            self._forget(client, session_id)
+            self._forget(ready.client.name, session_id)
             raise
         return {
             "sessionId": session_id,
@@ -319,12 +362,12 @@ class Admission:
         }
 
     def _forget(self, client: str, session_id: str) -> None:
-        """Remove a session that was not returned to anybody. In the background, because the caller may have left."""
+        """Take back a session that nobody was told of; in the background, as the caller may be gone."""
 
         async def forget() -> None:
             try:
                 await self._sessions.forget(session_id)
-                await self._accounts.forget(client, session_id)
+                await self._pending.forget(client, session_id)
             except StoreUnavailable:
                 pass  # both expire
 
@@ -333,11 +376,11 @@ class Admission:
         task.add_done_callback(self._forgetting.discard)
 
     async def close(self) -> None:
-        """Wait for the removals; the store limits their time."""
+        """Wait for what is being taken back; that is bounded by the store."""
         await asyncio.gather(*self._forgetting)
 
     async def _known(self, bound: Binding, body: bytes) -> Admitted | None:
-        """Return the session that a key has made; None where it is gone, so that the key is free.
+        """The session that a key has made; None where it is gone, and the key free.
 
         Raises:
             IdempotencyConflict: the key was used with another body.
@@ -349,24 +392,52 @@ class Admission:
             raise IdempotencyConflict
         return Admitted({**bound.answer, "expiresIn": remaining}, created=False)
 
-    async def _keep_once(
-        self, body: bytes, order: AdmittedRequest, referer: str, key: str, bound: Binding | None
+    async def _bind(
+        self, body: bytes, client: Client, answer: dict[str, Any], key: str, bound: Binding | None
     ) -> Admitted:
-        client, digest = order.client.name, _digest(body)
-        # The session is stored before the key is bound to it, so that a key never leads to nothing. Two requests at
-        # the same time both store one; one of them is bound, and the other is removed before it is returned to anybody.
-        answer = await self._keep(order, referer)
+        """Bind a key to a session that was stored, or give it up for the one that the key leads to by now.
+
+        The session is stored before the key is bound to it, so that a key never leads to nothing: of two requests at
+        once both store one, one is bound, and the other is forgotten before anybody was told of it.
+        """
+        digest = _digest(body)
         try:
-            winner = await self._idempotency.bind(client, key, digest, answer, instead_of=bound)
+            winner = await self._idempotency.bind(client.name, key, digest, answer, instead_of=bound)
         except BaseException:
-            self._forget(client, answer["sessionId"])
+            self._forget(client.name, answer["sessionId"])
             raise
         if winner.session_id == answer["sessionId"]:
             return Admitted(answer, created=True)
-        self._forget(client, answer["sessionId"])
+        self._forget(client.name, answer["sessionId"])
         if winner.digest != digest:
             raise IdempotencyConflict
         return Admitted(winner.answer, created=False)
+
+
+def _worst_of(fitted: FittedRequest, prices: Sequence[Prices], demand: Demand) -> WorstCase:
+    """Return the most that a request can take at the dearest of these prices; without prices, its tokens alone."""
+    prompt, output = fitted.reserved_prompt_tokens, fitted.max_output_tokens * fitted.answers
+    costs = [worst_case(prompt, output, each, demand) or 0 for each in prices]
+    return WorstCase(prompt + output, max(costs, default=0))
+
+
+def _allowed(status: RateStatus | None) -> RateStatus:
+    """Return the status of a hit that was counted.
+
+    Raises:
+        RateLimited: it was refused.
+    """
+    if status is None:
+        raise InternalError  # every prepare is counted once
+    if not status.allowed:
+        raise _rate_limited(status)
+    return status
+
+
+def _rate_limited(status: RateStatus) -> RateLimited:
+    error = RateLimited(retry_after=status.reset)
+    error.rate = status
+    return error
 
 
 def _digest(body: bytes) -> str:

@@ -6,10 +6,15 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from broker.store.accounts import ESTIMATE_BUCKETS
+from broker.store.buckets import BUCKETS
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from redis.asyncio import Redis
+
+    from broker.store.accounts import AccountStore, Estimate
 
 NANO = 1_000_000_000
 MODEL = "scripted/model-1"
@@ -28,7 +33,7 @@ def price_list(**others: Any) -> bytes:
 
 
 class Ledger(NamedTuple):
-    """Everyone's account on all days together: tokens, and nano-USD."""
+    """Accounts on all days together: tokens, and nano-USD."""
 
     requests: int = 0
     estimated: int = 0
@@ -38,31 +43,48 @@ class Ledger(NamedTuple):
     reserved_cost: int = 0
 
 
-async def ledger(redis: Redis) -> Ledger:
-    """Everyone's account as it is now."""
-    [key] = await redis.keys("*:{accounts}:everyone") or [b"none"]
+CLIENTS = "*:{a*}:account:*"
+TOTAL = "*:{total}:account:all"
+
+
+async def ledger(redis: Redis, accounts: str = CLIENTS) -> Ledger:
+    """The sum of the accounts of all clients, or of those whose keys match."""
     sums = dict.fromkeys(Ledger._fields, 0)
-    fields: Any = await redis.hgetall(key)
-    for field, value in fields.items():
-        name = field.decode().partition(":")[2]
-        if name in sums:
-            sums[name] += int(value)
+    for key in await redis.keys(accounts):
+        fields: Any = await redis.hgetall(key)
+        for field, value in fields.items():
+            name = field.decode().partition(":")[2]
+            if name in sums:
+                sums[name] += int(value)
     return Ledger(**sums)
 
 
 async def slots(redis: Redis) -> int:
-    """Slots that are held, by whomever."""
-    return sum([await redis.zcard(key) for key in await redis.keys("*:{accounts}:slots:*")])
+    """Slots that are taken, of all clients."""
+    return sum([await redis.scard(key) for key in await redis.keys("*:{a*}:slots:*")])
 
 
 async def open_reservations(redis: Redis) -> int:
     """Reservations that are neither settled nor given back."""
-    return sum([await redis.zcard(key) for key in await redis.keys("*:{accounts}:open")])
+    return sum([await redis.zcard(key) for key in await redis.keys("*:{a*}:open")])
 
 
 async def unasked(redis: Redis) -> int:
-    """Estimates for whose truth the upstream is still to be asked."""
-    return sum([await redis.zcard(key) for key in await redis.keys("*:{accounts}:estimates")])
+    """Estimates whose final usage the upstream is still to be asked for."""
+    return sum([await redis.zcard(key) for key in await redis.keys("*:{a*}:estimates")])
+
+
+async def let_time_pass(redis: Redis, name: str) -> None:
+    """Let the time of every member of these sets have come: `open` or `estimates`, of all buckets."""
+    for key in await redis.keys(f"*:{{a*}}:{name}"):
+        members: Any = await redis.zrange(key, 0, -1)
+        await redis.zadd(key, dict.fromkeys(members, 1))
+
+
+async def due_estimates(accounts: AccountStore, limit: int = 10_000) -> list[Estimate]:
+    """The estimates that are due, of all buckets."""
+    looks = BUCKETS // ESTIMATE_BUCKETS
+    return [each for _ in range(looks) for each in await accounts.due_estimates(limit)]
 
 
 async def until(happened: Callable[[], Awaitable[object]], within: float = 5.0) -> None:

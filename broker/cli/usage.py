@@ -12,13 +12,12 @@ from rich.table import Table
 from broker.cli.output import require_output, write
 from broker.cli.tables import cell, show
 from broker.cli.words import BAD_USE, complain
-from broker.core.accounts import Quotas
 from broker.core.errors import StoreUnavailable
 from broker.core.pricing import to_usd
 from broker.logs import configure_logs
 from broker.settings import SettingsError, load_settings, require_served_store
-from broker.store.accounts import METRICS, AccountStore, UsageRow
 from broker.store.connection import Store
+from broker.store.usage_ledger import METRICS, UsageLedger, UsageRow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,9 +26,6 @@ _HEADINGS = (
     *("requests", "prompt", "completion", "cached", "reasoning"),
     *("USD", "estimated", "cancelled", "failed"),
 )
-
-NOTHING = Quotas(0, 0, 0, 0, 0)
-"""Quotas do not matter for reading the ledger."""
 
 
 def usage(day: str | None, *, by: str, as_json: bool) -> int:
@@ -70,7 +66,7 @@ def usage(day: str | None, *, by: str, as_json: bool) -> int:
 async def _read(redis_url: str, key_prefix: str, day: dt.date | None) -> tuple[dt.date, list[UsageRow]]:
     store = Store(redis_url, key_prefix)
     try:
-        return await AccountStore(store, NOTHING).usage_rows(day)
+        return await UsageLedger(store).rows(day)
     finally:
         await store.close()
 

@@ -20,22 +20,22 @@ class Quotas:
     """The limits of one client, and of all clients together. 0 means no limit, except for streams and sessions.
 
     Attributes:
-        waiting: prepared sessions of a client that are not claimed yet.
+        pending: prepared sessions of a client that are not claimed yet.
         streams: generations of a client at the same time.
         daily_tokens: tokens of a client a day.
         daily_cost: nano-USD of a client a day.
         total_daily_cost: nano-USD of all clients together a day.
-        waiting_bytes: bytes of the stored requests of a client's pending sessions.
-        total_waiting_bytes: the same of all clients; above half of it, a client may add a sixteenth of the rest.
+        pending_bytes: bytes of the stored requests of a client's pending sessions.
+        total_pending_bytes: the same of all clients; above half of it, a client may add a sixteenth of the rest.
     """
 
-    waiting: int
+    pending: int
     streams: int
     daily_tokens: int
     daily_cost: int
     total_daily_cost: int
-    waiting_bytes: int = 8 * 1024 * 1024
-    total_waiting_bytes: int = 256 * 1024 * 1024
+    pending_bytes: int = 8 * 1024 * 1024
+    total_pending_bytes: int = 256 * 1024 * 1024
 
     @property
     def limit_cost(self) -> bool:

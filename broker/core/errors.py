@@ -13,7 +13,10 @@ prompt or an answer. The code that catches the cause writes the details to the l
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from broker.core.rates import RateStatus
 
 _SHOWN_FIELD_CHARACTERS = 120
 
@@ -32,6 +35,7 @@ class BrokerError(Exception):
         message: one sentence for a person.
         details: what exactly is wrong, ready for JSON; for 422 a list of ``{"field", "message"}``.
         retry_after: seconds to wait, where known.
+        rate: how the client stands, where the request was counted against its rate.
     """
 
     code: ClassVar[str] = "internal_error"
@@ -43,6 +47,7 @@ class BrokerError(Exception):
         self.message = message or self.default_message
         self.details = details
         self.retry_after = retry_after
+        self.rate: RateStatus | None = None
         super().__init__(self.message)
 
 

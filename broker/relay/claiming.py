@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -16,10 +18,12 @@ from broker.core.errors import (
     InternalError,
     LimitError,
     Overloaded,
+    StoreRefused,
     StoreUnavailable,
 )
 from broker.core.events import cancelled_before_start
 from broker.core.session import State, short
+from broker.relay.retries import until_stored
 from broker.store.accounts import BUDGET_RETRY, LEASE, AccountStore, Reservation
 from broker.store.sessions import Prepared, SessionStatus, SessionStore
 
@@ -27,14 +31,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from broker.relay.generation import Generation
+    from broker.store.pending import PendingStore
 
 log = structlog.get_logger(__name__)
 
 RETRY = 0.3
 """Seconds between two tries to learn the outcome of a claim."""
 
-GIVE_BACK_TRIES = 20
-"""Tries to give a reservation back; after that it is found among those that nobody renews."""
+GIVE_BACK_FOR = LEASE
+"""Seconds for which a reservation is tried to be given back; after that others find that nobody renews it."""
 
 ELSEWHERE_TRIES = 10
 """Looks at a session that another worker is claiming, until a page is asked to come again."""
@@ -49,6 +54,7 @@ class Claiming:
     Args:
         sessions: where sessions are claimed.
         accounts: where slots and budgets are taken.
+        pending: where a session that was claimed is counted no more.
         worker: for whom.
         give_up_after: seconds for which the outcome of a claim is asked for: as long as it could still take effect.
         begin: starts the generation of a session that was won.
@@ -59,6 +65,7 @@ class Claiming:
         self,
         sessions: SessionStore,
         accounts: AccountStore,
+        pending: PendingStore,
         *,
         worker: str,
         give_up_after: float,
@@ -67,6 +74,7 @@ class Claiming:
     ) -> None:
         self._sessions = sessions
         self._accounts = accounts
+        self._pending = pending
         self._worker = worker
         self._give_up_after = give_up_after
         self._begin = begin
@@ -167,7 +175,11 @@ class Claiming:
             if described.state is not State.PREPARED:
                 return SessionStatus(described.state, described.worker)
             pursuit.reservation = Reservation(
-                pursuit.claim_id, pursuit.session_id, described.client, described.model, described.worst
+                pursuit.claim_id,
+                pursuit.session_id,
+                described.spec.client,
+                described.spec.model,
+                described.spec.worst,
             )
         try:
             reservation = await self._reserve(pursuit, pursuit.reservation)
@@ -182,7 +194,12 @@ class Claiming:
             if pursuit.withdrawn:
                 return SessionStatus(State.PREPARED)
         pursuit.sent = True
-        return await self._sessions.claim(pursuit.session_id, pursuit.claim_id, self._worker)
+        return await self._sessions.claim(
+            pursuit.session_id,
+            pursuit.claim_id,
+            self._worker,
+            also=self._pending.forgetting(reservation.client, pursuit.session_id),
+        )
 
     async def _taken_elsewhere(self, pursuit: _Pursuit, refused: BrokerError) -> SessionStatus:
         """Where a session stands for which there was no room: another worker may be claiming it, with the last slot.
@@ -217,19 +234,18 @@ class Claiming:
             described = await self._sessions.describe(pursuit.session_id)
             if described is None or described.claim_id != pursuit.claim_id:
                 raise
-            day = await self._accounts.reserve(reservation, force=True)
+            if await self._accounts.reserve_again([reservation]):
+                raise StoreRefused from None
+            day = await self._accounts.reserve(reservation)
         pursuit.reserved_at = now
         pursuit.reservation = replace(reservation, day=day)
         return pursuit.reservation
 
     async def _give_back(self, reservation: Reservation) -> None:
-        for _ in range(GIVE_BACK_TRIES):
-            try:
-                await self._accounts.release(reservation.claim_id, reservation.client)
-            except StoreUnavailable:
-                await asyncio.sleep(RETRY)
-            else:
-                return
+        with suppress(StoreUnavailable):  # then it is found among those that nobody renews
+            await until_stored(
+                partial(self._accounts.release, reservation), give_up_after=GIVE_BACK_FOR, retry=RETRY
+            )
 
 
 class _Attempt:

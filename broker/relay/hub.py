@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from broker.relay.worker import Worker
     from broker.store.accounts import AccountStore
     from broker.store.journal import JournalStore
+    from broker.store.pending import PendingStore
     from broker.store.sessions import SessionStore
 
 
@@ -52,19 +53,27 @@ class Hub:
         sessions: the states of sessions in Redis.
         journal: the events of sessions in Redis.
         accounts: slots and budgets.
+        pending: sessions that are not claimed yet.
     """
 
     def __init__(
-        self, worker: Worker, *, sessions: SessionStore, journal: JournalStore, accounts: AccountStore
+        self,
+        worker: Worker,
+        *,
+        sessions: SessionStore,
+        journal: JournalStore,
+        accounts: AccountStore,
+        pending: PendingStore,
     ) -> None:
         self._worker = worker
         self._sessions = sessions
         self._journal = journal
-        self._accounts = accounts
+        self._pending = pending
         self._config = worker.config
         self._claiming = Claiming(
             sessions,
             accounts,
+            pending,
             worker=worker.id,
             give_up_after=self._config.session_ttl + self._config.running_ttl,
             begin=worker.start_generation,
@@ -143,6 +152,8 @@ class Hub:
                 raise Draining
             if len(self._worker.running) + len(self._claiming) >= self._config.max_streams:
                 raise Overloaded
+            if not await self._worker.redis.may_claim():
+                raise StoreUnavailable  # it may run already, and its owner is about to write that
         outcome = await self._claiming.claim(session_id)
         if isinstance(outcome, Generation):
             if outcome.was_watched:  # by another viewer that waited for the same claim
@@ -174,7 +185,7 @@ class Hub:
             raise AlreadyClaimed
 
     async def _raise_gone(self, cursor: Cursor | None) -> None:
-        if not await self._worker.membership.is_gone():
+        if not await self._worker.redis.is_gone():
             raise StoreUnavailable
         raise SessionNotFound if cursor is None else SessionExpired
 
@@ -182,4 +193,4 @@ class Hub:
         """Free the pending place of a cancelled session. If Redis cannot be reached now, the place expires."""
         with suppress(StoreUnavailable):
             if (session := await self._sessions.describe(session_id)) is not None:
-                await self._accounts.forget(session.client, session_id)
+                await self._pending.forget(session.spec.client, session_id)

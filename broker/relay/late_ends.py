@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from broker.relay.finished_cache import FinishedCache
     from broker.relay.generation import Generation
     from broker.relay.journal_writer import JournalWriter
-    from broker.relay.membership import Membership
+    from broker.relay.redis_watch import RedisWatch
     from broker.store.accounts import Reservation
 
 log = structlog.get_logger(__name__)
@@ -42,7 +42,7 @@ class LateEnds:
 
     Args:
         finished: this worker's finished sessions.
-        membership: knows whether Redis came back empty.
+        redis: knows whether Redis came back empty.
         journal: bounds the events that wait for Redis in memory.
         spawn: runs work in the background and owns its task.
         clock: seconds that only go forward; by default the event loop's.
@@ -52,7 +52,7 @@ class LateEnds:
     def __init__(
         self,
         finished: FinishedCache,
-        membership: Membership,
+        redis: RedisWatch,
         journal: JournalWriter,
         *,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
@@ -60,7 +60,7 @@ class LateEnds:
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._finished = finished
-        self._membership = membership
+        self._redis = redis
         self._journal = journal
         self._spawn = spawn
         self._clock = clock or asyncio.get_running_loop().time
@@ -112,7 +112,7 @@ class LateEnds:
             stored = await generation.finishing.store(generation.finishing.terminal(CANCELLED))
         if isinstance(stored, EndConflict):
             return False
-        if stored is None and not await self._membership.is_gone():
+        if stored is None and not await self._redis.is_gone():
             return False  # the session may just be written again as running
         await generation.finishing.settle((stored or end).state)
         if stored not in (None, end):

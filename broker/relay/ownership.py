@@ -1,41 +1,52 @@
-"""What this worker owns, and making sure that it still does: after a freeze, and after Redis has lost everything."""
+"""Makes sure that the sessions of this worker are still its own: after a freeze, and after Redis has lost something.
+
+Redis's word counts where it may know more than this worker: another worker can have ended a session. Where Redis came
+back empty, or lost its last writes, this worker knows more, and writes its sessions again.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import structlog
 
-from broker.core.errors import StoreUnavailable
+from broker.core.errors import StoreRefused, StoreUnavailable
 from broker.core.session import State, short
 from broker.relay.finishing import ALL, NOTHING
-from broker.relay.rounds import for_each
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 
     from broker.relay.finished_cache import FinishedCache
     from broker.relay.generation import Generation
     from broker.relay.journal_writer import JournalWriter
-    from broker.relay.membership import Membership
+    from broker.relay.redis_watch import RedisWatch
     from broker.store.accounts import AccountStore
     from broker.store.journal import JournalStore
-    from broker.store.sessions import SessionStore
+    from broker.store.sessions import SessionRecord, SessionStore
 
 log = structlog.get_logger(__name__)
 
 FREEZE = 1.5
-"""Seconds without a tick after which this process must have been frozen: others may have buried it meanwhile."""
+"""Seconds without a tick after which this process was frozen: others may have taken it for dead meanwhile."""
 
 CONFIRM_TIMEOUT = 0.3
 """Seconds that viewers of a worker that was frozen wait for Redis to confirm it."""
 
-RESTORE_TRIES = 20
-"""Times that a session is written again where Redis, which may be full, refuses it."""
+REWRITE_TRIES = 20
+"""Times that sessions are written again where Redis, which may be full, refuses some."""
 
-RESTORE_PAUSE = 0.5
+REWRITE_PAUSE = 0.5
 """Seconds between them."""
+
+CHECK_AT_ONCE = 256
+"""Sessions that one round trip asks for."""
+
+WRITE_AT_ONCE = 64
+WRITE_BYTES = 4 * 1024 * 1024
+"""Sessions, and bytes of events, that one round trip writes at most."""
 
 
 class Ownership:
@@ -43,13 +54,13 @@ class Ownership:
 
     Args:
         running: what runs here.
-        kept: what has ended here.
+        finished: what has ended here.
         worker: this worker's id.
         sessions: where they stand.
         accounts: where their reservations are.
-        reads: where to look.
+        reads: tells where a session stands.
         writes: this worker's journal, by which Redis confirms.
-        membership: knows whether Redis came back empty.
+        redis: tells whether Redis has lost something.
         resuming: events are journaled.
         spawn: runs work in the background and owns its task.
     """
@@ -57,80 +68,138 @@ class Ownership:
     def __init__(
         self,
         running: Mapping[str, Generation],
-        kept: FinishedCache,
+        finished: FinishedCache,
         *,
         worker: str,
         sessions: SessionStore,
         accounts: AccountStore,
         reads: JournalStore,
         writes: JournalWriter,
-        membership: Membership,
+        redis: RedisWatch,
         resuming: bool,
         spawn: Callable[[Coroutine[Any, Any, Any]], None],
     ) -> None:
         self._running = running
-        self._kept = kept
+        self._finished = finished
         self._worker = worker
         self._sessions = sessions
         self._accounts = accounts
         self._reads = reads
         self._writes = writes
-        self._membership = membership
+        self._redis = redis
         self._resuming = resuming
         self._spawn = spawn
         self._ticked_at = asyncio.get_running_loop().time()
         self._unconfirmed: set[Generation] = set()
         self._asked_in: dict[Generation, object] = {}
 
+    # Redis has lost something
+
     async def on_session_lost(self, generation: Generation) -> None:
-        """Redis does not have a running session as ours: write it again if all was lost, else it is another's."""
+        """Redis does not have a running session as ours: write it again if Redis lost it, else stop."""
         try:
-            gone = await self._membership.is_gone()
-            standing = await self._reads.look(generation.session_id)
-            ours = standing.worker == self._worker
-            if ours and (standing.end is None or standing.end.id.epoch == 1):
+            gone = await self._redis.is_gone()
+            status = await self._reads.look(generation.session_id)
+            ours = status.worker == self._worker
+            if ours and (status.end is None or status.end.id.epoch == 1):
                 return  # it is there, or has ended by our own word meanwhile
-            if standing.state is State.GONE and not gone:
-                await self._restore(generation)
+            if status.state is State.PREPARED or (status.state is State.GONE and not gone):
+                await self._rewrite([generation])
                 return
         except StoreUnavailable:
             return  # asked again with the next write
-        log.warning("fenced", session=short(generation.session_id), state=standing.state)
-        generation.fence(standing.end)
+        log.warning("fenced", session=short(generation.session_id), state=status.state)
+        generation.fence(status.end)
+
+    async def run_rewriting(self) -> NoReturn:
+        """Write sessions again each time that Redis may have lost something, until cancelled."""
+        while True:
+            await self._redis.to_rewrite.wait()
+            self._redis.to_rewrite.clear()
+            try:
+                await self.rewrite_sessions()
+            except StoreUnavailable:
+                self._redis.to_rewrite.set()
+                await asyncio.sleep(REWRITE_PAUSE)
 
     async def rewrite_sessions(self) -> None:
-        """Redis came back empty: write every session that is held here; those that it refuses are tried again.
+        """Write every session of which this worker knows more than Redis; those that are refused are tried again.
 
         Raises:
-            StoreUnavailable: Redis is away again.
+            StoreUnavailable: Redis is away.
         """
-        left = [*self._running.values(), *self._kept.values()]
-        for _ in range(RESTORE_TRIES):
-            left = await for_each(left, self._restore, doing="write sessions again")
+        left = [*self._running.values(), *self._finished.values()]
+        for _ in range(REWRITE_TRIES):
+            left = await self._rewrite(await self._forgotten(left))
             if not left:
                 return
-            await asyncio.sleep(RESTORE_PAUSE)
+            await asyncio.sleep(REWRITE_PAUSE)
             left = [each for each in left if self._is_held(each)]
 
     def _is_held(self, generation: Generation) -> bool:
         session_id = generation.session_id
-        return generation in (self._running.get(session_id), self._kept.get(session_id))
+        return generation in (self._running.get(session_id), self._finished.get(session_id))
 
-    async def _restore(self, generation: Generation) -> None:
+    async def _forgotten(self, generations: Iterable[Generation]) -> list[Generation]:
+        """Return those of which Redis knows less than this worker."""
+        forgotten: list[Generation] = []
+        rest = iter(generations)
+        while part := list(islice(rest, CHECK_AT_ONCE)):
+            records = await self._sessions.describe_many([each.session_id for each in part])
+            forgotten += [
+                each for each, record in zip(part, records, strict=True) if _knows_more(each, record)
+            ]
+        return forgotten
+
+    async def _rewrite(self, generations: list[Generation]) -> list[Generation]:
+        """Write these again. Returns those that Redis refused."""
+        if not generations:
+            return []
         self._writes.suspend_watch_expiry()
-        if generation.state is State.RUNNING:
-            await self._accounts.reserve(generation.reservation, force=True)
-        held = generation.feed.unsaved(0, ALL) if self._resuming else NOTHING
-        await self._sessions.restore(
-            generation.session_id,
-            generation.claim_id,
-            self._worker,
-            generation.prepared,
-            state=generation.state,
-            held=held,
-            end=generation.feed.end,
-        )
-        generation.saved = held.last
+        running = [each for each in generations if each.state is State.RUNNING]
+        await self._accounts.reserve_again([each.reservation for each in running])
+        refused: list[Generation] = []
+        for part in self._parts(generations):
+            refused += await self._write(part)
+        log.warning("sessions written again", count=len(generations) - len(refused), refused=len(refused))
+        return refused
+
+    def _parts(self, generations: list[Generation]) -> Iterator[list[Generation]]:
+        part: list[Generation] = []
+        size = 0
+        for generation in generations:
+            if part and (len(part) >= WRITE_AT_ONCE or size + generation.feed.size > WRITE_BYTES):
+                yield part
+                part, size = [], 0
+            part.append(generation)
+            size += generation.feed.size
+        yield part
+
+    async def _write(self, generations: list[Generation]) -> list[Generation]:
+        calls, last_of = [], []
+        for each in generations:
+            held = each.feed.unsaved(0, ALL) if self._resuming else NOTHING
+            last_of.append(held.last)
+            calls.append(
+                self._sessions.restoring(
+                    each.session_id,
+                    each.claim_id,
+                    self._worker,
+                    each.prepared.spec,
+                    held=held,
+                    end=each.feed.end,
+                )
+            )
+        replies = await self._sessions.run_each(calls)
+        refused = []
+        for generation, last, reply in zip(generations, last_of, replies, strict=True):
+            if isinstance(reply, StoreRefused):
+                refused.append(generation)
+            elif reply == 1:
+                generation.saved = last
+        return refused
+
+    # This process stood still
 
     def check_for_freeze(self, now: float) -> None:
         """Find out whether this process stood still; asked before anything is shown."""
@@ -140,12 +209,12 @@ class Ownership:
             self._ticked_at = now
 
     def tick(self, now: float) -> None:
-        """Time goes by."""
+        """Note that this process runs. Called several times a second."""
         self.check_for_freeze(now)
         self._ticked_at = now
 
     def _after_freeze(self, stood_still: float) -> None:
-        """Nothing is shown until Redis has confirmed that the sessions are still ours."""
+        """Show nothing until Redis has confirmed that the sessions are still ours."""
         frozen = list(self._running.values())
         if frozen:
             log.warning("was frozen", sessions=len(frozen), seconds=round(stood_still, 1))
@@ -173,3 +242,18 @@ class Ownership:
                 if self._asked_in.get(generation) is this_round:
                     del self._asked_in[generation]
                     generation.confirmed()
+
+
+def _knows_more(generation: Generation, record: SessionRecord | None) -> bool:
+    """Returns True if this worker knows more of a session than Redis.
+
+    A session that is another claim's is not this worker's any more, and an end that Redis has stands. Events that are
+    missing in the journal are written by the journal writer.
+    """
+    if record is None or record.state is State.PREPARED:
+        return True
+    return (
+        record.state is State.RUNNING
+        and record.claim_id == generation.claim_id
+        and generation.feed.end is not None
+    )

@@ -11,7 +11,6 @@ import asyncio
 import random
 import time
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import orjson
@@ -44,8 +43,8 @@ log = structlog.get_logger(__name__)
 RENEW = 1.0
 """Seconds between two renewals."""
 
-RENEW_AT_ONCE = 200
-"""Reservations that one script renews: what it costs Redis must not hold up others."""
+RENEW_AT_ONCE = 1000
+"""Reservations that one round trip renews: what it costs Redis must not hold up others."""
 
 ROUND = 1.0
 """Seconds between two looks for the dead; varied, so that workers do not all look at once."""
@@ -114,8 +113,8 @@ class Reaper:
     async def _renew(self, running: Sequence[Reservation]) -> None:
         for start in range(0, len(running), RENEW_AT_ONCE):
             # Lost by Redis, or given back while its claim was on the way. One that has just ended stays as it is.
-            closed = await self._accounts.hold(running[start : start + RENEW_AT_ONCE])
-            await for_each(closed, partial(self._accounts.reserve, force=True), doing="reserve again")
+            closed = await self._accounts.renew(running[start : start + RENEW_AT_ONCE])
+            await self._accounts.reserve_again(closed)
 
     async def _round(self) -> bool:
         """Do all that there is to do. Returns True if Redis could be reached."""
@@ -134,7 +133,7 @@ class Reaper:
         """End and settle what has not been renewed in time."""
         if self._clock() < self._answered_since:
             return
-        orphans = await self._accounts.orphans(AT_ONCE)
+        orphans = await self._accounts.overdue(AT_ONCE)
         found: list[tuple[Reservation, SessionRecord | None]] = []
 
         async def end(orphan: Reservation) -> None:
@@ -147,7 +146,7 @@ class Reaper:
         failed = await for_each(orphans, end, doing="end sessions of the dead", together=TOGETHER)
         unsettled = await for_each(found, settle, doing="settle for the dead", together=TOGETHER)
         failed += [orphan for orphan, _ in unsettled]
-        await self._accounts.put_off([orphan.claim_id for orphan in failed])
+        await self._accounts.put_off(failed)
 
     async def _end(self, orphan: Reservation) -> SessionRecord | None:
         """End the session of a reservation that nobody renews, and return what it is then."""
@@ -156,7 +155,7 @@ class Reaper:
             return session
         lost = await self._sessions.mark_lost(
             orphan.session_id,
-            session.worker,
+            orphan.claim_id,
             error=error_data(WorkerLost()),
             cancelled=cancelled_unseen(None),
         )
@@ -164,7 +163,7 @@ class Reaper:
         return replace(session, state=lost.state)
 
     async def _ask(self) -> None:
-        for estimate in await self._accounts.unasked(min(ASK_AT_ONCE, self._settlement.room)):
+        for estimate in await self._accounts.due_estimates(min(ASK_AT_ONCE, self._settlement.room)):
             self._settlement.ask(estimate)
 
     async def _look_after(self, orphan: Reservation, session: SessionRecord | None) -> None:
@@ -175,7 +174,7 @@ class Reaper:
         elif session.claim_id != orphan.claim_id:
             # Its claim has not won so far. One that is still on its way must not win any more.
             if await self._sessions.refuse(orphan.session_id, orphan.claim_id):
-                await self._accounts.release(orphan.claim_id, orphan.client)
+                await self._accounts.release(orphan)
         elif session.state in ENDED:
             await self._settle(orphan, session, session.state)
 
@@ -185,7 +184,7 @@ class Reaper:
             spent, generation_id = spent_in_end(session.end_data, orphan.worst), None
         else:
             spent = await self._settlement.count(
-                answer, orphan, prompt_tokens=session.prompt_tokens, asked=True
+                answer, orphan, prompt_tokens=session.spec.prompt_tokens, asked=True
             )
             generation_id = answer.generation_id
         await self._settlement.settle(orphan, spent, state, generation_id)

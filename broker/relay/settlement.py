@@ -19,7 +19,9 @@ from broker.core.errors import StoreUnavailable, UpstreamError
 from broker.core.pricing import completion_of, cost_of, count_of, reported_cost, reported_cost_of_record
 from broker.core.session import short
 from broker.core.tokens import DEFAULT_BYTES_PER_TOKEN, IMAGE_TOKENS, estimate_text
-from broker.store.accounts import OTHER, Estimate
+from broker.relay.retries import until_stored
+from broker.store.accounts import Estimate
+from broker.store.usage_ledger import OTHER
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -42,11 +44,8 @@ MAX_ASKING = 1000
 MAX_READING_ON = 200
 """Failed answers that one worker reads on for their usage at the same time. The estimates of others stay."""
 
-RETRY = 1.0
-"""Seconds between two tries to reach Redis."""
-
-RETRIES = 600
-"""Tries after which a settlement is given up."""
+GIVE_UP_AFTER = 600.0
+"""Seconds after which a settlement that Redis does not take is given up."""
 
 
 class Settlement:
@@ -187,18 +186,18 @@ class Settlement:
         try:
             ended_at = self._clock() - age
             for after in [delay for delay in RECORD_DELAYS if delay > age] or [age]:
-                await self._wait(reservation.claim_id, ended_at + after)
+                await self._wait(reservation, ended_at + after)
                 if (usage := await self._fetch_usage(reservation, generation_id)) is not None:
                     await self._persist(partial(self._accounts.correct, reservation, usage))
                     return
-            await self._persist(partial(self._accounts.asked, reservation))
+            await self._persist(partial(self._accounts.accept_estimate, reservation))
         finally:
             self._asking.discard(reservation.claim_id)
 
-    async def _wait(self, claim_id: str, until: float) -> None:
+    async def _wait(self, reservation: Reservation, until: float) -> None:
         if (seconds := until - self._clock()) > RECORD_DELAYS[0]:
             with suppress(StoreUnavailable):  # then another worker may ask too, which does no harm
-                await self._accounts.look_later(claim_id, seconds)
+                await self._accounts.ask_later(reservation, seconds)
         await self._pause(until - self._clock())
 
     async def _fetch_usage(self, reservation: Reservation, generation_id: str) -> Usage | None:
@@ -211,14 +210,10 @@ class Settlement:
         return usage_in_record(record) if record is not None else None
 
     async def _persist(self, step: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Repeat a step until Redis can be reached, at most `RETRIES` times."""
-        for _ in range(RETRIES):
-            try:
-                await step()
-            except StoreUnavailable:
-                await self._pause(RETRY)
-            else:
-                return
+        try:
+            await until_stored(step, give_up_after=GIVE_UP_AFTER, clock=self._clock, pause=self._pause)
+        except StoreUnavailable:
+            log.exception("settlement given up")
 
 
 def has_counts(usage: Mapping[str, Any] | None) -> bool:

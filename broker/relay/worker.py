@@ -6,8 +6,9 @@ It starts generations and owns their tasks. `relay.hub` decides which session a 
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import structlog
 
@@ -18,10 +19,10 @@ from broker.relay.finished_cache import FinishedCache
 from broker.relay.generation import Generation
 from broker.relay.journal_writer import JournalWriter
 from broker.relay.late_ends import LateEnds
-from broker.relay.membership import Membership
 from broker.relay.mirror import Mirrors
 from broker.relay.ownership import Ownership
 from broker.relay.reaper import Reaper
+from broker.relay.redis_watch import RedisWatch
 from broker.relay.settlement import Settlement
 from broker.relay.tasks import Tasks
 
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from broker.upstream.client import UpstreamClient
 
 log = structlog.get_logger(__name__)
+
+LISTEN_AGAIN = 0.5
+"""Seconds before a broken subscription is made again."""
 
 SHUTDOWN_TIMEOUT = 3.0
 """Seconds for stopped generations to write their ends."""
@@ -61,7 +65,7 @@ class Worker:
         finished: generations that ended here a short while ago.
         viewers: all viewers of this worker.
         mirrors: sessions of other workers that are watched here.
-        membership: renews the lease of this worker.
+        redis: what has become of Redis.
         tasks: owns the tasks of this worker.
         config: as given.
     """
@@ -92,9 +96,9 @@ class Worker:
         self._results = results
         self._learn, self._learn_speed = money.learn, money.learn_speed
         self._settlement = Settlement(accounts, money, spawn=self.tasks.spawn_extra)
-        self.membership = Membership(workers)
+        self.redis = RedisWatch(workers)
         self._journal = JournalWriter(journal, interval=config.journal_interval)
-        self._late_ends = LateEnds(self.finished, self.membership, self._journal, spawn=self.tasks.spawn)
+        self._late_ends = LateEnds(self.finished, self.redis, self._journal, spawn=self.tasks.spawn)
         self._ownership = Ownership(
             self.running,
             self.finished,
@@ -103,12 +107,12 @@ class Worker:
             accounts=accounts,
             reads=journal,
             writes=self._journal,
-            membership=self.membership,
+            redis=self.redis,
             resuming=config.resume_ttl > 0,
             spawn=self.tasks.spawn,
         )
         self._reaper = Reaper(accounts, sessions, journal, self._settlement)
-        self.mirrors = Mirrors(journal, self.membership.is_gone, self.viewers)
+        self.mirrors = Mirrors(journal, self.redis.is_gone, self.viewers)
 
     @property
     def id(self) -> str:
@@ -119,9 +123,9 @@ class Worker:
         """Start the background tasks of this worker."""
         self.tasks.keep_running(
             {
-                "lease": self.membership.run,
-                "notifications": partial(self.membership.listen, self._on_notification),
-                "rewriting": partial(self.membership.rewrite_sessions, self._ownership.rewrite_sessions),
+                "redis": self.redis.run,
+                "notifications": self._listen,
+                "rewriting": self._ownership.run_rewriting,
                 "journal": partial(self._journal.run, self._ownership),
                 "mirrors": self.mirrors.run,
                 "renewals": partial(self._reaper.run_renewals, self._reservations),
@@ -171,12 +175,8 @@ class Worker:
         await self.tasks.finish(SHUTDOWN_TIMEOUT)
 
     async def close(self) -> None:
-        """Cancel the remaining tasks, and give the lease back."""
+        """Cancel the tasks that are left."""
         await self.tasks.close()
-        try:
-            await self._workers.resign()
-        except StoreUnavailable:
-            log.info("the lease ends by itself")
 
     def _reservations(self) -> list[Reservation]:
         running = (generation.reservation for generation in self.running.values())
@@ -202,6 +202,16 @@ class Worker:
         if speed is not None:
             self.tasks.spawn_extra(self._learn_speed(speed))
 
+    async def _listen(self) -> NoReturn:
+        """Take the notifications of this worker, until cancelled."""
+        while True:
+            try:
+                async with aclosing(self._workers.listen()) as notifications:
+                    async for notification in notifications:
+                        self._on_notification(notification)
+            except StoreUnavailable:
+                await asyncio.sleep(LISTEN_AGAIN)
+
     def _on_notification(self, notification: Notification) -> None:
         generation = self.running.get(notification.session_id)
         if notification.kind == "cancel" and generation is not None:
@@ -209,5 +219,5 @@ class Worker:
         elif notification.kind == "watched" and generation is not None:
             generation.note_elsewhere(watched=True)
             self._journal.flush_soon(generation)
-        elif notification.kind in ("news", "ended"):
+        elif notification.kind in ("events", "ended"):
             self.mirrors.on_notification(notification.session_id, notification.batch)

@@ -1,26 +1,35 @@
-"""The accounts in Redis: slots, budgets and books of every client, and of everyone together.
+"""The accounts in Redis: slots and budgets of every client, and of all clients together.
 
-All their keys share one tag, so that one script can take from several accounts or from none. A generation's token, that
-of its claim, names its reservation; every step can be asked for again with it and happens once. An open reservation
-is a lease: its worker renews it, and when that dies others find it among the open ones and settle it.
+A client's keys are in one of `BUCKETS` buckets, and share its tag, so that one script can change all of them and a
+Redis Cluster can spread the buckets. The total budget is an account like any other, with keys of its own: the same
+scripts run on it. It is asked second, and what was taken from the first is given back where it refuses. No script
+touches both, so every step can be asked for again, and happens once in each.
+
+A reservation is named after the claim of its generation. While it is open it is a lease: its worker renews it, and once
+that is dead others find it among the open ones of its bucket and settle it.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+import orjson
 import structlog
 
 from broker.core.accounts import Quotas, Usage, WorstCase
-from broker.core.errors import BeingClaimed, BudgetExceeded, Overloaded, TooManyStreams
-from broker.store.connection import Call, Store, bounded_call
+from broker.core.errors import BeingClaimed, BudgetExceeded, Overloaded, StoreRefused, TooManyStreams
+from broker.core.session import State
+from broker.store.buckets import BUCKETS, Account, account_of, bucket_prefix, total_account
+from broker.store.connection import Store, bounded_call
+from broker.store.usage_ledger import LEDGER_S, UsageLedger
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
-    from broker.core.session import State
+    from broker.store.connection import Script
 
 log = structlog.get_logger(__name__)
 
@@ -30,8 +39,11 @@ LEASE = 8.0
 RECORD = 6 * 3600
 """Seconds that a closed reservation is remembered, so that late repeats change nothing."""
 
+ACCOUNT_TTL = 3 * 86_400
+"""Seconds that an account is kept after its last change."""
+
 ASKED_AFTER = 16.0
-"""Seconds by which a worker may be late in asking for the truth behind an estimate; then anybody asks."""
+"""Seconds by which a worker may be late in asking for the final usage behind an estimate; then any worker asks."""
 
 UNREADABLE_MS = 600_000
 """Milliseconds after which a record that cannot be read is looked at again."""
@@ -42,18 +54,14 @@ BUDGET_RETRY = 30.0
 STREAMS_RETRY = 5.0
 """Seconds after which a page that waits for a slot comes again."""
 
-MAX_CLIENTS = 10_000
-MAX_MODELS = 500
-"""Names in the books of a day; the rest is `OTHER`. Clients come and go, and pages invent names of models."""
+UNLIMITED = 10**9
+"""More streams than there can be."""
 
-OTHER = "other"
-"""What the books call clients and models that they do not name."""
+RESERVE_AT_ONCE = 200
+"""Reservations that one round trip makes again at most."""
 
-METRICS = (
-    *("requests", "prompt", "completion", "cached", "reasoning"),
-    *("cost", "estimated", "unpriced", "cancelled", "failed"),
-)
-"""What the books count of each client, model and day; ``cost`` is nano-USD, all else tokens or requests."""
+ESTIMATE_BUCKETS = 16
+"""Buckets that one look for estimates covers; the next look covers the next ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,6 @@ class Reservation:
         model: which it asked for.
         worst: what is reserved.
         day: days since 1970, of the claim.
-        ran: its generation was seen to run; told of those that are found.
     """
 
     claim_id: str
@@ -76,11 +83,10 @@ class Reservation:
     model: str
     worst: WorstCase
     day: int = 0
-    ran: bool = field(default=False, compare=False)
 
 
 class Estimate(NamedTuple):
-    """A settlement whose truth the upstream may still tell.
+    """A settlement whose final usage the upstream may still tell.
 
     Attributes:
         reservation: that was settled.
@@ -104,95 +110,110 @@ class Day(NamedTuple):
     estimated: int
 
 
-class UsageRow(NamedTuple):
-    """One line of the books: a client's use of a model on a day; ``counts`` has `METRICS`."""
-
-    client: str
-    model: str
-    counts: dict[str, int]
-
-
 class AccountStore:
-    """Takes, gives back, settles and tells. Every method raises `StoreUnavailable` where Redis cannot be reached.
+    """Takes, gives back and settles. Every method raises `StoreUnavailable` where Redis cannot be reached.
 
     Args:
         store: the connection.
-        quotas: what one may have.
+        quotas: what a client may have.
     """
 
     def __init__(self, store: Store, quotas: Quotas) -> None:
         self._store = store
         self._quotas = quotas
-        self._admit = store.script("admit")
-        self._forget = store.script("forget")
-        self._reserve = store.script("reserve")
-        self._release = store.script("release")
-        self._settle = store.script("settle")
-        self._asked = store.script("asked")
-        self._take = store.script("take")
-        self._hold = store.script("renew_reservations")
+        self._ledger = UsageLedger(store)
+        self._total = total_account(store) if quotas.total_daily_cost else None
+        leases = {"LEASE_MS": round(LEASE * 1000), "ACCOUNT_S": ACCOUNT_TTL}
+        ask = {"ASK_MS": round(ASKED_AFTER * 1000)}
+        own = {
+            "MAX_STREAMS": quotas.streams,
+            "MAX_TOKENS": quotas.daily_tokens,
+            "MAX_COST": quotas.daily_cost,
+        }
+        total = {"MAX_STREAMS": UNLIMITED, "MAX_TOKENS": 0, "MAX_COST": quotas.total_daily_cost}
+        self._reserve = store.script("reserve", {**leases, **own})
+        self._reserve_total = store.script("reserve", {**leases, **total})
+        self._renew = store.script("renew", leases)
+        self._release = store.script("release", {"RECORD_S": RECORD})
+        settle = {**ask, "RECORD_S": RECORD, "ACCOUNT_S": ACCOUNT_TTL, "LEDGER_S": LEDGER_S}
+        self._settle = store.script("settle", settle)
+        self._accept = store.script("accept_estimate")
+        self._take = store.script("take_estimates", ask)
+        self._estimates_at = 0
 
-    async def admit(
-        self, client: str, session_id: str, worst: WorstCase, *, ttl: int, stored: int = 0
-    ) -> None:
-        """Note a session that is prepared; it waits for ``ttl`` seconds and takes ``stored`` bytes.
+    def _account(self, client: str) -> Account:
+        return account_of(self._store, client)
 
-        Raises:
-            TooManyStreams: too many of the client's wait, or they are too large together.
-        Overloaded: all that wait are too large together.
-            BudgetExceeded: what is spent today leaves no room for it.
-        """
-        check_admitted(
-            (await self._store.run([self.admitting(client, session_id, worst, ttl=ttl, stored=stored)]))[0]
-        )
+    async def reserve(self, reservation: Reservation) -> int:
+        """Take a slot and the worst case, from the client's account and the total, or nothing.
 
-    def admitting(self, client: str, session_id: str, worst: WorstCase, *, ttl: int, stored: int = 0) -> Call:
-        """What `admit` does, to be run together with something else; its reply is for `check_admitted`."""
-        allowed = self._quotas
-        own, own_bytes, all_waiting, all_bytes = self._waiting(client)
-        return self._admit.call(
-            [own, self._key("account", client), self._global, own_bytes, all_waiting, all_bytes],
-            [
-                *(session_id, ttl, worst.tokens, worst.cost),
-                *(allowed.waiting, allowed.daily_tokens, allowed.daily_cost, allowed.total_daily_cost),
-                *(stored, allowed.waiting_bytes, allowed.total_waiting_bytes),
-            ],
-        )
-
-    async def forget(self, client: str, session_id: str) -> None:
-        """A prepared session waits no more."""
-        await self._forget(self._waiting(client), [session_id])
-
-    async def reserve(self, reservation: Reservation, *, force: bool = False) -> int:
-        """Take a slot and the worst case, from all accounts or from none; returns the day of the claim.
-
-        Args:
-            reservation: for what.
-            force: whatever the limits say, on the day that it has, if any, for a generation that runs already.
+        Returns:
+            The day of the claim.
 
         Raises:
             TooManyStreams, BudgetExceeded: there is no room now; `final` where nothing could be given back for it.
             BeingClaimed: there is none because another claim of the same session has taken it.
             Overloaded: it was given back meanwhile.
         """
-        allowed, worst = self._quotas, reservation.worst
-        reply = await self._reserve(
-            [*self._keys(reservation.claim_id, reservation.client), *self._waiting(reservation.client)],
-            [
-                *(reservation.claim_id, reservation.session_id, reservation.client, reservation.model),
-                *(worst.tokens, worst.cost, round(LEASE * 1000)),
-                *(allowed.streams, allowed.daily_tokens, allowed.daily_cost, allowed.total_daily_cost),
-                reservation.day if force else "",
-            ],
-        )
-        if force and reply[0] == b"closed":
-            return reservation.day  # it has just ended and is settled
-        _raise_refusal(reply, BUDGET_RETRY)
-        return int(reply[1])
+        day = 0
+        for script, account in self._accounts(reservation):
+            reply = await script(
+                **account.keys_of(reservation.claim_id), **_step(reservation), running_since=""
+            )
+            if reply[0] == b"ok":
+                day = day or int(reply[1])
+                continue
+            is_total = account is self._total
+            if is_total and await self._give_back(self._account(reservation.client), reservation):
+                raise BeingClaimed
+            _raise_refusal(reply, is_total=is_total)
+        return day
 
-    async def release(self, claim_id: str, client: str) -> None:
+    async def reserve_again(self, reservations: Sequence[Reservation]) -> list[Reservation]:
+        """Reserve for generations that run already, whatever the limits say: Redis has lost it, or given it back.
+
+        Returns those that Redis refused.
+        """
+        refused: list[Reservation] = []
+        for start in range(0, len(reservations), RESERVE_AT_ONCE):
+            part = reservations[start : start + RESERVE_AT_ONCE]
+            steps = [(each, *where) for each in part for where in self._accounts(each)]
+            calls = [
+                script.call(**account.keys_of(each.claim_id), **_step(each), running_since=each.day)
+                for each, script, account in steps
+            ]
+            try:
+                replies = await self._store.run_each(calls)
+            except StoreRefused:
+                refused += part
+            else:
+                refused += [
+                    each
+                    for (each, *_), reply in zip(steps, replies, strict=True)
+                    if isinstance(reply, StoreRefused)
+                ]
+        return refused
+
+    def _accounts(self, reservation: Reservation) -> list[tuple[Script, Account]]:
+        """Return the accounts that a reservation touches, each with the script that reserves in it."""
+        own = (self._reserve, self._account(reservation.client))
+        return [own] if self._total is None else [own, (self._reserve_total, self._total)]
+
+    async def release(self, reservation: Reservation) -> None:
         """Give a reservation back: its claim came to nothing."""
-        await self._release(self._keys(claim_id, client), [claim_id, RECORD])
+        # The total first: as long as the client's is open, it is found by the reaper.
+        if self._total is not None:
+            await self._give_back(self._total, reservation)
+        await self._give_back(self._account(reservation.client), reservation)
+
+    async def _give_back(self, account: Account, reservation: Reservation) -> bool:
+        """Give back to one account. Returns True if another claim of the session has a slot of it."""
+        reply = await self._release(
+            **account.keys_of(reservation.claim_id),
+            claim_id=reservation.claim_id,
+            session=reservation.session_id,
+        )
+        return bool(reply)
 
     async def settle(
         self,
@@ -203,233 +224,254 @@ class AccountStore:
         generation_id: str | None = None,
         model: str | None = None,
     ) -> None:
-        """Book what a generation took, once, or put the truth in place of an estimate.
+        """Book what a generation took, once, or put the final usage in place of an estimate.
 
         Args:
             reservation: which is settled.
             spent: what it took.
             state: how it ended.
-            generation_id: by which the upstream can be asked for the truth behind an estimate.
-            model: the name for the books, where that is not the one of the reservation.
+            generation_id: by which the upstream can be asked for the final usage behind an estimate.
+            model: the name for the usage ledger, where that is not the one of the reservation.
         """
+        outcome = str(state) if state in (State.DONE, State.CANCELLED) else "failed"
         await self._book(
             reservation if model is None else replace(reservation, model=model),
             spent,
-            state=state,
+            outcome=outcome,
             generation_id=generation_id or "",
         )
 
     async def correct(self, reservation: Reservation, spent: Usage) -> None:
-        """Put the truth in place of an estimate, and do nothing else."""
-        await self._book(reservation, spent, state="", generation_id="")
+        """Put the final usage in place of an estimate, and do nothing else."""
+        await self._book(reservation, spent, outcome="", generation_id="")
 
-    async def _book(self, reservation: Reservation, spent: Usage, *, state: str, generation_id: str) -> None:
-        keys, day = self._keys(reservation.claim_id, reservation.client), _date(reservation.day)
-        await self._settle(
-            [
-                *keys,
-                self._ledger(day),
-                self._estimates,
-                *(self._names(kind, day) for kind in ("clients", "models")),
-            ],
-            [
-                *(reservation.claim_id, reservation.client, reservation.model, state),
-                *(spent.prompt, spent.completion, spent.cached, spent.reasoning, spent.cost or 0),
-                *(int(spent.cost is not None), int(spent.estimated), int(not state), reservation.day, RECORD),
-                *(generation_id, round(ASKED_AFTER * 1000), MAX_CLIENTS, MAX_MODELS),
-            ],
+    async def _book(
+        self, reservation: Reservation, spent: Usage, *, outcome: str, generation_id: str
+    ) -> None:
+        day = _date(reservation.day)
+        row = await self._ledger.row_name(day, reservation.client, reservation.model)
+        if self._total is not None:
+            # The total first: as long as the client's is open, it is found by the reaper. What another worker has
+            # booked for this claim meanwhile counts, so that both accounts tell the same.
+            counted = await self._book_in(self._total, reservation, spent, outcome, "", generation_id)
+            if counted != (spent.cost or 0):
+                spent = spent._replace(cost=counted)
+        await self._book_in(
+            self._account(reservation.client), reservation, spent, outcome, row, generation_id
         )
 
-    async def asked(self, reservation: Reservation) -> None:
-        """The truth behind an estimate is not to be had: the estimate stands, and what was kept for it is free."""
-        keys = self._keys(reservation.claim_id, reservation.client)
-        await self._asked([keys[0], keys[2], keys[3], self._estimates], [reservation.claim_id])
+    async def _book_in(
+        self,
+        account: Account,
+        reservation: Reservation,
+        spent: Usage,
+        outcome: str,
+        row: str,
+        generation_id: str,
+    ) -> int:
+        """Book in one account. Returns the cost that counts there, in nano-USD."""
+        _, cost = await self._settle(
+            **account.keys_of(reservation.claim_id),
+            ledger=UsageLedger.key_in(account.tagged, _date(reservation.day)),
+            estimates=account.shared("estimates"),
+            claim_id=reservation.claim_id,
+            day=reservation.day,
+            outcome=outcome,
+            row=row,
+            generation=generation_id,
+            prompt=spent.prompt,
+            completion=spent.completion,
+            cached=spent.cached,
+            reasoning=spent.reasoning,
+            cost=spent.cost or 0,
+            estimated=int(spent.estimated),
+            unpriced=int(spent.cost is None),
+        )
+        return int(cost)
 
-    async def look_later(self, claim_id: str, seconds: float) -> None:
-        """Tell others that this worker asks for the truth behind an estimate in so many seconds."""
+    async def accept_estimate(self, reservation: Reservation) -> None:
+        """Let an estimate stand: its final usage cannot be learned. What was reserved above it is given back."""
+        for account in (self._total, self._account(reservation.client)):
+            if account is not None:
+                await self._accept(
+                    reservation=account.reservation(reservation.claim_id),
+                    account=account.key("account"),
+                    estimates=account.shared("estimates"),
+                    claim_id=reservation.claim_id,
+                )
+
+    async def ask_later(self, reservation: Reservation, seconds: float) -> None:
+        """Tell other workers that this one asks for the final usage behind an estimate in so many seconds."""
         later = await self._now() + round((seconds + ASKED_AFTER) * 1000)
+        estimates = self._account(reservation.client).shared("estimates")
         async with bounded_call():
-            await self._store.redis.zadd(self._estimates, {claim_id: later}, xx=True)
+            await self._store.redis.zadd(estimates, {reservation.claim_id: later}, xx=True)
 
-    async def unasked(self, limit: int) -> list[Estimate]:
-        """Estimates for whose truth nobody has asked in time.
+    async def due_estimates(self, limit: int) -> list[Estimate]:
+        """Return estimates for whose final usage nobody has asked in time, of some of the buckets.
 
-        Whoever gets one should ask; should that come to nothing, others get it a while later.
+        A worker that gets one should ask; if that comes to nothing, another gets it a while later.
         """
         if limit <= 0:
             return []
-        now, tokens = await self._take([self._estimates], [limit, round(ASKED_AFTER * 1000)])
-        async with bounded_call():
-            pipe = self._store.redis.pipeline(transaction=False)
-            for claim_id in tokens:
-                pipe.hgetall(self._key("reservation", claim_id.decode()))
-            found: Any = await pipe.execute(raise_on_error=False)
-            estimates, gone = [], []
-            for claim_id, fields in zip(tokens, found, strict=True):
-                if not _is_readable(claim_id.decode(), fields):
-                    continue
-                # A record that was born with its settlement, after Redis had lost it, tells too little.
-                if fields.get(b"estimated") == b"1" and {b"tokens", b"generation"} <= fields.keys():
-                    age = (now - int(fields.get(b"ended", now))) / 1000
-                    reservation = _reservation(claim_id.decode(), fields)
-                    estimates.append(Estimate(reservation, fields[b"generation"].decode(), age))
-                else:
-                    gone.append(claim_id)
-            if gone:
-                await self._store.redis.zrem(self._estimates, *gone)
+        buckets = [(self._estimates_at + n) % BUCKETS for n in range(ESTIMATE_BUCKETS)]
+        self._estimates_at = (self._estimates_at + ESTIMATE_BUCKETS) % BUCKETS
+        tagged = [bucket_prefix(self._store, bucket) for bucket in buckets]
+        each = max(1, limit // ESTIMATE_BUCKETS)
+        replies = await self._store.run(
+            [self._take.call(estimates=f"{prefix}:estimates", limit=each) for prefix in tagged]
+        )
+        now = int(replies[0][0])
+        found = [
+            (prefix, claim_id)
+            for prefix, (_, claims) in zip(tagged, replies, strict=True)
+            for claim_id in claims
+        ]
+        estimates, gone = [], []
+        for (prefix, claim_id), fields in zip(found, await self._records(found), strict=True):
+            if not _is_readable(claim_id.decode(), fields):
+                continue
+            # A record that was born with its settlement, after Redis had lost it, tells too little.
+            if {b"tokens", b"generation"} <= fields.keys() and _was_estimated(fields):
+                age = (now - int(fields.get(b"ended", now))) / 1000
+                reservation = _reservation(claim_id.decode(), fields)
+                estimates.append(Estimate(reservation, fields[b"generation"].decode(), age))
+            else:
+                gone.append((prefix, claim_id))
+        await self._remove("estimates", gone)
         return estimates
 
-    async def hold(self, reservations: Sequence[Reservation]) -> list[Reservation]:
-        """Renew the leases of generations that run here; returns those that are not open (any more)."""
-        if not reservations:
-            return []
-        keys = [self._open]
+    async def renew(self, reservations: Sequence[Reservation]) -> list[Reservation]:
+        """Renew the leases of generations that run here. Returns those that are not open (any more)."""
+        by_bucket: dict[str, list[Reservation]] = defaultdict(list)
         for each in reservations:
-            keys += [self._key("reservation", each.claim_id), self._key("slots", each.client)]
-        closed = await self._hold(keys, [round(LEASE * 1000), *(each.claim_id for each in reservations)])
-        return [reservations[number - 1] for number in closed]
-
-    async def orphans(self, limit: int) -> list[Reservation]:
-        """Open reservations that nobody has renewed in time."""
-        found = await self._due(self._open, limit)
-        if closed := [claim_id for claim_id, fields in found.items() if fields.get(b"state") != b"open"]:
-            async with bounded_call():
-                await self._store.redis.zrem(self._open, *closed)
+            by_bucket[self._account(each.client).tagged].append(each)
+        if not by_bucket:
+            return []
+        calls = [
+            self._renew.call(
+                open=f"{tagged}:open",
+                reservations=[f"{tagged}:reservation:{each.claim_id}" for each in part],
+                claim_ids=[each.claim_id for each in part],
+            )
+            for tagged, part in by_bucket.items()
+        ]
+        replies = await self._store.run_each(calls)
         return [
-            _reservation(claim_id, fields) for claim_id, fields in found.items() if claim_id not in closed
+            part[number - 1]
+            for part, reply in zip(by_bucket.values(), replies, strict=True)
+            if not isinstance(reply, StoreRefused)
+            for number in reply
         ]
 
-    async def put_off(self, tokens: Collection[str]) -> None:
-        """Let others have their turn before these: they could not be settled, and would be found first each time."""
-        await self._put_off(self._open, tokens, round(LEASE * 1000))
-
-    async def _put_off(self, key: str, tokens: Collection[str], milliseconds: int) -> None:
-        if tokens:
-            later = await self._now() + milliseconds
-            async with bounded_call():
-                await self._store.redis.zadd(key, dict.fromkeys(tokens, later), xx=True)
-
-    async def _due(self, key: str, limit: int) -> dict[str, dict[bytes, bytes]]:
-        """The records of reservations in a set whose time has come, by token. One that cannot be read is put off."""
+    async def overdue(self, limit: int) -> list[Reservation]:
+        """Return open reservations that nobody has renewed in time, of all buckets."""
         now = await self._now()
-        async with bounded_call():
-            tokens: Any = await self._store.redis.zrangebyscore(key, "-inf", now, start=0, num=limit)
-            pipe = self._store.redis.pipeline(transaction=False)
-            for claim_id in tokens:
-                pipe.hgetall(self._key("reservation", claim_id.decode()))
-            records = await pipe.execute(raise_on_error=False)
-        found = {claim_id.decode(): fields for claim_id, fields in zip(tokens, records, strict=True)}
-        unreadable = [claim_id for claim_id, fields in found.items() if not _is_readable(claim_id, fields)]
+        tagged = [bucket_prefix(self._store, bucket) for bucket in range(BUCKETS)]
+        replies = await self._store.commands(
+            [("ZRANGEBYSCORE", f"{prefix}:open", "-inf", now, "LIMIT", 0, limit) for prefix in tagged]
+        )
+        found = [
+            (prefix, claim_id)
+            for prefix, claims in zip(tagged, replies, strict=True)
+            if not isinstance(claims, Exception)
+            for claim_id in claims
+        ][:limit]
+        reservations, closed, unreadable = [], [], []
+        for (prefix, claim_id), fields in zip(found, await self._records(found), strict=True):
+            if not _is_readable(claim_id.decode(), fields):
+                unreadable.append((prefix, claim_id))
+            elif fields.get(b"state") != b"open":
+                closed.append((prefix, claim_id))
+            else:
+                reservations.append(_reservation(claim_id.decode(), fields))
+        await self._remove("open", closed)
         if unreadable:
             log.warning("reservations cannot be read", count=len(unreadable))
-            await self._put_off(key, unreadable, UNREADABLE_MS)
-        return {claim_id: fields for claim_id, fields in found.items() if claim_id not in unreadable}
+            await self._look_again(unreadable, now + UNREADABLE_MS)
+        return reservations
 
-    async def _now(self) -> int:
-        """Milliseconds since 1970, by Redis's clock."""
-        async with bounded_call():
-            seconds, micros = await self._store.redis.time()
-        return int(seconds) * 1000 + int(micros) // 1000
+    async def put_off(self, reservations: Collection[Reservation]) -> None:
+        """Let others be found before these: they could not be settled, and would be found first each time."""
+        found = [(self._account(each.client).tagged, each.claim_id.encode()) for each in reservations]
+        if found:
+            await self._look_again(found, await self._now() + round(LEASE * 1000))
 
     async def day(self, client: str) -> Day:
-        """A client's day so far."""
+        """Return a client's day so far."""
         async with bounded_call():
             now, _ = await self._store.redis.time()
             day = int(now) // 86_400
             names = [
                 f"{day}:{name}" for name in ("requests", "prompt", "completion", "spent_cost", "estimated")
             ]
-            values: Any = await self._store.redis.hmget(self._key("account", client), names)
+            values: Any = await self._store.redis.hmget(self._account(client).key("account"), names)
         return Day(_date(day), *(int(value or 0) for value in values))
 
-    async def usage_rows(self, day: dt.date | None) -> tuple[dt.date, list[UsageRow]]:
-        """All lines of a day's books; of today, by Redis's clock, where none is given."""
-        async with bounded_call():
-            if day is None:
-                now, _ = await self._store.redis.time()
-                day = _date(int(now) // 86_400)
-            fields: Any = await self._store.redis.hgetall(self._ledger(day))
-        lines: dict[tuple[str, str], dict[str, int]] = {}
-        for name, value in fields.items():
-            client, model, metric = name.decode().split("\x1f")
-            lines.setdefault((client, model), dict.fromkeys(METRICS, 0))[metric] = int(value)
-        return day, [UsageRow(client, model, counts) for (client, model), counts in sorted(lines.items())]
+    async def _look_again(self, found: Iterable[tuple[str, bytes]], at: int) -> None:
+        await self._store.commands(
+            [("ZADD", f"{tagged}:open", "XX", at, claim_id) for tagged, claim_id in found]
+        )
 
-    def _keys(self, claim_id: str, client: str) -> list[str]:
+    async def _remove(self, kind: str, found: Iterable[tuple[str, bytes]]) -> None:
+        await self._store.commands([("ZREM", f"{tagged}:{kind}", claim_id) for tagged, claim_id in found])
+
+    async def _records(self, found: Sequence[tuple[str, bytes]]) -> list[Any]:
+        """Return the fields of reservations, an exception in the place of one that cannot be read."""
+        replies = await self._store.commands(
+            [("HGETALL", f"{tagged}:reservation:{claim_id.decode()}") for tagged, claim_id in found]
+        )
         return [
-            *(self._key("reservation", claim_id), self._key("slots", client), self._key("account", client)),
-            *(self._global, self._open),
+            reply if isinstance(reply, Exception | dict) else dict(zip(reply[::2], reply[1::2], strict=True))
+            for reply in replies
         ]
 
-    def _waiting(self, client: str) -> list[str]:
-        """The waiting sessions of a client and their bytes, then those of all."""
-        prefix = f"{self._store.prefix}:{{accounts}}"
-        own = [self._key("waiting", client), self._key("waiting_bytes", client)]
-        return [*own, f"{prefix}:all_waiting", f"{prefix}:all_waiting_bytes"]
-
-    def _key(self, kind: str, name: str) -> str:
-        return f"{self._store.prefix}:{{accounts}}:{kind}:{name}"
-
-    def _names(self, kind: str, day: dt.date) -> str:
-        return self._key(f"named:{kind}", day.isoformat())
-
-    def _ledger(self, day: dt.date) -> str:
-        return self._key("books", day.isoformat())
-
-    @property
-    def _global(self) -> str:
-        return f"{self._store.prefix}:{{accounts}}:everyone"
-
-    @property
-    def _open(self) -> str:
-        return f"{self._store.prefix}:{{accounts}}:open"
-
-    @property
-    def _estimates(self) -> str:
-        return f"{self._store.prefix}:{{accounts}}:estimates"
+    async def _now(self) -> int:
+        """Return the milliseconds since 1970, by Redis's clock."""
+        async with bounded_call():
+            seconds, micros = await self._store.redis.time()
+        return int(seconds) * 1000 + int(micros) // 1000
 
 
-def check_admitted(reply: list[Any]) -> None:
-    """Take the reply of `AccountStore.admitting`.
+def _step(reservation: Reservation) -> dict[str, Any]:
+    """Return what `reserve.lua` is told of a reservation."""
+    return {
+        "claim_id": reservation.claim_id,
+        "session": reservation.session_id,
+        "spec": orjson.dumps([reservation.client, reservation.model]),
+        "tokens": reservation.worst.tokens,
+        "cost": reservation.worst.cost,
+    }
 
-    Raises:
-        TooManyStreams: too many of the client's wait, or they are too large together.
-        Overloaded: all that wait are too large together.
-        BudgetExceeded: what is spent today leaves no room for it.
-    """
-    _raise_refusal(reply)
 
-
-def _raise_refusal(reply: list[Any], budget_retry: float | None = None) -> None:
+def _raise_refusal(reply: list[Any], *, is_total: bool) -> NoReturn:
+    """Raise what the reply of `reserve.lua` says."""
     kind = reply[0]
-    if kind == b"ok":
-        return
-    if kind in (b"waiting", b"streams"):
-        message = "Too many of your sessions wait to be started." if kind == b"waiting" else ""
-        raise TooManyStreams(message, retry_after=min(float(reply[1]), STREAMS_RETRY))
-    if kind == b"full":
-        message = "Too many requests wait to be started; try again in a moment."
-        raise Overloaded(message, retry_after=float(reply[1]))
     if kind == b"claiming":
         raise BeingClaimed
     if kind == b"closed":
         raise Overloaded("This claim was given back.")
-    everyone = kind == b"total"
-    message = "The budget of this service for today is used up." if everyone else ""
-    final = len(reply) > 2 and reply[2] == 1
-    wait = float(reply[1]) if final or budget_retry is None else budget_retry
-    raise BudgetExceeded(message, retry_after=wait, final=final)
+    if kind == b"streams":
+        raise TooManyStreams(retry_after=min(float(reply[1]), STREAMS_RETRY))
+    final = reply[2] == 1
+    message = "The budget of this service for today is used up." if is_total else ""
+    raise BudgetExceeded(message, retry_after=float(reply[1]) if final else BUDGET_RETRY, final=final)
 
 
 def _reservation(claim_id: str, fields: dict[bytes, bytes]) -> Reservation:
-    text = {name.decode(): value.decode() for name, value in fields.items()}
-    worst = WorstCase(int(text["tokens"]), int(text["cost"]))
-    day, ran = int(text["day"]), "ran" in text
-    return Reservation(claim_id, text["session"], text["client"], text["model"], worst, day, ran)
+    client, model = orjson.loads(fields[b"spec"])
+    worst = WorstCase(int(fields[b"tokens"]), int(fields[b"cost"]))
+    return Reservation(claim_id, fields[b"session"].decode(), client, model, worst, int(fields[b"day"]))
+
+
+def _was_estimated(fields: dict[bytes, bytes]) -> bool:
+    """Whether what is booked is an estimate: the sixth of its figures, as `settle.lua` writes them."""
+    booked = fields.get(b"booked", b"").split()
+    return len(booked) > 5 and booked[5] == b"1"
 
 
 def _is_readable(claim_id: str, fields: dict[bytes, bytes] | Exception) -> bool:
-    """Whether a record can be read; one that is closed or missing needs no fields."""
+    """Returns True if a record can be read. One that is closed or missing needs no fields."""
     if isinstance(fields, Exception):
         return False
     if fields.get(b"state") != b"open" and b"tokens" not in fields:

@@ -41,17 +41,23 @@ class BytesPerTokenStore:
         self._store = store
         self._samples_key = f"{store.prefix}:{kind}:{{{upstream}}}:samples"
         self._heard_key = f"{store.prefix}:{kind}:{{{upstream}}}:heard"
-        self._learn = store.script("learn")
+        limits = {
+            "MAX_SAMPLES": KEPT_OF_MODEL,
+            "MAX_SAMPLES_OF_CLIENT": KEPT_OF_CLIENT,
+            "MAX_MODELS": MAX_MODELS,
+            "MODEL_S": TTL,
+        }
+        self._learn = store.script("learn", limits)
 
     async def learn(self, sample: Sample) -> list[Sample]:
         """Keep one more sample, and return all that are now kept of its model."""
         client = blake2b(sample.client.encode(errors="replace"), digest_size=5).hexdigest()
         reply: bytes = await self._learn(
-            [self._samples_key, self._heard_key],
-            [
-                *(sample.model, client, f"{sample.value:.3f}"),
-                *(KEPT_OF_MODEL, KEPT_OF_CLIENT, MAX_MODELS, TTL),
-            ],
+            samples=self._samples_key,
+            heard=self._heard_key,
+            model=sample.model,
+            client=client,
+            value=f"{sample.value:.3f}",
         )
         return _read(sample.model, reply)
 

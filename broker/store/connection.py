@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from contextlib import asynccontextmanager, contextmanager
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,13 +23,13 @@ from redis.exceptions import MasterDownError, NoScriptError, ReadOnlyError, Redi
 from broker.core.errors import StoreRefused, StoreUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
     from redis.asyncio.connection import AbstractConnection
 
 log = structlog.get_logger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the keys and their contents. Neighbouring releases with another one share a Redis without meeting."""
 
 CALL_TIMEOUT = 1.0
@@ -62,6 +63,26 @@ async def bounded_call(timeout: float = CALL_TIMEOUT) -> AsyncIterator[None]:
             yield
 
 
+class _CountingPool(BlockingConnectionPool):
+    """A pool that tells of every connection that is made, also in the place of one that was lost.
+
+    Args:
+        on_connect: is called with it; a method of something that lives as long as the pool.
+    """
+
+    def __init__(
+        self, *args: Any, on_connect: Callable[[AbstractConnection], Awaitable[None]], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._on_connect = on_connect
+
+    def make_connection(self) -> AbstractConnection:
+        """Make a connection, which is opened when it is first used."""
+        connection: AbstractConnection = super().make_connection()  # type: ignore[no-untyped-call]  # as it has it
+        connection.register_connect_callback(self._on_connect)  # type: ignore[no-untyped-call]  # as it has it
+        return connection
+
+
 class Store:
     """One worker's way to Redis. Bytes go in and come out.
 
@@ -69,14 +90,17 @@ class Store:
         redis: the client, for commands; use it within `store_errors`.
         prefix: what every key begins with: the configured prefix and the schema's version.
         channels: what the name of a worker's channel begins with.
+        connections_made: connections that were made so far, each time that one was lost and made again included.
     """
 
     def __init__(self, url: str, key_prefix: str) -> None:
         self.prefix = f"{key_prefix}:{SCHEMA}"
-        self.channels = f"{self.prefix}:bell:"
+        self.channels = f"{self.prefix}:notifications:"
         self._texts: dict[str, None] = {}
-        self._pool = BlockingConnectionPool.from_url(
+        self.connections_made = 0
+        self._pool = _CountingPool.from_url(
             url,
+            on_connect=self._on_connect,
             max_connections=MAX_CONNECTIONS,
             timeout=CALL_TIMEOUT,
             # The library would bound each read and write by asyncio.wait_for, which before Python 3.12 swallows a
@@ -89,14 +113,27 @@ class Store:
         )
         self.redis: Redis = Redis(connection_pool=self._pool)
 
-    def session_key(self, kind: str, session_id: str) -> str:
-        """A key of a session. The braces put all keys of one session into one slot of a Redis Cluster."""
-        return f"{self.prefix}:{kind}:{{{session_id}}}"
+    async def _on_connect(self, _: AbstractConnection) -> None:
+        self.connections_made += 1
 
-    def script(self, name: str) -> Script:
-        """The Lua script ``lua/<name>.lua``, ready to be run."""
-        text = resources.files("broker.store").joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
-        return Script(self, text)
+    def session_keys(self, session_id: str) -> dict[str, str]:
+        """Return the keys of a session by what they hold: `session`, `events` and `viewers`.
+
+        The braces put all keys of one session into one slot of a Redis Cluster.
+        """
+        return {kind: f"{self.prefix}:{kind}:{{{session_id}}}" for kind in ("session", "events", "viewers")}
+
+    def script(
+        self, name: str, constants: Mapping[str, int | str] | None = None, *, before: str = ""
+    ) -> Script:
+        """Return the Lua script ``lua/<name>.lua``, ready to be run.
+
+        Args:
+            name: of the script.
+            constants: what its header names under "Constants".
+            before: Lua that stands before it.
+        """
+        return Script(self, script_text(name, constants or {}, before=before))
 
     async def run(self, calls: Sequence[Call], *, timeout: float = CALL_TIMEOUT) -> list[Any]:
         """Run scripts in one round trip, in this order; returns their replies.
@@ -130,6 +167,20 @@ class Store:
         if refused:
             log.warning("redis refused", calls=len(refused), error=str(refused[0])[:300])
         return [StoreRefused() if isinstance(reply, ResponseError) else reply for reply in replies]
+
+    async def commands(
+        self, commands: Sequence[Sequence[Any]], *, timeout: float = CALL_TIMEOUT
+    ) -> list[Any]:
+        """Run plain commands in one round trip; returns their replies, an error in the place of a refused one.
+
+        Raises:
+            StoreUnavailable: Redis is away, or took longer than ``timeout`` seconds.
+        """
+        if not commands:
+            return []
+        with store_errors():
+            async with asyncio.timeout(timeout):
+                return await self._send([command_call(*command).packed for command in commands])
 
     async def _answers(self, calls: Sequence[Call]) -> list[Any]:
         """The replies; an error is among them where Redis refused that call."""
@@ -244,46 +295,135 @@ class Store:
         await self._pool.aclose()
 
 
+class ScriptText(NamedTuple):
+    """A Lua script as it is loaded, and the names of its keys and arguments in the order of the call.
+
+    Attributes:
+        lua: the source.
+        keys: names of its keys. Behind the last one may stand `...`: then it is a list.
+        args: names of its arguments, likewise.
+    """
+
+    lua: str
+    keys: tuple[str, ...]
+    args: tuple[str, ...]
+
+
+def script_text(name: str, constants: Mapping[str, int | str], *, before: str = "") -> ScriptText:
+    """Read a script, and give the names in its header to its keys, arguments and constants.
+
+    A header names them in lines of comment: ``-- Keys: session, events``, ``-- Args: claim_id, first (int)``,
+    ``-- Constants: TTL_S``. An argument marked ``(int)`` is a number in Lua. Constants are written into the source,
+    so that a time or limit that both sides know stands in Python alone.
+
+    Raises:
+        TypeError: the header has other constants.
+    """
+    folder = resources.files("broker.store").joinpath("lua")
+    source = folder.joinpath(f"{name}.lua").read_text(encoding="utf-8")
+    first, _, rest = source.partition("\n")
+    flags, body = (f"{first}\n", rest) if first.startswith("#!") else ("", source)
+    keys, args = _names(body, "Keys"), _names(body, "Args")
+    if set(_names(body, "Constants")) != set(constants):
+        raise TypeError(f"{name}.lua has the constants {_names(body, 'Constants')}")
+    lines = [f"local {constant} = {_lua_literal(value)}" for constant, value in constants.items()]
+    lines += [_local(key, "KEYS", at) for at, key in enumerate(keys, 1)]
+    lines += [_local(arg, "ARGV", at) for at, arg in enumerate(args, 1)]
+    prelude = folder.joinpath("prelude.lua").read_text(encoding="utf-8")
+    lua = "\n".join([flags + prelude, before, *lines, body])
+    return ScriptText(lua, keys, tuple(arg.removesuffix(" (int)") for arg in args))
+
+
+def _names(source: str, header: str) -> tuple[str, ...]:
+    """Return the names of one line of a script's header, which goes on in lines that are indented by four more."""
+    found = re.search(rf"^-- {header}: (.*(?:\n--     .*)*)", source, re.MULTILINE)
+    return tuple(word.strip() for word in found[1].replace("\n--", "").split(",")) if found else ()
+
+
+def _local(name: str, table: str, at: int) -> str:
+    plain = name.removesuffix(" (int)")
+    if name.endswith("..."):
+        return f"local {name.removesuffix('...')} = {{unpack({table}, {at})}}"
+    return f"local {plain} = " + (f"tonumber({table}[{at}])" if plain != name else f"{table}[{at}]")
+
+
+def _lua_literal(value: int | str) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+
 class Script:
-    """A Lua script as an awaitable function with a bound.
+    """A Lua script as an awaitable function with a bound. Its keys and arguments are given by their names.
 
     Args:
         store: where it runs.
         text: the source.
     """
 
-    def __init__(self, store: Store, text: str) -> None:
+    def __init__(self, store: Store, text: ScriptText) -> None:
         self.text = text
         self._store = store
-        store.register(text)
-        sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        self._names = frozenset(name.removesuffix("...") for name in (*text.keys, *text.args))
+        store.register(text.lua)
+        sha = hashlib.sha1(text.lua.encode(), usedforsecurity=False).hexdigest()
         self._head = f"$7\r\nEVALSHA\r\n$40\r\n{sha}\r\n".encode()
 
-    async def __call__(
-        self, keys: Sequence[str], args: Sequence[Any], *, timeout: float = CALL_TIMEOUT
-    ) -> Any:
+    async def __call__(self, **values: Any) -> Any:
         """Run it and return its reply.
 
         Raises:
-            StoreUnavailable: Redis is away, full, or took longer than ``timeout`` seconds. The script may have run
-                or may yet run.
+            StoreUnavailable: Redis is away, full, or took longer than `CALL_TIMEOUT`. The script may have run or may
+                yet run.
         """
-        return (await self._store.run([self.call(keys, args)], timeout=timeout))[0]
+        return await self.within(CALL_TIMEOUT, values)
 
-    def call(self, keys: Sequence[str], args: Sequence[Any]) -> Call:
-        """The script with its arguments, to be run by `Store.run` together with others."""
-        words = [b"%d" % len(keys), *[key.encode() for key in keys]]
-        words += [arg if isinstance(arg, bytes) else str(arg).encode() for arg in args]
+    async def within(self, timeout: float, values: Mapping[str, Any]) -> Any:
+        """Run it with a bound of ``timeout`` seconds and return its reply.
+
+        Raises:
+            StoreUnavailable: as when it is called.
+        """
+        return (await self._store.run([self.call(**values)], timeout=timeout))[0]
+
+    def call(self, **values: Any) -> Call:
+        """Return the script with its keys and arguments, to be run by `Store.run` together with others.
+
+        Raises:
+            TypeError: its header has other names.
+        """
+        if values.keys() != self._names:
+            raise TypeError(f"the script takes {sorted(self._names)}, not {sorted(values)}")
+        keys = _in_order(self.text.keys, values)
+        words = [b"%d" % len(keys), *keys, *_in_order(self.text.args, values)]
         # https://valkey.io/topics/protocol/
         packed = b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
-        return Call(self, b"*%d\r\n%b%b" % (len(words) + 2, self._head, packed))
+        return Call(b"*%d\r\n%b%b" % (len(words) + 2, self._head, packed))
+
+
+def _in_order(names: Sequence[str], values: Mapping[str, Any]) -> list[bytes]:
+    words: list[Any] = []
+    for name in names:
+        if name.endswith("..."):
+            words += values[name.removesuffix("...")]
+        else:
+            words.append(values[name])
+    return [_word(word) for word in words]
+
+
+def _word(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else str(value).encode()
 
 
 class Call(NamedTuple):
-    """A script and its arguments, in the words of the protocol."""
+    """A script or command with its arguments, in the words of the protocol."""
 
-    script: Script
     packed: bytes
+
+
+def command_call(*words: Any) -> Call:
+    """Return a plain command, to be run by `Store.run` together with scripts."""
+    return Call(_packed([_word(word) for word in words]))
 
 
 def _packed(words: Sequence[bytes]) -> bytes:

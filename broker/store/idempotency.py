@@ -36,8 +36,7 @@ class IdempotencyStore:
 
     def __init__(self, store: Store, *, ttl: int) -> None:
         self._store = store
-        self._ttl = ttl
-        self._bind = store.script("idempotent")
+        self._bind = store.script("bind_key", {"KEY_S": ttl})
 
     async def find(self, client: str, key: str) -> Binding | None:
         """The binding of a key, if it has one; its session may be gone.
@@ -66,7 +65,7 @@ class IdempotencyStore:
         """
         mine = orjson.dumps({"body": digest, "answer": answer})
         replaced = instead_of.raw if instead_of is not None else b""
-        return _read(await self._bind([self._key(client, key)], [self._ttl, mine, replaced]))
+        return _read(await self._bind(key=self._key(client, key), binding=mine, replaced=replaced))
 
     def _key(self, client: str, key: str) -> str:
         name = hashlib.sha256(f"{client}\0{key}".encode()).hexdigest()[:32]

@@ -74,13 +74,10 @@ class JournalStore:
     def __init__(self, store: Store, *, worker: str, running_ttl: int) -> None:
         self._store = store
         self._worker = worker
-        self._running_ttl = running_ttl
-        self._append = store.script("append")
-        self._follow = store.script("follow")
-
-    def keys(self, session_id: str) -> list[str]:
-        """A session's keys, as the scripts expect them."""
-        return [self._store.session_key(kind, session_id) for kind in ("session", "events", "viewers")]
+        self._append = store.script("append", {"RUNNING_S": running_ttl, "CHANNELS": store.channels})
+        self._follow = store.script(
+            "follow", {"WATCH_MS": WATCH_MS, "MAX_BYTES": READ_BYTES, "CHANNELS": store.channels}
+        )
 
     async def append(self, appends: Sequence[Append]) -> list[Appended | None]:
         """Journal events of several sessions in one round trip; the answers are in the order of the questions.
@@ -89,11 +86,11 @@ class JournalStore:
         """
         calls = [
             self._append.call(
-                self.keys(append.session_id),
-                [
-                    *(append.claim_id, append.batch.first, append.batch.last, append.batch.events),
-                    *(self._running_ttl, self._store.channels),
-                ],
+                **self._store.session_keys(append.session_id),
+                claim_id=append.claim_id,
+                first=append.batch.first,
+                newest=append.batch.last,
+                batch=append.batch.events,
             )
             for append in appends
         ]
@@ -104,7 +101,7 @@ class JournalStore:
         self, session_id: str, after: int, *, entries: int = READ_ENTRIES, register: bool = True
     ) -> Followed:
         """Read a journal after event number ``after``, and say that this worker watches the session."""
-        return _followed(await self._follow(*self._follow_words(session_id, after, entries, register)))
+        return _followed(await self._follow(**self._read_from(session_id, after, entries, register)))
 
     async def follow_many(self, wanted: Sequence[tuple[str, int]]) -> list[Followed | None]:
         """`follow` for several sessions, each with the number after which to read, in one round trip.
@@ -112,7 +109,7 @@ class JournalStore:
         None where Redis refused that one.
         """
         calls = [
-            self._follow.call(*self._follow_words(session_id, after, READ_ENTRIES, True))
+            self._follow.call(**self._read_from(session_id, after, READ_ENTRIES, True))
             for session_id, after in wanted
         ]
         replies = await self._store.run_each(calls)
@@ -136,14 +133,16 @@ class JournalStore:
         async with bounded_call():
             pipe = self._store.redis.pipeline(transaction=False)
             for session_id in session_ids:
-                pipe.zrem(self.keys(session_id)[2], self._worker)
+                pipe.zrem(self._store.session_keys(session_id)["viewers"], self._worker)
             await pipe.execute()
 
-    def _follow_words(
-        self, session_id: str, after: int, entries: int, register: bool
-    ) -> tuple[list[str], list[Any]]:
-        watcher = self._worker if register else ""
-        return self.keys(session_id), [watcher, WATCH_MS, after, entries, READ_BYTES, self._store.channels]
+    def _read_from(self, session_id: str, after: int, entries: int, register: bool) -> dict[str, Any]:
+        return {
+            **self._store.session_keys(session_id),
+            "worker": self._worker if register else "",
+            "after": after,
+            "max_entries": entries,
+        }
 
 
 def _appended(reply: bytes) -> Appended:

@@ -84,4 +84,6 @@ class CatalogStore:
 
     async def release(self, token: str, *, failures: int = 0, pause: float = 0.0) -> None:
         """Give the right back; after `failures` in a row nobody gets it for `pause` seconds."""
-        await self._release([self._lock_key], [token, failures, round(pause * 1000)])
+        await self._release(
+            lock=self._lock_key, holder=token, failures=failures, pause_ms=round(pause * 1000)
+        )

@@ -17,7 +17,7 @@ class NameStore:
     """
 
     def __init__(self, store: Store) -> None:
-        self._agree = store.script("names")
+        self._agree = store.script("agree_secret")
         self._key = f"{store.prefix}:{{workers}}:name-secret"
 
     async def agree(self, known: str | None) -> str:
@@ -29,5 +29,7 @@ class NameStore:
         Raises:
             StoreUnavailable: Redis cannot be reached.
         """
-        agreed: bytes = await self._agree([self._key], [known or "", secrets.token_hex(32)])
+        agreed: bytes = await self._agree(
+            secret=self._key, known=known or "", random_word=secrets.token_hex(32)
+        )
         return agreed.decode()

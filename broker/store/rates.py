@@ -14,52 +14,20 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from limits import RateLimitItemPerSecond
 from limits.aio.storage.redis.bridge import RedisBridge
 
-from broker.store.connection import Script
+from broker.core.rates import RateStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from broker.store.connection import Call, Store
 
-_HIT = """
--- hit: take one if there is one left, and look at the rest.
--- KEYS[1] times of the hits, the latest first; ARGV: limit, seconds of the window
--- Returns {1 if taken, hits left, ms until the oldest leaves the window}.
-local limit, window = tonumber(ARGV[1]), tonumber(ARGV[2])
-local clock = redis.call('TIME')
-local now = clock[1] + clock[2] / 1000000
-local taken = take(KEYS, {now, limit, window, 1})
--- Taken or refused, there is a hit in the window by now, so that `look` finds one.
-local oldest, used = unpack(look(KEYS, {now - window, limit}))
-return {taken and 1 or 0, limit - used, math.ceil(math.min(oldest + window - now, window) * 1000)}
-"""
-
-
 MAX_REFUSED = 10_000
 """Refused clients that a worker remembers."""
-
-
-class RateStatus(NamedTuple):
-    """What became of a hit, and how the client stands after it.
-
-    Attributes:
-        allowed: it passed, and was counted. A refused one is not counted.
-        limit: hits that may pass in a window.
-        window: its length in seconds.
-        remaining: hits that would pass now.
-        reset: seconds until the oldest hit leaves the window, which frees one more.
-    """
-
-    allowed: bool
-    limit: int
-    window: int
-    remaining: int
-    reset: float
 
 
 class Rates:
@@ -82,7 +50,7 @@ class Rates:
         self._rate = RateLimitItemPerSecond(limit, window, namespace="prepare")
         take = _function("take", RedisBridge.SCRIPT_ACQUIRE_MOVING_WINDOW)
         look = _function("look", RedisBridge.SCRIPT_MOVING_WINDOW)
-        self._hit = Script(store, take + look + _HIT)
+        self._hit = store.script("hit", before=take + look)
 
     async def hit(self, client: str) -> RateStatus:
         """Count a hit, unless the client has had its limit.
@@ -94,7 +62,7 @@ class Rates:
 
     def hitting(self, client: str) -> Call:
         """What `hit` does, to be run together with something else."""
-        return self._hit.call([self._key(client)], [self._rate.amount, self._rate.get_expiry()])
+        return self._hit.call(hits=self._key(client), limit=self._rate.amount, window=self._rate.get_expiry())
 
     def read(self, client: str, reply: Sequence[int]) -> RateStatus:
         """What became of a hit that was run by `hitting`."""

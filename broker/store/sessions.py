@@ -1,19 +1,21 @@
-"""Sessions in Redis: one hash a session, which holds its state, its prompt until it runs, and its end.
+"""Sessions in Redis: one hash for each session, with its state, its request until it runs, and its end.
 
-The steps are Lua scripts, each named after the row of `core.session.TRANSITIONS` that it takes.
+The steps are Lua scripts. `core.lifecycle.SESSION` says what each of them does in each state.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from broker.core.accounts import WorstCase
-from broker.core.errors import StoreUnavailable
+from pydantic import TypeAdapter
+
+from broker.core.accounts import WorstCase  # noqa: TC001 - pydantic reads it
+from broker.core.errors import StoreRefused, StoreUnavailable
 from broker.core.events import cancelled_before_start
 from broker.core.replay import Batch
 from broker.core.session import State, Terminal, parse_cursor
-from broker.core.tokens import Size
+from broker.core.tokens import Size  # noqa: TC001 - pydantic reads it
 from broker.store.connection import CALL_TIMEOUT, Call, Store, bounded_call
 
 if TYPE_CHECKING:
@@ -27,12 +29,13 @@ MIN_KEPT = 60
 that the session was streamed, and whoever settles for a dead worker, how it ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What /prepare leaves for the claim.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """What is stored of a session besides its request, and which Lua never looks at.
+
+    A new stored value is a new attribute here, with a default, so that sessions of an older release can be read.
 
     Attributes:
-        request: the body for the upstream, JSON.
         model: the model asked for first.
         prompt_tokens: our estimate.
         referer: origin of the page, for the upstream's attribution; may be empty.
@@ -41,7 +44,6 @@ class Prepared:
         calibration_sample: size of the prompt, where what comes back can teach of the model's tokenizer.
     """
 
-    request: bytes
     model: str
     prompt_tokens: int
     referer: str
@@ -49,29 +51,42 @@ class Prepared:
     worst: WorstCase
     calibration_sample: Size | None = None
 
+    @property
+    def spec(self) -> Spec:
+        """Itself, without what a subclass adds."""
+        return Spec(**{each.name: getattr(self, each.name) for each in fields(Spec)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared(Spec):
+    """What /prepare leaves for the claim.
+
+    Attributes:
+        request: the body for the upstream, JSON.
+    """
+
+    request: bytes
+
+
+_SPEC = TypeAdapter(Spec)
+
 
 @dataclass(frozen=True, slots=True)
 class SessionRecord:
-    """What Redis has of a session, but for its prompt.
+    """What Redis has of a session, except its request.
 
     Attributes:
         state: where it stands.
         claim_id: of the claim that it runs for, empty before.
         worker: its owner, empty before the claim.
-        client: who pays.
-        model: the model asked for first.
-        worst: the most that it may take.
-        prompt_tokens: our estimate.
+        spec: what /prepare stored of it.
         end_data: JSON of its end, once it has one.
     """
 
     state: State
     claim_id: str
     worker: str
-    client: str
-    model: str
-    worst: WorstCase
-    prompt_tokens: int
+    spec: Spec
     end_data: bytes = b""
 
 
@@ -112,58 +127,51 @@ class SessionStore:
 
     def __init__(self, store: Store, *, session_ttl: int, running_ttl: int, resume_ttl: int) -> None:
         self._store = store
-        self._session_ttl = session_ttl
-        self._running_ttl = running_ttl
-        self._kept = max(resume_ttl, MIN_KEPT)
-        self._replayed = resume_ttl
         self._prepared_here: dict[str, SessionRecord] = {}
-        self._prepare = store.script("prepare")
-        self._claim = store.script("claim")
+        end: dict[str, int | str] = {
+            "KEEP_S": max(resume_ttl, MIN_KEPT),
+            "REPLAY_S": resume_ttl,
+            "CHANNELS": store.channels,
+        }
+        self._prepare = store.script("prepare", {"SESSION_S": session_ttl})
+        self._claim = store.script("claim", {"RUNNING_S": running_ttl})
         self._refuse = store.script("refuse")
-        self._cancel = store.script("cancel")
-        self._end = store.script("end")
-        self._mark_lost = store.script("mark_lost")
-        self._restore = store.script("restore")
+        self._cancel = store.script("cancel", end)
+        self._end = store.script("end", end)
+        self._mark_lost = store.script("mark_lost", end)
+        self._restore = store.script("restore", {**end, "RUNNING_S": running_ttl})
 
-    def _keys(self, session_id: str) -> list[str]:
-        return [self._store.session_key(kind, session_id) for kind in ("session", "events", "viewers")]
+    def _keys(self, session_id: str) -> dict[str, str]:
+        return self._store.session_keys(session_id)
 
     def _key(self, session_id: str) -> str:
-        return self._store.session_key("session", session_id)
+        return self._keys(session_id)["session"]
 
     async def prepare(self, session_id: str, prepared: Prepared) -> None:
-        """Store a session; it can be claimed for `session_ttl` seconds from now."""
-        await self._store.run([self.preparing(session_id, prepared)])
-
-    def preparing(self, session_id: str, prepared: Prepared) -> Call:
-        """What `prepare` does, to be run together with something else."""
-        self._remember(session_id, prepared)
-        size = prepared.calibration_sample or Size(0, 0)
-        fields = [
-            *("request", prepared.request, "model", prepared.model, "prompt_tokens", prepared.prompt_tokens),
-            *("referer", prepared.referer, "client", prepared.client),
-            *("worst_tokens", prepared.worst.tokens, "worst_cost", prepared.worst.cost),
-            *("text_bytes", size.text_bytes, "flat_tokens", size.flat_tokens),
-        ]
-        return self._prepare.call([self._key(session_id)], [self._session_ttl, *fields])
-
-    def _remember(self, session_id: str, prepared: Prepared) -> None:
+        """Store a session. It can be claimed for `session_ttl` seconds from now."""
+        await self._prepare(
+            session=self._key(session_id), request=prepared.request, spec=_SPEC.dump_json(prepared.spec)
+        )
         if len(self._prepared_here) >= REMEMBERED:
             del self._prepared_here[next(iter(self._prepared_here))]
-        self._prepared_here[session_id] = SessionRecord(
-            State.PREPARED,
-            *("", "", prepared.client, prepared.model),
-            worst=prepared.worst,
-            prompt_tokens=prepared.prompt_tokens,
-        )
+        self._prepared_here[session_id] = SessionRecord(State.PREPARED, "", "", prepared.spec)
 
-    async def claim(self, session_id: str, claim_id: str, worker: str) -> Prepared | SessionStatus:
-        """Claim a session: its prompt for the one token that wins, else where it stands.
+    async def claim(
+        self, session_id: str, claim_id: str, worker: str, *, also: Sequence[Call] = ()
+    ) -> Prepared | SessionStatus:
+        """Claim a session. Returns its request for the one claim that wins, else where it stands.
 
-        Asking again with the same token gives the same answer, so a lost reply can be asked for again. Where a cancel
-        was accepted meanwhile, that is the end: nothing has begun, so it is written here.
+        Asking again with the same id gives the same answer, so a claim whose reply was lost can be asked for again.
+        Where a cancel was accepted meanwhile, that is the end: nothing has begun, so it is written here.
+
+        Args:
+            session_id: of the session.
+            claim_id: of the claim.
+            worker: who claims.
+            also: what is run behind the claim in the same round trip.
         """
-        reply = await self._claim([self._key(session_id)], [claim_id, worker, self._running_ttl])
+        claim = self._claim.call(session=self._key(session_id), claim_id=claim_id, worker=worker)
+        reply, *_ = await self._store.run([claim, *also])
         if reply[0] == b"cancel":
             ended = await self.end(session_id, claim_id, cancelled_before_start(), Batch(1, 0, b""))
             if isinstance(ended, EndConflict):  # a cancel is never refused by the script
@@ -171,40 +179,30 @@ class SessionStore:
             return ended
         if reply[0] != b"won":
             return read_status(reply)
-        request, model, prompt_tokens, referer, client, tokens, cost, text_bytes, flat_tokens = reply[1:]
+        request, spec = reply[1:]
+        stored = _SPEC.validate_json(spec)
         return Prepared(
-            request,
-            model.decode(),
-            int(prompt_tokens),
-            referer.decode(),
-            client.decode(),
-            WorstCase(int(tokens), int(cost)),
-            Size(int(text_bytes), int(flat_tokens)) if int(text_bytes) else None,
+            request=request or b"", **{each.name: getattr(stored, each.name) for each in fields(Spec)}
         )
 
     async def refuse(self, session_id: str, claim_id: str) -> bool:
-        """Let a claim win no more, and tell whether that is certain; it is not where it has won, or may have."""
-        return bool(await self._refuse([self._key(session_id)], [claim_id]))
+        """Let a claim win no more. Returns True if that is certain, False where it has won, or may have."""
+        return bool(await self._refuse(session=self._key(session_id), claim_id=claim_id))
 
     async def describe(self, session_id: str) -> SessionRecord | None:
-        """What Redis has of a session, None where it has none."""
-        names = ["state", "token", "worker", "client", "model", "worst_tokens", "worst_cost", "prompt_tokens"]
-        async with bounded_call():
-            fields: list[Any] = await self._store.redis.hmget(self._key(session_id), [*names, "end_data"])
-        end_data = fields.pop() or b""
-        state, *rest = [(field or b"").decode() for field in fields]
-        if not state:
-            return None
-        claim_id, worker, client, model, tokens, cost, prompt_tokens = rest
-        worst = WorstCase(int(tokens or 0), int(cost or 0))
-        return SessionRecord(
-            State(state), claim_id, worker, client, model, worst, int(prompt_tokens or 0), end_data
-        )
+        """Return what Redis has of a session, None where it has none."""
+        return (await self.describe_many([session_id]))[0]
+
+    async def describe_many(self, session_ids: Sequence[str]) -> list[SessionRecord | None]:
+        """`describe` for several sessions, in one round trip."""
+        names = ("state", "claim_id", "worker", "spec", "end_data")
+        replies = await self._store.commands([("HMGET", self._key(each), *names) for each in session_ids])
+        return [_record(reply) for reply in replies]
 
     async def describe_for_claim(self, session_id: str) -> SessionRecord | None:
         """`describe`, but of a session that was prepared here what it was then: what the claim costs never changes.
 
-        That saves the claim a round trip, once; where it stands by now the claim itself finds out.
+        That saves the claim a round trip, once. The claim itself finds out where the session stands by now.
         """
         return self._prepared_here.pop(session_id, None) or await self.describe(session_id)
 
@@ -212,10 +210,12 @@ class SessionStore:
         """Cancel a session and return where it stood before.
 
         A prepared one ends in ``end``. A running one is marked, so that it can end in nothing but a cancel, and its
-        owner's bell is rung.
+        owner is notified.
         """
-        args = [self._kept, end.event, str(end.id), end.data, self._store.channels]
-        return read_status(await self._cancel([self._key(session_id)], args))
+        reply = await self._cancel(
+            **self._keys(session_id), end_event=end.event, end_id=str(end.id), end_data=end.data
+        )
+        return read_status(reply)
 
     async def end(
         self,
@@ -240,54 +240,67 @@ class SessionStore:
         Returns:
             Where the session now stands, with the end that counts; or why nothing was written.
         """
-        args = [
-            *(claim_id, end.state, end.event, str(end.id), end.data, self._kept),
-            *(
-                rest.first,
-                rest.last,
-                rest.events,
-                int(only_if_unwatched),
-                self._store.channels,
-                self._replayed,
-            ),
-        ]
-        reply = await self._end(self._keys(session_id), args, timeout=timeout)
+        step = {
+            **self._keys(session_id),
+            "claim_id": claim_id,
+            **_ending(end),
+            "first": rest.first,
+            "newest": rest.last,
+            "batch": rest.events,
+            "only_if_unwatched": int(only_if_unwatched),
+        }
+        reply = await self._end.within(timeout, step)
         kind = reply[0].decode()
         if kind in REFUSALS:
             return EndConflict(kind, int(reply[1]) if len(reply) > 1 else 0)
         return read_status(reply)
 
     async def mark_lost(
-        self, session_id: str, worker: str, *, error: bytes, cancelled: bytes
+        self, session_id: str, claim_id: str, *, error: bytes, cancelled: bytes
     ) -> SessionStatus:
-        """End a session for a dead worker: in `worker_lost`, or cancelled where that had been accepted.
+        """End the session of a dead worker; as cancelled, where a cancel was accepted. Returns where it stands.
 
         Args:
             session_id: whose end.
-            worker: the dead one; a session that is another's stays as it is.
+            claim_id: for which the dead worker ran it; a session of another claim stays as it is.
             error: data of the error.
             cancelled: data of the `done`, should it be that.
         """
-        args = [worker, self._kept, error, cancelled, self._store.channels]
-        return read_status(await self._mark_lost(self._keys(session_id), args))
+        reply = await self._mark_lost(
+            **self._keys(session_id), claim_id=claim_id, lost_data=error, cancelled_data=cancelled
+        )
+        return read_status(reply)
 
-    async def restore(
-        self,
-        session_id: str,
-        claim_id: str,
-        worker: str,
-        prepared: Prepared,
-        *,
-        state: State,
-        held: Batch,
-        end: Terminal | None,
-    ) -> None:
-        """Write a session of this worker again, with what is held of its events, after Redis came back empty."""
-        ttl = self._running_ttl if end is None else self._kept
-        ending = [end.event, str(end.id), end.data] if end is not None else ["", "", ""]
-        args = [claim_id, worker, state, ttl, held.first, held.last, held.events, *ending]
-        args += [prepared.client, prepared.model, *prepared.worst, prepared.prompt_tokens]
-        await self._restore(self._keys(session_id)[:2], args)
+    def restoring(
+        self, session_id: str, claim_id: str, worker: str, spec: Spec, *, held: Batch, end: Terminal | None
+    ) -> Call:
+        """Return the call that writes a session of this worker again, where Redis knows less of it.
+
+        Its reply is 1, or 0 where the session has an end, or is another's.
+
+        Args:
+            session_id: of the session.
+            claim_id: for which this worker runs it.
+            worker: this worker.
+            spec: what /prepare stored.
+            held: what this worker holds of its events.
+            end: its end, or None while it runs.
+        """
+        no_end = {"end_state": "", "end_event": "", "end_id": "", "end_data": ""}
+        return self._restore.call(
+            **self._keys(session_id),
+            claim_id=claim_id,
+            worker=worker,
+            spec=_SPEC.dump_json(spec),
+            first=held.first,
+            newest=held.last,
+            batch=held.events,
+            **(no_end if end is None else _ending(end)),
+        )
+
+    async def run_each(self, calls: Sequence[Call]) -> list[Any]:
+        """Run calls of `restoring` in one round trip. The reply of one that is refused is a `StoreRefused`."""
+        return await self._store.run_each(calls)
 
     async def remaining(self, session_id: str) -> int | None:
         """Whole seconds for which a session can still be claimed, 0 once it was.
@@ -311,6 +324,25 @@ class SessionStore:
         """Delete a session that nobody was told of."""
         async with bounded_call():
             await self._store.redis.unlink(self._key(session_id))
+
+
+def _record(reply: list[bytes | None] | Exception) -> SessionRecord | None:
+    if isinstance(reply, Exception):
+        raise StoreRefused from reply
+    state, claim_id, worker, spec, end_data = (field or b"" for field in reply)
+    if not state:
+        return None
+    stored = _SPEC.validate_json(spec)
+    return SessionRecord(State(state.decode()), claim_id.decode(), worker.decode(), stored, end_data)
+
+
+def _ending(end: Terminal) -> dict[str, Any]:
+    return {
+        "end_state": end.state,
+        "end_event": end.event,
+        "end_id": str(end.id),
+        "end_data": end.data,
+    }
 
 
 def read_status(reply: Sequence[bytes | None]) -> SessionStatus:

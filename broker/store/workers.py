@@ -1,4 +1,4 @@
-"""Workers in Redis: their leases, the marker by which they know that Redis came back empty, and their notifications.
+"""Workers in Redis: the marker by which they know that Redis came back empty, and their notifications.
 
 The marker is one random word for all workers. Where it is gone or another, Redis has lost everything that had been
 written. Notifications go to a pub/sub channel of one worker. They only make things faster: a subscription can die
@@ -8,18 +8,19 @@ without a word, so everything that they tell can also be found by looking.
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
 from redis.exceptions import NoPermissionError
 
-from broker.core.errors import StoreUnavailable
+from broker.core.errors import StoreRefused, StoreUnavailable
 from broker.core.replay import Batch
-from broker.store.connection import CALL_TIMEOUT, Store, bounded_call, store_errors
+from broker.store.connection import CALL_TIMEOUT, Store, bounded_call, command_call, store_errors
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from redis.asyncio.client import PubSub
 
@@ -27,9 +28,6 @@ log = structlog.get_logger(__name__)
 
 LISTEN_AGAIN_WITHOUT_RIGHTS = 30.0
 """Seconds until a Redis user without rights to channels, which is the default of Redis 7, is tried again."""
-
-LEASE_MS = 4000
-"""Milliseconds that a lease holds."""
 
 MARKER_TTL = 86_400
 """Seconds that the marker is kept after any worker last looked at it."""
@@ -45,9 +43,9 @@ class Notification(NamedTuple):
     """What a notification says.
 
     Attributes:
-        kind: ``news`` (events, with the batch), ``ended``, ``cancel``, ``watched``.
+        kind: ``events`` (with the batch), ``ended``, ``cancel``, ``watched``.
         session_id: of which session.
-        batch: the events of ``news``.
+        batch: the events of ``events``.
     """
 
     kind: str
@@ -55,20 +53,22 @@ class Notification(NamedTuple):
     batch: Batch | None
 
 
-class Renewed(NamedTuple):
-    """What a renewal tells.
+class MarkerStatus(NamedTuple):
+    """What Redis says of the marker.
 
     Attributes:
         marker: the word that all workers know, until Redis loses it.
         wiped: some worker has found lately that Redis came back empty.
+        server: names the process of the server; empty where it does not tell.
     """
 
     marker: str
     wiped: bool
+    server: str
 
 
 class WorkerStore:
-    """Leases, the marker and notifications. Methods raise `StoreUnavailable` where Redis cannot be reached.
+    """The marker and notifications. Methods raise `StoreUnavailable` where Redis cannot be reached.
 
     Args:
         store: the connection.
@@ -78,34 +78,37 @@ class WorkerStore:
     def __init__(self, store: Store, *, worker: str) -> None:
         self.worker = worker
         self._store = store
-        self._renew = store.script("renew")
-        self._told = False
+        self._read_marker = store.script("marker", {"MARKER_S": MARKER_TTL})
+        self._warned = False
+        self._names_server = True
 
-    async def renew(self) -> Renewed:
-        """Renew this worker's lease and tell the marker, made where there was none."""
-        keys = [self._lease(self.worker), self._marker, self._wiped]
-        marker, wiped = await self._renew(keys, [LEASE_MS, MARKER_TTL, secrets.token_hex(8)])
-        return Renewed(marker.decode(), bool(wiped))
+    @property
+    def connections_made(self) -> int:
+        """How many connections to Redis this worker has made so far."""
+        return self._store.connections_made
+
+    async def marker(self) -> MarkerStatus:
+        """Return the marker, made where there was none, and the server that has it."""
+        read = self._read_marker.call(
+            marker=self._key("marker"), wiped=self._key("wiped"), new_marker=secrets.token_hex(8)
+        )
+        if not self._names_server:
+            [(marker, wiped)] = await self._store.run([read])
+            return MarkerStatus(marker.decode(), bool(wiped), "")
+        found, info = await self._store.run_each([read, command_call("INFO", "server")])
+        if isinstance(found, StoreRefused):
+            raise found
+        if isinstance(info, StoreRefused):  # a user without the right to INFO
+            log.warning("redis does not tell which server it is; a failover is not noticed")
+            self._names_server = False
+            return MarkerStatus(found[0].decode(), bool(found[1]), "")
+        run_id = re.search(rb"run_id:(\w+)", info)
+        return MarkerStatus(found[0].decode(), bool(found[1]), run_id[1].decode() if run_id else "")
 
     async def tell_wiped(self) -> None:
         """Tell all workers, those too that are only starting, that Redis came back empty."""
         async with bounded_call():
-            await self._store.redis.set(self._wiped, "1", ex=WIPED_FOR)
-
-    async def resign(self) -> None:
-        """Give the lease back: this worker owns nothing any more."""
-        async with bounded_call():
-            await self._store.redis.unlink(self._lease(self.worker))
-
-    async def absent(self, workers: Iterable[str]) -> set[str]:
-        """Those of these workers that have no lease."""
-        names = list(workers)
-        async with bounded_call():
-            pipe = self._store.redis.pipeline(transaction=False)
-            for name in names:
-                pipe.exists(self._lease(name))
-            found = await pipe.execute()
-        return {name for name, exists in zip(names, found, strict=True) if not exists}
+            await self._store.redis.set(self._key("wiped"), "1", ex=WIPED_FOR)
 
     async def listen(self) -> AsyncGenerator[Notification, None]:
         """This worker's notifications, until the subscription breaks.
@@ -121,22 +124,11 @@ class WorkerStore:
                     async for data in _messages(pubsub):
                         yield _notification(data)
                 except NoPermissionError as error:
-                    if not self._told:
+                    if not self._warned:
                         log.warning("the redis user has no rights to channels; stops and events take longer")
-                    self._told = True
+                    self._warned = True
                     await asyncio.sleep(LISTEN_AGAIN_WITHOUT_RIGHTS)
                     raise StoreUnavailable from error
-
-    def _lease(self, worker: str) -> str:
-        return self._key(f"lease:{worker}")
-
-    @property
-    def _marker(self) -> str:
-        return self._key("marker")
-
-    @property
-    def _wiped(self) -> str:
-        return self._key("wiped")
 
     def _key(self, name: str) -> str:
         """A key of the workers; the braces put all of them into one slot of a Redis Cluster."""

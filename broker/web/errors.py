@@ -24,6 +24,7 @@ from broker.core.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
+from broker.web.rates import rate_headers
 
 RETRY_AFTER = 3
 """Seconds after which a caller may try again where nothing better is known."""
@@ -58,7 +59,9 @@ def error_response(error: BrokerError) -> web.Response:
     body: dict[str, Any] = {"code": error.code, "message": error.message}
     if error.details is not None:
         body["details"] = error.details
-    return _error_response(error.status, body, retry_after=error.retry_after)
+    response = _error_response(error.status, body, retry_after=error.retry_after)
+    response.headers.update(rate_headers(error.rate))
+    return response
 
 
 def http_error_response(error: web.HTTPException) -> web.Response:

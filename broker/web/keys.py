@@ -16,7 +16,6 @@ from broker.relay.worker import Worker
 from broker.settings import Settings
 from broker.store.accounts import AccountStore
 from broker.store.connection import Store
-from broker.store.rates import Rates
 from broker.system_message import SystemMessage
 from broker.upstream.client import UpstreamClient
 from broker.web.identity import ClientResolver
@@ -31,7 +30,6 @@ STORE = web.AppKey("store", Store)
 CATALOG = web.AppKey("catalog", Catalog)
 ACCOUNTS = web.AppKey("accounts", AccountStore)
 QUOTAS = web.AppKey("allowances", Quotas)
-RATES = web.AppKey("rates", Rates)
 ADMISSION = web.AppKey("admission", Admission)
 SYSTEM = web.AppKey("system", SystemMessage)
 IDENTIFIER = web.AppKey("identifier", ClientResolver)

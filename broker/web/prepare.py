@@ -7,10 +7,10 @@ import re
 
 from aiohttp import hdrs, web
 
-from broker.core.errors import BodyTooLarge, InvalidJson, InvalidRequest, RateLimited, UnsupportedMediaType
+from broker.core.errors import BodyTooLarge, InvalidJson, InvalidRequest, UnsupportedMediaType
 from broker.web.errors import json_response
-from broker.web.keys import ADMISSION, IDENTIFIER, RATES, SETTINGS
-from broker.web.rates import RateCheck
+from broker.web.keys import ADMISSION, IDENTIFIER, SETTINGS
+from broker.web.rates import rate_headers
 
 BODY_TIMEOUT = 30.0
 """Seconds for a body to arrive."""
@@ -21,25 +21,23 @@ _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 async def prepare(request: web.Request) -> web.Response:
     """Validate a chat request, trim it to fit, and store it for the stream that will claim it."""
     client = await request.app[IDENTIFIER].identify(request)
-    rate_check = RateCheck(request, request.app[RATES], client.name)
     key = _idempotency_key(request)
-    try:
-        rate_check.check()
-    except RateLimited:  # a known key is still answered, and costs next to nothing
-        if key is None or not await request.app[ADMISSION].knows(client, key):
-            raise
+    admission = request.app[ADMISSION]
+    await admission.check_rate(client, key)
     body = await _body(request, request.app[SETTINGS].max_body)
-    admitted = await request.app[ADMISSION].admit(
+    admitted = await admission.admit(
         body,
         client=client,
-        rate_check=rate_check,
         referer=request.headers.get(hdrs.ORIGIN, ""),
         idempotency_key=key,
     )
     return json_response(
         admitted.answer,
         status=201 if admitted.created else 200,
-        headers={hdrs.LOCATION: f"{_prefix(request)}/stream/{admitted.answer['sessionId']}"},
+        headers={
+            hdrs.LOCATION: f"{_prefix(request)}/stream/{admitted.answer['sessionId']}",
+            **rate_headers(admitted.rate),
+        },
     )
 
 

@@ -13,7 +13,6 @@ from broker.web.models import get_models
 from broker.web.not_served import routes_not_served
 from broker.web.page import page_routes, to_page
 from broker.web.prepare import prepare
-from broker.web.rates import add_rate_headers
 from broker.web.stream import cancel, stream
 from broker.web.usage import get_usage
 
@@ -32,7 +31,6 @@ def add_web(app: web.Application, settings: Settings, *, prefix: str = "") -> No
     app.middlewares.append(guard)
     # Whose headers they are is said here: a middleware around us may prepare the response, as of its own application.
     app.on_response_prepare.append(partial(add_headers, app))
-    app.on_response_prepare.append(add_rate_headers)
     app.add_routes(
         [
             web.post("/prepare", prepare),

@@ -18,8 +18,9 @@ import pytest_asyncio
 from broker.cli.usage import summed
 from broker.core.accounts import Quotas, Usage, WorstCase
 from broker.core.session import State
-from broker.store.accounts import METRICS, AccountStore, Reservation, UsageRow
+from broker.store.accounts import AccountStore, Reservation
 from broker.store.connection import Store
+from broker.store.usage_ledger import METRICS, UsageRow
 from tests.cli.fake_broker import run_shell
 from tests.system.harness import clean_environment, free_port
 
@@ -171,10 +172,11 @@ async def test_a_day_without_use_is_empty(tmp_path: Path, valkey_url: str, day: 
 
 
 async def test_the_ledger_is_stored_for_thirty_five_days(store: Store, day: str) -> None:
-    keys: Any = await store.redis.keys("*:books:*")
-    [key] = keys
-    assert key.decode().endswith(day)
-    assert THIRTY_FIVE_DAYS - 60 < await store.redis.ttl(key) <= THIRTY_FIVE_DAYS
+    keys: Any = await store.redis.keys("*:ledger:*")
+    assert len(keys) == 2, "of two clients"
+    for key in keys:
+        assert key.decode().endswith(day)
+        assert THIRTY_FIVE_DAYS - 60 < await store.redis.ttl(key) <= THIRTY_FIVE_DAYS
 
 
 @pytest.mark.parametrize("day", ["yesterday", "2026-13-01", "20", ""])

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
 SESSION = "01234567-89ab-4cde-8f01-23456789abcd"
 WORST = WorstCase(tokens=5000, cost=700)
-PREPARED = Prepared(b'{"prompt":1}', "a/b", 100, "https://page.example", "client", WORST)
+PREPARED = Prepared(
+    request=b'{"prompt":1}',
+    model="a/b",
+    prompt_tokens=100,
+    referer="https://page.example",
+    client="client",
+    worst=WORST,
+)
 RESERVATION = Reservation("claim", SESSION, "client", "a/b", WORST)
 USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
 COUNTED = Usage(10, 5, cost=3)

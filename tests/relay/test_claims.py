@@ -18,6 +18,7 @@ from broker.core.session import State
 from broker.relay.claiming import Claiming
 from broker.store.accounts import AccountStore, Reservation
 from broker.store.connection import Store
+from broker.store.pending import PendingStore
 from broker.store.sessions import Prepared, SessionStatus, SessionStore
 from tests.money import open_reservations, slots, until
 from tests.relay.test_races import FREE
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from broker.core.accounts import Quotas
     from broker.relay.generation import Generation
 
-PREPARED = Prepared(b"{}", "model", 1, "", "client", WorstCase(10, 100))
+PREPARED = Prepared(
+    request=b"{}", model="model", prompt_tokens=1, referer="", client="client", worst=WorstCase(10, 100)
+)
 CLAIM, RESERVE = b"claimer", b"total-claim"
 """What only a claim, and only a reservation, has in its packet."""
 
@@ -44,6 +47,7 @@ class Claimer:
         self.claims = Claiming(
             self.sessions,
             self.accounts,
+            PendingStore(self.store, quotas, session_ttl=600),
             worker="claimer",
             give_up_after=100,
             begin=self._begin,

@@ -139,7 +139,7 @@ async def generation_in(world: World, **others: Any) -> AsyncIterator[Generation
     generation = Generation(
         "01234567-session",
         Reservation("claim", "01234567-session", "anna", "m", WORST),
-        Prepared(b"{}", "m", 100, "", "anna", WORST),
+        Prepared(request=b"{}", model="m", prompt_tokens=100, referer="", client="anna", worst=WORST),
         limits=LIMITS,
         write_later=world.write_later,
         **parts,

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from broker.store.connection import Store
     from broker.store.journal import Followed
 
-PREPARED = Prepared(b"{}", "scripted/model-1", 10, "", "key:tests", WorstCase(110, 0))
+PREPARED = Prepared(
+    request=b"{}",
+    model="scripted/model-1",
+    prompt_tokens=10,
+    referer="",
+    client="key:tests",
+    worst=WorstCase(110, 0),
+)
 
 
 def batch(first: int, last: int) -> Batch:

@@ -23,17 +23,18 @@ from broker.relay.settlement import Settlement
 from broker.store.accounts import LEASE, AccountStore, Reservation
 from broker.store.connection import Store
 from broker.store.journal import JournalStore
+from broker.store.pending import PendingStore
 from broker.store.sessions import Prepared, SessionStatus, SessionStore
 from broker.web import keys
 from tests.broker import Broker, running
-from tests.money import Ledger, ledger, open_reservations, slots, until
+from tests.money import Ledger, due_estimates, ledger, let_time_pass, open_reservations, slots, until
 from tests.wire import wire_to
 
 if TYPE_CHECKING:
     from broker.relay.generation import Generation
     from tests.scripted import Call, ScriptedUpstream
 
-FREE = Quotas(waiting=1000, streams=10_000, daily_tokens=0, daily_cost=0, total_daily_cost=0)
+FREE = Quotas(pending=1000, streams=10_000, daily_tokens=0, daily_cost=0, total_daily_cost=0)
 ENOUGH = 128 * 1024
 """Bytes that say a piece of something is left somewhere, and not all of it."""
 
@@ -49,7 +50,7 @@ async def journaled(broker: Broker, session: str, n: int) -> None:
 
 async def is_written(store: Store, session: str) -> bool:
     """Whether Redis has an end of a session."""
-    return bool(await store.redis.hexists(store.session_key("session", session), "end_id"))
+    return bool(await store.redis.hexists(store.session_keys(session)["session"], "end_id"))
 
 
 # Late packets
@@ -128,9 +129,7 @@ async def reserved(accounts: AccountStore, claim_id: str) -> Reservation:
 
 async def come(store: Store, name: str) -> None:
     """Let the time of everything in a set have come."""
-    key = f"{store.prefix}:{{accounts}}:{name}"
-    tokens: Any = await store.redis.zrange(key, 0, -1)
-    await store.redis.zadd(key, dict.fromkeys(tokens, 1))
+    await let_time_pass(store.redis, name)
 
 
 @asynccontextmanager
@@ -149,7 +148,7 @@ async def test_a_hundred_orphans_are_found_by_a_worker_far_from_redis(store: Sto
         await accounts.reserve(wanted(str(n)))
     await come(store, "open")
     async with far_accounts(valkey_url) as far:
-        assert {orphan.claim_id for orphan in await far.orphans(100)} == {str(n) for n in range(100)}
+        assert {orphan.claim_id for orphan in await far.overdue(100)} == {str(n) for n in range(100)}
 
 
 async def test_a_hundred_estimates_are_found_by_a_worker_far_from_redis(
@@ -161,7 +160,7 @@ async def test_a_hundred_estimates_are_found_by_a_worker_far_from_redis(
         await accounts.settle(await reserved(accounts, str(n)), guess, State.LOST, generation_id=f"gen-{n}")
     await come(store, "estimates")
     async with far_accounts(valkey_url) as far:
-        found = {each.reservation.claim_id: each.generation_id for each in await far.unasked(100)}
+        found = {each.reservation.claim_id: each.generation_id for each in await due_estimates(far)}
         assert found == {str(n): f"gen-{n}" for n in range(100)}
 
 
@@ -190,7 +189,7 @@ def reaper_of(store: Store, accounts: AccountStore, clock: Callable[[], float] =
 async def test_an_orphan_that_ran_and_whose_session_is_forgotten_is_booked_at_its_worst(store: Store) -> None:
     """All workers were away for longer than its journal was kept."""
     accounts = AccountStore(store, FREE)
-    await accounts.hold([await reserved(accounts, "ran")])
+    await accounts.renew([await reserved(accounts, "ran")])
     await come(store, "open")
     for _ in range(2):
         await reaper_of(store, accounts)._reap()
@@ -202,7 +201,17 @@ async def test_an_orphan_that_never_ran_is_given_back(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     await reserved(accounts, "idle")
     sessions = SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300)
-    await sessions.prepare("session-idle", Prepared(b"{}", "model", 1, "", "client", WorstCase(10, 100)))
+    await sessions.prepare(
+        "session-idle",
+        Prepared(
+            request=b"{}",
+            model="model",
+            prompt_tokens=1,
+            referer="",
+            client="client",
+            worst=WorstCase(10, 100),
+        ),
+    )
     await come(store, "open")
     await reaper_of(store, accounts)._reap()
     assert await ledger(store.redis) == Ledger()
@@ -229,11 +238,11 @@ class FrozenAfterReserving(AccountStore):
 
     thawed: Reservation | None = None
 
-    async def reserve(self, reservation: Reservation, *, force: bool = False) -> int:
-        day = await super().reserve(reservation, force=force)
+    async def reserve(self, reservation: Reservation) -> int:
+        day = await super().reserve(reservation)
         if self.thawed is None:
             self.thawed = reservation
-            await self.release(reservation.claim_id, reservation.client)
+            await self.release(reservation)
             await super().reserve(wanted("another"))
             loop = asyncio.get_running_loop()
             assert isinstance(loop, StandingLoop)
@@ -256,19 +265,30 @@ def test_a_worker_that_stood_still_before_its_claim_does_not_run_beyond_the_limi
         claims = Claiming(
             sessions,
             accounts,
+            PendingStore(store, FREE, session_ttl=600),
             worker="frozen",
             give_up_after=100,
             begin=begin,
             spawn=lambda work: tasks.add(asyncio.create_task(work)),
         )
-        await sessions.prepare("session", Prepared(b"{}", "model", 1, "", "client", WorstCase(10, 100)))
+        await sessions.prepare(
+            "session",
+            Prepared(
+                request=b"{}",
+                model="model",
+                prompt_tokens=1,
+                referer="",
+                client="client",
+                worst=WorstCase(10, 100),
+            ),
+        )
         with pytest.raises(Overloaded):
             await claims.claim("session")
         described = await sessions.describe("session")
         assert described is not None
         assert (described.state, begun) == (State.PREPARED, [])
         assert await slots(store.redis) == await open_reservations(store.redis) == 1
-        await accounts.release("another", "client")
+        await accounts.release(wanted("another"))
         await claims.claim("session")  # as a page does that is asked to come again
         assert begun == ["session"]
         await asyncio.gather(*tasks)

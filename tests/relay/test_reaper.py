@@ -15,6 +15,7 @@ from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
 from broker.relay.reaper import AT_ONCE, Reaper
 from broker.store.accounts import LEASE, AccountStore, Reservation
+from broker.store.buckets import account_of
 from broker.store.connection import Store
 from broker.store.journal import Append, JournalStore
 from broker.store.sessions import MIN_KEPT, Prepared, SessionStatus, SessionStore
@@ -22,7 +23,9 @@ from tests.money import Ledger, ledger, open_reservations, slots
 from tests.relay.test_races import FREE, come, reaper_of, reserved
 from tests.wire import wire_to
 
-PREPARED = Prepared(b"{}", "model", 4, "", "client", WorstCase(10, 100))
+PREPARED = Prepared(
+    request=b"{}", model="model", prompt_tokens=4, referer="", client="client", worst=WorstCase(10, 100)
+)
 NOTHING = Batch(1, 0, b"")
 CHUNK = b'{"choices":[{"delta":{"content":"four"}}]}'
 CREATED = b'{"type":"response.created","response":{"usage":null}}'
@@ -30,6 +33,9 @@ WORDS = b'{"type":"response.output_text.delta","output_index":0,"delta":"four"}'
 COMPLETED = b'{"type":"response.completed","response":{"usage":{"input_tokens":3,"output_tokens":4,"cost":0.00000005}}}'
 USAGE = b'"usage":{"prompt_tokens":3,"completion_tokens":4},"cost":0.00000005'
 WORST = Ledger(requests=1, estimated=1, spent_tokens=10, spent_cost=100)
+
+
+CLIENT = "client"
 
 
 class Dead:
@@ -68,16 +74,18 @@ class Dead:
 
     async def forget_journal(self, claim_id: str) -> None:
         """Its time to be replayed is over; its end is known a little longer."""
-        await self.store.redis.delete(self.store.session_key("events", f"session-{claim_id}"))
+        await self.store.redis.delete(self.store.session_keys(f"session-{claim_id}")["events"])
 
     async def break_session(self, claim_id: str) -> None:
         """Leave something under its name that no script can read."""
-        key = self.store.session_key("session", f"session-{claim_id}")
+        key = self.store.session_keys(f"session-{claim_id}")["session"]
         await self.store.redis.delete(key)
         await self.store.redis.set(key, "no hash")
 
     async def is_open(self, claim_id: str) -> bool:
-        return await self.store.redis.zscore(f"{self.store.prefix}:{{accounts}}:open", claim_id) is not None
+        return (
+            await self.store.redis.zscore(account_of(self.store, CLIENT).shared("open"), claim_id) is not None
+        )
 
     async def found(self, rounds: int = 1) -> None:
         """Let all leases be over, and have another worker look."""
@@ -151,12 +159,12 @@ async def test_one_that_cannot_be_read_keeps_no_other_from_being_settled(store: 
     dead = Dead(store)
     for claim_id in ("a", "b", "c"):
         await dead.ended(claim_id, b"{}")
-    record = f"{store.prefix}:{{accounts}}:reservation:a"
+    record = account_of(store, CLIENT).reservation("a")
     if broken == "session":
         await dead.break_session("a")
     elif broken == "journal":
         await dead.forget_journal("a")
-        await store.redis.set(store.session_key("events", "session-a"), "no stream")
+        await store.redis.set(store.session_keys("session-a")["events"], "no stream")
     elif broken == "reservation":
         await store.redis.delete(record)
         await store.redis.set(record, "no hash")
@@ -174,7 +182,7 @@ async def test_many_that_cannot_be_read_do_not_stand_before_the_others_for_ever(
         await dead.break_session(f"bad-{n}")
     await dead.ended("good", b"{}")
     await come(store, "open")
-    await store.redis.zadd(f"{store.prefix}:{{accounts}}:open", {"good": 2})  # found last
+    await store.redis.zadd(account_of(store, CLIENT).shared("open"), {"good": 2})  # found last
     reaper = reaper_of(store, dead.accounts)
     for _ in range(2):
         assert await reaper._round()
@@ -185,12 +193,14 @@ async def test_many_that_cannot_be_read_do_not_stand_before_the_others_for_ever(
 async def test_a_reservation_that_cannot_be_renewed_keeps_no_other_from_being_renewed(store: Store) -> None:
     dead = Dead(store)
     running = [await dead.claimed(claim_id) for claim_id in ("1", "2", "3")]
-    record = f"{store.prefix}:{{accounts}}:reservation:1"
+    record = account_of(store, CLIENT).reservation("1")
     await store.redis.delete(record)
     await store.redis.set(record, "no hash")
     await come(store, "open")
     await reaper_of(store, dead.accounts)._renew(running)
-    open_until: Any = await store.redis.zrange(f"{store.prefix}:{{accounts}}:open", 0, -1, withscores=True)
+    open_until: Any = await store.redis.zrange(
+        account_of(store, CLIENT).shared("open"), 0, -1, withscores=True
+    )
     renewed = {claim_id for claim_id, score in open_until if score > 1}
     assert {b"2", b"3"} <= renewed
 
@@ -202,7 +212,7 @@ async def test_what_nobody_can_tell_of_any_more_is_not_just_given_back(store: St
     """It was claimed, its worker died at once, and nobody came before its session had expired."""
     dead = Dead(store)
     reservation = await dead.claimed("1")
-    await store.redis.delete(store.session_key("session", reservation.session_id))
+    await store.redis.delete(store.session_keys(reservation.session_id)["session"])
     await dead.found()
     assert await ledger(store.redis) == WORST
 
@@ -280,14 +290,14 @@ async def test_after_an_outage_nobody_is_dead_before_everybody_could_renew(store
     await dead.claimed("1")
     await come(store, "open")
     reaper = reaper_of(store, dead.accounts, clock)
-    broken = reaper._accounts.orphans
+    broken = reaper._accounts.overdue
 
     async def away(limit: int) -> list[Reservation]:
         raise StoreUnavailable
 
-    reaper._accounts.orphans = away  # type: ignore[method-assign]
+    reaper._accounts.overdue = away  # type: ignore[method-assign]
     assert not await reaper._round()
-    reaper._accounts.orphans = broken  # type: ignore[method-assign]
+    reaper._accounts.overdue = broken  # type: ignore[method-assign]
     clock.now += LEASE - 0.1
     assert await reaper._round()
     assert await dead.is_open("1")

@@ -62,7 +62,9 @@ class Pieces:
 async def replayed(*pieces: bytes) -> Outcome:
     """What the reader makes of these reads; behind an error it reads on for the usage."""
     chunks: list[bytes] = []
-    prepared = Prepared(b"{}", "m", 1, "", "c", cast("Any", None))
+    prepared = Prepared(
+        request=b"{}", model="m", prompt_tokens=1, referer="", client="c", worst=cast("Any", None)
+    )
     reader = UpstreamReader(
         prepared,
         dialect=CHAT,

@@ -15,6 +15,7 @@ from broker.core.pricing import NANO
 from broker.core.session import State
 from broker.relay.settlement import RECORD_DELAYS, estimated_usage, usage_in_record
 from broker.store.accounts import AccountStore, Reservation
+from broker.store.usage_ledger import UsageLedger
 from broker.web import keys
 from tests.broker import Broker, running
 from tests.money import MODEL, PRICE, Ledger, ledger, open_reservations, price_list, slots, unasked, until
@@ -55,7 +56,7 @@ async def prepared(broker: Broker, **fields: Any) -> tuple[str, int]:
 
 async def counts(broker: Broker) -> dict[str, int]:
     """The only line of the books."""
-    _, [line] = await broker.app[keys.ACCOUNTS].usage_rows(None)
+    _, [line] = await UsageLedger(broker.app[keys.STORE]).rows(None)
     return line.counts
 
 
@@ -324,7 +325,7 @@ async def test_a_cancel_before_the_claim_costs_nothing_and_is_no_request(broker:
     await broker.cancel(session)
     await broker.read(session)
     assert await booked(broker) == Ledger()
-    _, lines = await broker.app[keys.ACCOUNTS].usage_rows(None)
+    _, lines = await UsageLedger(broker.app[keys.STORE]).rows(None)
     assert lines == []
 
 
@@ -575,7 +576,7 @@ async def booked_models(broker: Broker, *models: str) -> list[str]:
     for model in models:
         session, _ = await prepared(broker, model=model)
         await broker.read(session)
-    _, lines = await broker.app[keys.ACCOUNTS].usage_rows(None)
+    _, lines = await UsageLedger(broker.app[keys.STORE]).rows(None)
     return [line.model for line in lines]
 
 

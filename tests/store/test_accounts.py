@@ -6,143 +6,138 @@ import asyncio
 import contextlib
 import random
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from broker.core.accounts import Quotas, Usage, WorstCase
 from broker.core.errors import BudgetExceeded, LimitError, TooManyStreams
 from broker.core.session import State
-from broker.store.accounts import OTHER, AccountStore, Reservation
+from broker.store.accounts import AccountStore, Reservation
 from broker.store.connection import Store
+from broker.store.pending import PendingStore
+from broker.store.usage_ledger import OTHER, UsageLedger
+from tests.money import TOTAL, ledger
 
-FREE = Quotas(waiting=50, streams=1000, daily_tokens=0, daily_cost=0, total_daily_cost=0)
-
-
-def accounts(store: Store, quotas: Quotas) -> AccountStore:
-    return AccountStore(store, quotas)
+FREE = Quotas(pending=50, streams=1000, daily_tokens=0, daily_cost=0, total_daily_cost=0)
 
 
 def wanted(claim_id: str, client: str = "c", tokens: int = 10, cost: int = 100) -> Reservation:
     return Reservation(claim_id, f"session-{claim_id}", client, "model", WorstCase(tokens, cost))
 
 
-async def reserved(usage_rows: AccountStore, reservation: Reservation, **kwargs: bool) -> Reservation:
-    return replace(reservation, day=await usage_rows.reserve(reservation, **kwargs))
-
-
-async def everyone(store: Store) -> dict[str, int]:
-    fields: Any = await store.redis.hgetall(f"{store.prefix}:{{accounts}}:everyone")
-    return {name.decode().partition(":")[2]: int(value) for name, value in fields.items()}
+async def reserved(accounts: AccountStore, reservation: Reservation) -> Reservation:
+    return replace(reservation, day=await accounts.reserve(reservation))
 
 
 async def test_of_many_claims_at_once_as_many_run_as_there_is_room_for(store: Store) -> None:
-    usage_rows = accounts(store, replace(FREE, total_daily_cost=37 * 100))
+    accounts = AccountStore(store, replace(FREE, total_daily_cost=37 * 100))
     results = await asyncio.gather(
-        *(usage_rows.reserve(wanted(str(n), client=f"c{n % 7}")) for n in range(500)), return_exceptions=True
+        *(accounts.reserve(wanted(str(n), client=f"c{n % 7}")) for n in range(500)), return_exceptions=True
     )
     assert sum(isinstance(result, int) for result in results) == 37
     assert all(isinstance(result, int | BudgetExceeded) for result in results)
-    assert (await everyone(store))["reserved_cost"] == 3700
+    assert (await ledger(store.redis)).reserved_cost == 3700
+    assert (await ledger(store.redis, TOTAL)).reserved_cost == 3700
 
 
 async def test_slots_are_the_clients_own(store: Store) -> None:
-    usage_rows = accounts(store, replace(FREE, streams=2))
+    accounts = AccountStore(store, replace(FREE, streams=2))
     for n in range(2):
-        await usage_rows.reserve(wanted(f"a{n}", client="a"))
+        await accounts.reserve(wanted(f"a{n}", client="a"))
     with pytest.raises(TooManyStreams):
-        await usage_rows.reserve(wanted("a2", client="a"))
-    await usage_rows.reserve(wanted("b0", client="b"))
+        await accounts.reserve(wanted("a2", client="a"))
+    await accounts.reserve(wanted("b0", client="b"))
 
 
 async def test_every_way_out_gives_the_slot_back(store: Store) -> None:
-    usage_rows = accounts(store, replace(FREE, streams=1))
-    first = await reserved(usage_rows, wanted("1"))
-    await usage_rows.settle(first, Usage(1, 1, cost=5), State.DONE)
-    second = await reserved(usage_rows, wanted("2"))
-    await usage_rows.release(second.claim_id, second.client)
-    await usage_rows.reserve(wanted("3"))
+    accounts = AccountStore(store, replace(FREE, streams=1))
+    first = await reserved(accounts, wanted("1"))
+    await accounts.settle(first, Usage(1, 1, cost=5), State.DONE)
+    second = await reserved(accounts, wanted("2"))
+    await accounts.release(second)
+    await accounts.reserve(wanted("3"))
 
 
 async def test_asking_again_with_a_token_takes_nothing_more(store: Store) -> None:
-    usage_rows = accounts(store, replace(FREE, streams=1))
+    accounts = AccountStore(store, replace(FREE, streams=1))
     for _ in range(3):
-        await usage_rows.reserve(wanted("1"))
-    assert (await everyone(store))["reserved_tokens"] == 10
+        await accounts.reserve(wanted("1"))
+    assert (await ledger(store.redis)).reserved_tokens == 10
 
 
 async def test_a_reservation_that_was_given_back_is_not_taken_again_by_a_late_repeat(store: Store) -> None:
-    usage_rows = accounts(store, FREE)
-    await usage_rows.release("1", "c")  # overtakes the reserve that it belongs to
+    accounts = AccountStore(store, FREE)
+    await accounts.release(wanted("1"))  # overtakes the reserve that it belongs to
     with pytest.raises(Exception, match="given back"):
-        await usage_rows.reserve(wanted("1"))
-    assert (await everyone(store)).get("reserved_tokens", 0) == 0
+        await accounts.reserve(wanted("1"))
+    assert (await ledger(store.redis)).reserved_tokens == 0
 
 
 async def test_settling_happens_once_and_a_bill_above_its_reservation_is_booked_whole(store: Store) -> None:
-    usage_rows = accounts(store, FREE)
-    reservation = await reserved(usage_rows, wanted("1", tokens=10, cost=100))
+    accounts = AccountStore(store, FREE)
+    reservation = await reserved(accounts, wanted("1", tokens=10, cost=100))
     for _ in range(3):
-        await usage_rows.settle(reservation, Usage(20, 30, 5, 7, 1234), State.DONE)
-    await usage_rows.release(reservation.claim_id, reservation.client)
-    total = await everyone(store)
-    assert (total["reserved_tokens"], total["reserved_cost"]) == (0, 0)
-    assert (total["spent_tokens"], total["spent_cost"], total["requests"]) == (50, 1234, 1)
+        await accounts.settle(reservation, Usage(20, 30, 5, 7, 1234), State.DONE)
+    await accounts.release(reservation)
+    total = await ledger(store.redis)
+    assert (total.reserved_tokens, total.reserved_cost) == (0, 0)
+    assert (total.spent_tokens, total.spent_cost, total.requests) == (50, 1234, 1)
 
 
 async def test_an_estimate_is_corrected_once_and_the_truth_is_not(store: Store) -> None:
-    usage_rows = accounts(store, FREE)
-    guessed = await reserved(usage_rows, wanted("1"))
-    await usage_rows.settle(guessed, Usage(10, 10, cost=50, estimated=True), State.CANCELLED)
+    accounts = AccountStore(store, FREE)
+    guessed = await reserved(accounts, wanted("1"))
+    await accounts.settle(guessed, Usage(10, 10, cost=50, estimated=True), State.CANCELLED)
     for _ in range(2):
-        await usage_rows.correct(guessed, Usage(8, 4, cost=30))
-    known = await reserved(usage_rows, wanted("2"))
-    await usage_rows.settle(known, Usage(1, 1, cost=1), State.DONE)
-    await usage_rows.correct(known, Usage(9, 9, cost=9))
-    total = await everyone(store)
-    assert (total["spent_tokens"], total["spent_cost"], total["estimated"]) == (14, 31, 0)
-    _, (line,) = await usage_rows.usage_rows(None)
+        await accounts.correct(guessed, Usage(8, 4, cost=30))
+    known = await reserved(accounts, wanted("2"))
+    await accounts.settle(known, Usage(1, 1, cost=1), State.DONE)
+    await accounts.correct(known, Usage(9, 9, cost=9))
+    total = await ledger(store.redis)
+    assert (total.spent_tokens, total.spent_cost, total.estimated) == (14, 31, 0)
+    _, (line,) = await UsageLedger(store).rows(None)
     assert line.counts["cost"] == 31
     assert (line.counts["requests"], line.counts["cancelled"], line.counts["estimated"]) == (2, 1, 0)
 
 
 async def test_the_door_counts_what_is_spent_and_not_what_others_reserved(store: Store) -> None:
-    usage_rows = accounts(store, replace(FREE, daily_tokens=100))
-    reservation = await reserved(usage_rows, wanted("1", tokens=95))
-    await usage_rows.admit("c", "s1", WorstCase(10, 0), ttl=600)
+    quotas = replace(FREE, daily_tokens=100)
+    accounts, pending = AccountStore(store, quotas), PendingStore(store, quotas, session_ttl=600)
+    reservation = await reserved(accounts, wanted("1", tokens=95))
+    await pending.admit("c", "s1", WorstCase(10, 0))
     with pytest.raises(BudgetExceeded):
-        await usage_rows.reserve(wanted("2", tokens=10))
-    await usage_rows.settle(reservation, Usage(60, 35), State.DONE)
+        await accounts.reserve(wanted("2", tokens=10))
+    await accounts.settle(reservation, Usage(60, 35), State.DONE)
     with pytest.raises(BudgetExceeded):
-        await usage_rows.admit("c", "s2", WorstCase(10, 0), ttl=600)
-    await usage_rows.admit("d", "s3", WorstCase(10, 0), ttl=600)
+        await pending.admit("c", "s2", WorstCase(10, 0))
+    await pending.admit("d", "s3", WorstCase(10, 0))
 
 
 async def test_so_many_sessions_of_a_client_may_wait(store: Store) -> None:
-    usage_rows = accounts(store, replace(FREE, waiting=2))
-    await usage_rows.admit("c", "s1", WorstCase(1, 0), ttl=600)
-    await usage_rows.admit("c", "s2", WorstCase(1, 0), ttl=600)
+    pending = PendingStore(store, replace(FREE, pending=2), session_ttl=600)
+    await pending.admit("c", "s1", WorstCase(1, 0))
+    await pending.admit("c", "s2", WorstCase(1, 0))
     with pytest.raises(TooManyStreams):
-        await usage_rows.admit("c", "s3", WorstCase(1, 0), ttl=600)
-    await usage_rows.forget("c", "s1")
-    await usage_rows.admit("c", "s3", WorstCase(1, 0), ttl=600)
-    await usage_rows.reserve(Reservation("t", "s2", "c", "m", WorstCase(1, 0)))
-    await usage_rows.admit("c", "s4", WorstCase(1, 0), ttl=600)
+        await pending.admit("c", "s3", WorstCase(1, 0))
+    await pending.forget("c", "s1")
+    await pending.admit("c", "s3", WorstCase(1, 0))
+    await pending.forget("c", "s2")
+    await pending.admit("c", "s4", WorstCase(1, 0))
 
 
 async def test_what_redis_lost_is_reserved_again_whatever_the_limits_say(store: Store) -> None:
-    usage_rows = accounts(store, replace(FREE, streams=1))
-    await usage_rows.reserve(wanted("1"))
-    await usage_rows.reserve(wanted("2"), force=True)
-    assert (await everyone(store))["reserved_tokens"] == 20
+    accounts = AccountStore(store, replace(FREE, streams=1))
+    await accounts.reserve(wanted("1"))
+    await accounts.reserve_again([wanted("2")])
+    assert (await ledger(store.redis)).reserved_tokens == 20
 
 
 async def test_every_key_has_a_time_to_live(store: Store) -> None:
-    usage_rows = accounts(store, FREE)
-    await usage_rows.admit("c", "s1", WorstCase(1, 1), ttl=600)
-    reservation = await reserved(usage_rows, wanted("1"))
-    await usage_rows.reserve(wanted("2"))
-    await usage_rows.settle(reservation, Usage(1, 1, cost=1), State.FAILED)
+    accounts, pending = AccountStore(store, FREE), PendingStore(store, FREE, session_ttl=600)
+    await pending.admit("c", "s1", WorstCase(1, 1))
+    reservation = await reserved(accounts, wanted("1"))
+    await accounts.reserve(wanted("2"))
+    await accounts.settle(reservation, Usage(1, 1, cost=1), State.FAILED)
     keys = await store.redis.keys("*")
     assert keys
     assert [key for key in keys if await store.redis.ttl(key) < 0] == []
@@ -153,7 +148,7 @@ async def test_spent_and_reserved_never_exceed_the_limit(store: Store, seed: int
     """Any order of steps, repeats included. No bill exceeds its reservation here, so there is no exception."""
     rng = random.Random(seed)
     limit = 5000
-    usage_rows = accounts(store, replace(FREE, streams=5, daily_cost=3000, total_daily_cost=limit))
+    accounts = AccountStore(store, replace(FREE, streams=5, daily_cost=3000, total_daily_cost=limit))
     open_ones: list[Reservation] = []
     billed = 0
     for n in range(300):
@@ -161,39 +156,38 @@ async def test_spent_and_reserved_never_exceed_the_limit(store: Store, seed: int
         if step < 0.5:
             client = f"c{rng.randrange(3)}"
             with contextlib.suppress(LimitError):
-                open_ones.append(
-                    await reserved(usage_rows, wanted(str(n), client, cost=rng.randrange(1, 900)))
-                )
+                open_ones.append(await reserved(accounts, wanted(str(n), client, cost=rng.randrange(1, 900))))
         elif open_ones:
             chosen = open_ones[rng.randrange(len(open_ones))]
             if step < 0.75:
                 cost = rng.randrange(chosen.worst.cost + 1)
                 for _ in range(rng.randrange(1, 3)):
-                    await usage_rows.settle(chosen, Usage(1, 1, cost=cost), State.DONE)
+                    await accounts.settle(chosen, Usage(1, 1, cost=cost), State.DONE)
                 billed += cost
             else:
                 for _ in range(rng.randrange(1, 3)):
-                    await usage_rows.release(chosen.claim_id, chosen.client)
+                    await accounts.release(chosen)
             open_ones.remove(chosen)
-        total = await everyone(store)
-        assert total.get("spent_cost", 0) + total.get("reserved_cost", 0) <= limit
-        assert total.get("reserved_cost", 0) == sum(each.worst.cost for each in open_ones)
-    assert (await everyone(store)).get("spent_cost", 0) == billed
+        total = await ledger(store.redis, TOTAL)
+        assert total.spent_cost + total.reserved_cost <= limit
+        assert total.reserved_cost == sum(each.worst.cost for each in open_ones)
+        assert total == await ledger(store.redis), "the clients together are the total"
+    assert (await ledger(store.redis)).spent_cost == billed
 
 
 async def test_the_books_of_a_day_name_so_many_models_and_the_rest_is_other(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("broker.store.accounts.MAX_MODELS", 3)
-    monkeypatch.setattr("broker.store.accounts.MAX_CLIENTS", 2)
-    usage_rows = accounts(store, replace(FREE, streams=100))
+    monkeypatch.setattr("broker.store.usage_ledger.MAX_MODELS", 3)
+    monkeypatch.setattr("broker.store.usage_ledger.MAX_CLIENTS", 2)
+    accounts = AccountStore(store, replace(FREE, streams=100))
     for number in range(8):
-        reservation = await reserved(usage_rows, replace(wanted(str(number)), model=f"m{number}"))
-        await usage_rows.settle(reservation, Usage(1, 1, cost=5), State.DONE)
+        reservation = await reserved(accounts, replace(wanted(str(number)), model=f"m{number}"))
+        await accounts.settle(reservation, Usage(1, 1, cost=5), State.DONE)
     for number, client in enumerate("def"):
-        reservation = await reserved(usage_rows, wanted(f"{number}-{client}", client=client))
-        await usage_rows.settle(reservation, Usage(1, 1, cost=5), State.DONE, model="m0")
-    _, lines = await usage_rows.usage_rows(None)
+        reservation = await reserved(accounts, wanted(f"{number}-{client}", client=client))
+        await accounts.settle(reservation, Usage(1, 1, cost=5), State.DONE, model="m0")
+    _, lines = await UsageLedger(store).rows(None)
     counted = {(line.client, line.model): line.counts["requests"] for line in lines}
     assert counted == {
         ("c", "m0"): 1,
@@ -203,17 +197,17 @@ async def test_the_books_of_a_day_name_so_many_models_and_the_rest_is_other(
         ("d", "m0"): 1,
         (OTHER, "m0"): 2,
     }
-    assert (await everyone(store))["spent_cost"] == 55
+    assert (await ledger(store.redis)).spent_cost == 55
 
 
 async def test_the_truth_is_put_where_the_estimate_stands(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("broker.store.accounts.MAX_MODELS", 0)
-    usage_rows = accounts(store, FREE)
-    reservation = await reserved(usage_rows, wanted("1"))
+    monkeypatch.setattr("broker.store.usage_ledger.MAX_MODELS", 0)
+    accounts = AccountStore(store, FREE)
+    reservation = await reserved(accounts, wanted("1"))
     guess = Usage(1, 1, cost=5, estimated=True)
-    await usage_rows.settle(reservation, guess, State.DONE, generation_id="gen", model="m")
-    await usage_rows.correct(reservation, Usage(2, 2, cost=9))
-    _, [line] = await usage_rows.usage_rows(None)
+    await accounts.settle(reservation, guess, State.DONE, generation_id="gen", model="m")
+    await accounts.correct(reservation, Usage(2, 2, cost=9))
+    _, [line] = await UsageLedger(store).rows(None)
     assert (line.model, line.counts["cost"], line.counts["estimated"]) == (OTHER, 9, 0)

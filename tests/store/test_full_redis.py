@@ -18,13 +18,20 @@ from broker.store.accounts import AccountStore, Reservation
 from broker.store.journal import Append, Appended, JournalStore
 from broker.store.sessions import Prepared, SessionStore
 from broker.store.workers import WorkerStore
-from tests.money import Ledger, ledger, open_reservations, slots
+from tests.money import Ledger, ledger, let_time_pass, open_reservations, slots
 
 if TYPE_CHECKING:
     from broker.store.connection import Store
 
 RUNNING_TTL = 500
-PREPARED = Prepared(b'{"messages":[]}', "model", 10, "", "client", WorstCase(10, 100))
+PREPARED = Prepared(
+    request=b'{"messages":[]}',
+    model="model",
+    prompt_tokens=10,
+    referer="",
+    client="client",
+    worst=WorstCase(10, 100),
+)
 NOTHING = Batch(1, 0, b"")
 ONE = Batch(1, 1, chunk_events([b"1"], 1))
 DONE = Terminal(State.DONE, "done", Cursor(1, 2, end=True), b"{}")
@@ -52,8 +59,8 @@ class Stage:
             await self.sessions.prepare(session, PREPARED)
         await self.sessions.claim("running", "token", "owner")
         self.reservation = replace(self.reservation, day=await self.accounts.reserve(self.reservation))
-        await self.store.redis.zadd(f"{self.store.prefix}:{{accounts}}:open", {"token": 1})
-        await self.workers.renew()
+        await let_time_pass(self.store.redis, "open")
+        await self.workers.marker()
 
     async def ask(self) -> Appended:
         """What the owner asks that has nothing to journal."""
@@ -131,23 +138,20 @@ async def test_a_session_that_waits_is_cancelled(full: Stage) -> None:
 
 
 async def test_a_dead_workers_session_is_ended(full: Stage) -> None:
-    lost = await full.sessions.mark_lost("running", "owner", error=b'{"lost":1}', cancelled=b"{}")
+    lost = await full.sessions.mark_lost("running", "token", error=b'{"lost":1}', cancelled=b"{}")
     assert lost.end == Terminal(State.LOST, "error", Cursor(2, 1, end=True), b'{"lost":1}')
     assert (await full.elsewhere.look("running")).end == lost.end
 
 
-async def test_a_lease_is_renewed_also_one_that_has_lapsed(full: Stage) -> None:
-    marker = (await full.workers.renew()).marker
-    await full.store.redis.delete(f"{full.store.prefix}:{{workers}}:lease:owner")
-    assert await full.workers.absent(["owner"]) == {"owner"}
-    assert (await full.workers.renew()).marker == marker
-    assert await full.workers.absent(["owner"]) == set()
+async def test_the_marker_is_kept(full: Stage) -> None:
+    marker = await full.workers.marker()
+    assert await full.workers.marker() == marker
 
 
 async def test_a_reservation_is_renewed_also_one_whose_lease_has_lapsed(full: Stage) -> None:
-    assert await full.accounts.orphans(10) == [full.reservation]
-    assert await full.accounts.hold([full.reservation]) == []
-    assert await full.accounts.orphans(10) == []
+    assert await full.accounts.overdue(10) == [full.reservation]
+    assert await full.accounts.renew([full.reservation]) == []
+    assert await full.accounts.overdue(10) == []
 
 
 async def test_what_was_spent_is_booked(full: Stage) -> None:
@@ -157,7 +161,7 @@ async def test_what_was_spent_is_booked(full: Stage) -> None:
 
 
 async def test_a_reservation_is_given_back(full: Stage) -> None:
-    await full.accounts.release("token", "client")
+    await full.accounts.release(full.reservation)
     assert await ledger(full.store.redis) == Ledger()
     assert await slots(full.store.redis) == await open_reservations(full.store.redis) == 0
 
@@ -172,10 +176,9 @@ async def test_a_journal_that_is_born_late_has_its_time(store: Store) -> None:
     await stage.journal.append([Append("running", "token", Batch(1, 5, chunk_events([b"1"] * 5, 1)))])
     await store.redis.flushall()
     held = Batch(6, 5, b"")
-    await stage.sessions.restore(
-        "running", "token", "owner", PREPARED, state=State.RUNNING, held=held, end=None
-    )
+    again = stage.sessions.restoring("running", "token", "owner", PREPARED.spec, held=held, end=None)
+    assert await stage.sessions.run_each([again]) == [1]
     sixth = Batch(6, 6, chunk_events([b"6"], 6))
     assert await stage.journal.append([Append("running", "token", sixth)]) == [Appended(State.RUNNING, 6)]
     assert await stage.elsewhere.read("running", 5) == [sixth]
-    assert 0 < await store.redis.ttl(store.session_key("events", "running")) <= RUNNING_TTL
+    assert 0 < await store.redis.ttl(store.session_keys("running")["events"]) <= RUNNING_TTL

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest_asyncio
 
-from broker.store.connection import Store
+from broker.store.connection import SCHEMA, Store
 from broker.store.idempotency import IdempotencyStore
 
 
@@ -78,6 +78,6 @@ async def test_a_binding_has_its_time_and_tells_nothing_by_its_name(
     names: Any = await store.redis.keys("*")
     [name] = names
     assert await store.redis.ttl(name) == 1500
-    assert name.startswith(b"test:1:idempotency:")
+    assert name.startswith(f"test:{SCHEMA}:idempotency:".encode())
     assert b"client" not in name
     assert b"secret" not in name

@@ -21,7 +21,14 @@ from broker.store.sessions import EndConflict, Prepared, SessionStatus, SessionS
 RUNNING_TTL = 500
 RESUME_TTL = 300
 NOTHING = Batch(1, 0, b"")
-PREPARED = Prepared(b'{"messages":[]}', "scripted/model-1", 10, "", "key:tests", WorstCase(110, 0))
+PREPARED = Prepared(
+    request=b'{"messages":[]}',
+    model="scripted/model-1",
+    prompt_tokens=10,
+    referer="",
+    client="key:tests",
+    worst=WorstCase(110, 0),
+)
 
 
 def batch(first: int, last: int) -> Batch:
@@ -59,9 +66,9 @@ class Running:
     ) -> SessionStatus | EndConflict:
         return await self.sessions.end(self.id, self.claim_id, ending, rest, **options)
 
-    async def mark_lost(self, worker: str = "owner") -> SessionStatus:
+    async def mark_lost(self, claim_id: str | None = None) -> SessionStatus:
         return await self.sessions.mark_lost(
-            self.id, worker, error=b'{"lost":1}', cancelled=b'{"cancelled":1}'
+            self.id, claim_id or self.claim_id, error=b'{"lost":1}', cancelled=b'{"cancelled":1}'
         )
 
     async def read(self, after: int = 0) -> tuple[bytes, int]:
@@ -80,8 +87,8 @@ async def running(store: Store) -> Running:
 
 
 @pytest_asyncio.fixture
-async def bell(store: Store) -> AsyncIterator[asyncio.Queue[bytes]]:
-    """What the bell of the following worker says."""
+async def notifications(store: Store) -> AsyncIterator[asyncio.Queue[bytes]]:
+    """What the following worker is notified of."""
     async with store.redis.pubsub() as pubsub:
         await pubsub.subscribe(f"{store.channels}follower")
         notified: asyncio.Queue[bytes] = asyncio.Queue()
@@ -128,7 +135,7 @@ async def test_asking_writes_nothing(running: Running) -> None:
 
 
 async def test_the_prompt_leaves_redis_with_the_first_word_of_the_owner(running: Running) -> None:
-    key = running.store.session_key("session", running.id)
+    key = running.store.session_keys(running.id)["session"]
     assert await running.store.redis.hexists(key, "request")
     await running.append()
     assert not await running.store.redis.hexists(key, "request")
@@ -201,7 +208,7 @@ async def test_one_event_larger_than_any_part_is_read_whole(running: Running) ->
 async def test_absent_refused_and_unreachable_are_three_results(store: Store, running: Running) -> None:
     assert await running.elsewhere.read(running.id, 0) == []
     assert await running.elsewhere.read(str(uuid4()), 0) is None
-    await store.redis.set(store.session_key("session", "odd"), "no hash")
+    await store.redis.set(store.session_keys("odd")["session"], "no hash")
     with pytest.raises(StoreRefused):
         await running.elsewhere.read("odd", 0)
     away = Store("unix:///nobody/listens/here", "test")
@@ -214,7 +221,7 @@ async def test_absent_refused_and_unreachable_are_three_results(store: Store, ru
 async def test_a_session_that_redis_refuses_keeps_no_other_from_being_journaled_or_followed(
     store: Store, running: Running
 ) -> None:
-    await store.redis.set(store.session_key("session", "odd"), "no hash")
+    await store.redis.set(store.session_keys("odd")["session"], "no hash")
     asked = [Append(session, "token", batch(1, 2)) for session in ("odd", running.id, "odd")]
     refused, answer, again = await running.journal.append(asked)
     assert (refused, again) == (None, None)
@@ -259,24 +266,24 @@ async def test_a_look_registers_nobody(running: Running) -> None:
 async def test_a_watcher_that_says_no_more_is_forgotten(running: Running) -> None:
     await running.elsewhere.follow(running.id, 0)
     assert (await running.append()).watched == 1
-    await running.store.redis.zadd(running.store.session_key("viewers", running.id), {"follower": 1})
+    await running.store.redis.zadd(running.store.session_keys(running.id)["viewers"], {"follower": 1})
     assert (await running.append()).watched == 0
 
 
-async def test_watchers_are_sent_the_events(running: Running, bell: asyncio.Queue[bytes]) -> None:
+async def test_watchers_are_sent_the_events(running: Running, notifications: asyncio.Queue[bytes]) -> None:
     await running.elsewhere.follow(running.id, 0)
     await running.append(batch(1, 2))
     async with asyncio.timeout(5):
-        head, _, events = (await bell.get()).partition(b"\n")
-    assert head == f"news {running.id} 1 2".encode()
+        head, _, events = (await notifications.get()).partition(b"\n")
+    assert head == f"events {running.id} 1 2".encode()
     assert events == batch(1, 2).events
 
 
-async def test_watchers_are_told_of_the_end(running: Running, bell: asyncio.Queue[bytes]) -> None:
+async def test_watchers_are_told_of_the_end(running: Running, notifications: asyncio.Queue[bytes]) -> None:
     await running.elsewhere.follow(running.id, 0)
     await running.finish(end(1))
     async with asyncio.timeout(5):
-        assert await bell.get() == f"ended {running.id}".encode()
+        assert await notifications.get() == f"ended {running.id}".encode()
 
 
 # Ending
@@ -285,14 +292,16 @@ async def test_watchers_are_told_of_the_end(running: Running, bell: asyncio.Queu
 async def test_the_end_brings_what_was_not_yet_journaled(running: Running) -> None:
     await running.append(batch(1, 2))
     standing = await running.finish(end(6), batch(2, 5))
-    assert standing == SessionStatus(State.DONE, "", end(6))
+    assert standing == SessionStatus(State.DONE, "owner", end(6))
     assert await running.read() == (batch(1, 5).events, 5)
     assert (await running.elsewhere.look(running.id)).end == end(6)
 
 
 async def test_the_first_end_stands(running: Running) -> None:
     await running.finish(end(1))
-    assert await running.finish(end(4, State.FAILED), batch(1, 3)) == SessionStatus(State.DONE, "", end(1))
+    assert await running.finish(end(4, State.FAILED), batch(1, 3)) == SessionStatus(
+        State.DONE, "owner", end(1)
+    )
     assert await running.read() == (b"", 0)
 
 
@@ -314,7 +323,7 @@ async def test_grace_does_not_end_while_somebody_watches(running: Running) -> No
     assert await running.finish(abandoned, only_if_unwatched=True) == EndConflict("watched", 0)
     await running.elsewhere.leave([running.id])
     assert await running.finish(abandoned, only_if_unwatched=True) == SessionStatus(
-        State.ABANDONED, "", abandoned
+        State.ABANDONED, "owner", abandoned
     )
 
 
@@ -324,7 +333,7 @@ async def test_after_an_accepted_cancel_no_other_end_is_written(running: Running
     assert await running.finish(end(1)) == EndConflict("cancel", 0)
     assert await running.finish(end(1, State.FAILED)) == EndConflict("cancel", 0)
     cancelled = end(1, State.CANCELLED)
-    assert await running.finish(cancelled) == SessionStatus(State.CANCELLED, "", cancelled)
+    assert await running.finish(cancelled) == SessionStatus(State.CANCELLED, "owner", cancelled)
 
 
 async def test_a_cancel_after_the_end_changes_nothing(running: Running) -> None:
@@ -354,7 +363,7 @@ async def test_a_worker_that_wakes_writes_nothing_more(running: Running) -> None
     await running.append(batch(1, 4))
     lost = (await running.mark_lost()).end
     assert await running.append(batch(5, 6)) == Appended(State.LOST, 4)
-    assert await running.finish(end(7), batch(5, 6)) == SessionStatus(State.LOST, "", lost)
+    assert await running.finish(end(7), batch(5, 6)) == SessionStatus(State.LOST, "owner", lost)
     assert await running.read() == (batch(1, 4).events, 4)
 
 
@@ -372,24 +381,24 @@ async def test_only_the_dead_workers_own_sessions_are_lost(running: Running) -> 
     assert (await running.mark_lost()).state is State.DONE
 
 
-async def test_watchers_are_told_of_a_loss(running: Running, bell: asyncio.Queue[bytes]) -> None:
+async def test_watchers_are_told_of_a_loss(running: Running, notifications: asyncio.Queue[bytes]) -> None:
     await running.elsewhere.follow(running.id, 0)
     await running.mark_lost()
     async with asyncio.timeout(5):
-        assert await bell.get() == f"ended {running.id}".encode()
+        assert await notifications.get() == f"ended {running.id}".encode()
 
 
-# Writing anew
+# Writing again
 
 
 async def restore(session: Running, held: Batch, ending: Terminal | None = None) -> None:
-    state = ending.state if ending is not None else State.RUNNING
-    await session.sessions.restore(
-        session.id, session.claim_id, "owner", PREPARED, state=state, held=held, end=ending
+    again = session.sessions.restoring(
+        session.id, session.claim_id, "owner", PREPARED.spec, held=held, end=ending
     )
+    await session.sessions.run_each([again])
 
 
-async def test_a_running_session_is_written_anew_and_goes_on(running: Running) -> None:
+async def test_a_running_session_is_written_again_and_goes_on(running: Running) -> None:
     await running.append(batch(1, 4))
     await running.store.redis.flushall()
     await restore(running, batch(1, 6))
@@ -398,7 +407,7 @@ async def test_a_running_session_is_written_anew_and_goes_on(running: Running) -
     assert (await running.elsewhere.look(running.id)).worker == "owner"
 
 
-async def test_an_ended_session_is_written_anew_with_its_end(running: Running) -> None:
+async def test_an_ended_session_is_written_again_with_its_end(running: Running) -> None:
     await running.store.redis.flushall()
     await restore(running, batch(3, 6), end(7))
     followed = await running.elsewhere.follow(running.id, 2)
@@ -406,7 +415,7 @@ async def test_an_ended_session_is_written_anew_with_its_end(running: Running) -
     assert read_on(followed.batches, 2) == (batch(3, 6).events, 6)
 
 
-async def test_a_session_without_events_is_written_anew(running: Running) -> None:
+async def test_a_session_without_events_is_written_again(running: Running) -> None:
     await running.store.redis.flushall()
     await restore(running, NOTHING)
     assert await running.append(batch(1, 2)) == Appended(State.RUNNING, 2)
@@ -434,7 +443,7 @@ async def test_every_key_of_a_running_session_has_its_time(running: Running) -> 
 async def test_writing_on_does_not_prolong_a_session(running: Running) -> None:
     await running.append(batch(1, 2))
     for kind in ("session", "events"):
-        await running.store.redis.expire(running.store.session_key(kind, running.id), 100)
+        await running.store.redis.expire(running.store.session_keys(running.id)[kind], 100)
     await running.append(batch(3, 4))
     assert all(ttl <= 100 for ttl in (await running.ttls()).values())
 
@@ -458,7 +467,7 @@ async def test_every_key_of_an_ended_session_has_the_time_of_replay(store: Store
 
 
 @pytest.mark.parametrize("ending", [None, end(3)])
-async def test_every_key_written_anew_has_its_time(running: Running, ending: Terminal | None) -> None:
+async def test_every_key_written_again_has_its_time(running: Running, ending: Terminal | None) -> None:
     await running.store.redis.flushall()
     await restore(running, batch(1, 2), ending)
     expected = RUNNING_TTL if ending is None else RESUME_TTL
@@ -471,9 +480,7 @@ async def test_the_end_of_a_session_that_was_restored_without_its_events_is_told
     """They had left the owner's memory when Redis came back empty."""
     await running.append(batch(1, 2))
     await running.store.redis.flushall()
-    await running.sessions.restore(
-        running.id, running.claim_id, "owner", PREPARED, state=State.RUNNING, held=Batch(3, 2, b""), end=None
-    )
+    await restore(running, Batch(3, 2, b""))
     await running.finish(end(3))
     followed = await running.elsewhere.follow(running.id, 2)
     assert followed.standing.end == end(3)
@@ -483,5 +490,5 @@ async def test_the_end_of_a_session_that_was_restored_without_its_events_is_told
 async def test_an_end_whose_journal_is_over_is_gone(running: Running) -> None:
     await running.append(batch(1, 2))
     await running.finish(end(3))
-    await running.store.redis.unlink(running.elsewhere.keys(running.id)[1])
+    await running.store.redis.unlink(running.store.session_keys(running.id)["events"])
     assert (await running.elsewhere.follow(running.id, 0)).standing.state is State.GONE

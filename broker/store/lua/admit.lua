@@ -1,67 +1,45 @@
--- admit: a client may prepare one more session, by what waits and by what is spent. What others have reserved does not
--- count here, only at the claim.
--- KEYS[1] the client's waiting sessions, [2] the client's account, [3] everyone's account,
---     [4] bytes of the client's waiting sessions and their total, [5] all waiting sessions, [6] their bytes and total
--- ARGV: session, seconds that it waits, worst tokens, worst cost,
---       limits: waiting, tokens a day, cost a day, everyone's cost a day; bytes of the session as stored,
---       limits: bytes of the client, of all
--- Returns {'ok'}, or {'waiting' | 'full' | 'tokens' | 'cost' | 'total', seconds until that may change}.
-local now = redis.call('TIME')
-local ms = now[1] * 1000 + math.floor(now[2] / 1000)
-local day = math.floor(now[1] / 86400)
-local function spent(account, what)
-  return tonumber(redis.call('HGET', account, day .. ':' .. what) or 0)
+-- An account may have one more pending session, by what is pending and by what is spent. What others have reserved does
+-- not count here, only at the claim.
+-- Keys: account, pending, sizes
+-- Args: session, client, size (int), tokens (int), cost (int)
+-- Constants: SESSION_S, MAX_TOKENS, MAX_COST, MAX_PENDING, MAX_BYTES, FAIR_FROM
+-- pending has the sessions by the ms at which they expire. sizes has '<size> <client>' of each session, the bytes of each
+-- client, and of all as 'total'. Of the bytes above FAIR_FROM, a client may take a sixteenth of what is left, so that a
+-- few clients cannot lock out the rest. Limits of 0 are none, but for sessions and bytes.
+-- Returns {'ok'}, or {'tokens' | 'cost' | 'pending' | 'full', seconds until that may change}.
+local now = now_ms()
+local day = math.floor(now / 86400000)
+local function over(name, amount, limit)
+  return limit > 0 and tonumber(redis.call('HGET', account, day .. ':' .. name) or 0) + amount > limit
 end
-local until_tomorrow = (day + 1) * 86400 - now[1]
-local tokens, cost = tonumber(ARGV[3]), tonumber(ARGV[4])
-local max_tokens, max_cost, max_total = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
-if max_tokens > 0 and spent(KEYS[2], 'spent_tokens') + tokens > max_tokens then
+local until_tomorrow = (day + 1) * 86400 - math.floor(now / 1000)
+if over('spent_tokens', tokens, MAX_TOKENS) then
   return {'tokens', until_tomorrow}
-end
-if max_cost > 0 and spent(KEYS[2], 'spent_cost') + cost > max_cost then
+elseif over('spent_cost', cost, MAX_COST) then
   return {'cost', until_tomorrow}
 end
-if max_total > 0 and spent(KEYS[3], 'spent_cost') + cost > max_total then
-  return {'total', until_tomorrow}
+local expired = redis.call('ZRANGEBYSCORE', pending, '-inf', now, 'LIMIT', 0, 1000)
+for _, each in ipairs({session, unpack(expired)}) do -- the session itself, should it be asked for again
+  forget(pending, sizes, each)
 end
--- A set of waiting sessions by the time at which they expire, and a hash of their bytes with the total.
-local function drop(set, sizes, session)
-  local size = redis.call('HGET', sizes, session)
-  if size then
-    redis.call('HDEL', sizes, session)
-    redis.call('HINCRBY', sizes, 'total', string.format('%d', 0 - size))
-  end
-  redis.call('ZREM', set, session)
+if redis.call('ZCARD', pending) == 0 then
+  redis.call('DEL', sizes)
 end
-local function held(set, sizes)
-  for _, session in ipairs(redis.call('ZRANGEBYSCORE', set, '-inf', ms, 'LIMIT', 0, 1000)) do
-    drop(set, sizes, session)
-  end
-  drop(set, sizes, ARGV[1]) -- asked for again
-  if redis.call('ZCARD', set) == 0 then
-    redis.call('DEL', sizes)
-  end
-  return tonumber(redis.call('HGET', sizes, 'total') or 0)
-end
-local own, all = held(KEYS[1], KEYS[4]), held(KEYS[5], KEYS[6])
-local size, max_own, max_all = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11])
-if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[5]) or own + size > max_own then
-  local first = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
-  return {'waiting', first[2] and math.max(1, math.ceil((first[2] - ms) / 1000)) or tonumber(ARGV[2])}
-end
--- Where more than half is taken, a client may hold a sixteenth of what is left, so that a few cannot lock out the rest.
-if all + size > max_all or all * 2 > max_all and (own + size) * 16 > max_all - all then
+local all = tonumber(redis.call('HGET', sizes, 'total') or 0)
+local own = tonumber(redis.call('HGET', sizes, 'of:' .. client) or 0)
+if redis.call('ZCARD', pending) >= MAX_PENDING then
+  local first = redis.call('ZRANGE', pending, 0, 0, 'WITHSCORES')
+  return {'pending', math.max(1, math.ceil((first[2] - now) / 1000))}
+elseif all + size > MAX_BYTES or all > FAIR_FROM and (own + size) * 16 > MAX_BYTES - all then
   return {'full', 5}
 end
-for i = 1, 5, 4 do
-  local set, sizes = KEYS[i], KEYS[i == 1 and 4 or 6]
-  redis.call('ZADD', set, ms + ARGV[2] * 1000, ARGV[1])
-  redis.call('HSET', sizes, ARGV[1], ARGV[9])
-  redis.call('HINCRBY', sizes, 'total', ARGV[9])
-  for _, key in ipairs({set, sizes}) do
-    if redis.call('TTL', key) < tonumber(ARGV[2]) then -- a worker with an older setting may let its own wait longer
-      redis.call('EXPIRE', key, ARGV[2])
-    end
+redis.call('ZADD', pending, now + SESSION_S * 1000, session)
+redis.call('HSET', sizes, session, whole(size) .. ' ' .. client)
+redis.call('HINCRBY', sizes, 'total', whole(size))
+redis.call('HINCRBY', sizes, 'of:' .. client, whole(size))
+for _, key in ipairs({pending, sizes}) do
+  if redis.call('TTL', key) < SESSION_S then -- a worker with an older setting may let its own be pending for longer
+    redis.call('EXPIRE', key, SESSION_S)
   end
 end
 return {'ok'}

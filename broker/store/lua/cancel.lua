@@ -1,18 +1,17 @@
 #!lua flags=allow-oom
--- cancel: prepared -> cancelled; a running session is marked, and its owner told, so that it can end in nothing else.
--- KEYS[1] session; ARGV: seconds to keep its end, end event, end id, end data, prefix of the bells
--- Returns {state before, worker, end event, end id, end data}.
-local state, worker, client = unpack(redis.call('HMGET', KEYS[1], 'state', 'worker', 'client'))
-if not state then
-  return {'gone'}
+-- prepared -> cancelled. A running session is marked, and its owner told, so that it can end in nothing else.
+-- Keys: session, events, viewers
+-- Args: end_event, end_id, end_data
+-- Constants: KEEP_S, REPLAY_S, CHANNELS
+-- Returns the status of the session before, with the end that it has now.
+local before = status(session)
+if before[1] == 'prepared' then
+  local ending = {state = 'cancelled', event = end_event, id = end_id, data = end_data}
+  write_end(session, events, viewers, ending, KEEP_S, REPLAY_S, CHANNELS)
+elseif before[1] == 'running' then
+  redis.call('HSET', session, 'cancel', '1')
+  notify(CHANNELS, before[2], 'cancel', session)
 end
-if state == 'prepared' then
-  redis.call('DEL', KEYS[1])
-  redis.call('HSET', KEYS[1], 'client', client or '')
-  redis.call('HSET', KEYS[1], 'state', 'cancelled', 'end_event', ARGV[2], 'end_id', ARGV[3], 'end_data', ARGV[4])
-  redis.call('EXPIRE', KEYS[1], ARGV[1])
-elseif state == 'running' then
-  redis.call('HSET', KEYS[1], 'cancel', '1')
-  redis.pcall('PUBLISH', ARGV[5] .. worker, 'cancel ' .. string.match(KEYS[1], '{(.-)}'))
-end
-return {state, worker or '', unpack(redis.call('HMGET', KEYS[1], 'end_event', 'end_id', 'end_data'))}
+local now = status(session)
+now[1] = before[1]
+return now

@@ -1,8 +1,12 @@
--- prepare: (nothing) -> prepared. Stores a session with its prompt.
--- KEYS[1] session; ARGV: seconds to live, then field, value, ...
--- Returns the unix time in ms until which it can be claimed.
-local now = redis.call('TIME')
-local open_until = now[1] * 1000 + math.floor(now[2] / 1000) + ARGV[1] * 1000
-redis.call('HSET', KEYS[1], 'state', 'prepared', 'until', string.format('%.0f', open_until), unpack(ARGV, 2))
-redis.call('EXPIRE', KEYS[1], ARGV[1])
-return open_until
+-- (nothing) -> prepared. Stores a session with its request.
+-- Keys: session
+-- Args: request, spec
+-- Constants: SESSION_S
+-- Returns 1, or 0 where there is such a session.
+if redis.call('EXISTS', session) == 1 then
+  return 0
+end
+redis.call('HSET', session, 'state', 'prepared', 'until', whole(now_ms() + SESSION_S * 1000), 'request', request,
+  'spec', spec)
+redis.call('EXPIRE', session, SESSION_S)
+return 1

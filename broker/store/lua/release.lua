@@ -1,19 +1,18 @@
 #!lua flags=allow-oom
--- release: gives an open reservation back; nothing was spent. The record stays, so that a late reserve changes nothing.
--- KEYS[1] reservation, [2] the client's slots, [3] the client's account, [4] everyone's account, [5] all open ones
--- ARGV: token, seconds to keep the record
-local state, tokens, cost, day = unpack(redis.call('HMGET', KEYS[1], 'state', 'tokens', 'cost', 'day'))
+-- Gives an open reservation back; nothing was spent. The record stays, so that a late reserve changes nothing.
+-- Keys: reservation, account, slots, open
+-- Args: claim_id, session
+-- Constants: RECORD_S
+-- Returns 1 where another claim of the session has a slot, else 0.
+local state, tokens, cost, day = unpack(redis.call('HMGET', reservation, 'state', 'tokens', 'cost', 'day'))
 if state == 'open' then
-  -- `0 - x`, for Lua has a negative zero: `-x` of 0 is '-0', which Redis (7.0) does not take for an integer.
-  for _, account in ipairs({KEYS[3], KEYS[4]}) do
-    redis.call('HINCRBY', account, day .. ':reserved_tokens', string.format('%.0f', 0 - tokens))
-    redis.call('HINCRBY', account, day .. ':reserved_cost', string.format('%.0f', 0 - cost))
-  end
+  change(account, day, 'reserved_tokens', 0 - tokens)
+  change(account, day, 'reserved_cost', 0 - cost)
 end
 if state == 'open' or not state then
-  redis.call('HSET', KEYS[1], 'state', 'released')
-  redis.call('EXPIRE', KEYS[1], ARGV[2])
+  redis.call('HSET', reservation, 'state', 'released')
+  redis.call('EXPIRE', reservation, RECORD_S)
 end
-redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('ZREM', KEYS[5], ARGV[1])
-return 1
+redis.call('SREM', slots, claim_id)
+redis.call('ZREM', open, claim_id)
+return claimed_by_another(reservation, claim_id, slots, session) and 1 or 0

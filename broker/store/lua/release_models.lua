@@ -1,13 +1,13 @@
--- Give back the right to fetch the list of models, if it is still ours. After a failure it becomes word of it, for all
--- workers to wait out.
--- KEYS[1] lock; ARGV: token, failures in a row (0: none), milliseconds to wait after them
--- Returns 1, or 0 where the lock was not ours any more.
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then
+-- Gives the right to fetch the list of models back, if it is still the caller's. After a failure a note of it stays, for
+-- all workers to wait out.
+-- Keys: lock
+-- Args: holder, failures (int), pause_ms
+-- Returns 1, or 0 where the right was not the caller's any more.
+if redis.call('GET', lock) ~= holder then
   return 0
-end
-if ARGV[2] == '0' then
-  redis.call('DEL', KEYS[1])
+elseif failures == 0 then
+  redis.call('DEL', lock)
 else
-  redis.call('SET', KEYS[1], 'failed:' .. ARGV[2], 'PX', ARGV[3])
+  redis.call('SET', lock, 'failed:' .. failures, 'PX', pause_ms)
 end
 return 1

@@ -1,8 +1,17 @@
 #!lua flags=allow-oom
--- renew: says that a worker lives. It must pass in a full Redis as well, or all workers would be taken for dead there.
--- KEYS[1] the worker's lease, [2] the marker, [3] the sign that Redis has just come back empty
--- ARGV: ms that the lease holds, seconds that the marker is kept, a marker for where there is none
--- Returns {marker, 1 where the sign is there}.
-redis.call('SET', KEYS[1], '1', 'PX', ARGV[1])
-redis.call('SET', KEYS[2], ARGV[3], 'NX')
-return {redis.call('GETEX', KEYS[2], 'EX', ARGV[2]), redis.call('EXISTS', KEYS[3])}
+-- Renews the leases of reservations, expired ones as well: while Redis was away nobody could.
+-- Keys: open, reservations...
+-- Args: claim_ids...
+-- Constants: LEASE_MS, ACCOUNT_S
+-- Returns the numbers, from 1, of those that are not open.
+local lease = now_ms() + LEASE_MS
+local closed = {}
+for i, reservation in ipairs(reservations) do
+  if redis.pcall('HGET', reservation, 'state') == 'open' then -- one that cannot be read stops no other
+    redis.call('ZADD', open, lease, claim_ids[i])
+  else
+    closed[#closed + 1] = i
+  end
+end
+redis.call('EXPIRE', open, ACCOUNT_S)
+return closed

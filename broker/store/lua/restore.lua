@@ -1,20 +1,30 @@
--- restore: (nothing) -> running, or the end that it had. An owner writes its session anew after Redis came back empty.
--- KEYS[1] session, [2] events
--- ARGV: token, worker, state, seconds to live, number of the first event held, number of the last, the events,
---       end event, end id, end data ('' while running), client, model, worst tokens, worst cost, prompt tokens
--- Returns 1, or 0 where the session is there.
-if redis.call('EXISTS', KEYS[1]) == 1 then
+-- (nothing) | prepared | running -> running, or the end that it had. The owner writes what Redis has lost: everything,
+-- or its last writes. A claim that another worker has made since wins.
+-- Keys: session, events, viewers
+-- Args: claim_id, worker, spec, first (int), newest (int), batch, end_state, end_event, end_id, end_data
+-- Constants: RUNNING_S, KEEP_S, REPLAY_S, CHANNELS
+-- The end is empty while the generation runs.
+-- Returns 1, or 0 where the session has an end, or is another's.
+local state, owner, last = unpack(redis.call('HMGET', session, 'state', 'claim_id', 'last'))
+local ours = state == 'running' and owner == claim_id
+if state and state ~= 'prepared' and not ours then
   return 0
 end
-redis.call('HSET', KEYS[1], 'state', ARGV[3], 'token', ARGV[1], 'worker', ARGV[2], 'last', ARGV[6],
-  'client', ARGV[11], 'model', ARGV[12], 'worst_tokens', ARGV[13], 'worst_cost', ARGV[14], 'prompt_tokens', ARGV[15])
-if ARGV[8] ~= '' then
-  redis.call('HSET', KEYS[1], 'end_event', ARGV[8], 'end_id', ARGV[9], 'end_data', ARGV[10])
+if not ours then
+  redis.call('HSET', session, 'state', 'running', 'claim_id', claim_id, 'worker', worker, 'spec', spec)
+  redis.call('HDEL', session, 'request')
+  redis.call('EXPIRE', session, RUNNING_S)
+  redis.call('DEL', events)
 end
-redis.call('EXPIRE', KEYS[1], ARGV[4])
-redis.call('DEL', KEYS[2])
-if tonumber(ARGV[6]) >= tonumber(ARGV[5]) then
-  redis.call('XADD', KEYS[2], '1-' .. ARGV[6], 'first', ARGV[5], 'events', ARGV[7])
-  redis.call('EXPIRE', KEYS[2], ARGV[4])
+local ends_at = ours and tonumber(last or 0) or 0
+-- Events that the owner does not hold any more leave a gap, which readers are told of.
+append(session, events, math.max(ends_at, first - 1), first, newest, batch)
+redis.call('HSET', session, 'last', whole(math.max(ends_at, newest)))
+if redis.call('EXISTS', events) == 1 then
+  redis.call('EXPIRE', events, RUNNING_S)
+end
+if end_state ~= '' then
+  local ending = {state = end_state, event = end_event, id = end_id, data = end_data}
+  write_end(session, events, viewers, ending, KEEP_S, REPLAY_S, CHANNELS)
 end
 return 1

@@ -1,0 +1,111 @@
+"""Sessions that are prepared and not yet claimed, as the accounts count them: how many, and how many bytes.
+
+Like a budget, they are counted in the client's account and in the total of all clients, by the same script on other
+keys. A session is stored after both have admitted it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from broker.core.errors import BrokerError, BudgetExceeded, Overloaded, TooManyStreams
+from broker.store.accounts import STREAMS_RETRY, UNLIMITED
+from broker.store.buckets import Account, account_of, total_account
+
+if TYPE_CHECKING:
+    from broker.core.accounts import Quotas, WorstCase
+    from broker.store.connection import Call, Store
+
+
+class PendingStore:
+    """Admits sessions. Every method raises `StoreUnavailable` where Redis cannot be reached.
+
+    Args:
+        store: the connection.
+        quotas: what a client, and all together, may have.
+        session_ttl: seconds that a session is pending.
+    """
+
+    def __init__(self, store: Store, quotas: Quotas, *, session_ttl: int) -> None:
+        self._store = store
+        self._total = total_account(store)
+        own = {
+            "MAX_TOKENS": quotas.daily_tokens,
+            "MAX_COST": quotas.daily_cost,
+            "MAX_PENDING": quotas.pending,
+            "MAX_BYTES": quotas.pending_bytes,
+            "FAIR_FROM": quotas.pending_bytes,
+        }
+        total = {
+            "MAX_TOKENS": 0,
+            "MAX_COST": quotas.total_daily_cost,
+            "MAX_PENDING": UNLIMITED,
+            "MAX_BYTES": quotas.total_pending_bytes,
+            "FAIR_FROM": quotas.total_pending_bytes // 2,
+        }
+        self._admit = store.script("admit", {"SESSION_S": session_ttl, **own})
+        self._admit_in_total = store.script("admit", {"SESSION_S": session_ttl, **total})
+        self._forget = store.script("forget")
+
+    async def admit(self, client: str, session_id: str, worst: WorstCase, *, stored: int = 0) -> None:
+        """Note a session that is about to be prepared and takes ``stored`` bytes.
+
+        Raises:
+            TooManyStreams: too many of the client's are pending, or they are too large together.
+            Overloaded: all that are pending are too large together.
+            BudgetExceeded: what is spent today leaves no room for it.
+        """
+        replies = await self._store.run(self.admitting(client, session_id, worst, stored=stored))
+        try:
+            self.check(replies)
+        except BrokerError:
+            await self.forget(client, session_id)  # one of the two may have admitted it
+            raise
+
+    def admitting(self, client: str, session_id: str, worst: WorstCase, *, stored: int) -> list[Call]:
+        """Return what `admit` does, to be run together with something else. The replies are for `check`."""
+        request = {
+            "session": session_id,
+            "client": client,
+            "size": stored,
+            "tokens": worst.tokens,
+            "cost": worst.cost,
+        }
+        account = account_of(self._store, client)
+        return [
+            self._admit.call(account=account.key("account"), **_keys(account), **request),
+            self._admit_in_total.call(account=self._total.key("account"), **_keys(self._total), **request),
+        ]
+
+    @staticmethod
+    def check(replies: list[Any]) -> None:
+        """Take the replies of the calls of `admitting`.
+
+        Raises:
+            TooManyStreams, Overloaded, BudgetExceeded: as `admit`.
+        """
+        own, total = replies
+        if own[0] in (b"pending", b"full"):
+            message = "Too many of your sessions wait to be started."
+            raise TooManyStreams(message, retry_after=min(float(own[1]), STREAMS_RETRY))
+        if own[0] != b"ok":
+            raise BudgetExceeded(retry_after=float(own[1]))
+        if total[0] == b"full":
+            message = "Too many requests wait to be started; try again in a moment."
+            raise Overloaded(message, retry_after=float(total[1]))
+        if total[0] != b"ok":
+            message = "The budget of this service for today is used up."
+            raise BudgetExceeded(message, retry_after=float(total[1]))
+
+    async def forget(self, client: str, session_id: str) -> None:
+        """Count a session as pending no more."""
+        await self._store.run(self.forgetting(client, session_id))
+
+    def forgetting(self, client: str, session_id: str) -> list[Call]:
+        """Return what `forget` does, to be run together with something else."""
+        accounts = (account_of(self._store, client), self._total)
+        return [self._forget.call(**_keys(account), session=session_id) for account in accounts]
+
+
+def _keys(account: Account) -> dict[str, str]:
+    return {"pending": account.key("pending"), "sizes": account.key("pending_sizes")}
