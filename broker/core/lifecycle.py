@@ -183,21 +183,41 @@ class Step(StrEnum):
     END_CANCELLED = "end as cancelled"
     ABANDON = "abandon"
     MARK_LOST = "mark lost"
+    RESTORE = "restore"
+    """The owner of a running session writes it again, after Redis has lost it or its claim."""
+    RESTORE_DONE = "restore done"
+    """The same for a session that has ended as done; likewise for every other end."""
+    REFUSE = "refuse"
+    JOURNAL = "journal"
+    FOLLOW = "follow"
     EXPIRE = "expire"
 
 
 SESSION: Mapping[Step, Mapping[State, State]] = {
     Step.PREPARE: {State.GONE: State.PREPARED},
-    Step.CLAIM: {State.PREPARED: State.RUNNING},
+    # A claim that is asked again after its session was cancelled has started nothing, and so ends it.
+    Step.CLAIM: {State.PREPARED: State.RUNNING, State.CANCELLING: State.CANCELLED},
     Step.CANCEL: {State.PREPARED: State.CANCELLED, State.RUNNING: State.CANCELLING},
     Step.FINISH: {State.RUNNING: State.DONE},
     Step.FAIL: {State.RUNNING: State.FAILED},
     Step.END_CANCELLED: {State.RUNNING: State.CANCELLED, State.CANCELLING: State.CANCELLED},
     Step.ABANDON: {State.RUNNING: State.ABANDONED},
     Step.MARK_LOST: {State.RUNNING: State.LOST, State.CANCELLING: State.CANCELLED},
+    Step.RESTORE: {State.GONE: State.RUNNING, State.PREPARED: State.RUNNING},
+    # A cancel that Redis accepted after it had lost this end came too late.
+    Step.RESTORE_DONE: dict.fromkeys(
+        (State.GONE, State.PREPARED, State.RUNNING, State.CANCELLING), State.DONE
+    ),
+    Step.REFUSE: {},
+    Step.JOURNAL: {},
+    Step.FOLLOW: {},
     Step.EXPIRE: {state: State.GONE for state in State if state is not State.GONE},
 }
-"""What each step makes of a session in each state. A step that is not named leaves the session as it is."""
+"""What each step makes of a session in each state. In a state that is not named it leaves the session as it is.
+
+All steps of a running session except `CANCEL` are those of its own claim. With the id of another claim they change
+nothing, but `RESTORE` and `RESTORE_DONE` write a session that is not running.
+"""
 
 
 def after(step: Step, state: State) -> State:

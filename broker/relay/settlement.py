@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import time
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ class Settlement:
         accounts: the accounts and the usage ledger.
         money: functions that know about prices and records.
         spawn: runs work in the background and owns its task.
-        clock: seconds that only go forward; by default the event loop's.
+        clock: seconds that only go forward.
         pause: waits for so many seconds.
     """
 
@@ -65,13 +66,13 @@ class Settlement:
         money: Money,
         *,
         spawn: Callable[[Coroutine[Any, Any, Any]], None],
-        clock: Callable[[], float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._accounts = accounts
         self._money = money
         self._spawn = spawn
-        self._clock = clock or asyncio.get_running_loop().time
+        self._clock = clock
         self._pause = pause
         self._asking: set[str] = set()
         self._reading_on = 0

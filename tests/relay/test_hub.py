@@ -25,6 +25,7 @@ from broker.core.session import START, Cursor, State
 from broker.relay.generation import Generation
 from broker.relay.hub import Cancelled
 from broker.relay.mirror import Mirror
+from broker.store.buckets import account_of
 from broker.store.connection import Store
 from tests.money import open_reservations, slots, until
 from tests.relay.fakes import DONE, FINISH, HELLO, PREPARED, RESERVATION
@@ -159,7 +160,7 @@ STOPPED = Cancelled(State.CANCELLED, accepted=True)
 async def test_cancelling_a_prepared_session_frees_its_place(here: FakeWorker, store: Store) -> None:
     session = await here.prepare()
     assert await here.hub.cancel(session) == STOPPED
-    assert await store.redis.zcard(f"{store.prefix}:{{accounts}}:waiting:{PREPARED.client}") == 0
+    assert await store.redis.zcard(account_of(store, PREPARED.client).key("pending")) == 0
     assert isinstance(await here.hub.find(session, None), Mirror), "it tells of the cancel"
     assert here.upstream.requests == []
 

@@ -16,12 +16,13 @@ from broker.relay.worker import Worker
 from broker.store.accounts import AccountStore
 from broker.store.connection import Store
 from broker.store.journal import JournalStore
+from broker.store.pending import PendingStore
 from broker.store.sessions import SessionStore
 from broker.store.workers import WorkerStore
 from tests.clock import Clock
 from tests.relay.fakes import PREPARED, FakeStream, FakeUpstream
 
-FREE = Quotas(waiting=1000, streams=10_000, daily_tokens=0, daily_cost=0, total_daily_cost=0)
+FREE = Quotas(pending=1000, streams=10_000, daily_tokens=0, daily_cost=0, total_daily_cost=0)
 LIMITS = GenerationLimits(
     first_data_timeout=120, idle_timeout=60, deadline=600, grace=60, max_response=100_000, max_retries=0
 )
@@ -69,7 +70,14 @@ class FakeWorker:
                 journal_interval=0.05,
             ),
         )
-        self.hub = Hub(self.worker, sessions=self.sessions, journal=self.journal, accounts=self.accounts)
+        self.pending = PendingStore(store, FREE, session_ttl=600)
+        self.hub = Hub(
+            self.worker,
+            sessions=self.sessions,
+            journal=self.journal,
+            accounts=self.accounts,
+            pending=self.pending,
+        )
 
     @staticmethod
     def _note(samples: list[Sample]) -> Callable[[Sample], Any]:
@@ -81,7 +89,7 @@ class FakeWorker:
     async def prepare(self) -> str:
         """A new session, which counts as pending."""
         session_id = str(uuid4())
-        await self.accounts.admit(PREPARED.client, session_id, PREPARED.worst, ttl=600)
+        await self.pending.admit(PREPARED.client, session_id, PREPARED.worst)
         await self.sessions.prepare(session_id, PREPARED)
         return session_id
 
