@@ -13,7 +13,7 @@ from broker.core.accounts import Quotas, Usage, WorstCase
 from broker.core.errors import BudgetExceeded, LimitError, TooManyStreams
 from broker.core.session import State
 from broker.store.accounts import AccountStore, Reservation
-from broker.store.connection import Store
+from broker.store.connection import MAX_CONNECTIONS, Store
 from broker.store.pending import PendingStore
 from broker.store.usage_ledger import OTHER, UsageLedger
 from tests.money import TOTAL, ledger
@@ -31,9 +31,13 @@ async def reserved(accounts: AccountStore, reservation: Reservation) -> Reservat
 
 async def test_of_many_claims_at_once_as_many_run_as_there_is_room_for(store: Store) -> None:
     accounts = AccountStore(store, replace(FREE, total_daily_cost=37 * 100))
-    results = await asyncio.gather(
-        *(accounts.reserve(wanted(str(n), client=f"c{n % 7}")) for n in range(500)), return_exceptions=True
-    )
+    at_once = asyncio.Semaphore(MAX_CONNECTIONS)  # more would only wait for a connection, which has a bound
+
+    async def claim(n: int) -> int:
+        async with at_once:
+            return await accounts.reserve(wanted(str(n), client=f"c{n % 7}"))
+
+    results = await asyncio.gather(*(claim(n) for n in range(500)), return_exceptions=True)
     assert sum(isinstance(result, int) for result in results) == 37
     assert all(isinstance(result, int | BudgetExceeded) for result in results)
     assert (await ledger(store.redis)).reserved_cost == 3700
