@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.broker import Broker
+from tests.broker import Broker, running
 from tests.replies import plain
 from tests.scripted import Call, ScriptedUpstream, chunk, usage_chunk
 
@@ -50,15 +50,16 @@ def with_prices(*, model: str = "scripted/model-1") -> bytes:
     return json.dumps({"data": [entry]}).encode()
 
 
-async def test_without_a_told_cost_the_prices_decide(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_without_a_told_cost_the_prices_decide(valkey_url: str, upstream: ScriptedUpstream) -> None:
     def reply(call: Call) -> None:
         call.open()
         call.chunk("Hello", finish="stop")
         call.usage()
         call.done()
 
-    upstream.models, upstream.replies = with_prices(), [reply]
-    facts = (await broker.read(await broker.prepare()))[-1].json
+    upstream.models, upstream.replies = with_prices(), [reply]  # the list is asked for at the start
+    async with running(valkey_url, upstream) as broker:
+        facts = (await broker.read(await broker.prepare()))[-1].json
     assert facts["cost"] == pytest.approx(10 * 0.000001 + 5 * 0.000002)
     assert facts["estimated"] is False
 
@@ -79,7 +80,7 @@ async def test_without_a_cost_and_prices_the_cost_is_unknown(
 
 
 async def test_without_usage_the_cost_is_estimated_from_what_was_relayed(
-    broker: Broker, upstream: ScriptedUpstream
+    valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     def reply(call: Call) -> None:
         call.open()
@@ -87,8 +88,9 @@ async def test_without_usage_the_cost_is_estimated_from_what_was_relayed(
         call.done()
 
     upstream.models, upstream.replies = with_prices(), [reply]
-    answer = await broker.post()
-    facts = (await broker.read(answer.json["sessionId"]))[-1].json
+    async with running(valkey_url, upstream) as broker:
+        answer = await broker.post()
+        facts = (await broker.read(answer.json["sessionId"]))[-1].json
     assert facts["usage"] is None
     assert facts["estimated"] is True
     assert facts["cost"] == pytest.approx(answer.json["promptTokens"] * 0.000001 + 100 * 0.000002)
