@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+from broker.core.dialect import CHAT, RESPONSES, Dialect
+from tests import responses
+from tests.responses import CALL, CREATED, MESSAGE, completed, delta, event, failed, incomplete, item_done
+
 USAGE = {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}
 ZEROS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 
@@ -17,12 +21,14 @@ class Recording(NamedTuple):
         reason: the finish reason that is told, None where it fails.
         code: of the error that is told, None where it ends well.
         usage: the final usage, None where there is none.
+        dialect: in which it is.
     """
 
     body: bytes
     reason: str | None = None
     code: str | None = None
     usage: dict[str, Any] | None = None
+    dialect: Dialect = CHAT
 
 
 def piece(delta: object = None, finish: str | None = None, **fields: Any) -> dict[str, Any]:
@@ -32,6 +38,14 @@ def piece(delta: object = None, finish: str | None = None, **fields: Any) -> dic
 
 def said(text: str, finish: str | None = None, **fields: Any) -> dict[str, Any]:
     return piece({"content": text}, finish, **fields)
+
+
+def of_response(*events: dict[str, Any], end: str = "") -> bytes:
+    """Events of a response, each under its own name."""
+    return stream(
+        *(f"event: {each['type']}\ndata: {json.dumps(each, ensure_ascii=False)}\n\n" for each in events),
+        end=end,
+    )
 
 
 def stream(*events: object, end: str = "data: [DONE]\n\n") -> bytes:
@@ -72,6 +86,8 @@ SIGNED = {
     ]
 }
 CITED = {"type": "url_citation", "url_citation": {"url": "https://example.com/n", "title": "News"}}
+
+BILLED = {**responses.USAGE, "cost": 0.00123, "is_byok": False}
 
 RECORDINGS: dict[str, Recording] = {
     "openrouter": Recording(
@@ -294,6 +310,65 @@ RECORDINGS: dict[str, Recording] = {
         ),
         "stop",
         usage=USAGE,
+    ),
+    "a response": Recording(
+        of_response(CREATED, delta("Grüße "), delta("👋"), item_done(MESSAGE), completed()),
+        "stop",
+        usage=responses.USAGE,
+        dialect=RESPONSES,
+    ),
+    "a response of OpenRouter": Recording(
+        stream(": OPENROUTER PROCESSING\n\n", CREATED, delta("Grüße"), completed(usage=BILLED)),
+        "stop",
+        usage=BILLED,
+        dialect=RESPONSES,
+    ),
+    "a response of the older kind": Recording(
+        stream(CREATED, delta("Hi", "content_part"), event("response.done", response={"usage": BILLED})),
+        "stop",
+        usage=BILLED,
+        dialect=RESPONSES,
+    ),
+    "a response with reasoning and a call": Recording(
+        of_response(
+            CREATED,
+            delta("hm é", "reasoning_summary_text"),
+            item_done({"type": "reasoning", "summary": [], "encrypted_content": "gAAAA"}),
+            delta('{"a"', "function_call_arguments", 1),
+            delta(":1}", "function_call_arguments", 1),
+            item_done(CALL, 1),
+            completed(),
+        ),
+        "tool_calls",
+        usage=responses.USAGE,
+        dialect=RESPONSES,
+    ),
+    "a response that is cut": Recording(
+        of_response(CREATED, delta("Hello"), incomplete("max_output_tokens")),
+        "length",
+        usage=responses.USAGE,
+        dialect=RESPONSES,
+    ),
+    "a response that is told as whole and was cut": Recording(
+        of_response(CREATED, delta("Hello"), completed(status="incomplete")),
+        "length",
+        usage=responses.USAGE,
+        dialect=RESPONSES,
+    ),
+    "a response that fails": Recording(
+        of_response(CREATED, delta("Hello"), failed({"code": "server_error", "message": "It broke."})),
+        code="upstream_error",
+        dialect=RESPONSES,
+    ),
+    "a response that ends in an error": Recording(
+        of_response(CREATED, delta("Hello"), event("error", code="rate_limit_exceeded", message="Slowly.")),
+        code="upstream_rate_limited",
+        dialect=RESPONSES,
+    ),
+    "a response without an end": Recording(
+        of_response(CREATED, delta("Hello"), end="data: [DONE]\n\n"),
+        code="upstream_interrupted",
+        dialect=RESPONSES,
     ),
 }
 LINE_ENDS = {"LF": b"\n", "CRLF": b"\r\n", "CR": b"\r"}

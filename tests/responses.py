@@ -46,7 +46,7 @@ def item_done(item: dict[str, Any], place: int = 0) -> dict[str, Any]:
 
 def completed(**fields: Any) -> dict[str, Any]:
     """The end of a response that is whole."""
-    return event("response.completed", response=response(status="completed", **{"usage": USAGE, **fields}))
+    return event("response.completed", response=response(**{"status": "completed", "usage": USAGE, **fields}))
 
 
 def incomplete(reason: str, **fields: Any) -> dict[str, Any]:

@@ -132,13 +132,14 @@ class ResponsesAnswer(Answer):
 
     @staticmethod
     def _end_told(kind: str, response: Mapping[str, Any]) -> str | None:
-        """The kind of end that an event is, None for another event."""
-        if kind in {COMPLETED, INCOMPLETE, FAILED}:
+        """Return the kind of end that an event is; None for another event."""
+        if kind in {INCOMPLETE, FAILED}:
             return kind
         if kind == "response.cancelled":
             return FAILED
-        if kind != "response.done":
+        if kind not in {COMPLETED, "response.done"}:
             return None
+        # Some end every response in the same event, and only its status says that it was cut.
         status = response.get("status")
         return _END_OF_STATUS.get(status, COMPLETED) if isinstance(status, str) else COMPLETED
 

@@ -87,6 +87,12 @@ def test_data_that_is_not_an_object_is_invalid() -> None:
         (event("response.done", response=response(status="completed")), "stop", "completed"),
         (event("response.done", response=response(status="incomplete")), "length", "incomplete"),
         (event("response.done"), "stop", "completed"),
+        (
+            completed(status="incomplete", incomplete_details={"reason": "max_output_tokens"}),
+            "length",
+            "max_output_tokens",
+        ),
+        (completed(status="odd"), "stop", "odd"),
     ],
 )
 def test_an_end_has_its_reason(end: dict[str, Any], reason: str, native: str) -> None:
@@ -140,6 +146,7 @@ def test_the_first_names_are_kept() -> None:
         (event("response.failed"), "upstream_error", True),
         (event("response.cancelled", response=response(status="cancelled")), "upstream_error", True),
         (event("response.done", response=response(status="failed")), "upstream_error", True),
+        (completed(status="failed"), "upstream_error", True),
         (event("error", code="server_error", message="It broke.", param=None), "upstream_error", True),
         (event("error", code=None, message="It broke."), "upstream_error", True),
         (
