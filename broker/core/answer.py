@@ -1,10 +1,10 @@
-"""What is learned of an answer from its chunks, as they pass. No I/O, no clock.
+"""Collect the facts of an answer from its chunks, as they pass. No I/O, no clock.
 
 The broker relays a chunk as it is and reads only what it needs for itself: whether the answer is finished or has
 failed, what it cost, and how much text there was, for an estimate where nobody tells the usage.
 
-What a chunk looks like is the business of a dialect: `chat_answer` and `responses_answer`. What is alike in both is
-here: reading JSON of others, counting text, and turning failures into errors.
+The shape of a chunk depends on the dialect: see `chat_answer` and `responses_answer`. This module has what both share:
+it reads foreign JSON, counts text, and turns failures into errors.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Answer(ABC):
     )
 
     no_text: ClassVar[frozenset[str]]
-    """Keys whose strings say how the rest is to be read, pad it, or are not written by the model."""
+    """Keys whose strings are not written by the model: they describe the rest, or pad it."""
 
     def __init__(self, secrets: tuple[str, ...] = (), clock: Callable[[], float] | None = None) -> None:
         self._secrets = secrets
@@ -94,21 +94,21 @@ class Answer(ABC):
 
     @property
     def finished(self) -> bool:
-        """Whether a clean end has been announced."""
+        """True if a clean end has been announced."""
         return self.complete
 
     @property
     def counts(self) -> dict[str, Any] | None:
-        """The final usage under the names of a chat's, by which everything is counted."""
+        """The final usage with the names of a chat, which all counting uses."""
         return self.usage
 
     @property
     def interim_counts(self) -> dict[str, Any] | None:
-        """The interim usage under the names of a chat's."""
+        """The interim usage with the names of a chat."""
         return self.interim_usage
 
     def read(self, data: bytes, event: str = "message") -> bytes | None:
-        """Learn from the data of one upstream event.
+        """Read the data of one upstream event.
 
         Returns:
             What is to be relayed of it, None for nothing.
@@ -139,15 +139,15 @@ class Answer(ABC):
 
     @abstractmethod
     def read_mark(self) -> None:
-        """Learn that the upstream said `[DONE]`."""
+        """Note that the upstream sent `[DONE]`."""
 
     @abstractmethod
     def end(self) -> bool:
-        """Learn that the body has ended cleanly. Returns True if the answer is whole."""
+        """Note that the body has ended cleanly. Returns True if the answer is whole."""
 
     @abstractmethod
     def read_whole(self, document: dict[str, Any]) -> bytes | None:
-        """Learn from a whole answer that came as one JSON document in place of a stream.
+        """Read a whole answer that came as one JSON document instead of a stream.
 
         Returns:
             A chunk that tells all of it, None where the document is no answer.
@@ -157,11 +157,11 @@ class Answer(ABC):
         """
 
     def accept_usage(self) -> None:  # noqa: B027 - a dialect may have nothing to do
-        """Learn that nothing more comes, so that the usage of the last chunk is final."""
+        """Note that nothing more comes, so that the usage of the last chunk is final."""
 
     @abstractmethod
     def _read_chunk(self, data: bytes, chunk: dict[str, Any], event: str) -> bytes | None:
-        """Learn from one chunk; what it returns and raises is that of `read`."""
+        """Read one chunk. Returns and raises what `read` does."""
 
     def _fail(self, fault: UpstreamError | None, *, finished: bool | None = None) -> None:
         """Raise the fault, unless the answer had been finished before it came."""
@@ -291,7 +291,7 @@ def text_of(value: object) -> str | None:
 
 
 def _spoken(word: bytes) -> str:
-    """The text of an error that is no object: bare, or in quotes."""
+    """Return the text of an error that is not an object: bare, or in quotes."""
     try:
         text = orjson.loads(word)
     except orjson.JSONDecodeError:
@@ -300,5 +300,5 @@ def _spoken(word: bytes) -> str:
 
 
 def size_of(text: str) -> int:
-    """Bytes of UTF-8."""
+    """Return the bytes of a text as UTF-8."""
     return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))

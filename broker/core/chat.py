@@ -43,7 +43,7 @@ SCHEMA = Schema(Parameters, PARAMETERS, OPENED_PARAMETERS, CLOSABLE)
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A valid request. It shares its parts with the document it was made of; nobody changes either.
+    """A valid request. It shares its parts with its document; neither is ever changed.
 
     Attributes:
         model: the one that is asked first.
@@ -66,7 +66,7 @@ class ChatRequest:
 
     @property
     def reachable_models(self) -> tuple[str, ...]:
-        """Every model that may serve this request: ``model``, then the rest of ``models``."""
+        """Every model that may serve this request: ``model``, then the others of ``models``."""
         return reachable_models(self.model, self.parameters)
 
     def with_system(self, text: str | None) -> ChatRequest:
@@ -74,29 +74,29 @@ class ChatRequest:
         return replace(self, messages=with_system_message(self.messages, text))
 
     def image_addresses(self) -> Iterator[tuple[str, str]]:
-        """The place and the URL of each picture."""
+        """Yield the place and the URL of each picture."""
         return image_addresses(self.messages)
 
     def measure_frame(self) -> Size:
-        """What the prompt holds besides its messages."""
+        """Return the size of the prompt without its messages."""
         return measure_frame(self.parameters)
 
     def measure(self) -> list[Size]:
-        """What each message measures."""
+        """Return the size of each message."""
         return [measure_message(message) for message in self.messages]
 
     def droppable(self) -> Iterator[list[int]]:
-        """The places of what can go together, in the order in which it goes."""
+        """Yield the places of messages that can be dropped together, in the order in which they are dropped."""
         return droppable_units(self.messages)
 
     def calibration_size(self, kept: Sequence[int], frame: Size, sizes: Sequence[Size]) -> Size | None:
-        """The size of the prompt of these messages, if its usage will teach of the model's tokenizer."""
+        """Return the size of the prompt of these messages, or None where its usage gives no calibration sample."""
         return calibration_size(
             self.parameters, [self.messages[index] for index in kept], frame, sizes, known=CHAT_TEXT
         )
 
     def body(self, kept: Sequence[int]) -> dict[str, Any]:
-        """What goes upstream of these messages and all parameters, streamed and with its usage."""
+        """Return the body for the upstream, with these messages and all parameters; it is streamed, with its usage."""
         messages = [_without_gaps(self.messages[index]) for index in kept]
         body = {"model": self.model, "messages": messages, **self.parameters}
         body.pop("usage", None)
@@ -107,7 +107,7 @@ class ChatRequest:
 
 
 def parse_chat(document: Any, rules: RequestRules) -> ChatRequest:
-    """The chat request in this document.
+    """Return the chat request in this document.
 
     Raises:
         InvalidRequest: with at most ``MAX_DETAILS`` details, which name fields and never quote values.
@@ -124,7 +124,7 @@ def parse_chat(document: Any, rules: RequestRules) -> ChatRequest:
 
 
 def _wrong_together(given: Mapping[str, Any], extra_parameters: tuple[str, ...]) -> list[Fault]:
-    """What is wrong though each value has the right type."""
+    """Return what is wrong although each value has the right type."""
     faults = [
         fault(
             f"messages.{index}.tool_call_id", "This answers no tool call of the assistant message before it"

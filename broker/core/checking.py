@@ -1,4 +1,4 @@
-"""What the requests of all dialects share: an operator's rules, and how a fault is found and told.
+"""What the requests of all dialects share: the rules of the operator, and how faults are found and reported.
 
 A dialect has its own schema (`parameters`, `responses_parameters`) and rules of its own for values that do not go
 together.
@@ -47,7 +47,7 @@ Fault = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class RequestRules:
-    """What an operator allows.
+    """The rules of the operator.
 
     Attributes:
         default_model: for requests that name none.
@@ -115,7 +115,7 @@ def reachable_models(model: str, parameters: Mapping[str, Any]) -> tuple[str, ..
 
 
 def check_models(models: Iterable[str], rules: RequestRules) -> None:
-    """See that a request reaches only models that the rules allow.
+    """Check that a request can reach only models that the rules allow.
 
     Raises:
         ModelNotAllowed: naming the first that they do not.
@@ -137,7 +137,7 @@ def fault(field: str, sentence: str) -> Fault:
 
 
 def too_many(given: Mapping[str, Any], field: str, limit: int) -> list[Fault]:
-    """Return what is wrong with the length of a list; nothing where it is none."""
+    """Return what is wrong with the length of a list. Anything but a list is ignored."""
     value = given.get(field)
     if not isinstance(value, list) or len(value) <= limit:
         return []
@@ -159,7 +159,7 @@ def wrong_parameters(given: dict[str, Any], schema: Schema, extra_parameters: tu
 
 
 def wrong_models(given: Mapping[str, Any], extra_parameters: tuple[str, ...]) -> list[Fault]:
-    """Return the models that are named in a form that is not open; the parameters are valid."""
+    """Return the models whose names have a form that is not open. The parameters must be valid."""
     return [
         fault(field, CLOSED_MODEL_FORMS[form])
         for field, form in _model_forms(given)
@@ -205,7 +205,7 @@ def refuse_fetched_images(addresses: Iterable[tuple[str, str]], extra_parameters
 
 
 def _opened(given: Mapping[str, Any], schema: Schema, extra_parameters: tuple[str, ...]) -> frozenset[str]:
-    """Those of the given parameters that are not checked, for an operator has opened them."""
+    """Return the given parameters that are not checked because the operator opened them."""
     if not extra_parameters:
         return frozenset()
     always_checked = schema.kind.__annotations__.keys() - schema.closable
@@ -227,7 +227,7 @@ def _faults(types: TypeAdapter[Any], values: dict[str, Any]) -> list[Fault]:
 
 
 def _field(path: tuple[int | str, ...]) -> str:
-    """The path of a value in the document, as in ``messages.3.content.1.image_url.url``."""
+    """Return the path of a value in the document, such as ``messages.3.content.1.image_url.url``."""
     steps = (str(step)[:_SHOWN_KEY_CHARACTERS] for step in path if not _is_mark(step))
     return ".".join(steps) or "body"
 
@@ -243,7 +243,7 @@ def _sentence(kind: str, path: tuple[int | str, ...], default: str) -> str:
 
 
 def _model_forms(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The field of each model that is named in a form of its own, and the form."""
+    """Yield the field and the form of each model whose name has a special form."""
     named = [("model", given.get("model", ""))]
     named.extend((f"models.{index}", model) for index, model in enumerate(given.get("models", ())))
     for field, model in named:

@@ -50,7 +50,7 @@ def demand_of(body: Mapping[str, Any], models: Iterable[str]) -> Demand:
 
 
 def _has_painter(body: Mapping[str, Any]) -> bool:
-    """Whether a tool of the server may draw."""
+    """Return True if a tool of the server may draw."""
     tools = [tool for tool in _list(body.get("tools")) if isinstance(tool, dict)]
     return any("image_generation" in str(tool.get("type")) for tool in tools)
 

@@ -1,7 +1,7 @@
-"""The dialects in which an upstream is asked and answers.
+"""The dialects of requests to an upstream and of its answers.
 
-A dialect says where a request goes, and what each event of the answer means. All else is the same for every dialect:
-the relay, the journal and the books do not know which one an answer is in.
+A dialect says where a request is sent, and what each event of the answer means. All else is the same for every dialect:
+the relay, the journal and the usage ledger do not depend on it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """One way to ask and to answer.
+    """One format of requests and answers.
 
     Attributes:
         path: below the upstream's base URL.
         answer: makes what reads one answer.
         is_whole: returns True for a JSON document that is a whole answer, sent in place of a stream.
         has_two_caps: the cap on the output has two names, of which a service may know only one.
-        picture: what each picture in a request as we write it holds once; within a text its quotes would be escaped.
+        picture: bytes that each picture in a request that we wrote has once; within a text the quotes are escaped.
     """
 
     path: str
@@ -42,7 +42,7 @@ class Dialect:
     picture: bytes
 
     def count_pictures(self, request: bytes) -> int:
-        """The pictures in a request that we wrote."""
+        """Return the number of pictures in a request that we wrote."""
         return request.count(self.picture)
 
 
@@ -66,12 +66,12 @@ DIALECTS = (CHAT, RESPONSES)
 
 
 def dialect_of_request(request: bytes) -> Dialect:
-    """The dialect of a request that we wrote: one of Responses begins with its input."""
+    """Return the dialect of a request that we wrote. A Responses request begins with its input."""
     return RESPONSES if request.startswith(b'{"input":') else CHAT
 
 
 def dialect_of_chunk(data: bytes) -> Dialect:
-    """The dialect of an answer by its first chunk as it was relayed: events of a response tell their type."""
+    """Return the dialect of an answer by its first relayed chunk: an event of a response has a type."""
     try:
         _, chunk = parse_chunk(data)
     except UpstreamInvalid:

@@ -1,8 +1,8 @@
-"""The items of a Responses request: messages, calls of functions with their outputs, and reasoning.
+"""The items of a Responses request: messages, function calls with their outputs, and reasoning.
 
-A page sends back what `response.output_item.done` gave it, so an item may carry what only the model's side reads: ids,
-a status, encrypted reasoning, annotations. Items that refer to something stored upstream are not known here, and
-neither are those of tools that the upstream runs.
+A page sends back the items of `response.output_item.done`, so an item may have ids, a status, encrypted reasoning and
+annotations, which only the upstream reads. Items that refer to something stored upstream are refused, and so are the
+items of tools that the upstream runs.
 
 Shapes: https://platform.openai.com/docs/api-reference/responses/create.
 """
@@ -48,7 +48,7 @@ PART_TOKENS: Mapping[str, int] = {
 READ_BY_ALL = frozenset(
     {"type", "role", "content", "id", "status", "phase", "call_id", "name", "arguments", "output"}
 )
-"""Keys of an item whose contents every model reads, or none."""
+"""Keys of an item that every model reads or no model reads, so that an item without others can be measured exactly."""
 
 _NOT_READ = frozenset({"type", "role", "id", "status", "phase"})
 
@@ -70,7 +70,7 @@ class InputText(TypedDict, total=False):
 
 
 class InputImage(TypedDict, total=False):
-    """Where a picture is, or the picture itself as a data URL."""
+    """The address of a picture, or the picture itself as a data URL."""
 
     type: Required[Literal["input_image"]]
     image_url: Required[Address]
@@ -105,14 +105,14 @@ class InputFile(TypedDict, total=False):
 
 
 class InputVideo(TypedDict):
-    """Where a film is, or the film itself as a data URL."""
+    """The address of a film, or the film itself as a data URL."""
 
     type: Literal["input_video"]
     video_url: Address
 
 
 class UnknownPart(TypedDict):
-    """Refuses a part that is none of the above, at its type."""
+    """Refuses any other part, at its type."""
 
     type: PartType
 
@@ -135,7 +135,7 @@ Output = Annotated[Annotated[str, PLAIN] | Annotated[OutputParts, INNER], by_kin
 
 
 class InputMessage(TypedDict, total=False):
-    """What the person says, or instructions."""
+    """A message of the user, or instructions."""
 
     role: Required[Literal["user", "system", "developer"]]
     content: Required[Content]
@@ -181,7 +181,7 @@ AnswerParts = Annotated[list[AnswerPart], Field(max_length=MAX_PARTS, fail_fast=
 
 
 class OutputMessage(TypedDict, total=False):
-    """What a model has said before."""
+    """An earlier message of the model."""
 
     role: Required[Literal["assistant"]]
     content: Required[Annotated[Annotated[str, PLAIN] | Annotated[AnswerParts, INNER], by_kind(list)]]
@@ -192,7 +192,7 @@ class OutputMessage(TypedDict, total=False):
 
 
 class FunctionCall(TypedDict, total=False):
-    """A call of a function; the arguments are JSON in a string and may be broken, for a model wrote them."""
+    """A function call. The arguments are JSON in a string, which a model wrote, so it may be broken."""
 
     type: Required[Literal["function_call"]]
     call_id: Required[CallId]
@@ -207,7 +207,7 @@ class FunctionCall(TypedDict, total=False):
 
 
 class FunctionCallOutput(TypedDict, total=False):
-    """What a function answered."""
+    """The output of a function."""
 
     type: Required[Literal["function_call_output"]]
     call_id: Required[CallId]
@@ -231,7 +231,7 @@ class Thought(TypedDict):
 
 
 class Reasoning(TypedDict, total=False):
-    """What a model thought. It is signed or encrypted, and has to go back as it came."""
+    """Reasoning of the model. It is signed or encrypted, and must be sent back unchanged."""
 
     type: Required[Literal["reasoning"]]
     summary: Annotated[list[Summary], Field(max_length=MAX_COLLECTED, fail_fast=True)] | None
@@ -248,13 +248,13 @@ Role = Literal["user", "assistant", "system", "developer"]
 
 
 class UnknownItem(TypedDict):
-    """Refuses an item of no known type, at its type."""
+    """Refuses an item of an unknown type, at its type."""
 
     type: ItemType
 
 
 class UnknownRole(TypedDict, total=False):
-    """Refuses a message of no known role, at its role."""
+    """Refuses a message of an unknown role, at its role."""
 
     role: Required[Role]
 
@@ -294,7 +294,7 @@ def role_of(item: Mapping[str, Any]) -> str:
 
 
 def parts_of(item: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The place within its item (``content.1``) and the value of each part."""
+    """Yield the place within the item (``content.1``) and the value of each part."""
     for key in ("content", "output"):
         value = item.get(key)
         if isinstance(value, list):
@@ -302,13 +302,13 @@ def parts_of(item: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def part_types(items: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """The place (``input.0.content.1``) and the type of each part of items that are valid."""
+    """Yield the place (``input.0.content.1``) and the type of each part of valid items."""
     for index, item in enumerate(items):
         yield from ((f"input.{index}.{place}", part["type"]) for place, part in parts_of(item))
 
 
 def image_addresses(items: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """The place and the URL of each picture of items that are valid."""
+    """Yield the place and the URL of each picture of valid items."""
     for index, item in enumerate(items):
         for place, part in parts_of(item):
             if part["type"] == "input_image":
@@ -316,7 +316,7 @@ def image_addresses(items: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, s
 
 
 def stray_outputs(items: Sequence[Mapping[str, Any]]) -> Iterator[int]:
-    """The places of those outputs that answer no call before them."""
+    """Yield the places of outputs without a call before them."""
     calls: set[str] = set()
     for index, item in enumerate(items):
         kind = item.get("type")
@@ -327,7 +327,7 @@ def stray_outputs(items: Sequence[Mapping[str, Any]]) -> Iterator[int]:
 
 
 def measure_item(item: Mapping[str, Any]) -> Size:
-    """What one item measures, everything in it that a model may see, encrypted reasoning too."""
+    """Return the size of an item: all that a model may read, encrypted reasoning included."""
     text_bytes, flat_tokens = 0, MESSAGE_TOKENS
     for key, value in item.items():
         if key in _NOT_READ or not value:

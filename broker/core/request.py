@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def parse_request(document: Any, rules: RequestRules) -> ChatRequest | ResponsesRequest:
-    """The request in this document: with `input` in place of `messages` it is a Responses request.
+    """Return the request in this document. With `input` instead of `messages` it is a Responses request.
 
     Raises:
         InvalidRequest: with at most ``MAX_DETAILS`` details, which name fields and never quote values.

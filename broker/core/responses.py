@@ -44,7 +44,7 @@ SCHEMA = Schema(ResponsesParameters, PARAMETERS, OPENED_PARAMETERS, CLOSABLE)
 
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest:
-    """A valid request. It shares its parts with the document it was made of; nobody changes either.
+    """A valid request. It shares its parts with its document; neither is ever changed.
 
     Attributes:
         model: the one that is asked first.
@@ -66,7 +66,7 @@ class ResponsesRequest:
 
     @property
     def reachable_models(self) -> tuple[str, ...]:
-        """Every model that may serve this request: ``model``, then the rest of ``models``."""
+        """Every model that may serve this request: ``model``, then the others of ``models``."""
         return reachable_models(self.model, self.parameters)
 
     def with_system(self, text: str | None) -> ResponsesRequest:
@@ -77,30 +77,30 @@ class ResponsesRequest:
         return replace(self, parameters=self.parameters | {"instructions": instructions})
 
     def image_addresses(self) -> Iterator[tuple[str, str]]:
-        """The place and the URL of each picture."""
+        """Yield the place and the URL of each picture."""
         return image_addresses(self.items)
 
     def measure_frame(self) -> Size:
-        """What the prompt holds besides its items."""
+        """Return the size of the prompt without its items."""
         return measure_frame(self.parameters)
 
     def measure(self) -> list[Size]:
-        """What each item measures."""
+        """Return the size of each item."""
         return [measure_item(item) for item in self.items]
 
     def droppable(self) -> Iterator[list[int]]:
-        """The places of what can go together, in the order in which it goes."""
+        """Yield the places of items that can be dropped together, in the order in which they are dropped."""
         return droppable_items(self.items)
 
     def calibration_size(self, kept: Sequence[int], frame: Size, sizes: Sequence[Size]) -> Size | None:
-        """The size of the prompt of these items, if its usage will teach of the model's tokenizer."""
+        """Return the size of the prompt of these items, or None where its usage gives no calibration sample."""
         items = self.items
         return calibration_size(
             self.parameters, [items[index] for index in kept], frame, sizes, known=READ_BY_ALL
         )
 
     def body(self, kept: Sequence[int]) -> dict[str, Any]:
-        """What goes upstream of these items and all parameters, streamed and not stored."""
+        """Return the body for the upstream, with these items and all parameters; it is streamed and not stored."""
         conversation = self.input if isinstance(self.input, str) else [self.input[index] for index in kept]
         body = {"input": conversation, "model": self.model, **self.parameters}
         for name in OURS:
@@ -112,7 +112,7 @@ class ResponsesRequest:
 
 
 def parse_responses(document: Any, rules: RequestRules) -> ResponsesRequest:
-    """The Responses request in this document.
+    """Return the Responses request in this document.
 
     Raises:
         InvalidRequest: with at most ``MAX_DETAILS`` details, which name fields and never quote values.
@@ -136,7 +136,7 @@ def is_responses(document: Any) -> bool:
 
 
 def _wrong_together(given: Mapping[str, Any], extra_parameters: tuple[str, ...]) -> list[Fault]:
-    """What is wrong though each value has the right type."""
+    """Return what is wrong although each value has the right type."""
     items = _items(given["input"])
     faults = [
         fault(f"input.{index}.call_id", "This answers no function call before it")

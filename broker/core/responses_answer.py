@@ -1,11 +1,11 @@
 """An answer in the Responses dialect: events with a type, of which the last one holds the whole response.
 
-The words of an answer come twice or more: in deltas, when a part or an item is done, and at the end. For an estimate
-each item counts once, by its deltas or by its whole, whichever is more.
+The text of an answer comes more than once: in deltas, when a part or an item is done, and at the end. An estimate
+counts each item once: its deltas or the whole item, whichever is larger.
 
 The events: https://platform.openai.com/docs/api-reference/responses-streaming. OpenRouter ends with ``[DONE]``, which
-says nothing here: only ``response.completed`` and ``response.incomplete`` are an end. ``response.done`` is the older
-name of both.
+has no meaning here: only ``response.completed`` and ``response.incomplete`` end an answer well. ``response.done`` is
+the older name of both.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _COUNTED = (*_CHAT_NAMES, "total_tokens", "cost", "cost_in_usd_ticks", "is_byok"
 """Members of a usage object that are kept in any case: what an answer costs is counted by them."""
 
 _MAX_OPEN = 1000
-"""Items at once of which it is remembered how much of them came in deltas; of others, both count."""
+"""Open items for which the size of the deltas is remembered. For others, deltas and the whole item both count."""
 
 
 def in_chat_names(usage: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a usage object with the names that a chat's has; where it has both, those of a chat count."""
+    """Return a usage object with the names of a chat. If it has both names of a value, that of a chat counts."""
     renamed = {_CHAT_NAMES[name]: value for name, value in usage.items() if name in _CHAT_NAMES}
     return renamed | {name: value for name, value in usage.items() if name not in _CHAT_NAMES}
 
@@ -67,27 +67,27 @@ class ResponsesAnswer(Answer):
 
     @property
     def counts(self) -> dict[str, Any] | None:
-        """The final usage under the names of a chat's, by which everything is counted."""
+        """The final usage with the names of a chat, which all counting uses."""
         return None if self.usage is None else in_chat_names(self.usage)
 
     @property
     def interim_counts(self) -> dict[str, Any] | None:
-        """The interim usage under the names of a chat's."""
+        """The interim usage with the names of a chat."""
         return None if self.interim_usage is None else in_chat_names(self.interim_usage)
 
     def read_mark(self) -> None:
-        """Learn that the upstream said `[DONE]`, which ends no response."""
+        """Note that the upstream sent `[DONE]`, which does not end a response."""
 
     def end(self) -> bool:
-        """Learn that the body has ended cleanly. Returns True if the answer is whole."""
+        """Note that the body has ended cleanly. Returns True if the answer is whole."""
         return self.complete
 
     def read_whole(self, document: dict[str, Any]) -> bytes | None:
-        """Learn from a whole response that came as one JSON document in place of a stream.
+        """Read a whole response that came as one JSON document instead of a stream.
 
         Returns:
-            The event that ends a response, numbered 0 for there was none before it; None where the document is no
-            response or not a finished one.
+            The event that ends a response, with the number 0 because no event came before it; None if the document is
+            not a finished response.
 
         Raises:
             UpstreamError: it tells of a failure.
@@ -182,7 +182,7 @@ class ResponsesAnswer(Answer):
             self._grow(chunk, self._measure(delta))
 
     def _grow(self, chunk: Mapping[str, Any], written: tuple[int, int]) -> None:
-        """Count what was written, and remember that it belongs to an item whose whole is still to come."""
+        """Count what was written, and remember that it belongs to an item that is not done yet."""
         size, media = written
         self.text_bytes += size
         self.media += media
@@ -204,7 +204,7 @@ class ResponsesAnswer(Answer):
         self.media += media
 
     def _measure_item(self, item: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Bytes that deltas may have told too, bytes of what is encrypted, and media of an item."""
+        """Return the size of an item: bytes that deltas may have had too, bytes of encrypted text, and media."""
         kind = item.get("type")
         if kind == "image_generation_call":
             return 0, 0, 1
@@ -216,7 +216,7 @@ class ResponsesAnswer(Answer):
         return thoughts, self._measure(item.get("encrypted_content"))[0], 0
 
     def _measure(self, value: object) -> tuple[int, int]:
-        """Bytes and media of a value, which is not counted yet."""
+        """Return the bytes and the media of a value, and count nothing."""
         before = self.text_bytes, self.media
         self._count(value)
         written = self.text_bytes - before[0], self.media - before[1]
@@ -253,7 +253,7 @@ def _is_call(item: Mapping[str, Any]) -> bool:
 
 
 def _place(chunk: Mapping[str, Any]) -> int | str | None:
-    """What tells the items of a response apart in its events."""
+    """Return what identifies the item of an event: its place, else its id."""
     place = chunk.get("output_index")
     if isinstance(place, int):
         return place

@@ -79,7 +79,7 @@ def _units(messages: Sequence[Mapping[str, Any]], places: range, opening_role: s
 
 
 def droppable_items(items: Sequence[Mapping[str, Any]]) -> Iterator[list[int]]:
-    """The places of what can go together of the items of a Responses request, in the order in which it goes."""
+    """Yield the places of items of a Responses request that can be dropped together, in the order of dropping."""
     last_user = _last_user(items)
     answered = _last_outputs(items)
     yield from _item_units(items, range(last_user), answered, _opens_turn)
@@ -91,13 +91,13 @@ def _opens_turn(items: Sequence[Mapping[str, Any]], index: int) -> bool:
 
 
 def _opens_step(items: Sequence[Mapping[str, Any]], index: int) -> bool:
-    """True for what a model wrote behind the output of a function."""
+    """Return True if the model wrote this item directly after the output of a function."""
     kind, before = items[index].get("type"), items[index - 1].get("type") if index else None
     return kind != _OUTPUT and before == _OUTPUT
 
 
 def _last_outputs(items: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """The place of the last output of each call."""
+    """Return the place of the last output of each call."""
     return {item["call_id"]: index for index, item in enumerate(items) if item.get("type") == _OUTPUT}
 
 
@@ -107,7 +107,7 @@ def _item_units(
     answered: Mapping[str, int],
     opens: Callable[[Sequence[Mapping[str, Any]], int], bool],
 ) -> Iterator[list[int]]:
-    """Cuts a stretch of items before each that opens a unit, but never between a call and its output."""
+    """Yield the units of a part of the items. A unit never separates a call from its output."""
     unit: list[int] = []
     reach = -1  # the last output of the calls in this unit
     for index in places:
