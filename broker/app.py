@@ -1,4 +1,4 @@
-"""The composition root: builds everything and hands it down as arguments. What the parts do is elsewhere."""
+"""The composition root: builds all parts and passes them to each other as arguments."""
 
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ AFTER_DEADLINE = 60
 """Seconds that a running session's keys outlive its deadline and its journal."""
 
 PRICES_TIMEOUT = 0.3
-"""Seconds that the end of an answer waits for the prices of a worker that has no list yet."""
+"""Seconds that the end of an answer waits for prices, where this worker has no list yet."""
 
 NO_KEY = "rehearsal-key-that-opens-nothing"
-"""What stands for the upstream's key where none is needed. Keys are struck out of messages: no common word."""
+"""Stands for the upstream's key where none is needed. Keys are removed from messages, so this is not a common word."""
 
 SPARE_CONNECTIONS = 20
-"""Connections to the upstream beside those of the streams: the list of models, streams that are just ending."""
+"""Connections to the upstream in addition to those of streams: for the list of models, and streams that are ending."""
 
 
 BuildClients = Callable[["Settings", "Naming"], "ClientResolver"]
-"""Builds what tells clients apart."""
+"""Builds the part that identifies clients."""
 
 
 @asynccontextmanager
@@ -84,14 +84,14 @@ async def build(
     clients: BuildClients,
     on_end: OnEnd | None = None,
 ) -> AsyncIterator[None]:
-    """Give the web application all it needs, started; on the way out, everything is closed in the opposite order.
+    """Give the web application all that it needs, started. At the end, everything is closed in the opposite order.
 
     Args:
-        app: of the broker alone.
-        settings: all of them.
-        redis_url: in place of that of the settings.
-        clients: builds what tells clients apart.
-        on_end: is told of every answer that ended here.
+        app: the application of the broker alone.
+        settings: all settings.
+        redis_url: replaces that of the settings.
+        clients: builds the part that identifies clients.
+        on_end: gets the result of every answer that ended here.
     """
     async with AsyncExitStack() as stack:
         upstream_url = settings.upstream_url
@@ -102,7 +102,7 @@ async def build(
         stack.push_async_callback(upstream.close)
         catalog = app[keys.CATALOG] = _catalog(settings, store, upstream, upstream_url, kind)
         stack.push_async_callback(catalog.close)
-        await catalog.known((), timeout=0)  # a worker that only ever streams needs the prices too
+        await catalog.known((), timeout=0)  # a worker that only streams needs the prices too
         bytes_per_token = BytesPerToken(BytesPerTokenStore(store, upstream_url))
         stack.push_async_callback(bytes_per_token.close)
         speeds = BytesPerToken(BytesPerTokenStore(store, upstream_url, "speed"), estimate=estimate_speed)
@@ -161,12 +161,12 @@ async def build(
         )
         stack.push_async_callback(admission.close)
         await stack.enter_async_context(_timers(settings, worker))
-        await _meet_redis(store)
+        await _prepare_redis(store)
         yield
 
 
-async def _meet_redis(store: Store) -> None:
-    """Load what we need there, and warn of what is set otherwise than we need it."""
+async def _prepare_redis(store: Store) -> None:
+    """Load the scripts into Redis, and warn of its settings that do not fit."""
     try:
         await store.load_scripts()
         if await store.may_go_back():

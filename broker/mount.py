@@ -1,7 +1,7 @@
-"""Being a part of an aiohttp application: the whole service under a prefix of it, as many times as wanted.
+"""Make the service a part of an aiohttp application: under a prefix of it, as many times as wanted.
 
-`setup` is for other people's applications; `broker serve` is the smallest of them. What the service consists of is
-`broker.app`'s.
+`setup` is for applications of others; `broker serve` is the smallest such application. The parts of the service are
+built in `broker.app`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _PARTS = web.AppKey("broker_parts", list[web.Application])
-"""The brokers of an application, which drain together."""
+"""The brokers of an application, which drain at the same time."""
 
 
 def setup(
@@ -51,34 +51,35 @@ def setup(
     identify: Identify | None = None,
     on_end: OnEnd | None = None,
 ) -> None:
-    """Put the whole service under a prefix of an application, for as long as that runs.
+    """Put the whole service under a prefix of an application, for the life of the application.
 
-    Everything starts with the application and ends with it: while it shuts down, nothing new is claimed, and running
-    answers have ``settings.drain_timeout`` seconds to finish. Called again with another prefix, it adds another broker.
+    The service starts with the application and ends with it: while the application shuts down, nothing new is claimed,
+    and running answers have ``settings.drain_timeout`` seconds to finish. Another call with another prefix adds
+    another broker.
 
     Args:
-        app: not started yet.
-        prefix: such as ``/ai``. Empty, or ``/``, makes all of the application the broker's: its checks and its form of
-            errors then hold for every request, and there can be only one.
-        settings: ``host`` says where the application listens, as far as that matters. With a loopback address, other
-            names in ``Host`` are refused, and without a ``redis_url`` a Valkey is run for the life of the application.
-            Where it is not given, `setup` does not know, so it does neither. ``port``, ``workers``, ``log_level`` and
-            ``log_format`` are for ``broker serve`` alone.
-        identify: is given the request to ``/prepare``, ``/models`` or ``/usage`` and says who it is from: a `Client`,
-            by whose name all is counted. It may be a coroutine function, and has ten seconds. A `web.HTTPException`
-            that it raises is answered in our form of errors, with its status and text; anything else is a 500. Without
-            it, clients are told apart by API keys, tokens and addresses, as the settings say.
-        on_end: is awaited with a `Result` for every answer that was begun in this process and has ended, however it
-            ended; a session that was cancelled before it was claimed is none. Best effort: a call has ten seconds,
-            32 run at once, and what it raises is logged and changes nothing. A process that is killed tells nothing.
-            While the application shuts down, its results are awaited for ten seconds, before any clean-up.
+        app: the application, not started yet.
+        prefix: such as ``/ai``. Empty, or ``/``, makes the whole application the broker's: its checks and its form of
+            errors then apply to every request, and there can be only one broker.
+        settings: ``host`` is the address on which the application listens. With a loopback address, other names in
+            ``Host`` are refused, and without a ``redis_url`` an embedded Valkey runs for the life of the application.
+            Without ``host``, the address is unknown, and neither is done. ``port``, ``workers``, ``log_level`` and
+            ``log_format`` apply only to ``broker serve``.
+        identify: is called with a request to ``/prepare``, ``/models`` or ``/usage`` and returns its `Client`, by whose
+            name everything is counted. It may be a coroutine function, and has ten seconds. A `web.HTTPException` that
+            it raises is answered in our form of errors, with its status and text; any other exception is a 500. Without
+            it, clients are identified by API keys, tokens and addresses, according to the settings.
+        on_end: is awaited with a `Result` for every answer that was started in this process and has ended, in any way.
+            A session that was cancelled before its claim has no result. Best effort: a call has ten seconds, 32 run at
+            the same time, and exceptions are logged and change nothing. A process that is killed gives no results.
+            While the application shuts down, results are awaited for ten seconds, before any clean-up.
 
     Raises:
-        SettingsError: a setting that is needed is missing, or cannot be served.
+        SettingsError: a setting that is needed is missing, or is not supported.
         ValueError: the prefix does not begin with a slash.
     """
     _check(prefix, settings)
-    app.cleanup_ctx.append(partial(_telling, settings, open_door(settings) if identify is None else None))
+    app.cleanup_ctx.append(partial(_logging, settings, open_door(settings) if identify is None else None))
     mount(app, prefix, settings, identify=identify, on_end=on_end)
 
 
@@ -90,14 +91,14 @@ def mount(
     identify: Identify | None = None,
     on_end: OnEnd | None = None,
 ) -> web.Application:
-    """Do what `setup` promises, without its checks and warnings; return the part that is the broker's."""
+    """Do the work of `setup` without its checks and warnings, and return the broker's part of the application."""
     prefix = prefix.rstrip("/")
     part = web.Application() if prefix else app
     add_web(part, settings, prefix=prefix)
     if prefix:
         app.add_subapp(prefix, part)
-    # Of the outer application, whose clean-up contexts end in the opposite order: what was set up before the broker, a
-    # database for one, outlives it. Those of a sub-application would end after all others.
+    # These are of the outer application, whose clean-up contexts end in the opposite order: what was set up before the
+    # broker, such as a database, outlives it. Those of a sub-application would end after all others.
     app.cleanup_ctx.append(partial(_running, part, settings, identify, on_end))
     if _PARTS not in app:
         app[_PARTS] = []
@@ -107,10 +108,10 @@ def mount(
 
 
 def _check(prefix: str, settings: Settings) -> None:
-    """Check what no setting can tell by itself, before anything is added to the application.
+    """Check the settings against this use, before anything is added to the application.
 
     Raises:
-        SettingsError: something that is needed is not set.
+        SettingsError: a setting that is needed is not set.
         ValueError: the prefix does not begin with a slash.
     """
     if prefix and not prefix.startswith("/"):
@@ -129,8 +130,8 @@ def _check(prefix: str, settings: Settings) -> None:
 
 
 @asynccontextmanager
-async def _telling(settings: Settings, warning: str | None, _app: web.Application) -> AsyncIterator[None]:
-    """Find out where our lines go, and warn of settings that do not do what they seem to."""
+async def _logging(settings: Settings, warning: str | None, _app: web.Application) -> AsyncIterator[None]:
+    """Find out where the broker's log lines go, and warn of settings that do not do what they seem to."""
     log_into_application(settings.secrets)
     for sentence in (warning, *contradictions(settings)):
         if sentence is not None:
@@ -148,7 +149,7 @@ async def _running(
     on_end: OnEnd | None,
     app: web.Application,
 ) -> AsyncIterator[None]:
-    """Run the service of one part."""
+    """Run the service of one part of the application."""
     clients = (
         partial(ApplicationClients, app=app, identify=identify) if identify is not None else ClientResolver
     )
@@ -163,11 +164,11 @@ async def _running(
 
 
 async def _drain_all(app: web.Application) -> None:
-    """Let what runs come to its end; all brokers of an application at once, so that it takes no longer for two."""
+    """Drain all brokers of an application at the same time, so that two take no longer than one."""
     ends = await asyncio.gather(*(_drain(part) for part in app[_PARTS]), return_exceptions=True)
     for end in ends:
         if isinstance(end, Exception):
-            log.error("draining failed", exc_info=end)  # the application closes all the same
+            log.error("draining failed", exc_info=end)  # the application is closed all the same
 
 
 async def _drain(part: web.Application) -> None:

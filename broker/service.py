@@ -1,6 +1,6 @@
-"""Running the service as a process: its loop, its signals, its listener, and the order in which it ends.
+"""Run the service as a process: its event loop, its signals, its listener, and the order of its shutdown.
 
-What the service consists of is `broker.app`'s.
+The parts of the service are built in `broker.app`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = structlog.get_logger(__name__)
 _OF_EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
 
 BACKLOG = 4096
-"""Connections that may wait to be accepted: pages that lost a worker all come at once."""
+"""Connections that may wait to be accepted, because all pages of a lost worker reconnect at the same time."""
 
 
 def serve(
@@ -45,21 +45,21 @@ def serve(
     rehearsal: bool,
     embedded: bool,
 ) -> int:
-    """Run the service until it is told to stop; returns the exit status.
+    """Run the service until it is stopped, and return the exit status.
 
     Args:
-        settings: all of them.
-        load: reads them again, for the secrets that have changed; raises `SettingsError`.
+        settings: all settings.
+        load: reads all settings again, for changed secrets; raises `SettingsError`.
         say: shows a line to the person who started it.
-        rehearsal: run a scripted upstream beside the service and use that.
-        embedded: run a Valkey of our own even where the service can be reached from outside.
+        rehearsal: run a scripted upstream beside the service and use it.
+        embedded: run an embedded Valkey even where the service can be reached from outside.
     """
     _raise_file_limit()
     with _embedded_store(settings, wanted=embedded or settings.redis_url is None) as redis_url:
         runner = _new_runner()
         with runner:
             status = runner.run(_serve(settings, redis_url, load=load, say=say, rehearsal=rehearsal))
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the loop is about to hand it back to the system
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the loop is about to restore the default
             return status
 
 
@@ -86,14 +86,14 @@ async def _serve(
         runner = Runner(app)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        await stack.enter_async_context(_secrets_kept_fresh(settings, load, app))
+        await stack.enter_async_context(_reloading_secrets(settings, load, app))
         site = web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)
         await site.start()
-        say(_where(runner, settings))
-        _tell_where(runner, settings, rehearsal=rehearsal)
-        _calm_collector()
+        say(_address_line(runner, settings))
+        _log_address(runner, settings, rehearsal=rehearsal)
+        _relieve_collector()
         await stopping.wait()
-        await app.shutdown()  # drains, while the listener still tells the proxy and the pages of it
+        await app.shutdown()  # drains, while the listener still answers the proxy and the pages
         await site.stop()
     return 0
 
@@ -118,7 +118,7 @@ def _new_runner() -> asyncio.Runner:
 
 
 def _stop_on_signals() -> asyncio.Event:
-    """Set at the first SIGTERM or SIGINT. The second ends the process at once."""
+    """Return an event that the first SIGTERM or SIGINT sets. The second one ends the process at once."""
     stopping = asyncio.Event()
 
     def stop(number: int) -> None:
@@ -133,7 +133,7 @@ def _stop_on_signals() -> asyncio.Event:
 
 
 @asynccontextmanager
-async def _secrets_kept_fresh(
+async def _reloading_secrets(
     settings: Settings, load: Callable[[], Settings], app: web.Application
 ) -> AsyncIterator[None]:
     """Read the secrets and the system message again at SIGHUP, which never ends the service.
@@ -162,7 +162,7 @@ async def _secrets_kept_fresh(
 
 
 def _raise_file_limit() -> None:
-    """Each stream takes two files, and the usual soft limit of 1024 is for programs that use `select`."""
+    """Raise the limit of open files. Each stream needs two, and the usual limit is made for programs with `select`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         try:
@@ -171,20 +171,20 @@ def _raise_file_limit() -> None:
             log.warning("the limit on open files stays low", limit=soft)
 
 
-def _calm_collector() -> None:
-    """Keep the garbage collector off everything that lives as long as the process.
+def _relieve_collector() -> None:
+    """Exclude objects that live as long as the process from garbage collection.
 
-    With openai imported a full collection stops the loop for 49 ms, and after a freeze for 0.001 (measured); what the
-    service makes itself is freed by its reference counts.
+    With openai imported a full collection stops the loop for 49 ms, and after a freeze for 0.001 (measured); objects
+    of the service itself are freed by their reference counts.
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 
 
-def _where(runner: web.AppRunner, settings: Settings) -> str:
-    """Where it can be opened, as one line for the person who started it, whatever the logs look like."""
-    # Of "every address" none can be opened in a browser.
+def _address_line(runner: web.AppRunner, settings: Settings) -> str:
+    """Return the address to open, as one line for the person who started it, whatever the form of the logs."""
+    # "Every address" cannot be opened in a browser.
     host = _OF_EVERY_ADDRESS.get(settings.host, settings.host)
     verb = "Open" if settings.page else "Listening at"
     return f"{verb} {_url(host, _port(runner, settings))}"
@@ -198,15 +198,15 @@ def _port(runner: web.AppRunner, settings: Settings) -> int:
     return int(runner.addresses[0][1]) if runner.addresses else settings.port
 
 
-def _tell_where(runner: web.AppRunner, settings: Settings, *, rehearsal: bool) -> None:
+def _log_address(runner: web.AppRunner, settings: Settings, *, rehearsal: bool) -> None:
     url = _url(settings.host, _port(runner, settings))
-    log.info("listening", url=url, rehearsal=rehearsal, **_what_is_on(settings))
+    log.info("listening", url=url, rehearsal=rehearsal, **_limits_in_force(settings))
     if (warning := open_door(settings)) is not None:
         log.warning(warning)
 
 
-def _what_is_on(settings: Settings) -> dict[str, str]:
-    """The limits in force, for the one line at the start."""
+def _limits_in_force(settings: Settings) -> dict[str, str]:
+    """Return the limits in force, for the one line at the start."""
     limits = {
         "rate": f"{settings.rate_limit.count}/{settings.rate_limit.seconds}s",
         "streams": str(settings.max_concurrent_streams),

@@ -1,6 +1,6 @@
-"""The system message that an operator puts before every conversation: read from its file, and again when that changes.
+"""The operator's system message, which is put before every conversation. Its file is read again when it changes.
 
-Where it goes in a request is in `broker/core/system.py`. Its text is never logged.
+Its place in a request is in `broker/core/system.py`. Its text is never logged.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ log = structlog.get_logger(__name__)
 
 
 class SystemMessage:
-    """The system message for everybody.
+    """The system message for all clients.
 
     Args:
         path: its file; None where there is none.
         clock: seconds that only go forward.
 
     Raises:
-        SettingsError: the file cannot be used. Once it could, a later one that cannot leaves the old text in force.
+        SettingsError: the file cannot be used. Later, an unusable file leaves the old text in force.
     """
 
     def __init__(self, path: Path | None, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -46,13 +46,13 @@ class SystemMessage:
 
     @property
     def text(self) -> str | None:
-        """The text of now, None where there is none. Looks at the file at most once a second."""
+        """The current text; None where there is none. Checks the file at most once a second."""
         if self._file is not None:
             self._take(self._file.changed())
         return self._text
 
     def read_again(self) -> None:
-        """Read the file now, whether or not it seems to have changed."""
+        """Read the file now, whether or not it has changed."""
         if self._file is not None:
             self._take(self._file.read_again())
 

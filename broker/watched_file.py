@@ -1,4 +1,4 @@
-"""A file of the operator's that is read again when it changes, without a task of its own."""
+"""A file of the operator that is read again when it changes, without a task of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LOOK_EVERY = 1.0
-"""Seconds between looks at a file, where it is asked for that often."""
+"""Seconds between two checks of a file."""
 
 T = TypeVar("T")
 
@@ -22,12 +22,12 @@ log = structlog.get_logger(__name__)
 
 
 class WatchedFile(Generic[T]):
-    """Reads a file when it has changed. One that cannot be used changes nothing, and is logged once.
+    """Reads a file when it has changed. An unusable file changes nothing, and is logged once.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         read: reads it; raises `SettingsError` where it cannot be used.
-        refusal: the line in the log for a file that cannot be used.
+        refusal: the log line for an unusable file.
         clock: seconds that only go forward.
     """
 
@@ -48,20 +48,20 @@ class WatchedFile(Generic[T]):
         self._refused: FileState | None = None
 
     def changed(self) -> T | None:
-        """Return what the file holds if it is good and has changed since it was returned last, else None.
+        """Return the contents if they are usable and have changed since the last call, else None.
 
-        Looks at the file at most once in `LOOK_EVERY` seconds.
+        Checks the file at most once in `LOOK_EVERY` seconds.
         """
         now = self._clock()
         if now < self._look_at:
             return None
         self._look_at = now + LOOK_EVERY
-        # Taken first, so that a change during the reading is seen at the next look.
+        # Taken before reading, so that a change meanwhile is seen at the next check.
         state = file_state(self._path)
         return self._take(state) if state != self._used else None
 
     def read_again(self) -> T | None:
-        """Return what the file holds if it is good, whether or not it has changed."""
+        """Return the contents if they are usable, whether or not they have changed; else None."""
         self._refused = None
         return self._take(file_state(self._path))
 
@@ -81,7 +81,7 @@ FileState = tuple[int, ...]
 
 
 def file_state(path: Path) -> FileState:
-    """Return what tells one version of a file from another; empty where there is no file."""
+    """Return the version of a file; empty where there is no file."""
     try:
         found = path.stat()
     except OSError:

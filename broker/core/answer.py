@@ -1,7 +1,7 @@
 """Collect the facts of an answer from its chunks, as they pass. No I/O, no clock.
 
-The broker relays a chunk as it is and reads only what it needs for itself: whether the answer is finished or has
-failed, what it cost, and how much text there was, for an estimate where nobody tells the usage.
+The broker relays chunks unchanged and reads only what it needs itself: whether the answer is finished or has failed,
+what it cost, and how much text there was, for an estimate where the upstream reports no usage.
 
 The shape of a chunk depends on the dialect: see `chat_answer` and `responses_answer`. This module has what both share:
 it reads foreign JSON, counts text, and turns failures into errors.
@@ -29,7 +29,7 @@ _NOTHING = frozenset({b"", b"null"})
 _ENDS = frozenset({DONE, b'"[DONE]"', b"'[DONE]'"})
 
 _MAX_LENIENT = 1024 * 1024
-"""Bytes of a chunk that is no strict JSON and is read all the same."""
+"""Bytes of a chunk that is not strict JSON and is parsed leniently."""
 
 _MAX_LENIENT_VALUES = 20_000
 """Values of such a chunk."""
@@ -39,21 +39,21 @@ _SOUNDS = frozenset({"audio", "input_audio", "output_audio"})
 
 
 class Answer(ABC):
-    """The facts of one answer, fed by `read`.
+    """The facts of one answer, which `read` collects.
 
     Args:
-        secrets: words that no error's message may carry.
-        clock: tells the seconds since 1970, for errors that name a time.
+        secrets: texts that no error message may contain.
+        clock: returns the seconds since 1970, for errors that name a time.
 
     Attributes:
-        model, provider, generation_id: as the upstream names them, None until it does.
-        finish_reason, native_finish_reason: the last that were not empty.
-        usage: the upstream's own object where it is final: it came with or after the end or an error.
-        interim_usage: the last one that came earlier; at least so much was used.
-        text_bytes: UTF-8 bytes of what the model wrote: text, reasoning (encrypted too), tool calls, annotations.
+        model, provider, generation_id: as the upstream names them; None until it does.
+        finish_reason, native_finish_reason: the last ones that were not empty.
+        usage: the upstream's final usage object: it came with or after the end or an error.
+        interim_usage: the last usage object before that; the real usage is not lower.
+        text_bytes: UTF-8 bytes that the model wrote: text, reasoning (encrypted too), tool calls, annotations.
         media: images and sounds that it made.
-        complete: all of the answer has been read.
-        over: the answer has ended or failed; whatever follows is read for its usage alone.
+        complete: the complete answer has been read.
+        over: the answer has ended or failed; further events are read only for their usage.
     """
 
     __slots__ = (
@@ -111,11 +111,11 @@ class Answer(ABC):
         """Read the data of one upstream event.
 
         Returns:
-            What is to be relayed of it, None for nothing.
+            The bytes to relay; None for nothing.
 
         Raises:
-            UpstreamError: the event tells of a failure, or is no JSON object. Once the answer is finished neither is
-                raised.
+            UpstreamError: the event reports a failure, or is not a JSON object. After the finish of the answer neither
+                is raised.
         """
         if self.complete:
             return None
@@ -150,10 +150,10 @@ class Answer(ABC):
         """Read a whole answer that came as one JSON document instead of a stream.
 
         Returns:
-            A chunk that tells all of it, None where the document is no answer.
+            A chunk with all of it; None where the document is not an answer.
 
         Raises:
-            UpstreamError: it tells of a failure.
+            UpstreamError: it reports a failure.
         """
 
     def accept_usage(self) -> None:  # noqa: B027 - a dialect may have nothing to do
@@ -164,7 +164,7 @@ class Answer(ABC):
         """Read one chunk. Returns and raises what `read` does."""
 
     def _fail(self, fault: UpstreamError | None, *, finished: bool | None = None) -> None:
-        """Raise the fault, unless the answer had been finished before it came."""
+        """Raise the fault, unless the answer was finished before."""
         self.over = True
         if not (self.finished if finished is None else finished):
             raise fault or UpstreamFailed()
@@ -197,19 +197,19 @@ class Answer(ABC):
                         stack.append(inner)
 
     def _count_sound(self, sound: dict[str, Any]) -> None:
-        # It comes in many pieces and is one sound all the same.
+        # A sound comes in many pieces and counts once.
         if sound.get("data") and not self._has_sound:
             self._has_sound = True
             self.media += 1
 
 
 def says_nothing(data: bytes) -> bool:
-    """Return True for an event that only keeps the line open: empty, or ``null``."""
+    """Return True for an event that only keeps the connection open: empty, or ``null``."""
     return data.strip() in _NOTHING
 
 
 def is_readable(data: bytes) -> bool:
-    """Return True if `read` would not call this data invalid."""
+    """Return True if `read` accepts this data."""
     word = data.strip()
     if word in _NOTHING or word in _ENDS:
         return True
@@ -221,9 +221,9 @@ def is_readable(data: bytes) -> bool:
 
 
 def parse_relayed(data: bytes) -> dict[str, Any]:
-    """Return a chunk that was relayed as a page's JSON parser reads it, half a surrogate pair included.
+    """Parse a relayed chunk like a page's JSON parser, including half surrogate pairs.
 
-    Empty where this cannot be done.
+    Returns an empty object where that is not possible.
     """
     try:
         chunk = orjson.loads(data)
@@ -236,10 +236,10 @@ def parse_relayed(data: bytes) -> dict[str, Any]:
 
 
 def parse_chunk(data: bytes) -> tuple[bytes, dict[str, Any]]:
-    """Return a chunk as bytes that a JSON parser of a page will read alike, and as JSON.
+    """Parse a chunk, and return it as bytes that a page's JSON parser reads alike, and as an object.
 
     Raises:
-        UpstreamInvalid: it is no JSON object, or too large.
+        UpstreamInvalid: it is not a JSON object, or is too large.
     """
     if is_too_large_to_parse(data):
         raise UpstreamInvalid
@@ -248,17 +248,17 @@ def parse_chunk(data: bytes) -> tuple[bytes, dict[str, Any]]:
     except orjson.JSONDecodeError:
         data, chunk = _parse_leniently(data)
     if isinstance(chunk, list) and len(chunk) == 1 and isinstance(chunk[0], dict) and chunk[0].get("error"):
-        chunk = chunk[0]  # as Gemini's own endpoint tells an error
+        chunk = chunk[0]  # the form of errors of Gemini's own endpoint
     if not isinstance(chunk, dict):
         raise UpstreamInvalid
     return data, chunk
 
 
 def _parse_leniently(data: bytes) -> tuple[bytes, Any]:
-    # Half a surrogate pair, as a model that is cut between tokens writes it, and a number beyond all floats are fine
-    # for a page's JSON.parse and not for orjson. Bytes that are no UTF-8 become U+FFFD, as the event stream format
-    # itself decodes them. What we read for ourselves may have to be written again, so there it is made harmless.
-    # Each number is a call of ours here, and so is each text a copy.
+    # A page's JSON.parse accepts half a surrogate pair, which a model writes when it is cut between tokens, and numbers
+    # beyond the range of floats; orjson does not. Invalid UTF-8 becomes U+FFFD, as the event stream format decodes it.
+    # Values that the broker reads may be written again, so they are made harmless here. Each number costs a Python
+    # call, and each text a copy.
     if len(data) > _MAX_LENIENT or is_too_large_to_parse(data, most_values=_MAX_LENIENT_VALUES):
         raise UpstreamInvalid
     text = data.decode("utf-8", "replace")
@@ -286,7 +286,7 @@ def _finite(digits: str) -> int | float | None:
 
 
 def text_of(value: object) -> str | None:
-    """Return a name, an id or a reason, cut; None for what is no text or empty."""
+    """Return a name, an id or a reason, cut to a limit; None for an empty one or another value."""
     return bounded_text(value) if isinstance(value, str) and value else None
 
 

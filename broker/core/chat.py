@@ -1,4 +1,4 @@
-"""A chat request, from an untrusted JSON document to a value that the rest can rely on."""
+"""Parse an untrusted JSON document into a valid chat request."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class ChatRequest:
     """A valid request. It shares its parts with its document; neither is ever changed.
 
     Attributes:
-        model: the one that is asked first.
-        messages: as they came, at least one.
-        parameters: everything else that goes upstream, as it came; no value is null.
+        model: the model that is asked first.
+        messages: the messages, unchanged, at least one.
+        parameters: all other parameters for the upstream, unchanged; no value is null.
     """
 
     field: ClassVar[str] = "messages"
-    # The older name first: it is the one that every compatible server knows.
+    # The older name is first, because every compatible server knows it.
     caps: ClassVar[tuple[str, ...]] = ("max_tokens", "max_completion_tokens")
 
     model: str
@@ -70,7 +70,7 @@ class ChatRequest:
         return reachable_models(self.model, self.parameters)
 
     def with_system(self, text: str | None) -> ChatRequest:
-        """Return this request with an operator's system message before it, where there is one."""
+        """Return this request with an operator's system message before it, if there is one."""
         return replace(self, messages=with_system_message(self.messages, text))
 
     def image_addresses(self) -> Iterator[tuple[str, str]]:
@@ -100,7 +100,7 @@ class ChatRequest:
         messages = [_without_gaps(self.messages[index]) for index in kept]
         body = {"model": self.model, "messages": messages, **self.parameters}
         body.pop("usage", None)
-        # what is left of the page's own options was opened by the operator
+        # the page's options that are left were opened by the operator
         options = body.get("stream_options") or {}
         options = {name: value for name, value in options.items() if name not in OURS_IN_STREAM_OPTIONS}
         return body | {"stream": True, "stream_options": {**options, "include_usage": True}}
@@ -111,7 +111,7 @@ def parse_chat(document: Any, rules: RequestRules) -> ChatRequest:
 
     Raises:
         InvalidRequest: with at most ``MAX_DETAILS`` details, which name fields and never quote values.
-        ModelNotAllowed: naming the first model that the rules do not allow.
+        ModelNotAllowed: with the first model that the rules do not allow.
     """
     given = given_parameters(document)
     refuse(too_many(given, "messages", rules.max_messages))
@@ -140,7 +140,7 @@ def _wrong_together(given: Mapping[str, Any], extra_parameters: tuple[str, ...])
 
 
 def _without_gaps(message: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the null that a page has before the first tool call where a provider counts them from 1."""
+    """Remove the null that a page has before the first tool call where a provider counts them from 1."""
     calls = message.get("tool_calls")
     if not calls or None not in calls:
         return message

@@ -1,8 +1,8 @@
-"""An answer in the dialect of chat completions: chunks with choices, of which each has a delta.
+"""Read an answer in the dialect of chat completions: chunks with choices that have deltas.
 
-A finish reason is a promise that may be broken: some services send one with every piece of reasoning and go on with
-the text. So content that follows takes it back, and with it the usage that came so far. A usage beside content that
-it does not count is never final.
+A finish reason may be wrong: some services send one with every piece of reasoning and then continue with the text. So
+later content revokes it, and the usage that came so far is not final. A usage in a chunk with content that it does not
+count is never final.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 _MAY_FAIL = frozenset({"error", "error_message", "base_resp"})
-"""Keys of a chunk that tell of a failure, where they are not empty."""
+"""Keys of a chunk that report a failure, if they are not empty."""
 
 _COUNTED = (
     *("prompt_tokens", "completion_tokens", "total_tokens"),
     *("cost", "cost_in_usd_ticks", "is_byok", "cost_details"),
     *("prompt_tokens_details", "completion_tokens_details"),
 )
-"""Members of a usage object that are kept in any case: what an answer costs is counted by them."""
+"""Members of a usage object that are always kept, because the cost is computed from them."""
 
 _MARKS = frozenset({"annotations", "citations"})
 
@@ -36,7 +36,7 @@ _MARKS = frozenset({"annotations", "citations"})
 class ChatAnswer(Answer):
     """The facts of one chat completion.
 
-    It is complete once the upstream said `[DONE]`, or its body has ended behind a finish reason.
+    It is complete once the upstream sent `[DONE]`, or its body has ended after a finish reason.
     """
 
     __slots__ = ("_deltas", "_quiet_usage", "_reason_stands", "_reason_was_wrong", "_wrote")
@@ -48,35 +48,35 @@ class ChatAnswer(Answer):
     def __init__(self, secrets: tuple[str, ...] = (), clock: Callable[[], float] | None = None) -> None:
         super().__init__(secrets, clock)
         self._reason_stands = False
-        # Content came after a finish reason, so none is trusted before the end.
+        # Content came after a finish reason, so finish reasons are not trusted before the end.
         self._reason_was_wrong = False
-        self._quiet_usage = False  # the interim usage is final if the answer ends here
+        self._quiet_usage = False  # the interim usage is final if the answer ends now
         self._deltas = False
         self._wrote = False  # this chunk has content
 
     @property
     def finished(self) -> bool:
-        """Whether a clean end has been announced; either sign of it is enough."""
+        """True if a clean end has been announced, by `[DONE]` or by a finish reason."""
         return self.complete or self._reason_stands
 
     def read_mark(self) -> None:
-        """Learn that the upstream said `[DONE]`."""
+        """Note that the upstream sent `[DONE]`."""
         self._complete()
 
     def end(self) -> bool:
-        """Learn that the body has ended cleanly. Returns True if the answer is whole."""
+        """Note that the body has ended cleanly. Returns True if the answer is complete."""
         if not self.complete and self.finish_reason is not None:
             self._complete()
         return self.complete
 
     def read_whole(self, document: dict[str, Any]) -> bytes | None:
-        """Learn from a whole JSON completion that came in place of a stream.
+        """Read a complete JSON completion that came in place of a stream.
 
         Returns:
-            A chunk whose delta is the message, None where the completion has no choices.
+            A chunk whose delta is the message; None where the completion has no choices.
 
         Raises:
-            UpstreamError: it tells of a failure.
+            UpstreamError: it reports a failure.
         """
         choices = document.get("choices")
         if not isinstance(choices, list):
@@ -86,7 +86,7 @@ class ChatAnswer(Answer):
         if "object" in chunk:
             chunk["object"] = "chat.completion.chunk"
         if isinstance(chunk.get("usage"), dict):
-            # What cannot be written is left out.
+            # Members that cannot be written are left out.
             chunk["usage"] = bounded_object(chunk["usage"], first=_COUNTED)
         try:
             data = orjson.dumps(chunk)
@@ -138,7 +138,7 @@ class ChatAnswer(Answer):
         self.accept_usage()
 
     def accept_usage(self) -> None:
-        """Learn that nothing more comes: the usage that came with the last content is final."""
+        """Note that nothing more comes: the usage that came with the last content is final."""
         if self.usage is None and self._quiet_usage:
             self.usage, self.interim_usage = self.interim_usage, None
 
@@ -154,8 +154,8 @@ class ChatAnswer(Answer):
             self._quiet_usage = True
             is_final = self.over or self._reason_stands
         else:
-            # Some give a finish reason and a usage of zeros with every chunk. A usage that does not count the content
-            # beside it tells nothing of the whole; and once such a finish reason was wrong, only the end decides.
+            # Some services send a finish reason and a usage of zeros with every chunk. A usage that does not count the
+            # content beside it says nothing about the whole. And after a wrong finish reason, only the end decides.
             self._quiet_usage = self._reason_stands and bool(completion_of(usage) or reported_cost(usage))
             is_final = self._quiet_usage and not self._reason_was_wrong
         if is_final:
@@ -173,7 +173,7 @@ class ChatAnswer(Answer):
         if isinstance(delta, dict) and delta:
             self._deltas = True
             content = delta.get("content")
-            # a role and a content: nearly every delta
+            # nearly every delta has only a role and a content
             if (
                 content
                 and isinstance(content, str)
@@ -184,7 +184,7 @@ class ChatAnswer(Answer):
             elif content or len(delta) > 1 or "content" not in delta:
                 self._read_delta(delta)
         elif not self._deltas and (message := in_place_of_delta(choice)) is not None:
-            # Behind deltas it is the answer so far, told again.
+            # After deltas, a message repeats the answer so far.
             self._read_delta(message)
         reason = choice.get("finish_reason")
         if reason and isinstance(reason, str):
@@ -196,7 +196,7 @@ class ChatAnswer(Answer):
             self._reason_stands = True
 
     def _go_on(self) -> None:
-        """Take back a finish reason: the model has written on."""
+        """Revoke a finish reason, because the model has written more."""
         self._wrote = True
         self._quiet_usage = False
         if self._reason_stands:
@@ -206,11 +206,11 @@ class ChatAnswer(Answer):
             self.usage = None
 
     def _read_delta(self, delta: Mapping[str, Any]) -> None:
-        """Count every string of a delta or a message. Linear, and without recursion."""
+        """Count all strings of a delta or a message, in linear time and without recursion."""
         written, media = self.text_bytes, self.media
         self._count({key: value for key, value in delta.items() if key not in _MARKS})
         told = tellings(delta)
-        if len(told) > 1:  # the same thoughts, told several times
+        if len(told) > 1:  # the same reasoning under several names
             sizes = [size_of(text) for text in told]
             self.text_bytes -= sum(sizes) - max(sizes)
         if self.text_bytes > written or self.media > media:
@@ -219,7 +219,7 @@ class ChatAnswer(Answer):
 
 
 def _native_reason(chunk: dict[str, Any]) -> object:
-    """The provider's own reason of the choice that failed."""
+    """Return the provider's own reason of the choice that failed."""
     choices = chunk.get("choices")
     for choice in choices if isinstance(choices, list) else ():
         if isinstance(choice, dict) and choice.get("finish_reason"):
@@ -228,7 +228,7 @@ def _native_reason(chunk: dict[str, Any]) -> object:
 
 
 def _as_delta(choice: object) -> object:
-    """A choice of a completion as a choice of a chunk."""
+    """Return a choice of a completion as a choice of a chunk."""
     if not isinstance(choice, dict) or "message" not in choice:
         return choice
     piece = {key: value for key, value in choice.items() if key not in {"message", "delta"}}

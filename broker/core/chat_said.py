@@ -1,7 +1,7 @@
-"""What a chunk of a chat says: text, reasoning, tool calls. No I/O.
+"""Read the contents of a chat chunk for people: text, reasoning, tool calls. No I/O.
 
-Services write the same thing in many shapes: a message in place of a delta, text as a list of parts, reasoning under
-several names. What has an unknown shape says nothing. An answer is counted by the same rules, in `chat_answer`.
+Services write the same contents in many shapes: a message in place of a delta, text as a list of parts, reasoning under
+several names. An unknown shape gives nothing. An answer is counted by the same rules, in `chat_answer`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _REASONING: Final = ("reasoning", "reasoning_content", "reasoning_text")
-_DEEPEST: Final = 6  # a part may hold a list of parts: thinking does
+_DEEPEST: Final = 6  # a part may hold a list of parts, as thinking does
 
 
 class Kind(Enum):
-    """What a piece of an answer is."""
+    """The kind of a piece of an answer."""
 
     TEXT = "text"
     REASONING = "reasoning"
@@ -27,27 +27,27 @@ class Kind(Enum):
 
 
 Piece = tuple[Kind, str]
-"""A piece of an answer: what it is, and its text. That of a picture is empty. A plain tuple, for there may be many."""
+"""A piece of an answer: its kind and its text, which is empty for a picture. A plain tuple: there may be many."""
 
 
 class DeltasUnknown(Exception):  # noqa: N818 - says what happened, as the tree of errors does
-    """A chunk holds a message that says something, and whether there were deltas before it is not known.
+    """A chunk has a message, and it is not known whether there were deltas before it.
 
-    In place of deltas it is a piece of the answer; behind deltas it is the answer so far, told again.
+    In place of deltas, a message is a piece of the answer. After deltas, it repeats the answer so far.
     """
 
 
 def said_in_chunk(chunk: Mapping[str, Any], deltas: bool | None) -> tuple[Said, bool | None]:
-    """Return what a chunk says, and whether it or one before it has a delta; None where that is not known.
+    """Return the contents of a chunk, and whether there has been a delta so far; None where that is unknown.
 
-    Of several choices only the first, number 0, is told.
+    Of several choices only the first, number 0, is read.
 
     Args:
-        chunk: parsed.
-        deltas: what was returned of the chunk before; False for the first chunk, None where it is not known.
+        chunk: the parsed chunk.
+        deltas: the value returned for the chunk before; False for the first chunk, None where unknown.
 
     Raises:
-        DeltasUnknown: `deltas` must be known to tell what this chunk says.
+        DeltasUnknown: `deltas` is None, but is needed for this chunk.
     """
     found: list[Said] = []
     for choice in _list(chunk.get("choices")):
@@ -61,7 +61,7 @@ def said_in_chunk(chunk: Mapping[str, Any], deltas: bool | None) -> tuple[Said, 
 
 
 def in_place_of_delta(choice: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return what a choice without a delta has in its place: a message, or the text of an old kind of completion."""
+    """Return what a choice has in place of a delta: a message, or the text of the old completions API."""
     message = choice.get("message")
     if isinstance(message, dict):
         return message
@@ -70,7 +70,7 @@ def in_place_of_delta(choice: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def pieces(delta: Mapping[str, Any]) -> list[Piece]:
-    """Return what a delta or a message says, reasoning first, without its tool calls."""
+    """Return the pieces of a delta or a message, reasoning first, without its tool calls."""
     told = max(tellings(delta), key=len, default="")
     found = [(Kind.REASONING, told), *_parts(delta.get("content")), *_parts(delta.get("refusal"))]
     found += [(Kind.PICTURE, "") for _ in _list(delta.get("images"))]
@@ -78,7 +78,7 @@ def pieces(delta: Mapping[str, Any]) -> list[Piece]:
 
 
 def tellings(delta: Mapping[str, Any]) -> list[str]:
-    """Return the reasoning of a delta under each name that it stands under. It is the same, so the longest is all."""
+    """Return the reasoning of a delta under each of its names. They repeat each other, so the longest is complete."""
     found = []
     for name in _REASONING:
         if told := delta.get(name):
@@ -115,7 +115,7 @@ def _said_in_delta(delta: Mapping[str, Any]) -> Said:
 
 
 def _parts(content: Any, kind: Kind = Kind.TEXT) -> list[Piece]:
-    """What a text says, or a list of parts, which are texts and objects with a type."""
+    """Return the pieces of a text, or of a list of parts, which are texts and objects with a type."""
     found: list[Piece] = []
     _add(found, content, kind, 0)
     return found

@@ -1,6 +1,6 @@
 """What the requests of all dialects share: the rules of the operator, and how faults are found and reported.
 
-A dialect has its own schema (`parameters`, `responses_parameters`) and rules of its own for values that do not go
+A dialect has its own schema (`parameters`, `responses_parameters`) and its own rules for values that do not fit
 together.
 """
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 MAX_DETAILS = 20
 
 MAX_PARAMETERS = 500
-"""Names at the top of a request. Each that we do not know is compared with the operator's globs."""
+"""Names at the top of a request. Each unknown one is compared with the operator's globs."""
 
-# A body of a megabyte can hold a hundred thousand faults; each one costs a dictionary.
+# A body of a megabyte can have a hundred thousand faults, and each one costs a dictionary.
 _MAX_FAULTS_READ = 1000
 _SHOWN_KEY_CHARACTERS = 64
-_KEY_MARK = "[key]"  # pydantic's word in a path for "the key itself, not its value"
+_KEY_MARK = "[key]"  # pydantic's step in a path for "the key itself, not its value"
 
 _SENTENCES = {
     "missing": "This is needed",
@@ -50,16 +50,15 @@ class RequestRules:
     """The rules of the operator.
 
     Attributes:
-        default_model: for requests that name none.
-        extra_parameters: globs (case-sensitive) of parameters that are taken beyond those every page may send:
-            by their own name (``plugins``, ``transforms``, ``debug`` and any that we do not know); ``n``,
-            ``modalities``, ``service_tier``, ``tools`` and ``tool_choice`` for those values of theirs that are
-            otherwise refused; ``:online``, ``:batch`` and ``@preset`` for models of that form; ``file``,
-            ``input_audio`` and ``video_url`` for such parts of a message; ``image_url.http`` for pictures that an
-            upstream other than OpenRouter would fetch; a dotted name such as ``messages.cache_control`` for a
-            nested key that we do not know. What is opened goes upstream as it came.
+        default_model: the model of requests that name none.
+        extra_parameters: globs (case-sensitive) of parameters that are accepted in addition to those of every page: by
+            their name (``plugins``, ``transforms``, ``debug`` and any unknown one); ``n``, ``modalities``,
+            ``service_tier``, ``tools`` and ``tool_choice`` for values that are otherwise refused; ``:online``,
+            ``:batch`` and ``@preset`` for models of that form; ``file``, ``input_audio`` and ``video_url`` for such
+            parts of a message; ``image_url.http`` for pictures that an upstream other than OpenRouter would fetch; a
+            dotted name such as ``messages.cache_control`` for an unknown nested key. Opened values are sent unchanged.
         allowed_models: globs (case-sensitive) of the models that a request may reach.
-        max_messages: how many messages, or items of an input, a request may hold.
+        max_messages: the largest number of messages, or of items of an input.
     """
 
     default_model: str | None
@@ -72,10 +71,10 @@ class Schema(NamedTuple):
     """The parameters of a dialect.
 
     Attributes:
-        kind: a typed dict of what every page may send.
+        kind: a typed dict of the parameters that every page may send.
         types: its adapter.
-        opened: adapter of what the broker must be able to read of opened parameters.
-        closable: known to everybody in a narrow form; opened by name they are passed through as they are.
+        opened: adapter of the opened parameters that the broker must be able to read.
+        closable: parameters that every page may send with limited values; opened by name, any value is sent unchanged.
     """
 
     kind: Any
@@ -88,7 +87,7 @@ def given_parameters(document: Any) -> dict[str, Any]:
     """Return the parameters of a request; one that is null counts as absent.
 
     Raises:
-        InvalidRequest: the document is no object, or has too many of them.
+        InvalidRequest: the document is not an object, or has too many parameters.
     """
     if not isinstance(document, dict):
         raise InvalidRequest(details=[fault("body", "The body must be a JSON object")])
@@ -98,10 +97,10 @@ def given_parameters(document: Any) -> dict[str, Any]:
 
 
 def take_model(given: dict[str, Any], rules: RequestRules) -> str:
-    """Take the model that is asked first out of the parameters.
+    """Remove the model that is asked first from the parameters, and return it.
 
     Raises:
-        InvalidRequest: none is named, and there is no default one.
+        InvalidRequest: none is named, and there is no default model.
     """
     model: str | None = given.pop("model", None) or rules.default_model
     if not model:
@@ -110,7 +109,7 @@ def take_model(given: dict[str, Any], rules: RequestRules) -> str:
 
 
 def reachable_models(model: str, parameters: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return every model that may serve a request: ``model``, then the rest of ``models``."""
+    """Return every model that may serve a request: ``model``, then those of ``models``."""
     return tuple(dict.fromkeys((model, *parameters.get("models", ()))))
 
 
@@ -118,7 +117,7 @@ def check_models(models: Iterable[str], rules: RequestRules) -> None:
     """Check that a request can reach only models that the rules allow.
 
     Raises:
-        ModelNotAllowed: naming the first that they do not.
+        ModelNotAllowed: with the first model that is not allowed.
     """
     for model in models:
         if not any(fnmatchcase(model, glob) for glob in rules.allowed_models):
@@ -145,7 +144,7 @@ def too_many(given: Mapping[str, Any], field: str, limit: int) -> list[Fault]:
 
 
 def wrong_parameters(given: dict[str, Any], schema: Schema, extra_parameters: tuple[str, ...]) -> list[Fault]:
-    """Return what is wrong with the types and ranges of parameters, each by itself."""
+    """Return the faults in types and ranges of single parameters."""
     opened = _opened(given, schema, extra_parameters)
     checked = {name: value for name, value in given.items() if name not in opened}
     if nested := Opened(extra_parameters):
@@ -168,10 +167,10 @@ def wrong_models(given: Mapping[str, Any], extra_parameters: tuple[str, ...]) ->
 
 
 def wrong_parts(parts: Iterable[tuple[str, str]], extra_parameters: tuple[str, ...]) -> list[Fault]:
-    """Return the parts that are not open.
+    """Return the faults of parts that are not open.
 
     Args:
-        parts: place and type of each.
+        parts: place and type of each part.
         extra_parameters: the operator's globs.
     """
     return [
@@ -184,14 +183,14 @@ def wrong_parts(parts: Iterable[tuple[str, str]], extra_parameters: tuple[str, .
 def refuse_fetched_images(addresses: Iterable[tuple[str, str]], extra_parameters: tuple[str, ...]) -> None:
     """Refuse pictures that are not in the request itself, unless an operator opened them.
 
-    For an upstream other than OpenRouter: a server of one's own would fetch them from addresses of its own network.
+    This is for upstreams other than OpenRouter: such a server would fetch addresses of its own network.
 
     Args:
         addresses: place and address of each picture.
         extra_parameters: the operator's globs.
 
     Raises:
-        InvalidRequest: naming each address, never quoting it.
+        InvalidRequest: with the place of each address, never with the address.
     """
     if is_open(FETCHED_IMAGES, extra_parameters):
         return
@@ -252,7 +251,7 @@ def _model_forms(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _forms(model: str) -> set[str]:
-    """``{":free", ":online", "@preset"}`` of ``a/b:free:Online@preset/c``."""
+    """Return ``{":free", ":online", "@preset"}`` for ``a/b:free:Online@preset/c``."""
     name = model.lower()
     suffixes = name.replace(PRESET, f":{PRESET}").split(":")[1:]
     return {f":{suffix}" for suffix in suffixes} | ({PRESET} if PRESET in name else set())

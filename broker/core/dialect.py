@@ -80,13 +80,13 @@ def dialect_of_chunk(data: bytes) -> Dialect:
 
 
 def said_in(chunk: Mapping[str, Any], deltas: bool | None) -> tuple[Said, bool | None]:
-    """Return what a chunk of any dialect says, and the `deltas` for the chunk behind it.
+    """Return the contents of a chunk of any dialect, and `deltas` for the next chunk.
 
     Args:
-        chunk: parsed.
+        chunk: the parsed chunk.
         deltas: as for `chat_said.said_in_chunk`; False for the first chunk of an answer.
 
     Raises:
-        DeltasUnknown: `deltas` is None, and has to be known.
+        DeltasUnknown: `deltas` is None, but is needed.
     """
     return (said_in_event(chunk), True) if is_event(chunk) else said_in_chunk(chunk, deltas)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Required, get_args
 
 import orjson
 from pydantic import Discriminator, Field
-from typing_extensions import TypedDict  # typing's own tells pydantic too little before Python 3.12
+from typing_extensions import TypedDict  # typing's own gives pydantic too little before Python 3.12
 
 from broker.core.messages import (
     INNER,
@@ -129,7 +129,7 @@ Part = Annotated[
 Parts = Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 Content = Annotated[Annotated[str, PLAIN] | Annotated[Parts, INNER], by_kind(list)]
 
-# What a function answers may be nothing at all.
+# The output of a function may be empty.
 OutputParts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
 Output = Annotated[Annotated[str, PLAIN] | Annotated[OutputParts, INNER], by_kind(list)]
 

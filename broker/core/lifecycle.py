@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 class Phase(StrEnum):
-    """Where a generation stands in its worker.
+    """The phase of a generation in its worker.
 
-    Only in `RELAYING` are new events shown to viewers. In all phases before `ENDING` events are still read and
-    journaled, but for `ABANDONING_STOPPED`, in which nothing is read any more.
+    New events are shown to viewers only in `RELAYING`. In all phases before `ENDING` events are still read and
+    journaled, except in `ABANDONING_STOPPED`, in which nothing is read any more.
     """
 
     RELAYING = "relaying"
     CONFIRMING = "confirming"
-    """The worker stood still, or may have. Redis is asked whether the session is still this worker's."""
+    """The process was frozen, or may have been. Redis is asked whether the session is still this worker's."""
     ABANDONING = "abandoning"
     """Nobody watches. Redis is asked to end the session, which it refuses while somebody watches elsewhere."""
     ABANDONING_STOPPED = "abandoning, stopped"
-    """As `ABANDONING`, and another reason to end has come before Redis answered."""
+    """Like `ABANDONING`, but another reason to end has come before Redis answered."""
     ENDING = "ending"
     """An end is proposed. Redis decides which end stands."""
     ENDED = "ended"
@@ -52,22 +52,22 @@ class Event(StrEnum):
     CANCEL = "cancel"
     SHUTDOWN = "shutdown"
     FENCED = "fenced"
-    """Redis says that the session has ended otherwise, or belongs to another worker."""
+    """The session has ended in Redis, or belongs to another worker."""
     FROZE = "froze"
-    """The process stood still for so long that others may have taken it for dead."""
+    """The process was frozen for so long that other workers may have taken it for dead."""
     CONFIRMED = "confirmed"
-    """The session is still ours; or Redis did not answer in time, and then the owner's word stands."""
+    """The session is still this worker's; or Redis did not answer in time, and then it counts as confirmed."""
     GRACE_OVER = "grace over"
     WATCHED = "watched"
     """Redis refuses to abandon: somebody watches on another worker."""
     CANCEL_FOUND = "cancel found"
     """Redis refuses another end: a cancel was accepted."""
     ABANDON_STORED = "abandon stored"
-    """Redis has ended the session as abandoned, or holds another end already."""
+    """Redis has ended the session as abandoned, or has another end already."""
     ABANDON_REFUSED = "abandon refused"
     """Redis refuses for another reason."""
     ABANDON_UNREACHABLE = "abandon unreachable"
-    """Redis did not answer in time. It may write that end yet, so no other one may be proposed."""
+    """Redis did not answer in time. It may still write that end, so no other one may be proposed."""
     END_STORED = "end stored"
     END_UNREACHABLE = "end unreachable"
     """Redis did not answer in time: the end that the owner proposes stands, and is written later."""
@@ -76,31 +76,31 @@ class Event(StrEnum):
 
 
 class Action(StrEnum):
-    """What a generation has to do after an event, in the order of the row."""
+    """What a generation has to do after an event, in this order."""
 
     HIDE = "hide"
     """Show viewers nothing new."""
     SHOW = "show"
-    """Show viewers what was held back, and what comes."""
+    """Show viewers the hidden events, and new ones."""
     STOP_READING = "stop reading"
     EXTEND_TIMERS = "extend timers"
-    """Move the timers by the time that the process stood still."""
+    """Move the timers by the time of the freeze."""
     CONFIRM = "confirm"
-    """Ask Redis whether the session is still ours."""
+    """Ask Redis whether the session is still this worker's."""
     ABANDON = "abandon"
     """Ask Redis to end the session unless somebody watches it."""
     DECIDE = "decide"
-    """Count what the answer took, and have Redis decide the end."""
+    """Count the usage, and have Redis decide the end."""
     SETTLE = "settle"
-    """Turn the reservation into what was used."""
+    """Settle the reservation with the usage."""
     TELL = "tell"
-    """Give every viewer the end that stands."""
+    """Send every viewer the end that stands."""
     WRITE_LATER = "write later"
     """Write end and settlement when Redis can be reached again."""
 
 
 class Row(NamedTuple):
-    """One entry of the table: the next phase, and what to do."""
+    """One entry of the table: the next phase, and the actions."""
 
     phase: Phase
     actions: tuple[Action, ...] = ()

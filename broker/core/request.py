@@ -1,4 +1,4 @@
-"""A request of any dialect, from an untrusted JSON document to a value that the rest can rely on."""
+"""Parse an untrusted JSON document into a valid request of any dialect."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def parse_request(document: Any, rules: RequestRules) -> ChatRequest | Responses
 
     Raises:
         InvalidRequest: with at most ``MAX_DETAILS`` details, which name fields and never quote values.
-        ModelNotAllowed: naming the first model that the rules do not allow.
+        ModelNotAllowed: with the first model that the rules do not allow.
     """
     return parse_responses(document, rules) if is_responses(document) else parse_chat(document, rules)

@@ -1,4 +1,4 @@
-"""A Responses request, from an untrusted JSON document to a value that the rest can rely on."""
+"""Parse an untrusted JSON document into a valid Responses request."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class ResponsesRequest:
     """A valid request. It shares its parts with its document; neither is ever changed.
 
     Attributes:
-        model: the one that is asked first.
-        input: as it came: a text, which is what the user says, or at least one item.
-        parameters: everything else that goes upstream, as it came; no value is null.
+        model: the model that is asked first.
+        input: unchanged: a text, which is a message of the user, or at least one item.
+        parameters: all other parameters for the upstream, unchanged; no value is null.
     """
 
     field: ClassVar[str] = "input"
@@ -61,7 +61,7 @@ class ResponsesRequest:
 
     @property
     def items(self) -> list[dict[str, Any]]:
-        """The items; a text is one."""
+        """The items; a text is one item."""
         return _items(self.input)
 
     @property
@@ -70,7 +70,7 @@ class ResponsesRequest:
         return reachable_models(self.model, self.parameters)
 
     def with_system(self, text: str | None) -> ResponsesRequest:
-        """Return this request with an operator's system message at the head of its instructions, where there is one."""
+        """Return this request with an operator's system message at the head of its instructions, if there is one."""
         if not text:
             return self
         instructions = with_system_instructions(self.parameters.get("instructions"), text)
@@ -105,7 +105,7 @@ class ResponsesRequest:
         body = {"input": conversation, "model": self.model, **self.parameters}
         for name in OURS:
             body.pop(name, None)
-        # what is left of the page's own options was opened by the operator
+        # the page's options that are left were opened by the operator
         options = body.pop("stream_options", None) or {}
         options = {name: value for name, value in options.items() if name not in OURS_IN_STREAM_OPTIONS}
         return body | ({"stream_options": options} if options else {}) | {"stream": True, "store": False}
@@ -116,7 +116,7 @@ def parse_responses(document: Any, rules: RequestRules) -> ResponsesRequest:
 
     Raises:
         InvalidRequest: with at most ``MAX_DETAILS`` details, which name fields and never quote values.
-        ModelNotAllowed: naming the first model that the rules do not allow.
+        ModelNotAllowed: with the first model that the rules do not allow.
     """
     given = given_parameters(document)
     if "messages" in given:

@@ -1,4 +1,4 @@
-"""An answer in the Responses dialect: events with a type, of which the last one holds the whole response.
+"""Read an answer in the Responses dialect: events with a type; the last one has the complete response.
 
 The text of an answer comes more than once: in deltas, when a part or an item is done, and at the end. An estimate
 counts each item once: its deltas or the whole item, whichever is larger.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 COMPLETED, INCOMPLETE, FAILED = "response.completed", "response.incomplete", "response.failed"
 
 _MAY_FAIL = frozenset({"error", "error_message", "base_resp"})
-"""Keys of an event that tell of a failure, where they are not empty."""
+"""Keys of an event that report a failure, if they are not empty."""
 
 _END_OF_STATUS = {"completed": COMPLETED, "incomplete": INCOMPLETE, "failed": FAILED, "cancelled": FAILED}
 _CUT = {"max_output_tokens": "length", "content_filter": "content_filter"}
@@ -38,7 +38,7 @@ _CHAT_NAMES = {
     "output_tokens_details": "completion_tokens_details",
 }
 _COUNTED = (*_CHAT_NAMES, "total_tokens", "cost", "cost_in_usd_ticks", "is_byok", "cost_details")
-"""Members of a usage object that are kept in any case: what an answer costs is counted by them."""
+"""Members of a usage object that are always kept, because the cost is computed from them."""
 
 _MAX_OPEN = 1000
 """Open items for which the size of the deltas is remembered. For others, deltas and the whole item both count."""
@@ -90,14 +90,14 @@ class ResponsesAnswer(Answer):
             not a finished response.
 
         Raises:
-            UpstreamError: it tells of a failure.
+            UpstreamError: it reports a failure.
         """
         status = document.get("status") or "completed"
         kind = _END_OF_STATUS.get(status) if isinstance(status, str) else None
         if kind is None or not isinstance(document.get("output"), list):
             return None
         if isinstance(document.get("usage"), dict):
-            # What cannot be written is left out.
+            # Members that cannot be written are left out.
             document = document | {"usage": bounded_object(document["usage"], first=_COUNTED)}
         chunk = {"type": kind, "sequence_number": 0, "response": document}
         try:
@@ -211,7 +211,7 @@ class ResponsesAnswer(Answer):
         if kind != "reasoning":
             size, media = self._measure(item)
             return size, 0, media
-        # The same thoughts, told in two ways.
+        # The same reasoning in two forms.
         thoughts = max(self._measure(item.get("summary"))[0], self._measure(item.get("content"))[0])
         return thoughts, self._measure(item.get("encrypted_content"))[0], 0
 
@@ -243,7 +243,7 @@ class ResponsesAnswer(Answer):
 
 
 def is_response(document: Mapping[str, Any]) -> bool:
-    """Return True for a JSON document that is a whole response."""
+    """Return True for a JSON document that is a complete response."""
     return isinstance(document.get("output"), list)
 
 

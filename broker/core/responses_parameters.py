@@ -1,7 +1,7 @@
-"""The parameters of a Responses request: their types and ranges.
+"""The schema of the parameters of a Responses request.
 
-As with those of a chat, what would let a page raise its own cost or reach is missing (`previous_response_id`,
-`conversation`, `background`, `prompt`, plugins, …) or narrower than the upstream takes it (`CLOSABLE`).
+As in a chat, parameters that would let a page raise its own cost or reach are missing (`previous_response_id`,
+`conversation`, `background`, `prompt`, plugins, …) or have a smaller range than upstream (`CLOSABLE`).
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from broker.core.parameters import (
     only_true,
 )
 
-_LARGEST_EXACT = 2**53  # beyond it a browser cannot write every whole number
+_LARGEST_EXACT = 2**53  # a browser cannot write every whole number beyond it
 
 
 class StreamOptions(TypedDict, total=False):
-    """Taken for the sake of those clients that send it; it is not sent upstream."""
+    """Accepted because some clients send it. It is not sent upstream."""
 
     include_obfuscation: bool | None
 
 
 class FunctionTool(TypedDict, total=False):
-    """A tool that runs at the caller's; the parameters are a JSON schema."""
+    """A tool that the caller runs; the parameters are a JSON schema."""
 
     type: Required[Literal["function"]]
     name: Required[FunctionName]
@@ -68,7 +68,7 @@ ChoiceType = Literal["function", "allowed_tools"]
 
 
 class UnknownChoice(TypedDict):
-    """Refuses a choice of no known type, at its type."""
+    """Refuses a choice of an unknown type, at its type."""
 
     type: ChoiceType
 
@@ -88,7 +88,7 @@ class PlainFormat(TypedDict):
 
 
 class SchemaFormat(TypedDict, total=False):
-    """JSON to a schema."""
+    """JSON that follows a schema."""
 
     type: Required[Literal["json_schema"]]
     name: Required[FunctionName]
@@ -101,7 +101,7 @@ FormatType = Literal["text", "json_object", "json_schema"]
 
 
 class UnknownFormat(TypedDict):
-    """Refuses a format that is none of the above, at its type."""
+    """Refuses an unknown format at its type."""
 
     type: FormatType
 
@@ -116,7 +116,7 @@ Format = Annotated[
 
 
 class Text(TypedDict, total=False):
-    """The form of the answer, and how many words it makes."""
+    """The form of the answer, and its verbosity."""
 
     format: Format | None
     verbosity: Literal["low", "medium", "high", "xhigh", "max"] | None
@@ -129,9 +129,9 @@ Items = Annotated[list[Item], Field(min_length=1)]
 InputText = Annotated[str, Field(min_length=1)]
 
 
-@with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))  # holds for all the types within
+@with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))  # also for all types within
 class ResponsesParameters(TypedDict, total=False):
-    """What every page may send. A null at this level is as good as nothing, and taken out before."""
+    """The parameters that every page may send. A null at this level counts as absent and is removed before."""
 
     input: Required[Annotated[Annotated[InputText, PLAIN] | Annotated[Items, INNER], by_kind(list)]]
     instructions: str
@@ -181,10 +181,10 @@ class ResponsesParameters(TypedDict, total=False):
 PARAMETERS: TypeAdapter[ResponsesParameters] = TypeAdapter(ResponsesParameters)
 OPENED_PARAMETERS: TypeAdapter[OpenedParameters] = TypeAdapter(OpenedParameters)
 
-# Known to everybody in the narrow form above; opened by name they are passed through as they are.
+# Every page may send them in the narrow form above. Opened by name, they are passed through unchanged.
 CLOSABLE = frozenset({"modalities", "service_tier", "tools", "tool_choice"})
 
-# Ours, whatever a page says: nothing is stored upstream, and only one of us trims.
+# The broker sets these, whatever a page sends: nothing is stored upstream, and only the broker trims.
 OURS = ("store", "truncation")
 
 OURS_IN_STREAM_OPTIONS = frozenset({"include_obfuscation"})

@@ -1,4 +1,4 @@
-"""What one event of a response says to whoever only wants the words. No I/O."""
+"""Read the contents of one event of a response, for people. No I/O."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _ENDS = frozenset({"response.completed", "response.incomplete"})
 
 
 def is_event(chunk: Mapping[str, Any]) -> bool:
-    """Return True for an event of a response, and not a chunk of another dialect."""
+    """Return True for an event of a response, False for a chunk of another dialect."""
     kind = chunk.get("type")
     return isinstance(kind, str) and kind.startswith("response.")
 
 
 def said_in_event(event: Mapping[str, Any]) -> Said:
-    """Return what an event of a response says, whatever it holds.
+    """Return the contents of an event of a response, whatever it holds.
 
-    Words come in deltas and a call when its item is done; what repeats them says nothing. An end that is numbered 0 has
-    no event before it: it is a whole response that came in place of a stream, and says all of it.
+    Text comes in deltas, and a call when its item is done; events that repeat them give nothing. An end with the
+    number 0 has no event before it: it is a complete response in place of a stream, and gives everything.
     """
     kind = event.get("type")
     if kind in _TEXT:
@@ -54,7 +54,7 @@ def _said_in_output(output: Any) -> Said:
 
 
 def _parts_of_thought(item: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The reasoning where it is shown, else its summary."""
+    """Return the reasoning where it is shown, else its summary."""
     return list(_objects(item.get("content"))) or list(_objects(item.get("summary")))
 
 

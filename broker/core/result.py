@@ -1,6 +1,6 @@
-"""What an application is told of an answer that has ended, and how it is gathered from the chunks. No I/O.
+"""The result of an answer for the application around the broker, collected from the chunks. No I/O.
 
-Gathering parses each chunk once more, so it is done only where an application wants to know.
+This parses each chunk once more, so it is done only where an application wants results.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """An answer that has ended. What was said, and the session's id, do not show in its `repr`.
+    """An answer that has ended. Its `repr` shows neither its contents nor the session's id.
 
     Attributes:
-        id: of the session.
+        id: the id of the session.
         client: the name of the client that prepared it.
-        model: that answered, else that was asked for.
-        state: ``done``, ``failed``, ``cancelled`` or ``abandoned``; ``lost`` where another worker took this one for
-            dead and ended the session.
-        text: of the answer, as far as it came.
-        reasoning: what the model thought, where it was shown.
-        tool_calls: as a message of the assistant holds them: ``{"id", "type", "function": {"name", "arguments"}}``.
-        usage: the upstream's own object; None where it told none.
+        model: the model that answered, else the requested one.
+        state: ``done``, ``failed``, ``cancelled`` or ``abandoned``; ``lost`` where another worker ended the session
+            because it took this one for dead.
+        text: text of the answer, as far as it came.
+        reasoning: reasoning of the model, where it was shown.
+        tool_calls: as in a message of the assistant: ``{"id", "type", "function": {"name", "arguments"}}``.
+        usage: the upstream's usage object; None where it sent none.
         cost: USD; None where it is not known.
-        estimated: the cost rests on our own count. The books are corrected later where the upstream tells more.
-        finish_reason: the upstream's word, or ``cancelled``.
-        error: the code of the error that it ended in, such as ``upstream_timeout``.
-        started_at: when the session was claimed. All times are UTC.
-        first_chunk_at: when the first chunk came; None where none did.
-        ended_at: when it ended.
+        estimated: the cost is our own count. The usage ledger is corrected later if the upstream has a record.
+        finish_reason: that of the upstream, or ``cancelled``.
+        error: the code of the error that ended it, such as ``upstream_timeout``.
+        started_at: time of the claim. All times are UTC.
+        first_chunk_at: time of the first chunk; None where there was none.
+        ended_at: time of the end.
     """
 
     id: str = field(repr=False)
@@ -57,9 +57,9 @@ class Result:
 
 
 class Transcript:
-    """What an answer says, gathered chunk by chunk. Nothing here raises, whatever a chunk holds.
+    """The contents of an answer, collected chunk by chunk. Never raises, whatever a chunk holds.
 
-    It is not bounded by itself: the chunks of an answer are, by `BROKER_MAX_RESPONSE`.
+    It has no limit of its own: `BROKER_MAX_RESPONSE` limits the chunks of an answer.
     """
 
     __slots__ = ("_calls", "_deltas", "_reasoning", "_text")
@@ -71,7 +71,7 @@ class Transcript:
         self._deltas: bool | None = False
 
     def add(self, chunks: Iterable[bytes]) -> None:
-        """Take the chunks of one read."""
+        """Add the chunks of one read."""
         for data in chunks:
             said, self._deltas = said_in(parse_relayed(data), self._deltas)
             self._text.append(said.text)
@@ -81,23 +81,23 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        """The answer."""
+        """The text of the answer."""
         return _whole(self._text)
 
     @property
     def reasoning(self) -> str:
-        """What the model thought."""
+        """The reasoning of the model."""
         return _whole(self._reasoning)
 
     @property
     def tool_calls(self) -> tuple[Mapping[str, Any], ...]:
-        """The calls, each put together of its pieces."""
+        """The calls, each joined from its pieces."""
         return tuple(self._calls.values())
 
     def _add_call(self, piece: Mapping[str, Any]) -> None:
         index = piece.get("index")
         if not isinstance(index, int):
-            index = max(self._calls, default=-1) + 1  # a call that is whole
+            index = max(self._calls, default=-1) + 1  # a complete call
         call = self._calls.setdefault(index, {"id": "", "type": "function"})
         function = call.setdefault("function", {"name": "", "arguments": ""})
         said = piece.get("function")
@@ -107,16 +107,16 @@ class Transcript:
         function["name"] = function["name"] or _text(said.get("name"))
         function["arguments"] += _text(said.get("arguments"))
         if "extra_content" in piece:
-            call["extra_content"] = piece["extra_content"]  # has to be sent back with the call
+            call["extra_content"] = piece["extra_content"]  # must be sent back with the call
 
 
 def _as_piece(item: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``function_call`` item of a response as a call of a chat, whole."""
+    """Return a ``function_call`` item of a response as a complete call of a chat."""
     return {"id": item.get("call_id"), "function": {name: item.get(name) for name in ("name", "arguments")}}
 
 
 def _whole(pieces: list[str]) -> str:
-    """Put pieces together; what is left of a pair that was cut becomes U+FFFD."""
+    """Join pieces; half of a cut surrogate pair becomes U+FFFD."""
     text = "".join(pieces)
     try:
         text.encode()

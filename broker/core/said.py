@@ -1,6 +1,6 @@
-"""What a chunk says to whoever only wants the words, in whatever dialect it is: the value. No I/O.
+"""The contents of a chunk of any dialect, for people: text, reasoning, calls. No I/O.
 
-The rules are those of the dialects: `chat_said` and `responses_said`. `dialect.said_in` knows both.
+The rules are in `chat_said` and `responses_said`; `dialect.said_in` knows both.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 
 
 class Said(NamedTuple):
-    """What a chunk says.
+    """The contents of a chunk.
 
     Attributes:
-        text: of the answer, a refusal included.
-        reasoning: what the model thinks, or a summary of it, where it can be read.
-        calls: of functions, as the upstream sent them: in a chat pieces of calls, else whole ``function_call`` items.
+        text: text of the answer, including refusals.
+        reasoning: reasoning of the model, or a summary of it, where it is readable.
+        calls: function calls as the upstream sent them: pieces of calls in a chat, whole ``function_call`` items
+            otherwise.
     """
 
     text: str = ""

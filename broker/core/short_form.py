@@ -1,7 +1,7 @@
-"""The short form of a session, ``?events=token``: of each chunk only what it says. No I/O.
+"""The short form of a session, ``?events=token``: only the contents of each chunk. No I/O.
 
-It is made of the framed events of the long form, since these are what is kept in memory and in the journal. An event
-keeps its number, and a chunk that says nothing is left out.
+It is made from the encoded events of the long form, since these are in memory and in the journal. An event keeps its
+number, and a chunk without contents is left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 START = encode_event("start", b"{}")
-"""What a session begins with in the short form."""
+"""The first event of a session in the short form."""
 
 _BEFORE_DATA = b"\nevent: chunk\ndata: "
 
@@ -28,8 +28,8 @@ class Short(NamedTuple):
     """Events in the short form.
 
     Attributes:
-        events: framed; empty where none of the chunks says anything.
-        deltas: whether any chunk so far was a delta, which those that follow have to know.
+        events: the encoded events; empty where no chunk has contents.
+        deltas: whether any chunk so far was a delta, which is needed for later ones.
     """
 
     events: bytes
@@ -40,17 +40,17 @@ def shorten(events: bytes, deltas: bool | None) -> Short:
     """Return chunk events in the short form.
 
     Args:
-        events: framed, whole.
-        deltas: `Short.deltas` of the events before them; False at the beginning of a session, None if not known.
+        events: encoded and complete.
+        deltas: `Short.deltas` of the events before them; False at the beginning of a session, None if unknown.
 
     Raises:
-        DeltasUnknown: what they say depends on `deltas`, which is None.
+        DeltasUnknown: their contents depend on `deltas`, which is None.
     """
     short = []
     for event in events.split(b"\n\n"):
         head, found, data = event.partition(_BEFORE_DATA)
         if not found:
-            continue  # behind the last one
+            continue  # after the last event
         said, deltas = said_in(parse_relayed(data.replace(b"\ndata: ", b"\n")), deltas)
         members: dict[str, Any] = {"text": said.text, "reasoning": said.reasoning, "toolCalls": said.calls}
         members = {name: value for name, value in members.items() if value}
@@ -60,12 +60,12 @@ def shorten(events: bytes, deltas: bool | None) -> Short:
 
 
 def begins_with_deltas(events: bytes) -> bool:
-    """Return True if an answer that begins with these events comes in deltas."""
+    """Return True if an answer that begins with these events has deltas."""
     return bool(shorten(events, False).deltas)
 
 
 def portions(events: bytes, size: int) -> Iterator[bytes]:
-    """Cut framed events between two of them, into parts of about ``size`` bytes: what one part costs is bounded."""
+    """Cut encoded events between two of them into parts of about ``size`` bytes, to limit the cost of one part."""
     start = 0
     while start < len(events):
         end = events.find(b"\n\n", start + size)
@@ -75,7 +75,7 @@ def portions(events: bytes, size: int) -> Iterator[bytes]:
 
 
 def count_events(events: bytes) -> int:
-    """Return the number of framed events."""
+    """Return the number of encoded events."""
     return events.count(b"\n\n")
 
 
@@ -83,7 +83,7 @@ def _to_json(members: dict[str, Any]) -> bytes:
     try:
         return orjson.dumps(members)
     except orjson.JSONEncodeError:
-        # Half a surrogate pair: the next chunk may have the other half, and a page puts them together.
+        # Half a surrogate pair: the next chunk may have the other half, and a page joins them.
         try:
             return json.dumps(members, separators=(",", ":")).encode()
         except RecursionError:

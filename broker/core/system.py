@@ -1,4 +1,4 @@
-"""Where the operator's system message goes in a request. No I/O."""
+"""Put the operator's system message into a request. No I/O."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def with_system_message(messages: Sequence[dict[str, Any]], text: str | None) -> list[dict[str, Any]]:
-    """Return the messages of a chat with the operator's system message before them, where there is one."""
+    """Return the messages of a chat with the operator's system message before them, if there is one."""
     return [{"role": "system", "content": text}, *messages] if text else list(messages)
 
 
@@ -17,8 +17,8 @@ def with_system_instructions(instructions: str | None, text: str | None) -> str 
     """Return the `instructions` of a Responses request with the operator's system message at their head.
 
     Args:
-        instructions: those of the page, if it gave any.
-        text: the system message, where there is one.
+        instructions: those of the page, or None.
+        text: the system message, or None.
     """
     if text and instructions:
         return f"{text}\n\n{instructions}"

@@ -1,7 +1,7 @@
-"""Whether the upstream is OpenRouter, which understands fields and headers of its own. No I/O.
+"""Find out whether the upstream is OpenRouter, which has fields and headers of its own. No I/O.
 
-Strict services refuse a request with any field that they do not know, so what only OpenRouter understands (`plugins`,
-`provider`, its attribution headers, our own `user`) is sent to nobody else.
+Strict services refuse a request with any unknown field, so fields that only OpenRouter understands (`plugins`,
+`provider`, its attribution headers, our own `user`) are sent to no other service.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ OPENROUTER_HOST = "openrouter.ai"
 
 
 class UpstreamKind:
-    """What is known of the upstream: by the setting, else by its host name, else by its list of models.
+    """The kind of the upstream: by the setting, else by its host name, else by its list of models.
 
     Args:
         kind: ``BROKER_UPSTREAM_KIND``.
@@ -35,10 +35,10 @@ class UpstreamKind:
         self._by_list = False
 
     def learn(self, models: Models) -> None:
-        """Take a new list of models, whose prices tell OpenRouter's."""
+        """Read a new list of models, whose prices show whether it is OpenRouter's."""
         self._by_list = models.openrouter
 
     @property
     def openrouter(self) -> bool:
-        """True if it is OpenRouter, by what is known now. Without a list, an unknown host is not."""
+        """True if it is OpenRouter, as far as is known now. Without a list, an unknown host is not."""
         return self._by_list if self._told is None else self._told

@@ -1,9 +1,8 @@
-"""The events of one session on this worker: the newest of them in memory, handed to the viewers as they come.
+"""The events of one session on this worker: the newest ones in memory, passed to viewers as they come.
 
-A feed is where the producing side and the viewers' side meet. A generation adds what it reads from the upstream, a
-mirror what it reads of another worker's journal. A viewer either is live, and then is given each batch the moment it
-is there, without a task being woken, or reads from the feed at its own pace. Events that have left memory are in the
-journal. A feed knows neither where events come from nor how a viewer is connected.
+A generation adds the events that it reads from the upstream, and a mirror adds those of another worker's journal. A
+live viewer gets each batch at once, without waking a task. Any other viewer reads from the feed at its own pace. Events
+that have left memory are in the journal. A feed knows neither where events come from nor how a viewer is connected.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ if TYPE_CHECKING:
     from broker.core.short_form import Short
 
 WINDOW = 256 * 1024
-"""Bytes of events that stay in memory although they are in the journal: most viewers that lag, lag less."""
+"""Bytes of journaled events that stay in memory, because most viewers that lag, lag by less."""
 
 _last_of = attrgetter("last")
 
 
 class LiveViewer(Protocol):
-    """What a feed needs to know of a viewer that has caught up."""
+    """What a feed needs of a viewer that has caught up."""
 
     def push(self, batch: Batch, now: float) -> None:
-        """Take events at once and without waiting."""
+        """Take events at once, without waiting."""
 
     def wake(self) -> None:
-        """Read on by yourself."""
+        """Continue to read in the viewer's own task."""
 
 
 class Feed:
@@ -59,7 +58,7 @@ class Feed:
         self._shortened: tuple[Batch, bool | None, Short] | None = None
 
     def add(self, batch: Batch, now: float) -> None:
-        """Add the events that follow on `last`, and give them to every live viewer in one piece.
+        """Add the events that follow `last`, and push them to all live viewers as one block.
 
         Args:
             batch: the events.
@@ -75,14 +74,14 @@ class Feed:
             viewer.push(batch, now)
 
     def shorten(self, batch: Batch, deltas: bool | None) -> Short:
-        """Return a batch in the short form, made once for all viewers that are pushed it.
+        """Return a batch in the short form, which is made once for all live viewers.
 
         Args:
-            batch: as it was pushed.
+            batch: the batch that was pushed.
             deltas: of the events before it, see `core.short_form`.
 
         Raises:
-            DeltasUnknown: `deltas` must be known.
+            DeltasUnknown: `deltas` is None, but is needed.
         """
         made = self._shortened
         if made is None or made[0] is not batch or made[1] is not deltas:
@@ -90,7 +89,7 @@ class Feed:
         return made[2]
 
     def finish(self, end: Terminal) -> None:
-        """Set the end. Nothing can follow; what was hidden is shown as far as the end counts it."""
+        """Set the end. Nothing can follow; hidden events are shown up to the number of the end."""
         keep = max(self.shown, end.id.n - 1)
         while self._batches and self._batches[-1].last > keep:
             self.size -= len(self._batches.pop().events)
@@ -105,14 +104,14 @@ class Feed:
         self._hidden = True
 
     def show(self) -> None:
-        """Show what has come since `hide`, and what comes."""
+        """Show the events that came since `hide`, and later ones."""
         self._hidden = False
         if self.shown < self.last:
             self.shown = self.last
             self._wake_all()
 
     def skip_to(self, n: int) -> None:
-        """Forget everything and go on after event ``n``: what lies before is in the journal or nowhere."""
+        """Drop all events and continue after event ``n``. Earlier events are in the journal, or missing."""
         self._batches.clear()
         self.size = 0
         self.first = n + 1
@@ -120,15 +119,15 @@ class Feed:
         self._wake_all()
 
     def after(self, n: int, limit: int) -> Batch:
-        """What viewers may have of the events from number ``n + 1`` on, at most ``limit`` bytes or one batch."""
+        """Return events that viewers may have, after number ``n``: at most ``limit`` bytes or one batch."""
         return self._gather(n, limit, self.shown)
 
     def unsaved(self, n: int, limit: int) -> Batch:
-        """What there is of the events from number ``n + 1`` on, shown or not; from `first` on where that is later."""
+        """Return events after number ``n``, or from `first` on, shown or not: at most ``limit`` bytes or one batch."""
         return self._gather(max(n, self.first - 1), limit, self.last)
 
     def trim(self, saved: int, keep: int = WINDOW) -> None:
-        """Let go of old events up to number ``saved``, but for the ``keep`` newest bytes."""
+        """Drop old events up to number ``saved``, except the newest ``keep`` bytes."""
         dropped = 0
         for batch in self._batches:
             if self.size <= keep or batch.last > saved:
@@ -141,15 +140,15 @@ class Feed:
 
     @property
     def live(self) -> int:
-        """Viewers that have everything that is shown."""
+        """The number of viewers that have all shown events."""
         return len(self._live)
 
     def go_live(self, viewer: LiveViewer) -> None:
-        """From now on push to this viewer, which has everything that is shown."""
+        """Push to this viewer from now on. It must have all shown events."""
         self._live.add(viewer)
 
     def leave(self, viewer: LiveViewer) -> None:
-        """Push no more to this viewer; does nothing where it was not live."""
+        """Stop pushing to this viewer; does nothing if it was not live."""
         self._live.discard(viewer)
 
     def _gather(self, n: int, limit: int, newest: int) -> Batch:

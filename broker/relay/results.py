@@ -1,7 +1,7 @@
-"""Telling the application that the service is a part of what became of each answer: best effort, and bounded.
+"""Pass the result of each answer to the application around the service: best effort, and with limits.
 
-What the application does with it may fail, hang or take long. Nothing of the relay waits for it but a shutdown, and
-that not for long.
+The application's function may fail, hang or take long. Nothing in the relay waits for it except a shutdown, and that
+not for long.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 OnEnd = Callable[[Result], Awaitable[object]]
-"""An application's function for the end of an answer."""
+"""A function of an application that gets the result of each answer."""
 
 TIMEOUT: Final = 10.0
 """Seconds that the application has for one result."""
 
 AT_ONCE: Final = 32
-"""Results that the application is told at once. One that it never lets go keeps its place."""
+"""Calls of the application's function at the same time. One that never ends keeps its place."""
 
 MAX_WAITING: Final = 64 * 1024 * 1024
-"""Characters of results that wait for their turn; those beyond are not told."""
+"""Characters of results that wait for a place. Above it, results are dropped."""
 
 CANCEL_TIMEOUT: Final = 1.0
-"""Seconds for a call that is cancelled to end; it is not waited for any longer."""
+"""Seconds for a cancelled call to end; after that, it is not waited for."""
 
 _OVERHEAD: Final = 1024
-"""Characters that a result counts beside what was said."""
+"""Characters that a result counts in addition to its contents."""
 
 
 class Results:
-    """Tells an application of the answers that ended on this worker, at most `AT_ONCE` at a time.
+    """Passes the results of answers that ended on this worker to an application, `AT_ONCE` at a time.
 
     Args:
         on_end: the application's function.
@@ -57,38 +57,38 @@ class Results:
         self._size = 0
         self._running: set[asyncio.Task[None]] = set()
 
-    def tell(self, generation: Generation) -> None:
-        """Tell of a generation that has ended. Its transcript is given up. Does not raise."""
+    def take(self, generation: Generation) -> None:
+        """Pass on the result of a generation that has ended, and drop its transcript. Does not raise."""
         try:
             result = result_of(generation)
-        except Exception:  # what an upstream tells may be odd
+        except Exception:  # the objects of an upstream may be odd
             log.exception("no result for on_end", session=short(generation.session_id))
             return
         finally:
-            generation.transcript = None  # a finished generation is kept for replay
+            generation.transcript = None  # a finished generation stays in memory for replay
         if result is not None:
             self.add(result)
 
     def add(self, result: Result) -> None:
-        """Tell this as soon as there is room; leave it out where too much waits."""
+        """Call the application's function as soon as there is a place. The result is dropped where too many wait."""
         size = _size_of(result)
         if self._waiting and self._size + size > MAX_WAITING:
-            log.warning("on_end is too slow, a result is not told", session=short(result.id))
+            log.warning("on_end is too slow, a result is dropped", session=short(result.id))
             return
         self._waiting.append(result)
         self._size += size
         self._start()
 
     async def finish(self, timeout: float = TIMEOUT) -> None:
-        """Wait until all is told, for ``timeout`` seconds at most."""
+        """Wait until all results are passed on, for ``timeout`` seconds at most."""
         deadline = asyncio.get_running_loop().time() + timeout
         while self._running and (left := deadline - asyncio.get_running_loop().time()) > 0:
             await asyncio.wait(self._running, timeout=left)
 
     async def close(self) -> None:
-        """Tell no more, and cancel what is still being told."""
+        """Drop all waiting results, and cancel the running calls."""
         if self._waiting:
-            log.warning("results are not told", count=len(self._waiting))
+            log.warning("results are dropped", count=len(self._waiting))
         self._waiting.clear()
         for task in self._running:
             task.cancel()
@@ -110,9 +110,9 @@ class Results:
     async def _call(self, result: Result) -> None:
         try:
             async with asyncio.timeout(TIMEOUT):
-                told = self._on_end(result)
-                if inspect.isawaitable(told):
-                    await told
+                called = self._on_end(result)
+                if inspect.isawaitable(called):
+                    await called
         except TimeoutError:
             log.warning("on_end took too long", session=short(result.id))
         except Exception:
@@ -120,7 +120,7 @@ class Results:
 
 
 def result_of(generation: Generation) -> Result | None:
-    """Build what the application is told; None where there is no end, or nothing was gathered."""
+    """Build the result of a generation; None where there is no end, or nothing was collected."""
     end, said, answer = generation.feed.end, generation.transcript, generation.answer
     if end is None or said is None:
         return None

@@ -1,8 +1,8 @@
-"""A viewer in the short form, ``?events=token``: what each chunk says, in place of the chunk.
+"""A viewer in the short form, ``?events=token``: it gets the contents of each chunk and not the chunk.
 
-While it is live it costs one parse of each chunk, however many such viewers a session has on this worker: the feed
-remembers the short form of its newest batch. A viewer that catches up parses what it has missed, a bounded part at a
-time, and lets the event loop run in between.
+While viewers are live, each chunk is parsed once for all of them: the feed remembers the short form of its newest
+batch. A viewer that catches up parses the events that it missed, in parts of limited size, and lets the event loop run
+in between.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from broker.relay.viewer import Connection, ReadJournal
 
 MAX_PARSED = 64 * 1024
-"""Bytes of events that are parsed at a time, or one event; that takes some milliseconds."""
+"""Bytes of events that are parsed at a time, or one event; this takes a few milliseconds."""
 
 
 class TokenViewer(Viewer):
@@ -43,9 +43,9 @@ class TokenViewer(Viewer):
         self._deltas = None if self._n else False
 
     def push(self, batch: Batch, now: float) -> None:
-        """Write what the feed has just got."""
+        """Write new events of the feed."""
         if batch.last <= self._n:
-            return  # the cursor is ahead of the feed, which has to come past it first
+            return  # the cursor is ahead of the feed, which has to pass it first
         if batch.first != self._n + 1 or len(batch.events) > MAX_PARSED:
             self.wake()
             return
@@ -55,21 +55,21 @@ class TokenViewer(Viewer):
             self.wake()
             return
         self._n = batch.last
-        if events:  # nothing would end the body
+        if events:  # an empty block would end the body
             self._connection.write_now(events)
             self.written_at = now
             if self._connection.backlog() > MAX_BACKLOG:
                 self.wake()
 
     async def follow(self) -> None:
-        """Write everything from the cursor to the end. Returns when the line may be closed.
+        """Write all events from the cursor to the end. Returns when the connection may be closed.
 
         Raises:
-            ConnectionError: the line is gone.
+            ConnectionError: the connection is closed.
         """
         if not self._n:
             self._connection.write_now(START)
-        with suppress(StoreUnavailable):  # the page comes again, and perhaps Redis too
+        with suppress(StoreUnavailable):  # the page will reconnect, and perhaps Redis will be back then
             await super().follow()
 
     async def _write(self, batch: Batch) -> None:
@@ -85,10 +85,10 @@ class TokenViewer(Viewer):
             return shorten(events, await self._began_with_deltas())
 
     async def _began_with_deltas(self) -> bool:
-        """Find out whether the answer began with deltas. Only an answer in another shape makes it necessary.
+        """Find out whether the answer began with deltas. Only answers in another shape need this.
 
         Raises:
-            StoreUnavailable: its beginning cannot be read now.
+            StoreUnavailable: the beginning of the answer cannot be read now.
         """
         feed = self.feed
         beginning = [feed.after(0, MAX_PARSED)] if feed.first == 1 else await self._read_journal(0)

@@ -1,8 +1,8 @@
-"""One viewer: reads a session from its cursor to the end, at the pace of its line.
+"""One viewer: reads a session from its cursor to the end, at the pace of its connection.
 
-Most of the time a viewer is live: the feed pushes each batch straight into its line and no task is woken, which is
-worth a third of a relay's CPU (measured). The viewer's own task works only at the beginning, at the end, and while the
-line lags behind.
+Most of the time a viewer is live: the feed writes each batch directly to its connection and no task is woken, which
+saves a third of a relay's CPU (measured). The viewer's own task works only at the beginning, at the end, and while the
+connection lags behind.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from broker.relay.feed import Feed
 
 MAX_BACKLOG = 256 * 1024
-"""Bytes that may wait in this process for a line to take them; with more, a viewer stops being live and waits."""
+"""Bytes that may wait in this process for a connection. With more, a viewer is not live any more, and waits."""
 
 MAX_BLOCK = 64 * 1024
-"""Bytes that a viewer which catches up writes at a time. An event may be cut there: a line is a stream of bytes."""
+"""Bytes that a viewer writes at a time while it catches up. A block may end within an event."""
 
 ReadJournal = Callable[[int], Awaitable[list[Batch]]]
-"""Reads a part of the session's journal after the event of a number; raises `StoreUnavailable`."""
+"""Reads a part of the session's journal after the event with a number; raises `StoreUnavailable`."""
 
 
 class Connection(Protocol):
     """A connection to a page."""
 
     def write_now(self, block: bytes) -> None:
-        """Take the bytes without waiting. A line that is gone takes them too and forgets them."""
+        """Take the bytes without waiting. A closed connection drops them."""
 
     def backlog(self) -> int:
-        """Bytes taken that the system has not accepted yet."""
+        """Return the bytes that were taken and that the system has not accepted yet."""
 
     def is_closed(self) -> bool:
         """Return True if the page has left."""
@@ -45,22 +45,22 @@ class Connection(Protocol):
         """Wait until the backlog is small.
 
         Raises:
-            ConnectionError: the line is gone, or took nothing for too long and was cut.
+            ConnectionError: the connection is closed, or took nothing for too long and was closed.
         """
 
 
 class Viewer:
-    """Follows a feed. `follow` is its task; the rest is for the feed, the ticker and the drain.
+    """Follows a feed. `follow` is its task; the other methods are for the feed, the ticker and the drain.
 
     Args:
-        feed: what to follow.
-        read_journal: where to look for what the feed no longer has.
-        connection: where to write.
-        cursor: what the page has already.
+        feed: the feed to follow.
+        read_journal: reads events that have left the feed.
+        connection: writes to the page.
+        cursor: the last event that the page has; None for none.
         now: the monotonic clock, in seconds.
 
     Attributes:
-        feed: what it follows.
+        feed: the feed that it follows.
         written_at: monotonic time of the last write, for the heartbeat.
     """
 
@@ -89,8 +89,8 @@ class Viewer:
         self._halfway = False
 
     def push(self, batch: Batch, now: float) -> None:
-        """Write what the feed has just got."""
-        if batch.first != self._n + 1:  # the cursor is ahead of the feed, which has to come past it first
+        """Write new events of the feed."""
+        if batch.first != self._n + 1:  # the cursor is ahead of the feed, which has to pass it first
             if batch.last > self._n:
                 self.wake()
             return
@@ -104,31 +104,31 @@ class Viewer:
             self.wake()
 
     def wake(self) -> None:
-        """Let the viewer's own task go on."""
+        """Let the viewer's own task continue."""
         self.feed.leave(self)
         self._woken.set()
 
     def beat(self, block: bytes, now: float) -> None:
-        """Write a heartbeat, unless the line is in the middle of an event or has enough to do with what came before."""
+        """Write a heartbeat, unless the connection is in the middle of an event or lags behind."""
         self.written_at = now
         if not self._halfway and self._connection.backlog() <= MAX_BACKLOG:
             self._connection.write_now(block)
 
     def check(self) -> None:
-        """Stop following for a page that has left: a server need not cancel the request of a client that leaves."""
+        """Stop following if the page has left. The server need not cancel the request of a client that leaves."""
         if self._connection.is_closed():
             self.release()
 
     def release(self) -> None:
-        """Let the line go without an end: the page will come back, to another worker."""
+        """Disconnect without an end: the page will reconnect, to another worker."""
         self._released = True
         self.wake()
 
     async def follow(self) -> None:
-        """Write everything from the cursor to the end. Returns when the line may be closed.
+        """Write all events from the cursor to the end. Returns when the connection may be closed.
 
         Raises:
-            ConnectionError: the line is gone.
+            ConnectionError: the connection is closed.
         """
         try:
             while not self._released and await self._step():
@@ -138,7 +138,7 @@ class Viewer:
             self.feed.leave(self)
 
     async def _step(self) -> bool:
-        """Do what is next, and tell whether there is more to come."""
+        """Do the next step. Returns True if there is more to do."""
         feed = self.feed
         step = what_next(Cursor(self._epoch, self._n), feed.first, feed.shown, feed.end)
         if step is Next.MEMORY:
@@ -153,7 +153,7 @@ class Viewer:
             self._connection.write_now(terminal_event(feed.end))
             return False
         else:
-            self._tell_gap()
+            self._write_gap()
             return False
         return True
 
@@ -162,19 +162,19 @@ class Viewer:
             batches = await self._read_journal(self._n)
             events, last = read_on(batches, self._n)
         except StoreUnavailable:
-            return False  # the page comes again, and perhaps Redis too
+            return False  # the page will reconnect, and perhaps Redis will be back then
         except JournalGap:
             last = self._n
         if last == self._n:
-            if self.feed.first <= self._n + 1:  # the feed was skipped or filled meanwhile: decide again
+            if self.feed.first <= self._n + 1:  # the feed has changed meanwhile: decide again
                 return True
-            self._tell_gap()
+            self._write_gap()
             return False
         await self._write(Batch(self._n + 1, last, events))
         return True
 
     async def _write(self, batch: Batch) -> None:
-        """Write events in parts, so that however many come at once, few wait in this process."""
+        """Write events in parts, so that only few bytes wait in this process."""
         self._halfway = True  # a part may end within an event
         for start in range(0, len(batch.events), MAX_BLOCK):
             self._connection.write_now(batch.events[start : start + MAX_BLOCK])
@@ -182,5 +182,5 @@ class Viewer:
         self._halfway = False
         self._n = batch.last
 
-    def _tell_gap(self) -> None:
+    def _write_gap(self) -> None:
         self._connection.write_now(refusal_event(ReplayGap(), Cursor(self._epoch, self._n)))

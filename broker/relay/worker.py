@@ -57,7 +57,7 @@ class Worker:
         accounts: slots, budgets and the usage ledger.
         money: functions that know about money.
         config: the limits of this worker.
-        results: is told of each end by an application; None where it does not want to know.
+        results: passes the result of each answer to an application; None where it wants none.
 
     Attributes:
         draining: nothing new is started.
@@ -188,7 +188,7 @@ class Worker:
         if generation.wrote_its_end:
             self.finished.add(generation, asyncio.get_running_loop().time())
         if self._results is not None:
-            self._results.tell(generation)
+            self._results.take(generation)
         self._learn_from(generation)
 
     def _learn_from(self, generation: Generation) -> None:

@@ -1,4 +1,4 @@
-"""The web application: its routes and what surrounds them."""
+"""The web application: its routes, middleware and signals."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 
 def add_web(app: web.Application, settings: Settings, *, prefix: str = "") -> None:
-    """Add all of it to an application, without what the handlers need: the composition root fills in `web.keys`.
+    """Add routes and middleware to an application. The composition root adds what handlers need, under `web.keys`.
 
     Args:
-        app: of the broker alone.
-        settings: of this broker.
-        prefix: under which that application will be found.
+        app: the application of the broker alone.
+        settings: the settings of this broker.
+        prefix: the prefix under which that application will be found.
     """
     app.middlewares.append(guard)
-    # Whose headers they are is said here: a middleware around us may prepare the response, as of its own application.
+    # It is stored here which application adds the headers: a middleware around us may prepare the response itself.
     app.on_response_prepare.append(partial(add_headers, app))
     app.add_routes(
         [
             web.post("/prepare", prepare),
-            # HEAD has a handler that claims nothing; aiohttp's default would run GET's.
+            # HEAD has a handler that claims nothing; aiohttp would run that of GET
             web.get("/stream/{session_id}", stream, allow_head=True),
             web.delete("/stream/{session_id}", cancel),
             web.post("/stream/{session_id}/cancel", cancel),

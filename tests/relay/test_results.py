@@ -145,7 +145,7 @@ async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         results.add(result(1000, "x" * 20_000))  # one alone may be larger
         for number in range(5):
             results.add(result(2000 + number))
-    assert [line["event"] for line in lines] == ["on_end is too slow, a result is not told"] * 5
+    assert [line["event"] for line in lines] == ["on_end is too slow, a result is dropped"] * 5
     hanging.go.set()
     await results.finish(PATIENCE)
     assert len(hanging.told) == AT_ONCE + 1
@@ -160,7 +160,7 @@ async def test_a_shutdown_does_not_wait_for_ever() -> None:
         async with asyncio.timeout(PATIENCE):
             await results.finish(0.05)
             await results.close()
-    assert [(line["event"], line["count"]) for line in lines] == [("results are not told", 2)]
+    assert [(line["event"], line["count"]) for line in lines] == [("results are dropped", 2)]
     assert len(hanging.told) == AT_ONCE
 
 
@@ -177,7 +177,7 @@ async def test_an_odd_generation_is_logged() -> None:
 
     results, odd = Results(told.append), Odd()  # type: ignore[arg-type]  # as above
     with capture_logs() as lines:
-        results.tell(odd)  # type: ignore[arg-type]  # it is odd
+        results.take(odd)  # type: ignore[arg-type]  # it is odd
     assert [line["event"] for line in lines] == ["no result for on_end"]
     assert odd.transcript is None
     assert told == []
