@@ -1,0 +1,131 @@
+"""What is found out of Redis: away, empty, another server."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+
+from broker.core.errors import StoreUnavailable
+from broker.relay.redis_watch import CLAIMS_PAUSE, RedisWatch
+from broker.store.workers import WIPED_FOR, MarkerStatus
+from tests.clock import Clock
+
+
+class FakeRedis:
+    """Tells what the test says: a marker and a server, or that it is away."""
+
+    def __init__(self) -> None:
+        self.marker_now = "first"
+        self.server = "one"
+        self.wiped = False
+        self.away = False
+        self.connections_made = 1
+        self.looks = 0
+
+    async def marker(self) -> MarkerStatus:
+        self.looks += 1
+        if self.away:
+            raise StoreUnavailable
+        return MarkerStatus(self.marker_now, self.wiped, self.server)
+
+    async def tell_wiped(self) -> None:
+        self.wiped = True
+
+
+class Watching:
+    def __init__(self) -> None:
+        self.redis = FakeRedis()
+        self.clock = Clock()
+        self.watch = RedisWatch(cast("Any", self.redis), clock=self.clock)
+
+
+@pytest.fixture
+async def watching() -> Watching:
+    watching = Watching()
+    await watching.watch.look()
+    return watching
+
+
+async def test_in_ordinary_operation_nothing_is_written_again(watching: Watching) -> None:
+    await watching.watch.look()
+    assert not watching.watch.to_rewrite.is_set()
+    assert await watching.watch.is_gone()
+    assert await watching.watch.may_claim()
+
+
+async def test_an_empty_redis_is_told_to_all_and_has_sessions_written_again(watching: Watching) -> None:
+    watching.redis.marker_now = "second"
+    await watching.watch.look()
+    assert watching.watch.to_rewrite.is_set()
+    assert watching.redis.wiped
+    assert not await watching.watch.is_gone()
+
+
+async def test_an_unknown_session_is_gone_again_after_its_time(watching: Watching) -> None:
+    watching.redis.marker_now = "second"
+    await watching.watch.look()
+    watching.redis.wiped = False
+    watching.clock.now += WIPED_FOR - 0.1
+    assert not await watching.watch.is_gone()
+    watching.clock.now += 0.1
+    assert await watching.watch.is_gone()
+
+
+async def test_a_worker_that_started_without_redis_declares_nothing_gone() -> None:
+    watching = Watching()
+    watching.redis.away = True
+    with pytest.raises(StoreUnavailable):
+        await watching.watch.look()
+    watching.redis.away = False
+    assert not await watching.watch.is_gone()
+    watching.clock.now += WIPED_FOR
+    assert await watching.watch.is_gone()
+
+
+async def test_another_server_pauses_claims_while_owners_write(watching: Watching) -> None:
+    watching.redis.server = "two"
+    await watching.watch.look()
+    assert watching.watch.to_rewrite.is_set()
+    assert not await watching.watch.may_claim()
+    watching.clock.now += CLAIMS_PAUSE
+    assert await watching.watch.may_claim()
+    assert await watching.watch.is_gone(), "its marker is the same, so it is not empty"
+
+
+async def test_a_new_connection_is_looked_at_before_the_next_claim(watching: Watching) -> None:
+    looks = watching.redis.looks
+    assert await watching.watch.may_claim()
+    assert watching.redis.looks == looks, "a known connection leads to the known server"
+    watching.redis.connections_made += 1
+    watching.redis.server = "two"
+    assert not await watching.watch.may_claim()
+
+
+async def test_no_claim_is_made_where_the_server_cannot_be_asked(watching: Watching) -> None:
+    watching.redis.connections_made += 1
+    watching.redis.away = True
+    with pytest.raises(StoreUnavailable):
+        await watching.watch.may_claim()
+
+
+async def test_a_server_without_a_name_pauses_nothing(watching: Watching) -> None:
+    nameless = Watching()
+    nameless.redis.server = ""
+    await nameless.watch.look()
+    await nameless.watch.look()
+    assert await nameless.watch.may_claim()
+
+
+async def test_looking_goes_on_through_an_outage(watching: Watching) -> None:
+    watching.redis.away = True
+    task = asyncio.create_task(watching.watch.run())
+    await asyncio.sleep(0)
+    watching.redis.away = False
+    watching.redis.marker_now = "second"
+    async with asyncio.timeout(10):
+        await watching.watch.to_rewrite.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
