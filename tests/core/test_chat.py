@@ -358,12 +358,12 @@ def test_a_dotted_name_opens_a_nested_key(name: str, document: Any, field: str) 
 def test_globs_open_no_object_of_very_many_keys(glob: str) -> None:
     for count, accepted in ((1000, True), (1001, False), (49_000, False)):
         document = chat(provider={f"k{n}{'x' * 10}": 0 for n in range(count)})
-        started = time.perf_counter()
+        started = time.process_time()
         if accepted:
             accept(document, rules(glob))
         else:
             assert fields(document, rules(glob)) == ["body"]
-        assert time.perf_counter() - started < 0.2
+        assert time.process_time() - started < 0.2
 
 
 def test_a_dotted_name_opens_only_unknown_keys() -> None:
