@@ -346,6 +346,7 @@ class Admission:
             client=ready.client.name,
             worst=ready.worst,
             calibration_sample=fitted.calibration_sample,
+            dialect=fitted.dialect,
         )
         try:
             await self._sessions.prepare(session_id, prepared)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from broker.core.checking import Fault
+    from broker.core.dialect import DialectName
     from broker.core.tokens import Size
 
 SCHEMA = Schema(Parameters, PARAMETERS, OPENED_PARAMETERS, CLOSABLE)
@@ -51,6 +52,7 @@ class ChatRequest:
         parameters: all other parameters for the upstream, unchanged; no value is null.
     """
 
+    dialect: ClassVar[DialectName] = "chat"
     field: ClassVar[str] = "messages"
     # The older name is first, because every compatible server knows it.
     caps: ClassVar[tuple[str, ...]] = ("max_tokens", "max_completion_tokens")

@@ -7,12 +7,10 @@ the relay, the journal and the usage ledger do not depend on it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from broker.core.answer import parse_chunk
 from broker.core.chat_answer import ChatAnswer
 from broker.core.chat_said import said_in_chunk
-from broker.core.errors import UpstreamInvalid
 from broker.core.responses_answer import ResponsesAnswer, is_response
 from broker.core.responses_said import is_event, said_in_event
 
@@ -21,6 +19,10 @@ if TYPE_CHECKING:
 
     from broker.core.answer import Answer
     from broker.core.said import Said
+
+
+DialectName = Literal["chat", "responses"]
+"""What a stored session calls its dialect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +64,7 @@ RESPONSES = Dialect(
     picture=b'"type":"input_image"',
 )
 
-DIALECTS = (CHAT, RESPONSES)
-
-
-def dialect_of_request(request: bytes) -> Dialect:
-    """Return the dialect of a request that we wrote. A Responses request begins with its input."""
-    return RESPONSES if request.startswith(b'{"input":') else CHAT
-
-
-def dialect_of_chunk(data: bytes) -> Dialect:
-    """Return the dialect of an answer by its first relayed chunk: an event of a response has a type."""
-    try:
-        _, chunk = parse_chunk(data)
-    except UpstreamInvalid:
-        return CHAT
-    return RESPONSES if is_event(chunk) else CHAT
+DIALECTS: Mapping[DialectName, Dialect] = {"chat": CHAT, "responses": RESPONSES}
 
 
 def said_in(chunk: Mapping[str, Any], deltas: bool | None) -> tuple[Said, bool | None]:

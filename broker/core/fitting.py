@@ -16,6 +16,8 @@ from broker.core.trimming import trim
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from broker.core.dialect import DialectName
+
 T = TypeVar("T")
 
 # https://openrouter.ai/docs/features/message-transforms: on by default where the context is small
@@ -56,10 +58,12 @@ class Request(Protocol):
     """A valid request in any dialect. It is never changed.
 
     Attributes:
+        dialect: in which it is.
         field: the parameter that holds the conversation.
         caps: the parameters that cap the answer; the first one is sent where a request names none.
     """
 
+    dialect: ClassVar[DialectName]
     field: ClassVar[str]
     caps: ClassVar[tuple[str, ...]]
 
@@ -106,6 +110,7 @@ class FittedRequest:
             learned values come from the answers of clients and must not extend their budgets.
         max_output_tokens: the cap of each answer.
         dropped: entries of the conversation that trimming removed.
+        dialect: in which it is.
         answers: answers that are asked for; more than one only where ``n`` was opened.
         calibration_sample: the size of a prompt whose usage gives a sample of bytes per token; None for any other.
     """
@@ -116,6 +121,7 @@ class FittedRequest:
     reserved_prompt_tokens: int
     max_output_tokens: int
     dropped: int
+    dialect: DialectName
     answers: int = 1
     calibration_sample: Size | None = None
 
@@ -162,6 +168,7 @@ def fit(
         reserved_prompt_tokens=frame.tokens(safe) + sum(sizes[index].tokens(safe) for index in kept),
         max_output_tokens=cap,
         dropped=len(sizes) - len(kept),
+        dialect=request.dialect,
         answers=request.parameters.get("n", 1),
         calibration_sample=request.calibration_size(kept, frame, [sizes[index] for index in kept]),
     )

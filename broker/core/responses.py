@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from broker.core.checking import Fault
+    from broker.core.dialect import DialectName
     from broker.core.tokens import Size
 
 SCHEMA = Schema(ResponsesParameters, PARAMETERS, OPENED_PARAMETERS, CLOSABLE)
@@ -52,6 +53,7 @@ class ResponsesRequest:
         parameters: all other parameters for the upstream, unchanged; no value is null.
     """
 
+    dialect: ClassVar[DialectName] = "responses"
     field: ClassVar[str] = "input"
     caps: ClassVar[tuple[str, ...]] = ("max_output_tokens",)
 
@@ -102,7 +104,7 @@ class ResponsesRequest:
     def body(self, kept: Sequence[int]) -> dict[str, Any]:
         """Return the body for the upstream, with these items and all parameters; it is streamed and not stored."""
         conversation = self.input if isinstance(self.input, str) else [self.input[index] for index in kept]
-        body = {"input": conversation, "model": self.model, **self.parameters}
+        body = {"model": self.model, "input": conversation, **self.parameters}
         for name in OURS:
             body.pop(name, None)
         # the page's options that are left were opened by the operator

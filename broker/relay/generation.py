@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from broker.core.dialect import dialect_of_request
+from broker.core.dialect import DIALECTS
 from broker.core.errors import (
     Abandoned,
     DeadlineExceeded,
@@ -133,7 +133,7 @@ class Generation:
         self._write_later = write_later
         self.transcript = transcript
         self.clock = self._clock = clock or asyncio.get_running_loop().time
-        dialect = dialect_of_request(prepared.request)
+        dialect = DIALECTS[prepared.dialect]
         self._reader = UpstreamReader(
             prepared, dialect=dialect, upstream=upstream, limits=limits, take=self._take, clock=self._clock
         )

@@ -17,7 +17,7 @@ import orjson
 import structlog
 
 from broker.core.accounts import usage_at_worst, usage_of
-from broker.core.dialect import CHAT, dialect_of_chunk
+from broker.core.dialect import DIALECTS
 from broker.core.errors import StoreRefused, StoreUnavailable, UpstreamError, WorkerLost
 from broker.core.events import cancelled_unseen, error_data
 from broker.core.pricing import to_nano
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from broker.core.accounts import Usage, WorstCase
     from broker.core.answer import Answer
+    from broker.core.dialect import Dialect
     from broker.relay.settlement import Settlement
     from broker.store.accounts import AccountStore, Reservation
     from broker.store.journal import JournalStore
@@ -179,7 +180,7 @@ class Reaper:
             await self._settle(orphan, session, session.state)
 
     async def _settle(self, orphan: Reservation, session: SessionRecord, state: State) -> None:
-        answer = await self._read(orphan.session_id)
+        answer = await self._read(orphan.session_id, DIALECTS[session.spec.dialect])
         if answer is None:  # an end is known for longer than what led to it
             spent, generation_id = spent_in_end(session.end_data, orphan.worst), None
         else:
@@ -190,23 +191,21 @@ class Reaper:
         await self._settlement.settle(orphan, spent, state, generation_id)
         log.warning("settled for a dead worker", session=short(orphan.session_id), estimated=spent.estimated)
 
-    async def _read(self, session_id: str) -> Answer | None:
+    async def _read(self, session_id: str, dialect: Dialect) -> Answer | None:
         """What the journal tells of an answer; None where it has expired, or a part of it is not there."""
-        answer: Answer | None = None
-        decoder, after = Decoder(MAX_EVENT), 0
+        answer, decoder, after = dialect.answer(), Decoder(MAX_EVENT), 0
         while True:
             followed = await self._journal.follow(session_id, after, register=False)
             if followed.standing.state is State.GONE:
                 return None
             if not followed.batches:
-                return (answer or CHAT.answer()) if followed.last <= after else None
+                return answer if followed.last <= after else None
             for batch in followed.batches:
                 try:
                     for frame in decoder.feed(batch.events):
-                        answer = answer or dialect_of_chunk(frame.data).answer()
                         answer.read(frame.data)
                 except (UpstreamError, EventTooLarge):
-                    return answer or CHAT.answer()
+                    return answer
             after = followed.batches[-1].last
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import TypeAdapter
 
 from broker.core.accounts import WorstCase  # noqa: TC001 - pydantic reads it
+from broker.core.dialect import DialectName  # noqa: TC001 - pydantic reads it
 from broker.core.errors import StoreRefused, StoreUnavailable
 from broker.core.events import cancelled_before_start
 from broker.core.replay import Batch
@@ -42,6 +43,7 @@ class Spec:
         client: who pays.
         worst: the most that it may take.
         calibration_sample: size of the prompt, where what comes back can teach of the model's tokenizer.
+        dialect: in which the upstream is asked and answers.
     """
 
     model: str
@@ -50,6 +52,7 @@ class Spec:
     client: str
     worst: WorstCase
     calibration_sample: Size | None = None
+    dialect: DialectName = "chat"
 
     @property
     def spec(self) -> Spec:

@@ -117,7 +117,7 @@ class UpstreamClient:
             default_headers={"Accept-Encoding": "identity"},
         )
         base = str(self.openai.base_url).rstrip("/")
-        self._urls = {dialect.path: httpx2.URL(f"{base}/{dialect.path}") for dialect in DIALECTS}
+        self._urls = {dialect.path: httpx2.URL(f"{base}/{dialect.path}") for dialect in DIALECTS.values()}
         self._headers = self._make_headers()
 
     def use_key(self, api_key: str) -> None:

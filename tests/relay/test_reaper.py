@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from broker.core.accounts import WorstCase
+from broker.core.dialect import DialectName
 from broker.core.errors import StoreUnavailable
 from broker.core.events import cancelled_before_start, chunk_events
 from broker.core.replay import Batch
@@ -47,17 +48,17 @@ class Dead:
         self.sessions = SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=1)
         self.journal = JournalStore(store, worker="dead", running_ttl=960)
 
-    async def claimed(self, claim_id: str) -> Reservation:
+    async def claimed(self, claim_id: str, dialect: DialectName = "chat") -> Reservation:
         """A session that has begun."""
         session = f"session-{claim_id}"
-        await self.sessions.prepare(session, PREPARED)
+        await self.sessions.prepare(session, replace(PREPARED, dialect=dialect))
         reservation = await reserved(self.accounts, claim_id)
         assert isinstance(await self.sessions.claim(session, claim_id, "dead"), Prepared)
         return reservation
 
-    async def said(self, claim_id: str, *chunks: bytes) -> Reservation:
+    async def said(self, claim_id: str, *chunks: bytes, dialect: DialectName = "chat") -> Reservation:
         """A session that has begun and said something."""
-        reservation = await self.claimed(claim_id)
+        reservation = await self.claimed(claim_id, dialect)
         batch = Batch(1, len(chunks), chunk_events(list(chunks), 1))
         await self.journal.append([Append(reservation.session_id, claim_id, batch)])
         return reservation
@@ -119,18 +120,18 @@ async def test_an_end_that_outlives_its_journal_is_booked_by_what_it_tells_or_at
 
 
 @pytest.mark.parametrize(
-    ("chunks", "booked"),
+    ("dialect", "chunks", "booked"),
     [
-        ([CHUNK], Ledger(1, 1, 4 + 2, 0)),
-        ([CREATED, WORDS], Ledger(1, 1, 4 + 2, 0)),
-        ([CREATED, WORDS, COMPLETED], Ledger(1, 0, 7, 50)),
+        ("chat", [CHUNK], Ledger(1, 1, 4 + 2, 0)),
+        ("responses", [CREATED, WORDS], Ledger(1, 1, 4 + 2, 0)),
+        ("responses", [CREATED, WORDS, COMPLETED], Ledger(1, 0, 7, 50)),
     ],
 )
 async def test_a_journal_is_counted_in_the_dialect_it_is_in(
-    store: Store, chunks: list[bytes], booked: Ledger
+    store: Store, dialect: DialectName, chunks: list[bytes], booked: Ledger
 ) -> None:
     dead = Dead(store)
-    await dead.said("1", *chunks)
+    await dead.said("1", *chunks, dialect=dialect)
     await dead.found()
     account = await ledger(store.redis)
     assert account._replace(reserved_tokens=0, reserved_cost=0) == booked
