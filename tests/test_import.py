@@ -70,7 +70,7 @@ print(told)
     assert ran(program, tmp_path, BROKER_HOST="!", PORT="none", REDIS_URL="x") == "[]\n"
 
 
-def test_settings_in_code_are_what_was_written(tmp_path: Path) -> None:
+def test_settings_in_code_have_the_given_values(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("BROKER_MAX_MESSAGES=7\nPORT=nonsense\n")
     program = f"""{WATCHED}
 from broker import Settings

@@ -89,7 +89,7 @@ def test_text_away_from_a_terminal_has_no_colours() -> None:
     assert "\x1b[" not in out.getvalue()
 
 
-def test_lower_levels_are_not_told() -> None:
+def test_lower_levels_are_not_logged() -> None:
     out = io.StringIO()
     configure_logs("warning", "json", out=out)
     logger().info("ours")
@@ -108,7 +108,7 @@ def test_a_librarys_warning_comes_in_the_same_form(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["openai", "openai._base_client", "httpx2", "httpcore2.http11"])
-def test_what_the_upstream_client_says_of_its_requests_is_not_told_even_where_it_insists(name: str) -> None:
+def test_requests_of_the_upstream_client_are_never_logged(name: str) -> None:
     out = io.StringIO()
     configure_logs("debug", "json", out=out)
     talkative = logging.getLogger(name)
@@ -189,7 +189,7 @@ def test_a_secret_inside_another_does_not_uncover_the_rest() -> None:
     assert clean("abcdefgh", "abcd", "abcdefgh") == "***"
 
 
-def test_a_secret_with_characters_of_a_pattern_is_taken_as_it_is() -> None:
+def test_a_secret_with_pattern_characters_is_removed() -> None:
     assert clean("a.*b(c and axxb(c", "a.*b(c") == "*** and axxb(c"
 
 
@@ -208,11 +208,11 @@ def test_an_empty_or_tiny_secret_spoils_nothing() -> None:
         (f"broker:1:{{{SESSION}}}:events", "broker:1:{3f2b8c1e…}:events"),
     ],
 )
-def test_of_a_session_id_only_the_beginning_stays(value: Any, expected: str) -> None:
+def test_only_the_beginning_of_a_session_id_is_logged(value: Any, expected: str) -> None:
     assert clean(value) == expected
 
 
-def test_the_id_of_a_request_is_told_whole_and_nothing_else_of_that_form() -> None:
+def test_only_request_ids_are_logged_whole() -> None:
     out = io.StringIO()
     configure_logs("info", "json", secrets=[KEY], out=out)
     logger().info(
@@ -230,13 +230,13 @@ def test_the_id_of_a_request_is_told_whole_and_nothing_else_of_that_form() -> No
     }
 
 
-def test_the_id_of_a_request_holds_no_secret_either() -> None:
+def test_secrets_are_removed_from_request_ids() -> None:
     clean_line = censor([KEY])
     assert clean_line(None, "info", {"request_id": f"{SESSION}.{KEY}"}) == {"request_id": f"{SESSION}.***"}
     assert clean_line(None, "info", {"request_id": [SESSION, KEY]}) == {"request_id": ["3f2b8c1e…", "***"]}
 
 
-def test_a_uuid_of_another_version_is_no_session_id() -> None:
+def test_a_uuid_of_another_version_is_not_cut() -> None:
     assert clean("3f2b8c1e-9a4d-1e6f-8b7a-1c2d3e4f5a6b") == "3f2b8c1e-9a4d-1e6f-8b7a-1c2d3e4f5a6b"
 
 
@@ -246,7 +246,7 @@ def test_a_value_that_contains_itself_ends() -> None:
     assert "9a4d" not in json.dumps(clean(loop))
 
 
-def test_odd_values_never_keep_a_line_back() -> None:
+def test_odd_values_never_prevent_a_line() -> None:
     out = io.StringIO()
     configure_logs("info", "json", out=out)
     logger().info("odd", big=1 << 80, keys={(1, 2): object}, lone="\ud800", raw=b"\xff")
@@ -269,7 +269,7 @@ def passing(
     return record.msg if repetitions.filter(record) else None
 
 
-def test_a_warning_that_repeats_is_told_once_a_minute_with_its_count() -> None:
+def test_a_repeated_warning_is_logged_once_a_minute() -> None:
     clock = Clock()
     repetitions = Repetitions(clock)
     assert passing(repetitions, session="a") == {"event": "redis refused", "session": "a"}
@@ -281,7 +281,7 @@ def test_a_warning_that_repeats_is_told_once_a_minute_with_its_count() -> None:
     assert passing(repetitions, session="c") is None
 
 
-def test_warnings_of_another_kind_are_told() -> None:
+def test_different_warnings_are_logged() -> None:
     repetitions = Repetitions(Clock())
     assert passing(repetitions, code="a") is not None
     assert passing(repetitions, code="b") is not None
@@ -289,7 +289,7 @@ def test_warnings_of_another_kind_are_told() -> None:
     assert passing(repetitions, level=logging.ERROR) is not None
 
 
-def test_lines_of_sessions_and_of_no_failure_are_never_held_back() -> None:
+def test_session_lines_and_infos_are_never_suppressed() -> None:
     repetitions = Repetitions(Clock())
     for _ in range(5):
         assert passing(repetitions, event="session ended") is not None
@@ -329,7 +329,7 @@ def test_the_lines_of_a_process_pass_through_it() -> None:
 # As a part of an application
 
 
-def test_an_application_gets_lines_as_its_own(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_application_gets_the_lines_in_its_own_logs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     log_into_application(["hunter2"])
     log_into_application([KEY])

@@ -92,9 +92,7 @@ def test_empty_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
         "BROKER_TOTAL_DAILY_COST",
     ],
 )
-def test_nothing_but_spaces_is_no_way_to_unset_what_guards_the_door(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_spaces_do_not_unset_protecting_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert complaint(monkeypatch, name, " \t") == f"{name} must not be blank"
     monkeypatch.setenv(name, "")
     assert load_settings().model_fields_set == set()
@@ -116,7 +114,7 @@ def test_a_dotenv_is_read_to_its_end_or_not_at_all() -> None:
         load_settings()
 
 
-def test_names_of_others_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_names_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HOST", "WORKERS", "HEARTBEAT", "broker_heartbeat", "port", "BROKER_PORT", "BROKER_REFERER"):
         monkeypatch.setenv(name, "7")
     assert load_settings().model_fields_set == set()
@@ -128,7 +126,7 @@ def test_a_value_built_in_code_reads_nothing(monkeypatch: pytest.MonkeyPatch) ->
     assert Settings(retry_ms=5).model_fields_set == {"retry_ms"}
 
 
-def test_a_name_that_is_no_setting_is_refused_in_code() -> None:
+def test_an_unknown_name_is_refused_in_code() -> None:
     with pytest.raises(ValidationError):
         Settings(hartbeat=5)  # type: ignore[call-arg] # that is the test
     with pytest.raises(SettingsError, match=r"^hartbeat is not a setting$"):
@@ -140,7 +138,7 @@ def test_settings_do_not_change() -> None:
         Settings().port = 5  # type: ignore[misc] # that is the test
 
 
-def test_dotenv_takes_quotes_comments_and_export_and_leaves_dollars_alone(
+def test_dotenv_takes_quotes_comments_export_and_dollars(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HOME", "elsewhere")
@@ -154,19 +152,19 @@ def test_dotenv_takes_quotes_comments_and_export_and_leaves_dollars_alone(
     assert settings.referer is None
 
 
-def test_a_line_of_dotenv_that_is_none_is_named_without_its_text() -> None:
+def test_an_invalid_line_of_dotenv_is_named_without_its_text() -> None:
     Path(".env").write_text(f"PORT=1\nX_TITLE='{SECRET}\n")
     with pytest.raises(SettingsError, match=r"^\.env must hold NAME=value lines; line 2 is not one$"):
         load_settings()
 
 
-def test_a_dotenv_that_is_not_text_is_told_of() -> None:
+def test_a_dotenv_that_is_not_text_is_reported() -> None:
     Path(".env").write_bytes(b"PORT=\xff\n")
     with pytest.raises(SettingsError, match=r"^\.env must be UTF-8 text$"):
         load_settings()
 
 
-def test_a_dotenv_that_cannot_be_read_is_told_of() -> None:
+def test_a_dotenv_that_cannot_be_read_is_reported() -> None:
     Path(".env").mkdir()
     with pytest.raises(SettingsError, match=r"^\.env cannot be read: Is a directory$"):
         load_settings()
@@ -219,7 +217,7 @@ def test_only_secrets_come_from_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["OPENROUTER_API_KEY_FILE", "REDIS_URL_FILE", "BROKER_JWT_SECRET_FILE"])
 @pytest.mark.parametrize("content", [b"", b" \n", b"\xef\xbb\xbf\r\n"])
-def test_a_secret_file_that_holds_nothing_ends_the_start(
+def test_an_empty_secret_file_ends_the_start(
     name: str, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("secret").write_bytes(content)
@@ -235,7 +233,7 @@ def test_an_empty_secret_file_of_dotenv_ends_the_start_too() -> None:
         load_settings()
 
 
-def test_a_byte_order_mark_and_the_end_of_the_line_are_no_part_of_a_secret(
+def test_a_secret_has_no_byte_order_mark_and_line_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Path("secret").write_bytes(b"\xef\xbb\xbf" + SECRET.encode() + b"\r\n")
@@ -250,7 +248,7 @@ def test_a_byte_order_mark_and_the_end_of_the_line_are_no_part_of_a_secret(
         (b"x" * 65_537, "a file of at most 65536 bytes"),
     ],
 )
-def test_a_file_that_is_no_good_is_told_of(
+def test_an_unusable_file_is_reported(
     content: bytes | None, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if content is not None:
@@ -439,7 +437,7 @@ def test_all_secrets_are_known_and_none_is_in_the_representation() -> None:
     assert not [secret for secret in settings.secrets if secret in repr(settings)]
 
 
-def test_an_unknown_name_is_told_with_the_nearest_of_ours() -> None:
+def test_an_unknown_name_is_reported_with_the_nearest_setting() -> None:
     Path(".env").write_text("BROKER_DEADLIN=5\nOTHER=1\n")
     environ = {
         "BROKER_HEARTBEET": "5",
@@ -465,7 +463,7 @@ def test_by_default_everything_set_is_served() -> None:
     assert not_yet_served(Settings(max_streams=5, workers=1, redis_url="redis://host")) == []
 
 
-def test_what_has_no_effect_yet_is_named_when_it_is_set() -> None:
+def test_settings_without_effect_are_reported() -> None:
     settings = Settings(workers=2, daily_cost="1", rate_limit="30/minute", jwt_issuer="x")
     assert sorted(not_yet_served(settings)) == [
         "BROKER_JWT_ISSUER without BROKER_JWT_SECRET or BROKER_JWKS_URL",
@@ -484,7 +482,7 @@ def test_the_example_shows_every_setting_with_its_default() -> None:
     assert load_settings() == Settings()
 
 
-def test_the_example_says_something_of_each_setting() -> None:
+def test_the_example_describes_each_setting() -> None:
     lines = EXAMPLE.read_text().splitlines()
     for before, line in itertools.pairwise(lines):
         if re.match(r"#?[A-Z_]+=", line):
@@ -514,5 +512,5 @@ def test_the_example_works_with_a_key_filled_in() -> None:
         ({"deadline": 90}, ["BROKER_FIRST_DATA_TIMEOUT"]),
     ],
 )
-def test_values_that_defeat_each_other_are_told(values: dict[str, Any], named: list[str]) -> None:
+def test_contradicting_values_are_reported(values: dict[str, Any], named: list[str]) -> None:
     assert [sentence.split(" ")[0] for sentence in contradictions(Settings(**values))] == named

@@ -111,7 +111,7 @@ def test_an_open_door_without_a_system_file_is_a_free_model() -> None:
     assert "everybody's free model" in warning
 
 
-def test_an_open_door_with_a_system_file_is_still_told(path: Path) -> None:
+def test_an_open_broker_with_a_system_file_is_still_reported(path: Path) -> None:
     warning = open_door(Settings(**OPEN, system_file=path))
     assert warning is not None
     assert warning.startswith("anybody who can connect can spend")

@@ -54,7 +54,7 @@ def certified_by_nobody(directory: Path) -> ssl.SSLContext:
     return context
 
 
-async def test_text_goes_to_standard_output_and_figures_to_standard_error() -> None:
+async def test_only_the_text_goes_to_standard_output() -> None:
     async with fake_broker(sends(chunk(1, "Hello"), chunk(2, ", you."), done(3))) as broker:
         assert await run("chat", "hi", "--url", broker.url) == (0, "Hello, you.\n", FIGURES)
         assert broker.prepared == [{"messages": [{"role": "user", "content": "hi"}]}]

@@ -253,9 +253,7 @@ def test_opening_everything_opens_no_documented_range() -> None:
     ("name", "value", "field"),
     [("plugins", {"id": "web"}, ""), ("plugins", [1], ".0"), ("n", 0, ""), ("n", 129, ""), ("n", True, "")],
 )
-def test_an_opened_parameter_that_the_broker_reads_must_be_readable(
-    name: str, value: Any, field: str
-) -> None:
+def test_opened_parameters_that_the_broker_reads_are_checked(name: str, value: Any, field: str) -> None:
     assert fields(chat(**{name: value}), rules("*")) == [name + field]
 
 

@@ -116,7 +116,7 @@ def test_cached_tokens_cost_as_others_where_no_price_is_listed() -> None:
     assert cost_of(usage(1000, 0, prompt_tokens_details=details), priced) == 1_000_000
 
 
-def test_more_cached_tokens_than_prompt_tokens_count_as_the_prompt() -> None:
+def test_cached_tokens_never_exceed_the_prompt() -> None:
     details = {"cached_tokens": 5000, "cache_write_tokens": 5000}
     assert cost_of(usage(1000, 0, prompt_tokens_details=details), prices(GEMINI)) == 1000 * 310
 
@@ -132,7 +132,7 @@ def test_reasoning_listed_at_zero_costs_as_completion() -> None:
     assert cost_of(usage(0, 100, completion_tokens_details=details), prices(MINI)) == 100 * 600
 
 
-def test_prices_below_a_nano_are_exact_until_the_sum_is_rounded_up() -> None:
+def test_prices_below_a_nano_are_exact_before_rounding() -> None:
     priced = prices({"prompt": "0.0000000375", "completion": "0.00000000001"})
     assert cost_of(usage(2, 0), priced) == 75
     assert cost_of(usage(1, 0), priced) == 38
@@ -196,7 +196,7 @@ def test_without_a_time_of_day_the_dearer_side_counts() -> None:
     ],
 )
 @pytest.mark.parametrize(("price", "nano"), [("0.000009", 9000), ("0.000001", 4000)])
-def test_a_condition_that_cannot_be_judged_counts_where_it_is_dearer(
+def test_an_unknown_condition_counts_where_it_is_dearer(
     condition: dict[str, Any], price: str, nano: int
 ) -> None:
     override = {**condition, "prompt": price}

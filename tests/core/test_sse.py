@@ -98,7 +98,7 @@ def test_an_event_over_its_bound_is_refused(piece: bytes) -> None:
         feed_all(decoder, [piece] * 100)
 
 
-def test_many_events_together_may_be_larger_than_the_bound_of_one() -> None:
+def test_many_events_may_exceed_the_limit_of_one() -> None:
     assert len(decode(b"data: 0123456789\n\n" * 100, limit=20)) == 100
 
 

@@ -207,7 +207,7 @@ def test_a_refused_key_in_a_stream_is_not_quoted() -> None:
     assert error.message == UpstreamFailed.default_message
 
 
-def test_the_wait_is_read_from_the_header_first_and_then_from_the_body() -> None:
+def test_the_wait_of_the_header_comes_before_that_of_the_body() -> None:
     body = {"error": {"message": "x", "availability": {"retryable": True, "retry_after": 40}}}
     assert fault_of_status(429, body).retry_after == 40
     assert fault_of_status(429, body, retry_after=7.0).retry_after == 7

@@ -76,7 +76,7 @@ def test_a_file_that_is_written_in_place_counts(keys: ApiKeys, path: Path, clock
     assert [keys.owner_of(key) for key in ("one", "six")] == [None, "ann"]
 
 
-def test_the_file_is_looked_at_only_now_and_then(keys: ApiKeys, path: Path, clock: Clock) -> None:
+def test_the_file_is_checked_only_from_time_to_time(keys: ApiKeys, path: Path, clock: Clock) -> None:
     assert keys.owner_of("one") == "ann"
     replace(path, "ann:three")
     clock.now += LOOK_EVERY - 0.1
@@ -101,7 +101,7 @@ def test_an_emptied_file_lets_nobody_in(keys: ApiKeys, path: Path, clock: Clock)
 @pytest.mark.parametrize(
     "text", ["gibberish-s3cret", "ann:", ":three", "ann:a b", "a,b:c", "a:one\nb:one", "é:one", ",\n"]
 )
-def test_a_broken_file_leaves_the_old_keys_and_is_told_of_once(
+def test_a_broken_file_keeps_the_old_keys_and_is_logged_once(
     text: str, keys: ApiKeys, path: Path, clock: Clock, log: io.StringIO
 ) -> None:
     replace(path, text)
@@ -145,9 +145,7 @@ def test_a_broken_file_that_is_mended_counts(
     assert "three" not in log.getvalue()
 
 
-def test_a_file_that_stays_the_same_is_not_spoken_of(
-    keys: ApiKeys, path: Path, clock: Clock, log: io.StringIO
-) -> None:
+def test_an_unchanged_file_is_not_logged(keys: ApiKeys, path: Path, clock: Clock, log: io.StringIO) -> None:
     assert keys.owner_of("one") == "ann"
     replace(path, "ann:one,bob:two")
     clock.now += LOOK_EVERY

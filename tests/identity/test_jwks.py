@@ -53,7 +53,7 @@ async def fetched(keys: PublishedKeys) -> None:
 # When they are fetched
 
 
-async def test_keys_are_fetched_at_the_start_and_then_kept(clock: Clock) -> None:
+async def test_keys_are_fetched_once_at_the_start(clock: Clock) -> None:
     async with key_server(OLD) as server, keys_of(server, clock) as keys:
         await server.asked(1)
         for _ in range(3):
@@ -83,7 +83,7 @@ async def test_a_key_that_is_withdrawn_is_good_no_more(clock: Clock) -> None:
         assert not await has(keys, "old")
 
 
-async def test_unknown_keys_cause_a_fetch_only_now_and_then(clock: Clock) -> None:
+async def test_unknown_keys_cause_a_fetch_only_from_time_to_time(clock: Clock) -> None:
     async with key_server(OLD) as server, keys_of(server, clock) as keys:
         for number in range(5):
             assert not await has(keys, f"unknown-{number}")
@@ -97,7 +97,7 @@ async def test_unknown_keys_cause_a_fetch_only_now_and_then(clock: Clock) -> Non
         assert server.fetches == 2
 
 
-async def test_all_who_wait_share_one_fetch(clock: Clock) -> None:
+async def test_all_waiting_callers_share_one_fetch(clock: Clock) -> None:
     async with key_server(OLD) as server, keys_of(server, clock) as keys:
         assert await has(keys)
         clock.now += PAUSE
@@ -110,7 +110,7 @@ async def test_all_who_wait_share_one_fetch(clock: Clock) -> None:
         assert server.fetches == 2
 
 
-async def test_who_leaves_while_waiting_takes_nothing_from_the_others(clock: Clock) -> None:
+async def test_a_caller_that_leaves_does_not_stop_the_fetch(clock: Clock) -> None:
     async with key_server(OLD) as server, keys_of(server, clock) as keys:
         assert await has(keys)
         clock.now += PAUSE
@@ -192,7 +192,7 @@ async def test_without_any_keys_tokens_cannot_be_checked_for_a_moment(clock: Clo
         {"body": key_set(NEW, "x" * MAX_SIZE)},
     ],
 )
-async def test_keys_stay_while_the_answer_is_no_good(answer: dict[str, Any], clock: Clock) -> None:
+async def test_keys_stay_while_answers_are_unusable(answer: dict[str, Any], clock: Clock) -> None:
     async with key_server(OLD) as server, keys_of(server, clock) as keys:
         assert await has(keys)
         for name, value in answer.items():
@@ -204,7 +204,7 @@ async def test_keys_stay_while_the_answer_is_no_good(answer: dict[str, Any], clo
         assert server.fetches == 2
 
 
-async def test_a_key_that_is_not_known_is_only_put_off_until_a_fetch_succeeds(clock: Clock) -> None:
+async def test_an_unknown_key_is_undecided_until_a_fetch_succeeds(clock: Clock) -> None:
     async with key_server(OLD) as server, keys_of(server, clock) as keys:
         assert not await has(keys, "new")
         server.status = 500
@@ -219,7 +219,7 @@ async def test_a_key_that_is_not_known_is_only_put_off_until_a_fetch_succeeds(cl
         assert not await has(keys, "new")
 
 
-async def test_an_answer_of_the_largest_size_is_taken(clock: Clock) -> None:
+async def test_an_answer_of_the_largest_size_is_accepted(clock: Clock) -> None:
     body = key_set(OLD)
     async with key_server() as server:
         server.body = body + b" " * (MAX_SIZE - len(body))
@@ -272,7 +272,7 @@ async def test_the_end_does_not_wait_for_a_fetch(clock: Clock) -> None:
         assert not [task for task in asyncio.all_tasks() if task.get_name() == "token keys"]
 
 
-async def test_trouble_is_told_once_and_without_the_url(clock: Clock, log: io.StringIO) -> None:
+async def test_failures_are_logged_once_without_the_url(clock: Clock, log: io.StringIO) -> None:
     async with key_server(OLD) as server, PublishedKeys(f"{server.url}?code=s3cret", clock=clock) as keys:
         assert await has(keys)
         for status in (500, 500, 503, 200):
@@ -316,7 +316,7 @@ def test_a_published_private_key_is_left_out() -> None:
     assert kids({**private, "kid": "private"}, OLD) == ["old"]
 
 
-def test_of_very_many_keys_the_first_count() -> None:
+def test_the_first_of_very_many_keys_count() -> None:
     assert len(kids(*[OLD] * (MAX_KEYS + 10))) == MAX_KEYS
 
 

@@ -35,7 +35,7 @@ def test_keys_of_a_file_come_with_its_path(monkeypatch: pytest.MonkeyPatch) -> N
     assert settings.needs_identity
 
 
-def test_an_empty_file_of_keys_still_asks_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_file_of_keys_still_requires_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("keys").write_text("\n")
     monkeypatch.setenv("BROKER_API_KEYS_FILE", "keys")
     settings = load_settings()
@@ -52,7 +52,7 @@ def test_an_empty_file_of_keys_wins_over_the_keys_of_dotenv(monkeypatch: pytest.
     assert settings.needs_identity
 
 
-def test_a_file_of_separators_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_with_only_separators_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("keys").write_text(",\n,\n")
     monkeypatch.setenv("BROKER_API_KEYS_FILE", "keys")
     with pytest.raises(SettingsError, match=r"^BROKER_API_KEYS_FILE must be a comma list of name:key pairs"):
@@ -65,7 +65,7 @@ def test_separators_without_a_pair_are_refused(keys: str) -> None:
         Settings(api_keys=keys)
 
 
-def test_keys_of_the_environment_are_not_replaced_by_a_file_of_dotenv(
+def test_keys_of_the_environment_win_over_a_file_of_dotenv(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Path("keys").write_text("bob:two")
@@ -118,14 +118,14 @@ def test_a_pair_that_cannot_be_used_is_refused(keys: str) -> None:
         "https://login.example/.well-known/jwks.json",
     ],
 )
-def test_what_everybody_may_know_is_refused_as_the_secret(secret: str) -> None:
+def test_public_values_are_refused_as_the_secret(secret: str) -> None:
     with pytest.raises(ValidationError):
         Settings(jwt_secret=secret)
 
 
 @pytest.mark.parametrize("kind", ["RSA", "RSA-1024", "P-256", "P-384", "Ed25519"])
 @pytest.mark.parametrize("width", [64, 10_000])
-def test_a_public_key_is_refused_as_the_secret_without_its_first_line_too(kind: str, width: int) -> None:
+def test_a_bare_public_key_is_refused_as_the_secret(kind: str, width: int) -> None:
     public = private_key(kind).public_key()
     shown = b64encode(public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).decode()
     with pytest.raises(ValidationError):
@@ -149,7 +149,7 @@ def test_a_refused_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
         load_settings()
 
 
-def test_the_url_of_published_keys_stays_as_it_is() -> None:
+def test_the_url_of_published_keys_is_not_changed() -> None:
     url = "https://login.example/keys/?p=policy"
     assert Settings(jwks_url=url).jwks_url == url
 
@@ -177,7 +177,7 @@ def test_something_must_be_shown_where_it_could_be_checked(given: dict[str, Any]
     assert Settings(**given).needs_identity is needed
 
 
-def test_an_audience_and_an_issuer_without_tokens_are_told_to_be_in_vain() -> None:
+def test_an_audience_without_tokens_causes_a_warning() -> None:
     assert not_yet_served(Settings(jwt_audience="chat", jwt_issuer="https://i")) == [
         "BROKER_JWT_AUDIENCE without BROKER_JWT_SECRET or BROKER_JWKS_URL",
         "BROKER_JWT_ISSUER without BROKER_JWT_SECRET or BROKER_JWKS_URL",
@@ -185,7 +185,7 @@ def test_an_audience_and_an_issuer_without_tokens_are_told_to_be_in_vain() -> No
     assert not_yet_served(Settings(jwt_audience="chat", jwt_issuer="https://i", jwt_secret=SECRET)) == []
 
 
-def test_everything_about_who_asks_is_served() -> None:
+def test_all_settings_of_identity_are_supported() -> None:
     settings = Settings(
         api_keys="ann:one",
         jwt_secret=SECRET,

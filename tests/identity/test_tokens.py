@@ -129,11 +129,11 @@ async def test_a_claim_that_is_missing_or_wrong_is_refused(changes: dict[str, An
 
 
 @pytest.mark.parametrize("exp", [NOW - 3600, 0, -1, True], ids=["an hour ago", "0", "-1", "True"])
-async def test_an_expired_token_is_told_so(exp: int) -> None:
+async def test_an_expired_token_is_reported_as_expired(exp: int) -> None:
     assert await refusal(hs256(SECRET, exp=exp)) == EXPIRED
 
 
-async def test_that_a_token_has_expired_is_told_only_if_it_was_good() -> None:
+async def test_only_a_valid_token_is_reported_as_expired() -> None:
     assert await refusal(hs256("another secret", exp=NOW - 3600)) == INVALID
 
 
@@ -148,7 +148,7 @@ async def test_a_token_of_others_is_refused(iss: object) -> None:
 
 
 @pytest.mark.parametrize("content", [b"[]", b'"ann"', b"{", b"\xff", b"[" * 5000, b'{"sub":"ann"}'])
-async def test_a_content_that_is_no_set_of_claims_is_refused(content: bytes) -> None:
+async def test_contents_other_than_claims_are_refused(content: bytes) -> None:
     key = jwt.PyJWS()
     assert await refusal(key.encode(content, SECRET, "HS256")) == INVALID
 
@@ -179,7 +179,7 @@ async def test_other_hashes_of_a_secret_are_refused(algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["RS384", "RS512", "PS256"])
-async def test_other_ways_of_a_published_key_are_refused(algorithm: str) -> None:
+async def test_other_algorithms_of_a_published_key_are_refused(algorithm: str) -> None:
     assert await unpublished(signed("RSA", algorithm, "rsa")) == INVALID
 
 
@@ -189,7 +189,7 @@ async def test_an_algorithm_is_refused_where_its_key_is_not_set_up() -> None:
 
 
 @pytest.mark.parametrize("secret", [None, SECRET])
-async def test_a_public_key_is_no_secret(secret: str | None) -> None:
+async def test_a_public_key_is_not_used_as_a_secret(secret: str | None) -> None:
     public = private_key("RSA").public_key()
     for form in (PublicFormat.SubjectPublicKeyInfo, PublicFormat.PKCS1):
         for encoding in (Encoding.PEM, Encoding.DER):
@@ -198,7 +198,7 @@ async def test_a_public_key_is_no_secret(secret: str | None) -> None:
     assert await unpublished(hs256(json.dumps(RSA)), secret=secret) == INVALID
 
 
-async def test_a_published_secret_is_no_key() -> None:
+async def test_a_published_secret_is_not_used_as_a_key() -> None:
     shared = {"kty": "oct", "k": part(SECRET.encode()), "kid": "rsa", "alg": "HS256"}
     assert await unpublished(hs256(SECRET), shared, RSA) == INVALID
 
@@ -209,7 +209,7 @@ async def test_a_key_is_used_only_for_its_own_algorithm() -> None:
     assert await unpublished(signed("P-256", "ES256", "one"), member("RSA", kid="one")) == INVALID
 
 
-async def test_the_key_of_somebody_else_is_refused() -> None:
+async def test_the_key_of_another_issuer_is_refused() -> None:
     assert await refusal(hs256("another secret")) == INVALID
     assert await refusal(hs256("")) == INVALID
     assert await unpublished(signed("RSA other", "RS256", "rsa")) == INVALID
@@ -237,14 +237,14 @@ async def test_without_a_key_id_there_must_be_no_choice() -> None:
 
 
 @pytest.mark.parametrize("kid", [5, None, ["rsa"], {}])
-async def test_a_key_id_that_is_no_text_is_refused(kid: object) -> None:
+async def test_a_key_id_that_is_not_a_text_is_refused(kid: object) -> None:
     assert await unpublished(with_signature({"alg": "RS256", "kid": kid}, "AAAA")) == INVALID
 
 
 @pytest.mark.parametrize(
     "more", [{"crit": ["exp"]}, {"crit": []}, {"b64": False}, {"b64": False, "crit": ["b64"]}]
 )
-async def test_a_header_that_asks_for_what_we_cannot_do_is_refused(more: dict[str, Any]) -> None:
+async def test_an_unsupported_header_is_refused(more: dict[str, Any]) -> None:
     signed_part = f"{part({'alg': 'HS256', **more})}.{part(claims())}"
     signature = hs256(SECRET).rpartition(".")[2]
     assert await refusal(f"{signed_part}.{signature}") == INVALID
@@ -295,7 +295,7 @@ async def test_no_part_of_a_token_can_be_changed_or_cut(kind: tuple[str, str, st
         "e30.e30.e30",
     ],
 )
-async def test_what_is_no_token_is_refused(token: str) -> None:
+async def test_texts_that_are_not_tokens_are_refused(token: str) -> None:
     assert await refusal(token) == INVALID
 
 
@@ -304,7 +304,7 @@ async def test_a_huge_token_is_refused() -> None:
     assert await tokens().subject_of(hs256(SECRET, more="x" * (MAX_TOKEN // 2))) == Subject("", "ann")
 
 
-async def test_no_token_and_nothing_of_it_is_logged(log: io.StringIO) -> None:
+async def test_tokens_are_never_logged(log: io.StringIO) -> None:
     for token in (hs256("another secret"), hs256(SECRET, exp=1, sub="Quetzalcoatl"), "e30.e30.e30"):
         await refusal(token)
     told = log.getvalue()

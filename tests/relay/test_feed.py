@@ -84,7 +84,7 @@ def test_a_viewer_that_was_never_live_may_leave() -> None:
     Feed().leave(Watcher())
 
 
-def test_a_viewer_may_leave_while_it_is_being_told() -> None:
+def test_a_viewer_may_leave_during_a_push() -> None:
     class Leaver(Watcher):
         def push(self, batch: Batch, now: float) -> None:
             super().push(batch, now)
@@ -99,7 +99,7 @@ def test_a_viewer_may_leave_while_it_is_being_told() -> None:
     assert [len(watcher.told) for watcher in watchers] == [1, 1, 2]
 
 
-def test_the_end_wakes_everybody() -> None:
+def test_the_end_wakes_all_viewers() -> None:
     feed, watcher = filled(batch(1, 3)), Watcher()
     feed.go_live(watcher)
     feed.finish(END)
@@ -130,7 +130,7 @@ def test_hiding_twice_is_hiding_once() -> None:
     assert feed.shown == 3
 
 
-def test_an_end_behind_what_is_held_back_shows_it() -> None:
+def test_an_end_after_hidden_events_shows_them() -> None:
     feed = filled(batch(1, 1))
     feed.hide()
     feed.add(batch(2, 3), 0.0)
@@ -138,7 +138,7 @@ def test_an_end_behind_what_is_held_back_shows_it() -> None:
     assert (feed.last, feed.shown) == (3, 3)
 
 
-def test_what_is_held_back_and_no_part_of_the_end_is_dropped() -> None:
+def test_hidden_events_beyond_the_end_are_dropped() -> None:
     feed = filled(batch(1, 1))
     feed.hide()
     feed.add(batch(2, 3), 0.0)
@@ -147,14 +147,14 @@ def test_what_is_held_back_and_no_part_of_the_end_is_dropped() -> None:
     assert feed.unsaved(0, ALL) == batch(1, 1)
 
 
-def test_showing_what_was_not_hidden_wakes_nobody() -> None:
+def test_show_without_hidden_events_wakes_nobody() -> None:
     feed, watcher = Feed(), Watcher()
     feed.go_live(watcher)
     feed.show()
     assert watcher.told == []
 
 
-def test_what_is_saved_leaves_memory_but_for_a_window() -> None:
+def test_saved_events_leave_memory_except_a_window() -> None:
     feed = filled(*(batch(n, n, 10_000) for n in range(1, 101)))
     feed.trim(0)
     assert feed.first == 1
@@ -165,7 +165,7 @@ def test_what_is_saved_leaves_memory_but_for_a_window() -> None:
     assert feed.after(feed.first - 1, ALL) == batch(feed.first, 100, 10_000)
 
 
-def test_what_is_not_saved_stays_in_memory() -> None:
+def test_unsaved_events_stay_in_memory() -> None:
     feed = filled(*(batch(n, n, 10_000) for n in range(1, 101)))
     feed.trim(40)
     assert feed.first == 41

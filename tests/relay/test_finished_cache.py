@@ -58,7 +58,7 @@ def test_a_session_expires_after_its_time(cache: FinishedCache) -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0])
-def test_nothing_is_kept_for_no_time(seconds: float) -> None:
+def test_a_cache_without_time_keeps_nothing(seconds: float) -> None:
     cache = FinishedCache(seconds)
     cache.add(finished("a"), now=0.0)
     assert ids(cache) == []

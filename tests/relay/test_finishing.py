@@ -137,7 +137,7 @@ async def test_an_accepted_cancel_asks_for_another_end() -> None:
     [StoreUnavailable(), asyncio.Event(), SessionStatus(State.GONE)],
     ids=["away", "too slow", "session gone"],
 )
-async def test_without_an_answer_the_proposed_end_is_kept_for_later(
+async def test_without_an_answer_the_proposed_end_is_for_later(
     answer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finishing_module, "DECIDE_TIMEOUT", 0.01)
@@ -146,7 +146,7 @@ async def test_without_an_answer_the_proposed_end_is_kept_for_later(
     assert end.state is State.DONE
 
 
-async def test_a_bug_while_writing_leads_to_a_constant_end_without_events() -> None:
+async def test_a_bug_while_writing_leads_to_a_constant_end() -> None:
     ending = Ending(BugError())
     outcome, end = await ending.decide(FAILED)
     assert (outcome, end.state) == (Event.END_STORED, State.FAILED)
@@ -186,7 +186,7 @@ async def test_a_journal_that_stays_behind_leaves_the_end_for_later() -> None:
 # What the end says
 
 
-async def test_done_says_what_the_answer_was() -> None:
+async def test_done_has_the_facts_of_the_answer() -> None:
     ending = Ending()
     answer = ending.reader.answer
     answer.model, answer.provider, answer.finish_reason = "a/b-1", "Provider", "stop"

@@ -212,7 +212,7 @@ async def test_the_end_is_written_and_settled_before_viewers_get_it() -> None:
         assert run.generation.wrote_its_end
 
 
-async def test_an_end_that_cannot_be_written_is_told_and_written_later() -> None:
+async def test_an_end_that_cannot_be_written_is_written_later() -> None:
     async with running(StoreUnavailable()) as run:
         await run.read(FINISH, DONE, None)
         assert await run.code() == "stop"
@@ -344,7 +344,7 @@ async def test_the_deadline_ends_an_answer_that_goes_on() -> None:
             assert await run.code() == "deadline_exceeded"
 
 
-async def test_a_session_that_nobody_watches_is_abandoned_after_the_grace() -> None:
+async def test_an_unwatched_session_is_abandoned_after_the_grace() -> None:
     async with running() as run:
         await run.at(GRACE - 0.1)
         assert run.phase is Phase.RELAYING
@@ -442,7 +442,9 @@ async def test_redis_refuses_to_abandon_what_is_watched_elsewhere() -> None:
     ],
     ids=["cancelled elsewhere", "away", "behind", "gone", "a bug"],
 )
-async def test_whatever_redis_answers_an_abandoned_session_ends(answer: Any, code: str, later: bool) -> None:
+async def test_an_abandoned_session_ends_with_any_answer_of_redis(
+    answer: Any, code: str, later: bool
+) -> None:
     async with running(answer) as run:
         await run.at(GRACE)
         assert await run.code() == code
@@ -462,7 +464,7 @@ async def test_events_that_come_while_redis_is_asked_are_not_shown() -> None:
         assert run.feed.last == 1
 
 
-async def test_an_end_that_comes_while_redis_is_asked_waits_for_the_answer() -> None:
+async def test_an_end_during_an_abandon_waits_for_its_answer() -> None:
     asked = asyncio.Event()
     async with running(asked) as run:
         await run.at(GRACE)
@@ -527,7 +529,7 @@ async def test_a_bug_while_the_end_is_decided_still_ends_the_session(monkeypatch
         assert run.later == [run.feed.end]
 
 
-async def test_a_bug_while_redis_is_asked_to_abandon_is_an_internal_error(
+async def test_a_bug_while_abandoning_is_an_internal_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with running() as run:
@@ -546,7 +548,7 @@ async def test_a_bug_while_redis_is_asked_to_abandon_is_an_internal_error(
         assert run.stream.closed.is_set()
 
 
-async def test_a_bug_in_what_writes_later_keeps_no_end_from_viewers() -> None:
+async def test_a_bug_in_handing_over_an_end_does_not_hide_it() -> None:
     async with running(StoreUnavailable()) as run:
         run.later_error = BugError()
         await run.read(FINISH, DONE, None)

@@ -177,7 +177,7 @@ WAYS = [(how, place) for how in ("read on", "stop") for place in PLACES]
 @pytest.mark.parametrize(("how", "place"), WAYS)
 @given(usage=USAGES, prices=st.sampled_from([PRICES, None]))
 @settings(max_examples=20)
-def test_whatever_is_called_a_usage_there_is_one_end_and_one_settlement(
+def test_any_usage_leads_to_one_end_and_one_settlement(
     how: str, place: str, usage: object, prices: Prices | None
 ) -> None:
     check(how, place, usage, prices)

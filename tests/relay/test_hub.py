@@ -179,7 +179,7 @@ async def test_cancelling_a_session_elsewhere_stops_it(here: FakeWorker, elsewhe
 
 
 @pytest.mark.parametrize("by", ["owner", "other"])
-async def test_cancelling_a_finished_session_tells_its_state(
+async def test_cancelling_a_finished_session_returns_its_state(
     here: FakeWorker, elsewhere: FakeWorker, by: str
 ) -> None:
     generation = await here.start()

@@ -173,7 +173,7 @@ async def end_of(world: World, how: str) -> Terminal:
 
 @pytest.mark.parametrize("how", ENDS)
 @pytest.mark.parametrize("part", ["nothing", "count", "build", "write", "settle", "close"])
-async def test_whatever_breaks_once_the_end_is_of_its_kind_and_settled(how: str, part: str) -> None:
+async def test_any_single_bug_leaves_an_end_of_its_kind(how: str, part: str) -> None:
     state, event = ENDS[how]
     world = World(**{part: 1})
     end = await end_of(world, how)
@@ -186,14 +186,14 @@ async def test_whatever_breaks_once_the_end_is_of_its_kind_and_settled(how: str,
 
 @pytest.mark.parametrize("how", ENDS)
 @pytest.mark.parametrize("part", ["write", "settle"])
-async def test_what_can_be_neither_written_nor_settled_is_told_and_tried_later(how: str, part: str) -> None:
+async def test_an_end_that_cannot_be_written_is_tried_later(how: str, part: str) -> None:
     world = World(**{part: 100})
     end = await end_of(world, how)
     assert (end.state, end.event) == ENDS[how]
     assert world.late == [end]
 
 
-async def test_constant_ends_say_what_the_contract_says() -> None:
+async def test_constant_ends_have_the_fields_of_the_contract() -> None:
     ends = {how: json.loads((await end_of(World(build=1), how)).data) for how in ENDS}
     assert (ends["fail"]["code"], ends["fail"]["final"]) == ("internal_error", True)
     assert ends["abandon"]["code"] == "abandoned"
@@ -204,9 +204,7 @@ async def test_constant_ends_say_what_the_contract_says() -> None:
 
 @pytest.mark.parametrize("how", ["finish", "fail"])
 @pytest.mark.parametrize("part", ["nothing", "count", "build"])
-async def test_a_cancel_that_was_accepted_elsewhere_stands_though_something_breaks(
-    how: str, part: str
-) -> None:
+async def test_a_cancel_accepted_elsewhere_stands_despite_a_bug(how: str, part: str) -> None:
     world = World(**{part: 1})
     world.cancel_was_accepted = True
     end = await end_of(world, how)
@@ -215,7 +213,7 @@ async def test_a_cancel_that_was_accepted_elsewhere_stands_though_something_brea
     assert [state for _, state in world.settled] == [State.CANCELLED]
 
 
-async def test_an_end_that_another_worker_wrote_is_told_though_nothing_can_be_counted() -> None:
+async def test_an_end_of_another_worker_stands_without_a_count() -> None:
     world = World(count=1)
     async with asyncio.timeout(20), generation_in(world) as generation:
         with generation.watched():
@@ -226,7 +224,7 @@ async def test_an_end_that_another_worker_wrote_is_told_though_nothing_can_be_co
     assert world.settled == [(usage_at_worst(WORST), State.LOST)]
 
 
-async def test_what_was_never_asked_costs_nothing_though_it_cannot_be_counted() -> None:
+async def test_a_request_never_sent_costs_nothing_despite_a_bug() -> None:
     world = World(count=1)
     world.how = "never asked"
     async with asyncio.timeout(20), generation_in(world) as generation:
@@ -247,9 +245,7 @@ class Joined:
 
 
 @pytest.mark.parametrize("part", ["nothing", "write", "settle"])
-async def test_a_late_end_is_written_and_settled_once_redis_is_back_though_something_breaks(
-    part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_late_end_is_written_once_despite_a_bug(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("broker.relay.late_ends.RETRY", 0.01)
     world, joined = World(), Joined()
     world.reachable = False

@@ -183,7 +183,7 @@ async def test_an_end_written_by_another_worker_replaces_ours() -> None:
     [(CANCEL_ACCEPTED, CANCEL_ACCEPTED), (CANCEL_ACCEPTED, StoreUnavailable()), (StoreUnavailable(),)],
     ids=["two conflicts", "a conflict, then away", "away"],
 )
-async def test_whatever_was_not_written_is_tried_again(answers: tuple[Answer, ...]) -> None:
+async def test_an_end_that_was_not_written_is_tried_again(answers: tuple[Answer, ...]) -> None:
     around = Around(*answers)
     await around.write()
     assert not around.is_over()
@@ -212,7 +212,7 @@ async def test_a_settlement_that_fails_is_tried_again() -> None:
     assert around.is_over()
 
 
-async def test_an_unexpected_exception_is_logged_settled_and_tried_again() -> None:
+async def test_an_unexpected_exception_is_logged_and_tried_again() -> None:
     around = Around(BugError())
     with capture_logs() as lines:
         await around.write()

@@ -150,7 +150,7 @@ async def left(
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_leaving_costs_what_was_written_in_whatever_dialect(
+async def test_leaving_costs_the_written_text_in_every_shape(
     valkey_url: str, upstream: ScriptedUpstream, way: Any
 ) -> None:
     upstream.models = price_list()
@@ -166,7 +166,7 @@ async def test_leaving_costs_what_was_written_in_whatever_dialect(
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_leaving_costs_no_less_than_the_upstream_said_on_the_way(
+async def test_leaving_costs_no_less_than_the_upstream_reported(
     valkey_url: str, upstream: ScriptedUpstream, way: Any
 ) -> None:
     """Cumulative usage on every chunk, of which nothing else can be seen."""
@@ -180,9 +180,7 @@ async def test_leaving_costs_no_less_than_the_upstream_said_on_the_way(
         assert booked == Ledger(1, 1, 1234, 1234 * PRICE, *booked[4:])
 
 
-async def test_a_model_that_thinks_unseen_is_paid_by_the_time_that_it_took(
-    valkey_url: str, upstream: ScriptedUpstream
-) -> None:
+async def test_hidden_reasoning_is_estimated_by_its_time(valkey_url: str, upstream: ScriptedUpstream) -> None:
     upstream.models = price_list()
 
     def teach(call: Call) -> None:

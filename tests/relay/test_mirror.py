@@ -78,7 +78,7 @@ class Afar:
 
 @pytest.mark.parametrize("viewers", [1, 3, 60])
 @pytest.mark.parametrize("after", [0, 2])
-async def test_news_that_comes_while_a_mirror_is_made_is_in_it(
+async def test_notifications_while_a_mirror_is_opened_are_in_it(
     store: Store, viewers: int, after: int
 ) -> None:
     afar = Afar(store)
@@ -99,7 +99,7 @@ async def test_news_that_comes_while_a_mirror_is_made_is_in_it(
     assert not afar.follower._opening
 
 
-async def test_a_viewer_that_leaves_while_its_mirror_is_made_leaves_nothing(store: Store) -> None:
+async def test_a_viewer_that_leaves_an_opening_mirror_leaves_nothing(store: Store) -> None:
     afar = Afar(store)
     await afar.start(1)
     leaving = asyncio.create_task(afar.follower.open(afar.id, 0))
@@ -116,7 +116,7 @@ async def test_a_viewer_that_leaves_while_its_mirror_is_made_leaves_nothing(stor
     assert not afar.follower._opening
 
 
-async def test_of_a_session_that_is_not_there_nothing_is_made(store: Store) -> None:
+async def test_a_missing_session_gets_no_mirror(store: Store) -> None:
     afar = Afar(store)
     afar.late.let.set()
     assert await afar.follower.open(afar.id, 0) is State.GONE

@@ -57,7 +57,7 @@ async def is_written(store: Store, session: str) -> bool:
 
 
 @pytest.mark.parametrize("in_time", [True, False], ids=["in time", "too late"])
-async def test_what_comes_while_an_abandoning_end_is_on_its_way_is_no_part_of_the_session(
+async def test_events_after_an_abandoning_end_are_not_in_the_session(
     valkey_url: str, upstream: ScriptedUpstream, in_time: bool
 ) -> None:
     """In time, the owner learns that it was written; too late, it goes on without, and Redis has it later."""
@@ -89,7 +89,7 @@ async def test_what_comes_while_an_abandoning_end_is_on_its_way_is_no_part_of_th
         assert seen[0][1].json["code"] == "abandoned"
 
 
-async def test_a_cancel_that_was_accepted_elsewhere_as_the_answer_ended_is_the_end_for_all(
+async def test_a_cancel_accepted_elsewhere_is_the_end_for_all(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     """The owner's bell is dead, and what it writes once it knows is too late for its own viewers to wait for."""
@@ -142,7 +142,7 @@ async def far_accounts(valkey_url: str) -> AsyncIterator[AccountStore]:
         await store.close()
 
 
-async def test_a_hundred_orphans_are_found_by_a_worker_far_from_redis(store: Store, valkey_url: str) -> None:
+async def test_a_worker_far_from_redis_finds_a_hundred_orphans(store: Store, valkey_url: str) -> None:
     accounts = AccountStore(store, FREE)
     for n in range(100):
         await accounts.reserve(wanted(str(n)))
@@ -151,9 +151,7 @@ async def test_a_hundred_orphans_are_found_by_a_worker_far_from_redis(store: Sto
         assert {orphan.claim_id for orphan in await far.overdue(100)} == {str(n) for n in range(100)}
 
 
-async def test_a_hundred_estimates_are_found_by_a_worker_far_from_redis(
-    store: Store, valkey_url: str
-) -> None:
+async def test_a_worker_far_from_redis_finds_a_hundred_estimates(store: Store, valkey_url: str) -> None:
     accounts = AccountStore(store, FREE)
     guess = Usage(1, 1, cost=7, estimated=True)
     for n in range(100):
@@ -186,7 +184,7 @@ def reaper_of(store: Store, accounts: AccountStore, clock: Callable[[], float] =
     )
 
 
-async def test_an_orphan_that_ran_and_whose_session_is_forgotten_is_booked_at_its_worst(store: Store) -> None:
+async def test_an_orphan_without_a_session_is_booked_at_its_worst(store: Store) -> None:
     """All workers were away for longer than its journal was kept."""
     accounts = AccountStore(store, FREE)
     await accounts.renew([await reserved(accounts, "ran")])
@@ -250,7 +248,7 @@ class FrozenAfterReserving(AccountStore):
         return day
 
 
-def test_a_worker_that_stood_still_before_its_claim_does_not_run_beyond_the_limit(valkey_url: str) -> None:
+def test_a_freeze_before_a_claim_does_not_exceed_the_limit(valkey_url: str) -> None:
     async def story() -> None:
         store = Store(valkey_url, "test")
         sessions = SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300)
@@ -341,7 +339,7 @@ async def test_a_session_that_broke_off_keeps_no_half_an_event(
     )
 
 
-async def test_without_resuming_a_long_answer_does_not_stay_whole_in_memory(
+async def test_a_long_answer_leaves_memory_without_resuming(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     async with running(valkey_url, upstream, resume_ttl=0) as broker:
@@ -355,7 +353,7 @@ async def test_without_resuming_a_long_answer_does_not_stay_whole_in_memory(
             call.done()
 
 
-async def test_without_resuming_nothing_is_forgotten_that_a_pause_holds_back(
+async def test_hidden_events_stay_in_memory_without_resuming(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     async with running(valkey_url, upstream, resume_ttl=0) as broker:

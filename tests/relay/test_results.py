@@ -59,7 +59,7 @@ class Hanging:
         self._now -= 1
 
 
-async def test_all_are_told_in_order_and_few_at_once() -> None:
+async def test_results_are_passed_in_order_and_few_at_once() -> None:
     hanging = Hanging()
     results = Results(hanging)
     sent = [result(number) for number in range(3 * AT_ONCE)]
@@ -75,7 +75,7 @@ async def test_all_are_told_in_order_and_few_at_once() -> None:
     await results.close()
 
 
-async def test_what_raises_is_logged_and_changes_nothing() -> None:
+async def test_an_exception_is_logged_and_changes_nothing() -> None:
     told = []
 
     async def on_end(result: Result) -> None:
@@ -102,7 +102,7 @@ async def test_a_plain_function_is_as_good() -> None:
     assert told == [result()]
 
 
-async def test_what_hangs_is_cancelled_and_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_call_that_hangs_is_cancelled_and_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TIMEOUT", 0.05)
     hanging = Hanging()
     results = Results(hanging)
@@ -114,7 +114,7 @@ async def test_what_hangs_is_cancelled_and_makes_room(monkeypatch: pytest.Monkey
     assert {line["event"] for line in lines} == {"on_end took too long"}
 
 
-async def test_what_cannot_be_cancelled_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_call_that_cannot_be_cancelled_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TIMEOUT", 0.02)
     monkeypatch.setattr(module, "CANCEL_TIMEOUT", 0.05)
     go = asyncio.Event()
@@ -135,7 +135,7 @@ async def test_what_cannot_be_cancelled_is_left_alone(monkeypatch: pytest.Monkey
         await results.finish(PATIENCE)
 
 
-async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_waiting_results_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_WAITING", 10_000)
     hanging = Hanging()
     results = Results(hanging)

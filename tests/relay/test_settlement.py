@@ -86,7 +86,7 @@ def answer_with(*usage: Mapping[str, Any], text: str = "Hello") -> Callable[[Cal
 # The upstream's word
 
 
-async def test_the_bill_of_the_upstream_is_booked_before_the_end_is_told(
+async def test_the_reported_cost_is_booked_before_the_end_is_sent(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     details = {
@@ -159,7 +159,7 @@ async def test_a_bill_without_a_cost_is_priced_by_the_list(
 
 
 @pytest.mark.parametrize("pricing", [None, {"prompt": "-1", "completion": "-1"}])
-async def test_what_nobody_can_price_is_null_and_counted_as_such(
+async def test_an_answer_without_a_price_has_a_null_cost(
     valkey_url: str, upstream: ScriptedUpstream, pricing: dict[str, str] | None
 ) -> None:
     upstream.models, upstream.replies = price_list(**{MODEL: pricing}), [answer_with({})]
@@ -206,7 +206,7 @@ async def test_an_estimate_is_no_more_than_was_reserved(valkey_url: str, upstrea
 
 
 @pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 413, 422, 429, 502, 503, 529])
-async def test_what_was_refused_costs_nothing(
+async def test_a_refused_request_costs_nothing(
     valkey_url: str, upstream: ScriptedUpstream, status: int
 ) -> None:
     upstream.models = price_list()
@@ -320,7 +320,7 @@ async def test_a_worker_that_never_prepared_knows_the_prices_too(
         assert end.json["cost"] == (prompt + 10) * PRICE / NANO
 
 
-async def test_a_cancel_before_the_claim_costs_nothing_and_is_no_request(broker: Broker) -> None:
+async def test_a_cancel_before_the_claim_is_not_a_request(broker: Broker) -> None:
     session, _ = await prepared(broker)
     await broker.cancel(session)
     await broker.read(session)
@@ -329,7 +329,7 @@ async def test_a_cancel_before_the_claim_costs_nothing_and_is_no_request(broker:
     assert lines == []
 
 
-async def test_a_page_that_leaves_pays_for_what_was_written(
+async def test_a_page_that_leaves_pays_for_the_written_text(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     upstream.models = price_list()
@@ -350,7 +350,7 @@ async def _settled(redis: Any) -> bool:
     return (await ledger(redis)).requests > 0
 
 
-async def test_a_page_that_leaves_early_pays_the_bill_of_an_answer_that_goes_on(
+async def test_a_page_that_leaves_pays_for_an_answer_that_continues(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     session, _ = await prepared(broker)
@@ -374,7 +374,7 @@ async def estimated(broker: Broker, upstream: ScriptedUpstream) -> int:
     return account.spent_tokens
 
 
-async def test_an_estimate_is_corrected_by_the_books_of_the_upstream(
+async def test_an_estimate_is_corrected_by_the_upstreams_record(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     upstream.generations[GENERATION] = RECORD
@@ -391,7 +391,7 @@ async def test_an_estimate_is_corrected_by_the_books_of_the_upstream(
 
 
 @pytest.mark.slow
-async def test_books_that_are_late_are_asked_again(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_a_record_that_is_late_is_fetched_again(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.generations[GENERATION] = None
     began = asyncio.get_running_loop().time()
     await estimated(broker, upstream)
@@ -406,7 +406,7 @@ async def test_books_that_are_late_are_asked_again(broker: Broker, upstream: Scr
     assert await booked(broker) == Ledger(1, 0, 18, 123_000)
 
 
-async def test_the_reservation_stays_until_the_books_of_the_upstream_have_answered(
+async def test_the_reservation_stays_until_the_record_is_there(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     upstream.generations[GENERATION] = None
@@ -428,7 +428,7 @@ async def test_the_reservation_stays_until_the_books_of_the_upstream_have_answer
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unknown", [True, False])
-async def test_no_answer_of_the_books_makes_anybody_stop_asking(
+async def test_a_missing_record_does_not_stop_later_requests(
     broker: Broker, upstream: ScriptedUpstream, unknown: bool
 ) -> None:
     """A 404 of a proxy, once or for long, says nothing of the next generation."""
@@ -456,7 +456,7 @@ async def test_an_upstream_that_is_not_openrouter_is_never_asked(
     assert upstream.looks == []
 
 
-async def test_a_bill_that_was_told_is_not_asked_for(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_a_reported_cost_needs_no_record(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.generations[GENERATION] = RECORD
     upstream.replies = [answer_with({"cost": 0.001})]
     session, _ = await prepared(broker)
@@ -470,7 +470,7 @@ async def test_a_bill_that_was_told_is_not_asked_for(broker: Broker, upstream: S
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hurt", [ValkeyProcess.freeze, ValkeyProcess.kill])
-async def test_what_ends_while_redis_is_away_is_settled_once_when_it_is_back(
+async def test_an_end_without_redis_is_settled_once_when_it_is_back(
     redis_server: str, upstream: ScriptedUpstream, hurt: Callable[[ValkeyProcess], None]
 ) -> None:
     """Killed, it comes back empty, and has forgotten the reservation too."""
@@ -490,7 +490,7 @@ async def test_what_ends_while_redis_is_away_is_settled_once_when_it_is_back(
 
 
 @pytest.mark.slow
-async def test_a_reservation_that_redis_forgot_is_taken_again_and_settled_once(
+async def test_a_lost_reservation_is_taken_again_and_settled_once(
     redis_server: str,
     upstream: ScriptedUpstream,
 ) -> None:
@@ -547,7 +547,7 @@ def test_a_record_is_read_by_its_native_counts(record: dict[str, Any], spent: Us
     assert usage_in_record(record) == spent
 
 
-def test_an_estimate_keeps_to_what_was_reserved() -> None:
+def test_an_estimate_does_not_exceed_the_reservation() -> None:
     answer = ChatAnswer()
     answer.text_bytes = 31
     for reserved, written in ((50, 11), (21, 1), (20, 0), (10, 0)):
@@ -556,7 +556,7 @@ def test_an_estimate_keeps_to_what_was_reserved() -> None:
         assert estimated_usage(answer, reservation, 20) == usage
 
 
-async def test_the_truth_is_not_replaced_and_an_estimate_is_by_whoever_knows_better(store: Store) -> None:
+async def test_only_estimates_are_replaced_by_better_usage(store: Store) -> None:
     """A worker that was frozen wakes after another has estimated for it."""
     accounts = AccountStore(store, Quotas(0, 1, 0, 0, 0))
     wanted = Reservation("t", "s", "c", "m", WorstCase(100, 100))
@@ -580,15 +580,13 @@ async def booked_models(broker: Broker, *models: str) -> list[str]:
     return [line.model for line in lines]
 
 
-async def test_the_books_name_models_of_the_list_and_no_invented_ones(
-    broker: Broker, upstream: ScriptedUpstream
-) -> None:
+async def test_the_ledger_names_only_models_of_the_list(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.replies = [answer_with({"cost": 0.001})]
     invented = [f"{MODEL}:x{number}" for number in range(3)] + ["no/such", "z" * 200]
     assert await booked_models(broker, MODEL, *invented) == ["other", MODEL]
 
 
-async def test_without_a_list_the_books_name_models_that_answered(
+async def test_without_a_list_the_ledger_names_models_that_answered(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     upstream.replies = [

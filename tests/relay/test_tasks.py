@@ -122,7 +122,7 @@ async def test_work_that_was_cancelled_is_not_logged(tasks: Tasks) -> None:
     assert lines == []
 
 
-async def test_a_loop_that_raises_or_returns_starts_again_after_a_pause() -> None:
+async def test_a_loop_that_raises_or_returns_starts_again() -> None:
     clock, starts = Clock(), 0
 
     async def loop() -> None:

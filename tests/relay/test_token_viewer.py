@@ -105,7 +105,7 @@ async def test_a_cursor_ahead_waits_for_its_turn() -> None:
         await task
 
 
-async def test_what_has_left_memory_is_read_from_the_journal() -> None:
+async def test_events_that_left_memory_are_read_from_the_journal() -> None:
     async def journal(after: int) -> list[Batch]:
         return [words(1, 3), words(4, 6)] if after < 3 else [words(4, 6)]
 
@@ -116,7 +116,7 @@ async def test_what_has_left_memory_is_read_from_the_journal() -> None:
         assert connection.ids[-1] == "1-9"
 
 
-async def test_a_journal_out_of_reach_lets_the_line_go() -> None:
+async def test_an_unavailable_journal_ends_the_connection() -> None:
     async def journal(_after: int) -> list[Batch]:
         raise StoreUnavailable
 
@@ -152,7 +152,7 @@ async def test_viewers_of_both_forms_see_the_same_numbers() -> None:
 # A message in place of deltas, or behind them
 
 
-async def test_an_answer_of_messages_is_told_and_continued() -> None:
+async def test_an_answer_of_messages_is_sent_and_continued() -> None:
     feed = filled(*(batch(n, told_again(f"{n} ")) for n in range(1, 5)))
     feed.finish(end(5))
     whole, rest = QuickLine(), QuickLine()
@@ -162,7 +162,7 @@ async def test_an_answer_of_messages_is_told_and_continued() -> None:
 
 
 @pytest.mark.parametrize("where", ["memory", "journal", "live"])
-async def test_the_answer_told_again_at_its_end_is_not_repeated(where: str) -> None:
+async def test_an_answer_repeated_at_its_end_is_sent_once(where: str) -> None:
     said_before, again = [words(1, 2), words(3, 3)], batch(4, told_again("1 2 3 "))
 
     async def journal(after: int) -> list[Batch]:
@@ -181,7 +181,7 @@ async def test_the_answer_told_again_at_its_end_is_not_repeated(where: str) -> N
     assert connection.ids == ["1-5.end"]
 
 
-async def test_without_its_beginning_the_line_is_let_go_for_another_time() -> None:
+async def test_a_missing_beginning_ends_the_connection() -> None:
     async def journal(_after: int) -> list[Batch]:
         raise StoreUnavailable
 
@@ -229,7 +229,7 @@ async def test_the_event_loop_runs_while_much_is_parsed(where: str) -> None:
     assert turns - before >= len(whole.events) // (2 * MAX_PARSED)
 
 
-async def test_a_line_that_lags_is_waited_for_and_catches_up() -> None:
+async def test_a_slow_connection_catches_up() -> None:
     feed, connection = Feed(), SlowLine()
     async with following(viewer(feed, connection)) as task:
         for n in range(1, 201):
@@ -245,7 +245,7 @@ async def test_a_line_that_lags_is_waited_for_and_catches_up() -> None:
     assert connection.most <= MIB
 
 
-async def test_no_heartbeat_comes_within_a_token_that_is_written_in_parts() -> None:
+async def test_no_heartbeat_is_written_inside_a_token_event() -> None:
     class BeatenLine(QuickLine):
         async def drain(self) -> None:
             watching.beat(b": beat\n\n", 5.0)
@@ -259,7 +259,7 @@ async def test_no_heartbeat_comes_within_a_token_that_is_written_in_parts() -> N
     assert text(connection) == "".join(f"{n} " + "x" * 200_000 for n in range(1, 4))
 
 
-async def test_a_line_that_is_cut_ends_the_viewer() -> None:
+async def test_a_closed_connection_ends_the_viewer() -> None:
     feed = filled(words(1, 1))
     with pytest.raises(ConnectionAbortedError):
         await viewer(feed, CutLine()).follow()

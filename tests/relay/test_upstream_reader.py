@@ -177,7 +177,7 @@ async def test_the_first_data_is_due_from_the_request_on() -> None:
 
 
 @pytest.mark.parametrize("silence", [b": comment\n\n", b"data: null\n\n", b"data:\n\n", b"data: half an"])
-async def test_what_says_nothing_does_not_count_as_data(silence: bytes) -> None:
+async def test_empty_events_do_not_count_as_data(silence: bytes) -> None:
     stream = FakeStream()
     reading = Reading(stream)
     task = await reading.start()

@@ -29,7 +29,7 @@ def lines(*chunks: dict[str, Any], end: str = "\n\n") -> bytes:
 
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("way", ["same read", "later", "CRLF and cut", "no blank line", "never", "too late"])
-async def test_usage_behind_an_error_is_booked_once_and_the_error_does_not_wait_for_it(
+async def test_usage_behind_an_error_is_booked_without_delaying_it(
     valkey_url: str, upstream: ScriptedUpstream, way: str, failure: dict[str, Any]
 ) -> None:
     upstream.models = price_list()

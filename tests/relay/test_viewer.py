@@ -29,7 +29,7 @@ def viewer(
     return Viewer(feed, journal, connection, parse_cursor(cursor), 0.0)  # type: ignore[arg-type]  # a journal awaits
 
 
-async def test_a_viewer_gets_what_was_there_and_then_what_comes() -> None:
+async def test_a_viewer_gets_old_events_and_then_new_ones() -> None:
     feed, connection = filled(batch(1, 2)), QuickLine()
     async with following(viewer(feed, connection)) as task:
         assert connection.ids == ["1-1", "1-2"]
@@ -69,7 +69,7 @@ async def test_a_cursor_ahead_waits_for_its_turn() -> None:
 
 
 @pytest.mark.parametrize("cursor", ["1-5", "1-4", "2-1", "2-99"])
-async def test_a_cursor_that_cannot_be_is_told_of_the_gap(cursor: str) -> None:
+async def test_an_impossible_cursor_gets_a_gap_error(cursor: str) -> None:
     feed, connection = filled(batch(1, 3)), QuickLine()
     feed.finish(end(4))
     await viewer(feed, connection, cursor).follow()
@@ -77,7 +77,7 @@ async def test_a_cursor_that_cannot_be_is_told_of_the_gap(cursor: str) -> None:
     assert (json.loads(frame.data)["code"], frame.id) == ("replay_gap", f"{cursor}.end")
 
 
-async def test_a_viewer_of_a_dead_worker_may_have_seen_more_than_was_kept() -> None:
+async def test_a_viewer_may_have_more_than_a_dead_workers_journal() -> None:
     feed, connection = filled(batch(1, 3)), QuickLine()
     feed.finish(end(4, epoch=2))
     await viewer(feed, connection, "1-9").follow()
@@ -87,7 +87,7 @@ async def test_a_viewer_of_a_dead_worker_may_have_seen_more_than_was_kept() -> N
 # The journal
 
 
-async def test_what_has_left_memory_is_read_from_the_journal() -> None:
+async def test_events_that_left_memory_are_read_from_the_journal() -> None:
     async def journal(after: int) -> list[Batch]:
         return [batch(1, 3), batch(4, 6)] if after < 3 else [batch(4, 6)]
 
@@ -99,7 +99,7 @@ async def test_what_has_left_memory_is_read_from_the_journal() -> None:
 
 
 @pytest.mark.parametrize("found", [[], [batch(4, 6)], [batch(1, 1), batch(3, 6)]])
-async def test_a_hole_in_the_journal_is_told_and_never_jumped(found: list[Batch]) -> None:
+async def test_a_gap_in_the_journal_is_an_error_and_never_skipped(found: list[Batch]) -> None:
     async def journal(after: int) -> list[Batch]:
         return [each for each in found if each.last > after]
 
@@ -109,7 +109,7 @@ async def test_a_hole_in_the_journal_is_told_and_never_jumped(found: list[Batch]
     assert [each for each in connection.ids if not each.endswith(".end")] in ([], ["1-1"])
 
 
-async def test_a_journal_out_of_reach_lets_the_line_go_for_another_time() -> None:
+async def test_an_unavailable_journal_ends_the_connection() -> None:
     async def journal(_after: int) -> list[Batch]:
         raise StoreUnavailable
 
@@ -121,7 +121,7 @@ async def test_a_journal_out_of_reach_lets_the_line_go_for_another_time() -> Non
 # The pace of a line
 
 
-async def test_a_line_that_lags_is_waited_for_and_catches_up() -> None:
+async def test_a_slow_connection_catches_up() -> None:
     feed, connection = Feed(), SlowLine()
     async with following(viewer(feed, connection)) as task:
         for n in range(1, 201):
@@ -137,7 +137,7 @@ async def test_a_line_that_lags_is_waited_for_and_catches_up() -> None:
     assert connection.most <= MIB
 
 
-async def test_a_line_that_lags_slows_no_other() -> None:
+async def test_a_slow_connection_slows_no_other() -> None:
     feed, slow, quick = Feed(), SlowLine(), QuickLine()
     async with following(viewer(feed, slow)), following(viewer(feed, quick)):
         for n in range(1, 101):
@@ -167,7 +167,7 @@ async def test_many_events_that_came_as_one_batch_are_written_in_parts(where: st
         assert connection.most <= MIB
 
 
-async def test_a_line_that_is_cut_ends_the_viewer() -> None:
+async def test_a_closed_connection_ends_the_viewer() -> None:
     feed = filled(batch(1, 1))
     with pytest.raises(ConnectionAbortedError):
         await viewer(feed, CutLine()).follow()
@@ -182,7 +182,7 @@ async def test_a_viewer_that_left_is_given_nothing_more() -> None:
     assert connection.bytes == b""
 
 
-async def test_a_viewer_that_is_let_go_ends_without_an_end() -> None:
+async def test_a_released_viewer_gets_no_end() -> None:
     feed, connection = filled(batch(1, 1)), QuickLine()
     watching = viewer(feed, connection)
     async with following(watching) as task:
@@ -191,7 +191,7 @@ async def test_a_viewer_that_is_let_go_ends_without_an_end() -> None:
     assert connection.ids == ["1-1"]
 
 
-async def test_a_slow_line_is_given_its_end_before_it_is_closed() -> None:
+async def test_a_slow_connection_gets_its_end_before_it_is_closed() -> None:
     feed, connection = filled(batch(1, 10, 50_000)), SlowLine()
     feed.finish(end(11))
     async with following(viewer(feed, connection)) as task:
@@ -215,7 +215,7 @@ async def test_a_heartbeat_and_every_event_are_noted() -> None:
         assert watching.written_at == 7.0
 
 
-async def test_a_line_with_enough_to_do_gets_no_heartbeat() -> None:
+async def test_a_connection_with_a_backlog_gets_no_heartbeat() -> None:
     connection = SlowLine()
     watching = viewer(Feed(), connection)
     connection.write_now(b"x" * (MAX_BACKLOG + 1))
@@ -223,7 +223,7 @@ async def test_a_line_with_enough_to_do_gets_no_heartbeat() -> None:
     assert connection.backlog() == MAX_BACKLOG + 1
 
 
-async def test_no_heartbeat_comes_within_an_event_that_is_written_in_parts() -> None:
+async def test_no_heartbeat_is_written_inside_an_event() -> None:
     """A line that waits has no backlog between two parts, and silence enough for a heartbeat."""
 
     class BeatenLine(QuickLine):

@@ -48,7 +48,7 @@ async def state_of(worker: FakeWorker, generation: Generation) -> State:
 # The life of a generation
 
 
-async def test_a_generation_runs_and_is_then_kept_for_replay(worker: FakeWorker, store: Store) -> None:
+async def test_a_generation_runs_and_can_then_be_replayed(worker: FakeWorker, store: Store) -> None:
     generation = await worker.start()
     assert worker.worker.running == {generation.session_id: generation}
     await finish(worker, generation)
@@ -58,7 +58,7 @@ async def test_a_generation_runs_and_is_then_kept_for_replay(worker: FakeWorker,
     assert await is_settled(store)
 
 
-async def test_without_resuming_nothing_is_kept_or_journaled(store: Store) -> None:
+async def test_nothing_is_cached_or_journaled_without_resuming(store: Store) -> None:
     async with running_worker(store, resume_ttl=0) as worker:
         generation = await worker.start()
         await finish(worker, generation)
@@ -66,7 +66,7 @@ async def test_without_resuming_nothing_is_kept_or_journaled(store: Store) -> No
         assert await store.redis.keys("*events*") == []
 
 
-async def test_a_fenced_session_is_not_kept(worker: FakeWorker) -> None:
+async def test_a_fenced_session_is_not_cached(worker: FakeWorker) -> None:
     generation = await worker.start()
     generation.fence(None)
     await generation.ended()
@@ -74,7 +74,7 @@ async def test_a_fenced_session_is_not_kept(worker: FakeWorker) -> None:
     assert worker.worker.finished.get(generation.session_id) is None
 
 
-async def test_a_finished_session_is_kept_for_its_time(worker: FakeWorker) -> None:
+async def test_a_finished_session_is_cached_for_its_time(worker: FakeWorker) -> None:
     generation = await worker.start()
     await finish(worker, generation)
     now = asyncio.get_running_loop().time()
@@ -136,7 +136,7 @@ async def test_timers_of_others_are_checked_after_a_bug_in_one(
 # What is learned
 
 
-async def test_an_answer_teaches_the_speed_of_its_model(
+async def test_an_answer_gives_a_sample_of_its_models_speed(
     worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generation = await worker.start()

@@ -97,7 +97,7 @@ async def test_ten_lines_on_a_foreign_page_show_a_whole_answer(page: Page, broke
     assert complaints == []
 
 
-async def test_ten_lines_are_told_of_an_upstream_that_fails(page: Page, broker: RunningBroker) -> None:
+async def test_ten_lines_get_the_error_of_a_failed_upstream(page: Page, broker: RunningBroker) -> None:
     async with foreign_site() as site:
         await page.goto(address(site, "ten_lines.html", broker.url, "Hello", "rehearsal/mid-stream-error"))
         await page.wait_for_function("window.failure")
@@ -107,7 +107,7 @@ async def test_ten_lines_are_told_of_an_upstream_that_fails(page: Page, broker: 
     assert await text_of(page) != ""
 
 
-async def test_ten_lines_throw_what_a_refused_request_is_told(page: Page, broker: RunningBroker) -> None:
+async def test_ten_lines_throw_the_message_of_a_refused_request(page: Page, broker: RunningBroker) -> None:
     async with foreign_site() as site, page.expect_event("pageerror") as thrown:
         await page.goto(address(site, "ten_lines.html", broker.url, "Hello", "rehearsal/plain:online"))
     async with aiohttp.ClientSession() as http:
@@ -118,9 +118,7 @@ async def test_ten_lines_throw_what_a_refused_request_is_told(page: Page, broker
     assert await text_of(page) == ""
 
 
-async def test_ten_lines_are_told_when_a_proxy_ends_the_line_for_good(
-    page: Page, broker: RunningBroker
-) -> None:
+async def test_ten_lines_notice_that_a_proxy_ended_the_connection(page: Page, broker: RunningBroker) -> None:
     async with foreign_site() as site, laid_cable(broker.port) as (cable, base):
         await page.goto(address(site, "ten_lines.html", base, LONG))
         await reads(page.locator("#answer"), ALIVE)
@@ -131,7 +129,7 @@ async def test_ten_lines_are_told_when_a_proxy_ends_the_line_for_good(
     assert await page.evaluate("window.result") is None
 
 
-async def test_ten_lines_stay_connected_while_they_wait_their_turn(page: Page) -> None:
+async def test_ten_lines_stay_connected_while_they_wait_for_a_slot(page: Page) -> None:
     one = {**ROOM, "BROKER_MAX_CONCURRENT_STREAMS": "1"}
     async with running_broker(env=one) as broker, foreign_site() as site, aiohttp.ClientSession() as other:
         asked = {"model": "rehearsal/stall", "messages": [{"role": "user", "content": "Hold the line."}]}
@@ -170,9 +168,7 @@ async def test_a_page_that_never_closes_is_sent_away_after_the_end(page: Page, b
 
 
 @pytest.mark.slow
-async def test_a_page_that_trips_over_connection_errors_still_gets_its_answer(
-    page: Page, broker: RunningBroker
-) -> None:
+async def test_a_page_that_mishandles_errors_still_gets_its_answer(page: Page, broker: RunningBroker) -> None:
     complaints = Complaints(page)
     async with foreign_site() as site, laid_cable(broker.port) as (cable, base):
         await page.goto(address(site, "careless.html", base, LONG))
@@ -199,7 +195,7 @@ async def test_an_answer_streams_and_its_cost_is_shown(chat: Page) -> None:
 
 
 @pytest.mark.parametrize("model", ["rehearsal/plain", "rehearsal/slow"])
-async def test_stop_ends_with_what_was_there(chat: Page, model: str) -> None:
+async def test_stop_keeps_the_text_so_far(chat: Page, model: str) -> None:
     turn = await ask(chat, model, "Go on until I say so.")
     if model == "rehearsal/plain":
         await reads(turn.locator(".answer"), re.compile(r"\w+ \w+"))
@@ -209,7 +205,7 @@ async def test_stop_ends_with_what_was_there(chat: Page, model: str) -> None:
     await expect(chat.get_by_role("button", name="Stop")).to_be_disabled()
 
 
-async def test_a_failure_is_told_in_words_and_gives_the_question_back(chat: Page) -> None:
+async def test_a_failure_shows_a_message_and_restores_the_question(chat: Page) -> None:
     turn = await ask(chat, "rehearsal/mid-stream-error", "Try this, please.")
     await idle(chat)
     await expect(turn.locator(".answer")).not_to_be_empty()
@@ -238,7 +234,7 @@ async def test_a_reload_in_mid_answer_leaves_no_gap_and_no_repeat(chat: Page) ->
 
 
 @pytest.mark.slow
-async def test_a_reload_before_the_first_word_waits_for_it(chat: Page) -> None:
+async def test_a_reload_before_the_first_text_waits_for_it(chat: Page) -> None:
     turn = await ask(chat, "rehearsal/slow", "Take your time.")
     await reads(turn.locator(".status"), "Waiting for the first word")  # "Sending…" until there is a session
     async with chat.expect_request("**/stream/*"):
@@ -416,7 +412,7 @@ async def test_the_page_fits_320_pixels(chat: Page, scheme: Any) -> None:
 
 
 @pytest.mark.slow
-async def test_a_cut_is_told_and_healed(page: Page, broker: RunningBroker) -> None:
+async def test_a_broken_connection_is_shown_and_resumed(page: Page, broker: RunningBroker) -> None:
     async with laid_cable(broker.port) as (cable, url):
         await page.goto(url)
         turn = await ask(page, ECHO, LONG)
@@ -471,7 +467,7 @@ async def test_a_broker_with_keys_asks_for_one(page: Page) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/page.css", "/page.js", "/icon.svg", "/favicon.ico"])
-async def test_the_files_of_the_page_are_guarded_and_asked_anew(broker: RunningBroker, path: str) -> None:
+async def test_the_files_of_the_page_are_guarded_and_revalidated(broker: RunningBroker, path: str) -> None:
     async with aiohttp.ClientSession(broker.url) as session:
         async with session.get(path) as answer:
             assert answer.status == 200

@@ -276,7 +276,7 @@ async def test_a_cancel_that_was_accepted_outlives_the_owner(where: int) -> None
 
 
 @pytest.mark.slow
-async def test_where_redis_is_away_the_owner_stops_and_others_cannot_promise() -> None:
+async def test_without_redis_only_the_owner_accepts_a_cancel() -> None:
     async with running_cluster(2) as cluster:
         owner, other = cluster.workers
         session = await cluster.prepare(owner)

@@ -133,7 +133,7 @@ def test_dotenv_of_the_working_directory_is_read(tmp_path: Path) -> None:
     assert ended.stderr.startswith("broker: BROKER_LOG_LEVEL in .env must be")
 
 
-def test_a_port_that_is_taken_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported_in_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ended = serve(tmp_path, "--rehearsal", "--port", str(port))
@@ -166,7 +166,7 @@ def test_both_names_of_the_program_are_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("log_format", ["json", "text"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
-async def test_the_first_line_says_what_to_open(log_format: str, host: str, tmp_path: Path) -> None:
+async def test_the_first_line_has_the_address_to_open(log_format: str, host: str, tmp_path: Path) -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "broker", "serve", "--rehearsal", "--port", "0", "--host", host),
         cwd=tmp_path,
@@ -205,7 +205,7 @@ async def test_the_service_needs_no_standard_output(tmp_path: Path) -> None:
         assert process.returncode == 0
 
 
-async def test_its_version_is_told() -> None:
+async def test_the_version_is_printed() -> None:
     assert await run("--version") == (0, f"broker {metadata.version('session-broker')}\n", "")
 
 
@@ -251,7 +251,7 @@ async def test_flags_win_over_the_environment() -> None:
         assert broker.log() == f"Open {broker.url}\n"
 
 
-async def test_what_has_no_effect_and_what_is_unknown_is_warned_of() -> None:
+async def test_unknown_and_ineffective_settings_cause_warnings() -> None:
     async with running_broker(env={"BROKER_WORKERS": "2", "BROKER_HEARTBEET": "5"}) as broker:
         warned = [
             (line["event"], line["name"]) for line in events(broker.log()) if line["level"] == "warning"
@@ -260,7 +260,7 @@ async def test_what_has_no_effect_and_what_is_unknown_is_warned_of() -> None:
     assert ("setting has no effect in this release", "BROKER_WORKERS above 1") in warned
 
 
-async def test_sessions_are_kept_in_the_redis_that_is_named() -> None:
+async def test_sessions_are_stored_in_the_given_redis() -> None:
     async with running_valkey() as valkey, running_broker(env={"REDIS_URL": valkey.url}) as broker:
         assert (await run("models", "--url", broker.url))[0] == 0
         with redis.Redis.from_url(valkey.url) as client:
@@ -340,14 +340,14 @@ async def test_chat_uses_the_default_model_of_the_broker() -> None:
         assert (status, "rehearsal/fast" in err) == (0, True)
 
 
-async def test_chat_tells_of_a_failure_in_words() -> None:
+async def test_chat_prints_the_message_of_a_failure() -> None:
     async with running_broker() as broker:
         status, out, err = await run("chat", "hi", "--model", "rehearsal/truncated", "--url", broker.url)
         assert (status, len(out) > 10) == (1, True)
         assert err == "broker: The model service broke off before the answer was complete.\n"
 
 
-async def test_a_model_that_is_none_is_refused_by_its_name() -> None:
+async def test_an_unknown_model_is_refused_by_its_name() -> None:
     async with running_broker(env={"OPENROUTER_API_KEY": ""}) as broker:
         status, out, err = await run("chat", "hi", "--model", "rehearsal/nosuch", "--url", broker.url)
         assert (status, out) == (1, "")
@@ -365,7 +365,7 @@ async def test_chat_and_models_show_their_token() -> None:
             assert (status, out, len(err.splitlines()), "k-9999" in err) == (1, "", 1, False)
 
 
-async def test_a_reader_of_chat_that_leaves_is_no_failure_anywhere() -> None:
+async def test_a_reader_of_chat_that_leaves_is_not_a_failure() -> None:
     async with running_broker() as broker:
         line = f"broker chat hi --model rehearsal/long --url {broker.url} | head -c 20"
         status, out, err = await run_shell(line)
@@ -386,7 +386,7 @@ async def test_ctrl_c_in_chat_cancels_at_the_broker() -> None:
         await eventually(lambda: [line for line in events(broker.log()) if line.get("state") == "cancelled"])
 
 
-async def test_chat_goes_on_when_the_line_is_cut() -> None:
+async def test_chat_continues_after_a_broken_connection() -> None:
     async with (
         running_broker(env={"BROKER_RETRY_MS": "50"}) as broker,
         cutting_proxy(broker.port, 20_000) as port,
@@ -418,7 +418,7 @@ async def test_models_lists_searches_and_filters() -> None:
 # rehearse
 
 
-async def test_rehearse_tells_where_it_is_and_answers_there() -> None:
+async def test_rehearse_prints_its_address_and_answers_there() -> None:
     process = await start("rehearse", "--port", "0")
     try:
         assert process.stdout is not None

@@ -80,7 +80,7 @@ async def test_the_end_of_a_killed_worker_is_the_same_for_all() -> None:
         assert session.calls == 1
 
 
-async def test_a_page_that_saw_more_than_was_journaled_gets_the_end_all_the_same() -> None:
+async def test_a_page_ahead_of_the_journal_gets_the_end() -> None:
     async with running_cluster(2, journal_interval_ms=10_000) as cluster:
         owner, other = cluster.workers
         session = await cluster.prepare(owner)
@@ -96,7 +96,7 @@ async def test_a_page_that_saw_more_than_was_journaled_gets_the_end_all_the_same
         assert session.calls == 1
 
 
-async def test_whoever_comes_long_after_a_death_is_told_soon() -> None:
+async def test_a_late_viewer_of_a_dead_worker_gets_the_end_soon() -> None:
     async with running_cluster(2) as cluster:
         owner, other = cluster.workers
         session = await cluster.prepare(owner)
@@ -122,7 +122,7 @@ async def test_killed_before_the_first_token() -> None:
         assert session.calls == 1
 
 
-async def test_a_short_freeze_is_no_death() -> None:
+async def test_a_short_freeze_does_not_make_a_worker_dead() -> None:
     async with running_cluster(2) as cluster:
         owner, _ = cluster.workers
         async with watched_from_afar(cluster) as (session, call, line, far):
@@ -185,7 +185,7 @@ async def test_a_worker_that_was_fenced_serves_new_sessions() -> None:
             assert check_whole(await session.read(worker), session.marker).kind == "done"
 
 
-async def test_a_freeze_longer_than_the_silence_allowed_ends_no_answer_that_goes_on() -> None:
+async def test_a_freeze_longer_than_the_idle_timeout_ends_no_answer() -> None:
     """What came while the worker was frozen lies in its socket: the upstream was not silent."""
     async with running_cluster(1, idle_timeout=2) as cluster:
         [owner] = cluster.workers
@@ -199,7 +199,7 @@ async def test_a_freeze_longer_than_the_silence_allowed_ends_no_answer_that_goes
         assert end.kind == "done", end
 
 
-async def test_a_freeze_longer_than_the_wait_for_the_first_word_ends_no_answer_that_has_begun() -> None:
+async def test_a_freeze_before_the_first_data_ends_no_answer() -> None:
     """The head of the answer takes a few steps to be read, which the timers must not overtake."""
     async with running_cluster(1, first_data_timeout=2) as cluster:
         [owner] = cluster.workers
@@ -216,7 +216,7 @@ async def test_a_freeze_longer_than_the_wait_for_the_first_word_ends_no_answer_t
             assert check_whole(await line.rest(), session.marker, after=3).kind == "done"
 
 
-async def test_all_workers_die_and_new_ones_tell_the_end() -> None:
+async def test_new_workers_send_the_end_after_all_others_died() -> None:
     async with running_cluster(2) as cluster:
         session = await cluster.prepare(cluster.workers[0])
         async with session.stream(cluster.workers[0]) as line:

@@ -59,7 +59,7 @@ def seconds(duration: str) -> float:
 # The image
 
 
-def test_what_the_image_copies_exists_and_is_all_that_the_package_is_built_from() -> None:
+def test_the_image_copies_the_sources_of_the_package() -> None:
     copied = [source for rest in rests_of("COPY") if "--from" not in rest for source in rest.split()[:-1]]
     assert all((ROOT / source).exists() for source in copied), copied
     package = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -77,12 +77,12 @@ def test_the_image_sets_nothing_but_settings() -> None:
     assert only("EXPOSE") == str(given.port)
 
 
-def test_the_image_runs_as_a_numbered_user_and_is_stopped_by_what_starts_a_drain() -> None:
+def test_the_image_has_a_numbered_user_and_a_drain_signal() -> None:
     assert re.fullmatch(r"[1-9]\d{3,}:[1-9]\d{3,}", only("USER"))
     assert only("STOPSIGNAL") == "SIGTERM"
 
 
-def test_both_stages_are_of_one_python_that_the_package_runs_on() -> None:
+def test_both_stages_use_one_supported_python() -> None:
     bases = {rest.split()[0] for rest in rests_of("FROM")}
     assert len(bases) == 1
     found = re.fullmatch(r"python:3\.(\d+)-slim", bases.pop())
@@ -91,7 +91,7 @@ def test_both_stages_are_of_one_python_that_the_package_runs_on() -> None:
     assert f"Programming Language :: Python :: 3.{found[1]}" in package["project"]["classifiers"]
 
 
-def test_what_the_image_runs_is_a_command() -> None:
+def test_the_image_runs_a_command_of_the_broker() -> None:
     entry, arguments = yaml.safe_load(only("ENTRYPOINT")), yaml.safe_load(only("CMD"))
     package = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert entry == list(package["project"]["scripts"])
@@ -99,7 +99,7 @@ def test_what_the_image_runs_is_a_command() -> None:
     subprocess.run(asked, cwd=ROOT, check=True, capture_output=True)
 
 
-async def test_the_health_check_tells_a_broker_from_none() -> None:
+async def test_the_health_check_recognises_a_broker() -> None:
     found = re.fullmatch(r".* CMD (\[.*\])", only("HEALTHCHECK"))
     assert found is not None
     (python, *arguments) = yaml.safe_load(found[1])
@@ -117,7 +117,7 @@ async def test_the_health_check_tells_a_broker_from_none() -> None:
 # The composed service
 
 
-def test_the_brokers_are_given_nothing_but_settings_and_would_start(compose: Any) -> None:
+def test_the_brokers_get_valid_settings_only(compose: Any) -> None:
     fields = {setting_name(field): field for field in Settings.model_fields}
     assert len(brokers(compose)) == 2
     for service in brokers(compose).values():
@@ -143,7 +143,7 @@ def test_only_the_proxy_can_be_reached(compose: Any) -> None:
     assert "store" not in services["proxy"]["networks"]
 
 
-def test_the_brokers_are_where_the_proxy_looks_for_them(compose: Any) -> None:
+def test_the_proxy_has_the_addresses_of_the_brokers(compose: Any) -> None:
     conf = (SHIPPED / "nginx.conf").read_text()
     places = {f"{name}:{service['environment']['PORT']}" for name, service in brokers(compose).items()}
     assert set(re.findall(r"^ *server (\S+) resolve", conf, re.MULTILINE)) == places
@@ -184,7 +184,7 @@ def test_everything_that_is_named_is_there(compose: Any) -> None:
     assert services["valkey"]["healthcheck"]["test"] == ["CMD", "valkey-cli", "ping"]
 
 
-def test_valkey_refuses_what_does_not_fit_and_writes_nothing_down(compose: Any) -> None:
+def test_valkey_refuses_when_full_and_writes_no_files(compose: Any) -> None:
     name, *options = compose["services"]["valkey"]["command"]
     given = dict(zip(options[::2], options[1::2], strict=True))
     assert name == "valkey-server"
@@ -192,7 +192,7 @@ def test_valkey_refuses_what_does_not_fit_and_writes_nothing_down(compose: Any) 
     assert given == {"--maxmemory-policy": "noeviction", "--save": "", "--appendonly": "no"}
 
 
-def test_a_certificate_is_made_once_and_then_kept(compose: Any, tmp_path: Path) -> None:
+def test_a_certificate_is_made_once(compose: Any, tmp_path: Path) -> None:
     service = compose["services"]["certificate"]
     (script,) = service["command"]
     program("openssl")

@@ -27,7 +27,7 @@ def draining(worker: Worker) -> bool:
     return '"draining"' in worker.log()
 
 
-async def test_what_runs_finishes_and_nothing_begins() -> None:
+async def test_a_drain_finishes_streams_and_starts_none() -> None:
     async with running_cluster(2) as cluster:
         owner, other = cluster.workers
         session, waiting = await cluster.prepare(owner), await cluster.prepare(owner, Script())
@@ -71,7 +71,7 @@ async def test_a_prepare_is_served_while_draining() -> None:
         assert check_whole(await late.read(other), late.marker).kind == "done"
 
 
-async def test_viewers_of_other_workers_sessions_are_let_go_at_once() -> None:
+async def test_viewers_of_other_workers_are_disconnected_at_once() -> None:
     async with running_cluster(2) as cluster:
         owner, other = cluster.workers
         session, own = await cluster.prepare(owner), await cluster.prepare(other)
@@ -103,7 +103,7 @@ async def test_with_nothing_to_do_it_ends_at_once() -> None:
         assert await worker.ended(PROMPTLY) == 0
 
 
-async def test_what_does_not_finish_in_time_ends_in_a_shutdown_for_all() -> None:
+async def test_unfinished_streams_end_in_a_shutdown_for_all() -> None:
     async with running_cluster(2, drain_timeout=1) as cluster:
         owner, other = cluster.workers
         session = await cluster.prepare(owner)
@@ -120,7 +120,7 @@ async def test_what_does_not_finish_in_time_ends_in_a_shutdown_for_all() -> None
         assert check_whole(await session.read(other), session.marker) == end
 
 
-async def test_what_does_not_finish_without_redis_ends_as_well() -> None:
+async def test_unfinished_streams_without_redis_end_as_well() -> None:
     async with running_cluster(1, drain_timeout=1) as cluster:
         [owner] = cluster.workers
         session = await cluster.prepare(owner)
@@ -151,7 +151,7 @@ async def test_a_second_signal_ends_it_at_once() -> None:
                 await line.rest()
 
 
-async def test_a_stalled_page_does_not_hold_up_the_end() -> None:
+async def test_a_stalled_page_does_not_delay_the_end() -> None:
     async with running_cluster(1, drain_timeout=3, max_response="64MiB") as cluster:
         [owner] = cluster.workers
         session = await cluster.prepare(owner, Script(chunks=1500, size=10_000))

@@ -113,7 +113,7 @@ async def test_the_chat_page_works_under_the_prefix(shop: RunningBroker, directo
     await eventually(lambda: any(text == "Three pears, please." for _, _, text, _ in answers(directory)))
 
 
-async def test_a_shop_that_is_told_to_stop_lets_answers_end(
+async def test_a_stopped_shop_lets_answers_end(
     shop: RunningBroker, visitor: aiohttp.ClientSession, directory: Path
 ) -> None:
     long = " ".join(f"word{n}" for n in range(150))

@@ -51,7 +51,7 @@ def is_abandoned(end: Event) -> bool:
 
 
 @pytest.mark.parametrize("where", [0, 1])
-async def test_whoever_comes_back_in_time_goes_on(cluster: Cluster, where: int) -> None:
+async def test_a_viewer_that_returns_in_time_continues(cluster: Cluster, where: int) -> None:
     session = await cluster.prepare(cluster.workers[0])
     async with session.stream(cluster.workers[0]) as line:
         call = await begin(session, line)
@@ -76,7 +76,7 @@ async def test_where_nobody_comes_it_is_abandoned_for_all(cluster: Cluster) -> N
     assert session.calls == 1
 
 
-async def test_a_page_that_never_came_back_for_its_claim_is_not_waited_for(cluster: Cluster) -> None:
+async def test_a_page_that_never_returned_is_not_waited_for(cluster: Cluster) -> None:
     session = await cluster.prepare(cluster.workers[0])
     async with session.stream(cluster.workers[0]):
         call = await session.call()
@@ -84,7 +84,7 @@ async def test_a_page_that_never_came_back_for_its_claim_is_not_waited_for(clust
     assert is_abandoned(check_whole(await session.read(cluster.workers[1]), session.marker))
 
 
-async def test_a_viewer_elsewhere_keeps_it_alive_and_its_leaving_ends_it(cluster: Cluster) -> None:
+async def test_a_viewer_elsewhere_keeps_a_session_alive(cluster: Cluster) -> None:
     owner, *others = cluster.workers
     session = await cluster.prepare(owner)
     async with session.stream(owner) as line:
@@ -119,7 +119,7 @@ async def test_a_viewer_elsewhere_whose_worker_dies_is_forgotten(cluster: Cluste
     assert is_abandoned((await session.read(other))[-1])
 
 
-async def test_while_redis_is_away_viewers_last_seen_elsewhere_count_as_present(cluster: Cluster) -> None:
+async def test_viewers_elsewhere_count_while_redis_is_away(cluster: Cluster) -> None:
     owner, other, _ = cluster.workers
     session = await cluster.prepare(owner)
     async with session.stream(owner) as line, session.stream(other) as far:
@@ -152,7 +152,7 @@ async def test_without_redis_and_without_viewers_it_is_abandoned(cluster: Cluste
         assert check_whole(await session.read(worker), session.marker) == end
 
 
-async def test_grace_of_one_session_is_not_another_s(cluster: Cluster) -> None:
+async def test_the_grace_of_one_session_does_not_affect_another(cluster: Cluster) -> None:
     owner = cluster.workers[0]
     left, watched = await cluster.prepare(owner), await cluster.prepare(owner)
     async with watched.stream(owner) as stays, left.stream(owner) as leaves:
@@ -180,7 +180,7 @@ async def test_without_grace_leaving_ends_it_at_once() -> None:
             assert check_whole(await far.rest(), session.marker, after=2).kind == "done"
 
 
-async def test_a_line_that_takes_nothing_is_no_viewer_for_ever() -> None:
+async def test_a_stalled_connection_does_not_count_for_ever() -> None:
     """A peer that has vanished without a word: what is sent piles up until the line is cut, and grace begins."""
     async with running_cluster(1, disconnect_grace=1, send_timeout=1, max_response="64MiB") as cluster:
         [worker] = cluster.workers

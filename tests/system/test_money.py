@@ -95,7 +95,7 @@ async def all_asked(redis: Redis) -> bool:
     return await unasked(redis) == 0
 
 
-async def test_of_many_claims_at_once_on_two_workers_as_many_run_as_there_is_room_for() -> None:
+async def test_two_workers_admit_exactly_the_claims_with_room() -> None:
     async with running_bank(total_daily_cost="0.0037") as (cluster, redis):
         sessions = []
         for number in range(500):
@@ -128,7 +128,7 @@ async def test_of_many_claims_at_once_on_two_workers_as_many_run_as_there_is_roo
         assert await ledger(redis) == Ledger(room, 0, room * 15, room * 15 * PRICE)
 
 
-async def test_a_killed_owners_session_is_settled_by_another_from_the_journal() -> None:
+async def test_another_worker_settles_for_a_killed_one() -> None:
     # A service that keeps no records of its own: nothing more can be learned, so nothing stays reserved.
     async with running_bank(daily_cost="1", max_concurrent_streams=2, upstream_kind="openai") as (
         cluster,
@@ -161,7 +161,7 @@ async def test_a_killed_owners_session_is_settled_by_another_from_the_journal() 
         assert silent.calls == told.calls == 1
 
 
-async def test_the_books_of_the_upstream_correct_what_was_estimated_for_the_dead() -> None:
+async def test_the_record_corrects_an_estimate_for_a_dead_worker() -> None:
     async with running_bank() as (cluster, redis):
         owner, _ = cluster.workers
         cluster.upstream.scripted.generations["gen-chunk"] = {
@@ -183,7 +183,7 @@ async def test_the_books_of_the_upstream_correct_what_was_estimated_for_the_dead
         await until(corrected, within=SETTLED)
 
 
-async def test_what_a_killed_owner_did_not_live_to_ask_is_asked_by_another() -> None:
+async def test_another_worker_asks_for_a_killed_ones_record() -> None:
     async with running_bank() as (cluster, redis):
         owner, other = cluster.workers
         generations = cluster.upstream.scripted.generations
@@ -206,7 +206,7 @@ async def test_what_a_killed_owner_did_not_live_to_ask_is_asked_by_another() -> 
         assert await ledger(redis) == Ledger(1, 0, 7, 700_000) != Ledger(1, 0, prompt, prompt * PRICE)
 
 
-async def test_a_frozen_owner_that_wakes_puts_the_truth_in_place_of_an_estimate() -> None:
+async def test_a_frozen_owner_that_wakes_corrects_the_estimate() -> None:
     async with running_bank(daily_cost="1") as (cluster, redis):
         owner, _ = cluster.workers
         session, _ = await prepared(cluster, owner)
@@ -231,7 +231,7 @@ async def test_a_frozen_owner_that_wakes_puts_the_truth_in_place_of_an_estimate(
             assert await all_closed(redis)
 
 
-async def test_a_long_freeze_of_redis_kills_nobody_and_frees_no_slot() -> None:
+async def test_a_long_freeze_of_redis_frees_no_slot() -> None:
     """Longer than the leases of workers and of reservations."""
     async with running_bank(daily_cost="1", max_concurrent_streams=5) as (cluster, redis):
         sessions = [(await prepared(cluster, worker))[0] for worker in cluster.workers * 2]
@@ -273,7 +273,7 @@ async def is_judged_well(spenders: Spenders, redis: Redis) -> bool:
     return await spenders.judge(redis) == []
 
 
-async def test_the_law_holds_whatever_happens() -> None:
+async def test_no_account_exceeds_its_limit_under_faults() -> None:
     """At no time more than the limit is spent and reserved; in the end each session has cost what it was billed."""
     seed = secrets.randbelow(2**32)
     print(f"seed {seed}")

@@ -80,7 +80,7 @@ async def test_every_event_arrives_before_the_next_is_written() -> None:
         assert await answer.content.read() == b""
 
 
-async def test_a_broker_learns_who_asks_and_under_which_name() -> None:
+async def test_a_broker_gets_the_callers_address_and_host() -> None:
     async def echo(request: web.Request) -> web.Response:
         return web.json_response({name.title(): value for name, value in request.headers.items()})
 
@@ -147,7 +147,7 @@ async def test_a_brokers_own_answer_passes_unchanged(status: int, accept: str) -
         assert "Access-Control-Allow-Origin" not in answer.headers
 
 
-async def test_a_body_is_held_to_the_brokers_own_limit_and_never_written_to_a_disk() -> None:
+async def test_a_body_is_limited_and_never_written_to_a_disk() -> None:
     sizes: list[int] = []
     kept: list[Path] = []
 
@@ -190,7 +190,7 @@ async def test_plain_http_is_sent_to_https() -> None:
 # Secrets
 
 
-async def test_no_log_holds_a_whole_session_id() -> None:
+async def test_no_log_has_a_whole_session_id() -> None:
     async def point(request: web.Request) -> web.Response:
         return web.Response(status=201, headers={"Location": f"/stream/{session_id}"})
 

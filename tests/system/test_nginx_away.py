@@ -29,7 +29,7 @@ PATIENCE = 15.0
 ORIGIN = "https://page.example"
 
 
-async def test_an_eventsource_is_asked_to_come_again_when_no_broker_answers() -> None:
+async def test_an_eventsource_reconnects_when_no_broker_answers() -> None:
     async with running_proxy() as proxy:
         for _ in range(3):  # refused by both, and then marked as failed
             address = f"/stream/{uuid.uuid4()}"
@@ -55,7 +55,7 @@ async def test_an_eventsource_is_asked_to_come_again_when_no_broker_answers() ->
         ("GET", "/models", "*/*"),
     ],
 )
-async def test_any_other_caller_is_told_in_json(method: str, path: str, accept: str) -> None:
+async def test_any_other_caller_gets_json(method: str, path: str, accept: str) -> None:
     async with running_proxy() as proxy:
         async with proxy.page.request(method, path, headers={"Accept": accept, "Origin": ORIGIN}) as answer:
             error = (await answer.json())["error"]
@@ -70,7 +70,7 @@ async def test_any_other_caller_is_told_in_json(method: str, path: str, accept: 
             assert not [name for name in answer.headers if name.startswith("Access-Control-Allow")]
 
 
-async def test_a_preflight_is_answered_even_then_so_that_a_page_can_read_the_error() -> None:
+async def test_a_preflight_is_answered_without_a_broker() -> None:
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
     headers = {"Origin": ORIGIN, **asked}
     async with running_proxy() as proxy, proxy.page.options("/prepare", headers=headers) as answer:
@@ -114,7 +114,7 @@ async def test_one_broker_down_is_not_noticed() -> None:
     assert any(statuses.startswith("502, 20") for statuses in tried), "the other broker was never tried"
 
 
-async def test_when_a_broker_dies_in_mid_stream_the_next_takes_the_page() -> None:
+async def test_a_page_of_a_dead_broker_goes_to_the_next() -> None:
     async with AsyncExitStack() as stack:
         valkey = await stack.enter_async_context(running_valkey())
         ports = free_port(), free_port()
@@ -176,7 +176,7 @@ async def test_an_eventsource_comes_back_when_its_broker_dies_under_it() -> None
 
 
 @pytest.mark.slow
-async def test_an_eventsource_that_starts_without_a_broker_completes_when_one_comes_up() -> None:
+async def test_an_eventsource_waits_for_the_first_broker() -> None:
     async with AsyncExitStack() as stack:
         valkey = await stack.enter_async_context(running_valkey())
         site = f"http://127.0.0.1:{await stack.enter_async_context(standing_in(blank))}"

@@ -54,7 +54,7 @@ async def test_a_second_viewer_is_refused_after_the_end(cluster: Cluster, here: 
     assert session.calls == 1
 
 
-async def test_of_many_viewers_at_once_one_is_served(cluster: Cluster) -> None:
+async def test_one_of_many_simultaneous_viewers_is_served(cluster: Cluster) -> None:
     for _ in range(5):
         session = await cluster.prepare(cluster.workers[0], Script(chunks=20, pause=0.005))
         seen = await asyncio.gather(*(session.read(worker) for worker in cluster.workers * 5))

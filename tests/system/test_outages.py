@@ -71,7 +71,7 @@ def finish(call: Call) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trouble", [frozen, full])
-async def test_what_ends_in_an_outage_longer_than_ends_are_kept_is_written_and_booked_once(
+async def test_an_end_in_a_very_long_outage_is_booked_once(
     upstream: ScriptedUpstream, trouble: Callable[[ValkeyProcess], AbstractAsyncContextManager[None]]
 ) -> None:
     """With a short time to resume, and with none."""
@@ -169,7 +169,7 @@ async def watched_elsewhere(
 
 
 @pytest.mark.slow
-async def test_who_watches_elsewhere_while_redis_is_full_is_not_missed(upstream: ScriptedUpstream) -> None:
+async def test_viewers_elsewhere_count_while_redis_is_full(upstream: ScriptedUpstream) -> None:
     async with watched_elsewhere(upstream, grace=1) as watched:
         async with full(watched.valkey):
             await watched.lapse()
@@ -187,7 +187,7 @@ async def test_who_watches_elsewhere_while_redis_is_full_is_not_missed(upstream:
         pytest.param(False, id="come back empty"),
     ],
 )
-async def test_who_watches_elsewhere_is_not_missed_before_it_can_have_registered_again(
+async def test_viewers_elsewhere_count_until_they_can_register_again(
     upstream: ScriptedUpstream, keeps: bool
 ) -> None:
     """Without any grace: whoever is not registered at the first look afterwards is missed at once."""

@@ -65,7 +65,7 @@ async def test_the_commands_for_curl_do_what_they_say() -> None:
     assert asked == [("/prepare", "201"), *[("/stream", "200")] * 2, ("/models", "200"), ("/usage", "200")]
 
 
-def test_the_first_two_commands_are_all_the_set_up_and_every_command_is_fenced() -> None:
+def test_the_first_two_commands_are_the_whole_setup() -> None:
     first, second = blocks("sh")[:2]
     for command in (first, second):
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -q ")

@@ -43,7 +43,7 @@ async def until_healthy(cluster: Cluster) -> None:
 # Killed, and started empty
 
 
-async def test_the_pages_that_stream_notice_nothing_and_others_resume_afterwards() -> None:
+async def test_streaming_pages_do_not_notice_an_outage() -> None:
     async with running_cluster(2) as cluster:
         owner, other = cluster.workers
         session = await cluster.prepare(owner)
@@ -70,7 +70,7 @@ async def test_the_pages_that_stream_notice_nothing_and_others_resume_afterwards
         assert not await cluster.keys_without_ttl()
 
 
-async def test_a_finished_session_is_written_anew() -> None:
+async def test_a_finished_session_is_written_again() -> None:
     async with running_cluster(2) as cluster:
         owner, other = cluster.workers
         session = await cluster.prepare(owner, Script(50))
@@ -82,7 +82,7 @@ async def test_a_finished_session_is_written_anew() -> None:
         assert not await cluster.keys_without_ttl()
 
 
-async def test_a_prepared_session_is_asked_to_come_again_and_then_not_found() -> None:
+async def test_a_lost_prepared_session_is_retried_then_not_found() -> None:
     async with running_cluster(2) as cluster:
         session = await cluster.prepare(cluster.workers[0], Script())
         cluster.valkey.kill()
@@ -98,7 +98,7 @@ async def test_a_prepared_session_is_asked_to_come_again_and_then_not_found() ->
         assert session.calls == 0
 
 
-async def test_a_worker_that_starts_into_the_outage_does_not_declare_sessions_lost() -> None:
+async def test_a_worker_started_in_an_outage_loses_no_sessions() -> None:
     """It knows no marker of before, and the owner may need a moment."""
     async with running_cluster(2) as cluster:
         owner, other = cluster.workers
@@ -122,7 +122,7 @@ async def test_a_worker_that_starts_into_the_outage_does_not_declare_sessions_lo
         assert session.calls == 1
 
 
-async def test_a_worker_that_starts_after_the_loss_is_told_of_it_by_the_others() -> None:
+async def test_a_worker_started_after_a_loss_learns_of_it() -> None:
     async with running_cluster(3) as cluster:
         owner, _, late = cluster.workers
         session = await cluster.prepare(owner)
@@ -210,7 +210,7 @@ async def test_redis_dies_again_and_again() -> None:
         assert session.calls == 1
 
 
-async def test_a_session_that_ends_while_it_is_written_anew_does_not_run_for_ever() -> None:
+async def test_a_session_that_ends_while_rewritten_stays_ended() -> None:
     async with running_cluster(2) as cluster:
         owner, other = cluster.workers
         for _ in range(8):
@@ -231,7 +231,7 @@ async def test_a_session_that_ends_while_it_is_written_anew_does_not_run_for_eve
 # Frozen
 
 
-async def test_frozen_and_thawed_nobody_is_dead_and_streams_go_on() -> None:
+async def test_streams_continue_after_a_freeze_of_redis() -> None:
     async with running_cluster(2) as cluster:
         owner, other = cluster.workers
         session = await cluster.prepare(owner)
@@ -255,7 +255,7 @@ async def test_frozen_and_thawed_nobody_is_dead_and_streams_go_on() -> None:
         assert session.calls == 1
 
 
-async def test_a_claim_whose_reply_was_lost_is_found_again_and_makes_one_call() -> None:
+async def test_a_claim_with_a_lost_reply_makes_one_call() -> None:
     async with running_cluster(2) as cluster:
         for patience in (0, 1, 2):
             session = await cluster.prepare(cluster.workers[0], Script(chunks=20))

@@ -93,7 +93,7 @@ async def test_before_the_first_event_it_is_followed_from_the_start(cluster: Clu
 
 
 @EVERYWHERE
-async def test_a_cursor_within_a_batch_is_no_different(cluster: Cluster, where: int) -> None:
+async def test_a_cursor_inside_a_batch_resumes_exactly(cluster: Cluster, where: int) -> None:
     """Everything that comes in one read is one batch, in memory and in the journal."""
     session = await cluster.prepare(cluster.workers[0])
     async with session.stream(cluster.workers[0]) as line:
@@ -143,7 +143,7 @@ async def test_a_page_that_moves_with_every_event_misses_nothing(cluster: Cluste
 
 @EVERYWHERE
 @pytest.mark.parametrize("beyond", ["1-11", "1-12", "1-9007199254740993", "2-3"])
-async def test_a_cursor_beyond_the_end_is_told_of_a_gap(cluster: Cluster, where: int, beyond: str) -> None:
+async def test_a_cursor_beyond_the_end_gets_a_gap_error(cluster: Cluster, where: int, beyond: str) -> None:
     session = await finished(cluster)  # 10 events and the end
     [event] = await session.read(cluster.workers[where], beyond)
     assert (event.kind, event.json["code"], event.json["final"]) == ("error", "replay_gap", True)
@@ -151,9 +151,7 @@ async def test_a_cursor_beyond_the_end_is_told_of_a_gap(cluster: Cluster, where:
 
 
 @EVERYWHERE
-async def test_a_cursor_beyond_what_was_said_is_told_of_the_gap_at_the_end(
-    cluster: Cluster, where: int
-) -> None:
+async def test_a_cursor_beyond_all_events_gets_a_gap_error_at_the_end(cluster: Cluster, where: int) -> None:
     session = await cluster.prepare(cluster.workers[0])
     async with session.stream(cluster.workers[0]):
         call = await session.call()
@@ -165,7 +163,7 @@ async def test_a_cursor_beyond_what_was_said_is_told_of_the_gap_at_the_end(
 
 
 @EVERYWHERE
-async def test_a_terminal_cursor_is_told_nothing(cluster: Cluster, where: int) -> None:
+async def test_a_terminal_cursor_gets_204(cluster: Cluster, where: int) -> None:
     session = await finished(cluster)
     for cursor in ("1-11.end", "1-3.end", "2-7.end"):
         async with session.stream(cluster.workers[where], cursor) as line:
@@ -180,7 +178,7 @@ async def test_a_cursor_never_claims(cluster: Cluster, where: int) -> None:
     assert session.calls == 0
 
 
-async def test_everybody_everywhere_sees_one_sequence_and_one_end(cluster: Cluster) -> None:
+async def test_all_viewers_see_one_sequence_and_one_end(cluster: Cluster) -> None:
     session = await cluster.prepare(cluster.workers[0], Script(chunks=200, pause=0.002, size=200))
     seen = await asyncio.gather(*(session.read(worker) for worker in cluster.workers * 10))
     for events in seen:
@@ -212,7 +210,7 @@ async def test_pages_that_come_and_go_everywhere_see_one_sequence(cluster: Clust
 
 
 @pytest.mark.parametrize("where", [0, 1])
-async def test_whoever_comes_late_reads_a_long_answer_from_the_start(cluster: Cluster, where: int) -> None:
+async def test_a_late_viewer_reads_a_long_answer_from_the_start(cluster: Cluster, where: int) -> None:
     """Longer than what stays in memory, so that the beginning comes from the journal."""
     session = await cluster.prepare(cluster.workers[0], Script(chunks=400, size=3000))
     check_whole(await session.read(cluster.workers[0]), session.marker)

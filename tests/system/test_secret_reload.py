@@ -103,7 +103,7 @@ async def test_a_hangup_reads_the_upstream_key_again_and_streams_go_on(
     assert NEW not in log
 
 
-async def test_a_file_of_the_upstream_key_is_read_again_when_it_changes(
+async def test_a_changed_file_of_the_upstream_key_is_read_again(
     upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:
     path = tmp_path / "key"
@@ -123,7 +123,7 @@ async def test_a_file_of_the_upstream_key_is_read_again_when_it_changes(
         assert lines(broker, "secrets read again")[0]["changed"] == ["OPENROUTER_API_KEY"]
 
 
-async def test_a_refusal_that_repeats_a_changed_key_does_not_tell_it(
+async def test_a_refusal_that_repeats_a_changed_key_is_cleaned(
     upstream: ScriptedUpstream, tmp_path: Path
 ) -> None:
     path = tmp_path / "key"
@@ -176,7 +176,7 @@ async def test_a_hangup_reads_the_file_of_api_keys_again(tmp_path: Path) -> None
         assert (await prepared(broker, "the-new-key"))[0] == 201
 
 
-async def test_a_secret_that_is_no_longer_given_lets_nobody_in(tmp_path: Path) -> None:
+async def test_a_removed_secret_lets_nobody_in(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("page:the-old-key")
     async with running_broker(env={"BROKER_API_KEYS_FILE": str(path)}) as broker:

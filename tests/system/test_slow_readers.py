@@ -21,7 +21,7 @@ STALLED = 8
 
 
 @pytest.mark.parametrize("where", [0, 1])
-async def test_stalled_readers_cost_little_and_hold_nobody_up(where: int) -> None:
+async def test_stalled_readers_cost_little_and_delay_nobody(where: int) -> None:
     """The same for viewers of one's own sessions and of others'."""
     async with running_cluster(2, send_timeout=60, max_response="64MiB") as cluster:
         owner, worker = cluster.workers[0], cluster.workers[where]

@@ -108,9 +108,7 @@ async def write_on(call: NumberedCall) -> None:
 @pytest.mark.parametrize(
     ("data", "status"), [(LEGAL, 201), (TOO_MANY, 422)], ids=["legal", "too many values"]
 )
-async def test_thirty_large_bodies_at_once_hold_up_no_stream_of_their_worker(
-    data: bytes, status: int
-) -> None:
+async def test_thirty_large_bodies_at_once_delay_no_stream(data: bytes, status: int) -> None:
     loop = asyncio.get_running_loop()
     async with running_cluster(max_prepared_bytes="512MiB", total_prepared_bytes="1GiB") as cluster:
         owner, other = cluster.workers

@@ -15,7 +15,7 @@ ROUNDS = 3
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_whatever_happens_pages_see_one_sequence_and_one_end() -> None:
+async def test_pages_see_one_sequence_and_one_end_under_faults() -> None:
     """Set ``WALK_SEED`` to choose another walk, or to take one again."""
     seed = int(os.environ.get("WALK_SEED") or secrets.randbelow(2**32))
     print(f"seed {seed}")

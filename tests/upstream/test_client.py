@@ -129,7 +129,7 @@ async def test_a_connection_whose_answer_was_left_is_not(
 
 
 @pytest.mark.parametrize("begun", [False, True])
-async def test_who_stops_waiting_closes_the_line(
+async def test_a_cancelled_request_closes_the_connection(
     client: UpstreamClient, upstream: ScriptedUpstream, begun: bool
 ) -> None:
     reading = asyncio.create_task(read(client))
@@ -143,7 +143,7 @@ async def test_who_stops_waiting_closes_the_line(
     await call.wait_gone()
 
 
-async def test_a_line_may_be_closed_twice(client: UpstreamClient, upstream: ScriptedUpstream) -> None:
+async def test_a_stream_may_be_closed_twice(client: UpstreamClient, upstream: ScriptedUpstream) -> None:
     upstream.replies = [plain]
     stream = await ask(client)
     await stream.aclose()
@@ -198,7 +198,7 @@ async def test_every_failure_has_its_name(
     assert len(upstream.calls) == 1
 
 
-async def test_the_words_and_the_wait_of_a_refusal_are_read(
+async def test_the_message_and_the_wait_of_a_refusal_are_read(
     client: UpstreamClient, upstream: ScriptedUpstream
 ) -> None:
     upstream.replies = [said(429, {}, Retry_After="7"), said(404, {"error": "no such model"})]
@@ -250,7 +250,7 @@ async def test_a_wait_for_a_free_connection_has_its_time_too(upstream: ScriptedU
     assert len(upstream.calls) == 2
 
 
-async def test_plain_words_behind_https_are_unreachable(upstream: ScriptedUpstream) -> None:
+async def test_plain_text_behind_https_is_unreachable(upstream: ScriptedUpstream) -> None:
     async with client_of(upstream.url.replace("http:", "https:")) as client:
         assert type(await failure(client)) is UpstreamUnreachable
     assert upstream.calls == []

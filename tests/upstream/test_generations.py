@@ -83,7 +83,7 @@ async def test_a_404_with_an_error_means_not_yet(body: bytes) -> None:
 @pytest.mark.parametrize(
     "body", [b"", b"404 page not found", b"<html>", b'{"detail":"Not Found"}', b"[]", b"null"]
 )
-async def test_a_404_of_whatever_proxy_means_not_yet(body: bytes) -> None:
+async def test_a_404_of_any_proxy_means_not_yet(body: bytes) -> None:
     assert await fetched(404, body) is None
 
 
@@ -93,7 +93,7 @@ async def test_an_answer_without_a_record_means_not_yet(body: bytes) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>Welcome</html>"])
-async def test_a_page_in_place_of_a_record_means_not_yet(body: bytes) -> None:
+async def test_an_html_page_in_place_of_a_record_means_not_yet(body: bytes) -> None:
     assert await fetched(200, body) is None
 
 
@@ -114,7 +114,7 @@ async def test_other_refusals_are_the_upstreams_and_asked_once(
     assert len(usage_rows.asked) == 1
 
 
-async def test_books_that_cannot_be_reached_are_the_upstreams_error() -> None:
+async def test_an_unreachable_record_is_an_upstream_error() -> None:
     async with client_of("http://127.0.0.1:9/v1") as client:
         with pytest.raises(UpstreamUnavailable):
             await fetch_generation(client, "gen-1")

@@ -54,7 +54,7 @@ async def test_an_https_upstream_is_asked_through_the_proxy(
     assert {line.split()[1] for line in lines} == {b"127.0.0.9:9"}
 
 
-async def test_a_plain_upstream_is_not_asked_through_the_proxy_of_https(
+async def test_a_plain_upstream_does_not_use_the_https_proxy(
     valkey_url: str, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upstream.replies = [plain]

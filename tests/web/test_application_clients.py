@@ -58,9 +58,7 @@ async def test_a_client_is_counted_by_its_name(valkey_url: str, upstream: Script
     assert "Anna" not in user
 
 
-async def test_an_application_may_say_what_the_upstream_is_told(
-    valkey_url: str, upstream: ScriptedUpstream
-) -> None:
+async def test_an_application_may_set_the_upstreams_user(valkey_url: str, upstream: ScriptedUpstream) -> None:
     upstream.replies = [plain]
     app = web.Application()
     setup(
@@ -108,7 +106,7 @@ async def test_an_application_is_asked_as_itself(valkey_url: str, upstream: Scri
         (web.HTTPBadGateway(text="The users are away."), 502, "internal_error", "The users are away."),
     ],
 )
-async def test_a_refusal_is_told_in_our_form(
+async def test_a_refusal_is_answered_in_our_form(
     valkey_url: str,
     upstream: ScriptedUpstream,
     error: web.HTTPException,
@@ -130,7 +128,7 @@ async def test_a_refusal_is_told_in_our_form(
 
 
 @pytest.mark.parametrize("path", ["/usage", "/models", "/prepare"])
-async def test_what_else_an_application_raises_is_ours_to_hide(
+async def test_other_exceptions_of_an_application_are_hidden(
     valkey_url: str, upstream: ScriptedUpstream, path: str
 ) -> None:
     def broken(_request: web.Request) -> Client:
@@ -146,7 +144,7 @@ async def test_what_else_an_application_raises_is_ours_to_hide(
 
 
 @pytest.mark.parametrize("returned", [None, "anna", {"name": "anna"}])
-async def test_what_is_no_client_lets_nobody_in(
+async def test_a_value_that_is_not_a_client_lets_nobody_in(
     valkey_url: str, upstream: ScriptedUpstream, returned: Any
 ) -> None:
     answer = await asked(lambda _request: returned, valkey_url, upstream)

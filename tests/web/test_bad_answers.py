@@ -83,7 +83,7 @@ async def test_an_error_in_the_stream_ends_the_session(
         ("text/plain", "x" * 5000 + "\ndata: {}\n\n", "upstream_invalid", None),
     ],
 )
-async def test_an_answer_that_is_no_stream_ends_the_session(
+async def test_an_answer_that_is_not_a_stream_ends_the_session(
     broker: Broker, upstream: ScriptedUpstream, kind: str, text: str, code: str, status: int | None
 ) -> None:
     upstream.replies = [body_of(kind, text)]
@@ -103,9 +103,7 @@ async def test_an_error_on_the_chunk_with_the_reason_is_one(
 # Timers
 
 
-async def test_an_upstream_that_never_answers_runs_into_the_first_timer(
-    valkey_url: str, upstream: ScriptedUpstream
-) -> None:
+async def test_an_upstream_that_never_answers_times_out(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, first_data_timeout=0.3) as broker:
         data = await outcome(broker)
         await (await upstream.call()).wait_gone()
@@ -125,19 +123,19 @@ async def ends_by_timer(broker: Broker, upstream: ScriptedUpstream, begin: Reply
     return event
 
 
-async def test_comments_are_no_first_data(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_comments_are_not_the_first_data(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, first_data_timeout=0.4) as broker:
         event = await ends_by_timer(broker, upstream, lambda call: (call.open(), None)[1], Call.comment)
     assert event.json["code"] == "upstream_timeout"
 
 
-async def test_comments_are_no_data_between_data(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_comments_do_not_count_between_data(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, idle_timeout=0.4) as broker:
         event = await ends_by_timer(broker, upstream, after_a_chunk(), Call.comment)
     assert event.json["code"] == "upstream_timeout"
 
 
-async def test_half_an_event_is_no_data(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_half_an_event_is_not_data(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, idle_timeout=0.4) as broker:
         event = await ends_by_timer(broker, upstream, after_a_chunk(), lambda call: call.send(b"data: {"))
     assert event.json["code"] == "upstream_timeout"

@@ -123,7 +123,7 @@ async def test_a_session_can_be_stopped_while_it_waits_to_ask_again(
     assert len(upstream.calls) == 1
 
 
-async def test_stopping_what_was_never_asked_costs_nothing(valkey_url: str) -> None:
+async def test_cancelling_before_the_request_costs_nothing(valkey_url: str) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and nobody listens
         url = "http://{}:{}".format(*nobody.getsockname())
@@ -148,7 +148,7 @@ async def test_cancelling_twice_is_cancelling_once(broker: Broker, upstream: Scr
     assert (last.status, last.json) == (200, {"state": "cancelled"})
 
 
-async def test_cancelling_a_prepared_session_twice_is_cancelling_it_once(broker: Broker) -> None:
+async def test_cancelling_a_prepared_session_twice_works(broker: Broker) -> None:
     session = await broker.prepare()
     assert accepted(await broker.cancel(session))
     again = await broker.cancel(session)
@@ -184,7 +184,7 @@ async def test_an_unknown_session_cannot_be_cancelled(broker: Broker, session: s
     assert (answer.status, answer.code) == (404, "session_not_found")
 
 
-async def test_a_session_that_is_just_ending_keeps_the_word_that_was_given(
+async def test_an_accepted_cancel_of_an_ending_session_stands(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     """The last chunk and the cancel come at once: whichever wins, the answer and the end agree."""
@@ -210,7 +210,7 @@ async def test_a_session_that_is_just_ending_keeps_the_word_that_was_given(
     assert outcomes <= {"cancelled", "stop"}
 
 
-async def test_a_session_that_is_just_being_claimed_is_cancelled_for_certain(
+async def test_a_session_that_is_being_claimed_can_be_cancelled(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     for number in range(30):

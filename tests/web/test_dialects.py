@@ -84,7 +84,7 @@ async def test_a_body_may_end_without_a_blank_line(
     assert done["finishReason"] == "stop"
 
 
-async def test_half_an_event_at_the_end_is_no_finish(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_half_an_event_at_the_end_is_not_a_finish(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.replies = [body_of("text/event-stream", lines(TEXT) + "data: " + STOP[:-5])]
     assert (await outcome(broker, chunks=1))["code"] == "upstream_interrupted"
 
@@ -193,7 +193,7 @@ async def test_a_stopped_answer_may_go_on_after_a_pause(
 @pytest.mark.parametrize(
     "drip", [b"data:\n\n", b"data: \n\n", b"data: null\n\n", b": x\n\n", b"event: ping\n\n"]
 )
-async def test_what_says_nothing_is_no_data(valkey_url: str, upstream: ScriptedUpstream, drip: bytes) -> None:
+async def test_empty_events_are_not_data(valkey_url: str, upstream: ScriptedUpstream, drip: bytes) -> None:
     async with (
         running(valkey_url, upstream, idle_timeout=0.4) as broker,
         broker.stream(await broker.prepare()) as line,
@@ -222,7 +222,7 @@ async def test_what_says_nothing_is_no_data(valkey_url: str, upstream: ScriptedU
     ],
 )
 @pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
-async def test_an_error_of_any_dialect_ends_the_session_with_its_message(
+async def test_an_error_in_any_shape_ends_the_session_with_its_message(
     broker: Broker, upstream: ScriptedUpstream, event: str, ends: str
 ) -> None:
     upstream.replies = [body_of("text/event-stream", (lines(TEXT) + event).replace("\n", ends))]
@@ -241,7 +241,7 @@ async def test_an_error_of_any_dialect_ends_the_session_with_its_message(
         {"base_resp": None},
     ],
 )
-async def test_an_empty_error_field_is_none(
+async def test_an_empty_error_field_is_not_an_error(
     broker: Broker, upstream: ScriptedUpstream, fields: dict[str, Any]
 ) -> None:
     upstream.replies = [streaming(chunk("Hello", **fields), chunk(finish="stop", **fields))]
@@ -257,7 +257,7 @@ async def test_an_error_in_the_stream_that_will_come_again_says_so(
     assert (error["code"], error["retryable"]) == ("upstream_error", status >= 500)
 
 
-async def test_the_providers_own_reason_is_told(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_the_providers_own_reason_is_passed_on(broker: Broker, upstream: ScriptedUpstream) -> None:
     bad = {
         "index": 0,
         "delta": {},

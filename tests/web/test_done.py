@@ -12,7 +12,7 @@ from tests.replies import plain
 from tests.scripted import Call, ScriptedUpstream, chunk, usage_chunk
 
 
-async def test_done_tells_everything(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_done_has_all_facts(broker: Broker, upstream: ScriptedUpstream) -> None:
     def reply(call: Call) -> None:
         call.open(x_generation_id="gen-header")
         call.chunk("Hello", finish="length")
@@ -38,7 +38,7 @@ async def test_done_tells_everything(broker: Broker, upstream: ScriptedUpstream)
     assert 0 <= ttft <= total < 5000
 
 
-async def test_the_first_chunk_names_the_generation_where_no_header_does(
+async def test_the_first_chunk_has_the_generation_id_without_a_header(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     upstream.replies = [plain]
@@ -50,7 +50,7 @@ def with_prices(*, model: str = "scripted/model-1") -> bytes:
     return json.dumps({"data": [entry]}).encode()
 
 
-async def test_without_a_told_cost_the_prices_decide(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_without_a_reported_cost_the_prices_decide(valkey_url: str, upstream: ScriptedUpstream) -> None:
     def reply(call: Call) -> None:
         call.open()
         call.chunk("Hello", finish="stop")
@@ -79,7 +79,7 @@ async def test_without_a_cost_and_prices_the_cost_is_unknown(
     assert facts["estimated"] is False
 
 
-async def test_without_usage_the_cost_is_estimated_from_what_was_relayed(
+async def test_without_usage_the_cost_is_estimated_from_the_text(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     def reply(call: Call) -> None:

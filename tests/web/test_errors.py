@@ -41,7 +41,7 @@ AT_ONCE = {"Retry-After": "0"}
         (524, None, "upstream_timeout", True),
     ],
 )
-async def test_a_refusal_is_told_and_not_tried_again(
+async def test_a_refusal_is_passed_on_and_not_retried(
     broker: Broker, upstream: ScriptedUpstream, status: int, error: Any, code: str, retryable: bool
 ) -> None:
     upstream.replies = [refuse(status, error, AT_ONCE, secret=KEY)]
@@ -50,9 +50,7 @@ async def test_a_refusal_is_told_and_not_tried_again(
     assert len(upstream.calls) == 1
 
 
-async def test_what_the_upstream_says_of_our_key_is_not_passed_on(
-    broker: Broker, upstream: ScriptedUpstream
-) -> None:
+async def test_messages_about_our_key_are_not_passed_on(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.replies = [refuse(401, secret=KEY)]
     assert "Secret words" not in (await outcome(broker))["message"]
 
@@ -72,7 +70,7 @@ async def test_what_the_upstream_says_of_our_key_is_not_passed_on(
         {"object": "error", "message": f"No {KEY} model. " + "x" * 1000},
     ],
 )
-async def test_a_rejection_is_told_in_the_upstreams_words_cut_and_without_secrets(
+async def test_a_rejection_has_the_upstreams_message_cut_and_cleaned(
     broker: Broker, upstream: ScriptedUpstream, body: Any
 ) -> None:
     upstream.replies = [lambda call: call.reply(400, body)]
@@ -81,7 +79,7 @@ async def test_a_rejection_is_told_in_the_upstreams_words_cut_and_without_secret
     assert len(message) == 300
 
 
-async def test_a_rejection_that_is_a_page_is_told_in_our_words(
+async def test_a_rejection_as_an_html_page_has_our_message(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     upstream.replies = [lambda call: call.reply(404, "<html>nginx</html>")]
@@ -90,7 +88,9 @@ async def test_a_rejection_that_is_a_page_is_told_in_our_words(
     assert "nginx" not in data["message"]
 
 
-async def test_a_rejection_with_half_a_character_is_told(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_a_rejection_with_half_a_character_is_passed_on(
+    broker: Broker, upstream: ScriptedUpstream
+) -> None:
     upstream.replies = [lambda call: call.reply(400, {"error": {"message": "cut \ud83d"}})]
     assert (await outcome(broker))["message"] == "cut ?"
 
@@ -101,7 +101,7 @@ async def test_a_redirect_is_not_followed(broker: Broker, upstream: ScriptedUpst
     assert len(upstream.calls) == 1
 
 
-async def test_a_refusal_of_endless_words_is_cut_off(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_an_endless_refusal_is_cut(broker: Broker, upstream: ScriptedUpstream) -> None:
     session = await broker.prepare()
     async with broker.stream(session) as line:
         call = await upstream.call()
@@ -117,7 +117,7 @@ async def test_a_refusal_of_endless_words_is_cut_off(broker: Broker, upstream: S
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 529])
-async def test_what_did_not_generate_is_asked_again(
+async def test_a_refusal_without_generation_is_retried(
     broker: Broker, upstream: ScriptedUpstream, status: int
 ) -> None:
     upstream.replies = [refuse(status, headers=AT_ONCE), refuse(status, headers=AT_ONCE), plain]
@@ -141,7 +141,7 @@ async def test_it_is_asked_so_often_and_no_more(
     assert len(upstream.calls) == 1 + retries
 
 
-async def test_a_told_wait_is_kept(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_a_given_wait_is_honoured(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.replies = [refuse(503, headers={"Retry-After": "1"}), plain]
     loop = asyncio.get_running_loop()
     async with broker.stream(await broker.prepare()) as line:
@@ -180,7 +180,7 @@ async def test_a_refused_connection_is_tried_again(valkey_url: str) -> None:
     assert fields_of(data, "code", "retryable", "upstreamStatus") == ["upstream_unavailable", True, None]
 
 
-async def test_a_try_is_no_event(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_a_retry_is_not_an_event(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.replies = [refuse(502, headers=AT_ONCE), plain]
     events = await broker.read(await broker.prepare())
     assert events[0].id == "1-1"
@@ -190,7 +190,7 @@ async def test_a_try_is_no_event(broker: Broker, upstream: ScriptedUpstream) -> 
 
 
 @pytest.mark.parametrize("breaking", [Call.reset, Call.close])
-async def test_a_line_that_breaks_before_the_answer_is_not_tried_again(
+async def test_a_connection_broken_before_the_answer_is_not_retried(
     broker: Broker, upstream: ScriptedUpstream, breaking: Reply
 ) -> None:
     upstream.replies = [breaking]
@@ -232,7 +232,9 @@ async def test_an_empty_answer_is_interrupted(broker: Broker, upstream: Scripted
     assert (await outcome(broker))["code"] == "upstream_interrupted"
 
 
-async def test_a_body_that_ends_with_the_line_ends_well(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_a_body_that_ends_with_the_connection_is_complete(
+    broker: Broker, upstream: ScriptedUpstream
+) -> None:
     def reply(call: Call) -> None:
         call.head(200, {"Content-Type": "text/event-stream", "Connection": "close"})
         call.chunk("Hello")
@@ -267,7 +269,7 @@ async def test_a_reset_after_the_reason_is_an_end(broker: Broker, upstream: Scri
 
 
 @pytest.mark.slow
-async def test_ten_seconds_of_silence_after_the_reason_are_an_end(
+async def test_ten_seconds_of_silence_after_the_finish_are_an_end(
     valkey_url: str, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Comments are silence, and the other timers are shorter.

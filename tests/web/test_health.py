@@ -30,7 +30,7 @@ async def test_a_broker_is_not_ready_until_redis_has_answered(upstream: Scripted
         assert answer.headers["Retry-After"]
 
 
-async def test_a_redis_that_goes_away_later_is_told_and_takes_nobody_out(upstream: ScriptedUpstream) -> None:
+async def test_a_redis_that_goes_away_later_is_degraded_and_ready(upstream: ScriptedUpstream) -> None:
     async with running_valkey() as valkey, running(valkey.url, upstream) as broker:
         assert (await broker.ask("GET", "/health/ready")).json == {"status": "ok"}
         valkey.kill()
@@ -62,7 +62,7 @@ async def test_a_broker_that_drains_is_not_ready(broker: Broker) -> None:
         ("GET", "/%00", 404, "not_found"),
     ],
 )
-async def test_an_error_is_json_of_one_shape(
+async def test_errors_are_json_of_one_shape(
     broker: Broker, method: str, path: str, status: int, code: str
 ) -> None:
     answer = await broker.ask(method, path)
@@ -73,7 +73,7 @@ async def test_an_error_is_json_of_one_shape(
     assert answer.headers["Cache-Control"] == "no-store"
 
 
-async def test_a_wrong_method_is_told_the_right_ones(broker: Broker) -> None:
+async def test_a_wrong_method_gets_the_right_ones(broker: Broker) -> None:
     assert (await broker.ask("GET", "/prepare")).headers["Allow"] == "POST"
 
 
@@ -84,12 +84,12 @@ async def test_every_answer_has_a_request_id(broker: Broker, path: str) -> None:
     assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,64}", each) for each in ids)
 
 
-async def test_a_request_id_of_a_proxy_is_kept(broker: Broker) -> None:
+async def test_a_request_id_of_a_proxy_is_used(broker: Broker) -> None:
     answer = await broker.ask("GET", "/health/live", headers={"X-Request-Id": "from-the.proxy_1"})
     assert answer.headers["X-Request-Id"] == "from-the.proxy_1"
 
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 65, "a;b", "<script>"])
-async def test_a_request_id_that_is_none_is_not(broker: Broker, given: str) -> None:
+async def test_an_invalid_request_id_is_replaced(broker: Broker, given: str) -> None:
     answer = await broker.ask("GET", "/health/live", headers={"X-Request-Id": given})
     assert re.fullmatch(r"[0-9a-f]{16}", answer.headers["X-Request-Id"])

@@ -109,7 +109,7 @@ async def asking(
 # By address
 
 
-async def test_without_keys_the_address_counts_and_is_not_told() -> None:
+async def test_without_keys_the_address_counts_and_is_hidden() -> None:
     async with asking() as asker:
         client = await asker.client()
     assert client["name"].startswith("addr:")
@@ -119,7 +119,7 @@ async def test_without_keys_the_address_counts_and_is_not_told() -> None:
 
 
 @pytest.mark.parametrize("line", ["Bearer anything", "Basic YTpi", "nonsense"])
-async def test_without_keys_authorization_means_nothing(line: str) -> None:
+async def test_without_keys_authorization_is_ignored(line: str) -> None:
     async with asking() as asker:
         assert await asker.client(("Authorization", line)) == await asker.client()
 
@@ -129,7 +129,7 @@ async def test_all_workers_give_an_address_the_same_name() -> None:
         assert await one.name() == await other.name()
 
 
-async def test_a_header_of_forwarded_addresses_is_worth_nothing_without_a_proxy() -> None:
+async def test_forwarded_addresses_are_ignored_without_a_proxy() -> None:
     async with asking() as asker:
         assert await asker.forwarded("8.8.8.8") == await asker.name()
 
@@ -139,7 +139,7 @@ async def test_a_proxy_that_is_not_named_is_not_believed() -> None:
         assert await asker.forwarded("8.8.8.8") == await asker.name()
 
 
-async def test_behind_a_proxy_what_a_caller_invents_changes_nothing() -> None:
+async def test_invented_addresses_change_nothing_behind_a_proxy() -> None:
     async with asking(trusted_proxies="private") as asker:
         honest = await asker.forwarded("8.8.8.8")
         assert honest != await asker.name()
@@ -163,7 +163,7 @@ async def test_a_proxy_may_come_by_ipv6() -> None:
         assert await asker.forwarded("8.8.8.8") != await asker.name()
 
 
-async def test_a_unix_socket_is_of_this_machine(tmp_path: Path) -> None:
+async def test_a_unix_socket_counts_as_this_machine(tmp_path: Path) -> None:
     async with (
         asking() as plain,
         asking(socket=tmp_path / "s") as untrusting,
@@ -197,7 +197,7 @@ async def test_where_there_are_keys_one_is_needed() -> None:
         assert await asker.refused(hs256(SECRET)) == INVALID
 
 
-async def test_keys_of_a_file_come_and_go_with_it(tmp_path: Path) -> None:
+async def test_keys_of_a_file_change_with_it(tmp_path: Path) -> None:
     clock = Clock()
     path = tmp_path / "keys"
     path.write_text("ann:one")
@@ -266,7 +266,7 @@ async def test_published_keys_are_fetched_and_followed() -> None:
         assert await asker.refused(signed("P-256", "ES256", "old")) == INVALID
 
 
-async def test_while_no_keys_can_be_fetched_a_token_is_asked_to_come_again_and_not_called_bad() -> None:
+async def test_without_published_keys_a_token_gets_a_503() -> None:
     clock = Clock()
     token = signed("P-256", "ES256", "old")
     async with key_server() as server, asking(jwks_url=server.url, api_keys="ann:one", clock=clock) as asker:
@@ -280,7 +280,7 @@ async def test_while_no_keys_can_be_fetched_a_token_is_asked_to_come_again_and_n
         assert (await asker.shown(token)).startswith("sub:")
 
 
-async def test_a_token_of_an_unknown_key_is_bad_once_the_keys_were_fetched() -> None:
+async def test_a_token_of_an_unknown_key_gets_a_401() -> None:
     async with key_server(member("P-256", kid="old")) as server, asking(jwks_url=server.url) as asker:
         refused = {"Retry-After": None, "WWW-Authenticate": "Bearer"}
         assert await asker.answer(signed("P-256", "ES256", "new")) == (401, "unauthorized", refused)

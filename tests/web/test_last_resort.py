@@ -33,7 +33,7 @@ USAGES = {
 
 
 @pytest.mark.parametrize("usage", USAGES.values(), ids=USAGES)
-async def test_a_usage_that_cannot_be_kept_whole_is_told_without_what_is_too_much(
+async def test_a_usage_that_is_too_large_is_cut_in_done(
     broker: Broker, upstream: ScriptedUpstream, usage: bytes
 ) -> None:
     def reply(call: Call) -> None:
@@ -51,7 +51,7 @@ async def test_a_usage_that_cannot_be_kept_whole_is_told_without_what_is_too_muc
 
 
 @pytest.mark.parametrize("usage", USAGES.values(), ids=USAGES)
-async def test_a_session_with_such_a_usage_is_cancelled_from_another_worker(
+async def test_such_a_session_can_be_cancelled_on_another_worker(
     valkey_url: str, upstream: ScriptedUpstream, usage: bytes
 ) -> None:
     limits: dict[str, Any] = {"max_concurrent_streams": 1}
@@ -72,7 +72,7 @@ async def test_a_session_with_such_a_usage_is_cancelled_from_another_worker(
         assert following[-1].kind == "done", "the slot is free again"
 
 
-async def test_names_of_an_upstream_are_told_cut(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_names_of_an_upstream_are_cut(broker: Broker, upstream: ScriptedUpstream) -> None:
     def reply(call: Call) -> None:
         call.open().chunk(
             "Hello", finish="stop" * 1000, id="g" * 100_000, model="m" * 100_000, provider="p" * 100_000

@@ -104,7 +104,7 @@ async def test_a_session_needs_no_identity_but_its_id(valkey_url: str, upstream:
         assert (await broker.ask("OPTIONS", "/prepare", headers=asked)).status in (200, 204)
 
 
-async def test_the_upstream_is_told_a_hash_of_the_client(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_the_upstream_gets_a_hash_of_the_client(valkey_url: str, upstream: ScriptedUpstream) -> None:
     upstream.replies = [plain]
     async with running(valkey_url, upstream, api_keys=KEYS) as broker:
         for headers in (ANN, ANN, BOB):
@@ -120,7 +120,7 @@ async def test_the_upstream_is_told_a_hash_of_the_client(valkey_url: str, upstre
 # The rate
 
 
-async def test_the_rate_is_told_and_kept(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_the_rate_is_sent_and_enforced(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, rate_limit="2/minute", api_keys=KEYS) as broker:
         first = await broker.post(headers=ANN)
         assert first.headers["RateLimit-Policy"] == '"prepare";q=2;w=60'
@@ -209,7 +209,7 @@ async def test_a_repeated_key_is_answered_though_the_budget_is_used_up(
 # Budgets at the door
 
 
-async def test_the_door_of_the_token_budget(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_prepare_enforces_the_token_budget(valkey_url: str, upstream: ScriptedUpstream) -> None:
     """15 tokens are spent by each answer; what a request may take at most must fit into what is left."""
     upstream.replies = [plain]
     async with running(valkey_url, upstream, api_keys=KEYS) as broker:
@@ -248,9 +248,7 @@ async def test_a_request_that_no_budget_can_cover_is_not_valid(
             assert detail["worstCase"] > detail["limit"] == 0.0005
 
 
-async def test_a_claim_that_no_reservation_holds_up_is_told_for_good(
-    valkey_url: str, upstream: ScriptedUpstream
-) -> None:
+async def test_a_claim_without_room_ends_for_good(valkey_url: str, upstream: ScriptedUpstream) -> None:
     """Two are prepared while there is room for one; the other's end takes the room away."""
     upstream.replies = [plain]
     limit = await fresh_worst_of(valkey_url, upstream) + 5
@@ -264,7 +262,7 @@ async def test_a_claim_that_no_reservation_holds_up_is_told_for_good(
         assert (event.json["code"], event.json["final"]) == ("budget_exceeded", True)
 
 
-async def test_the_door_of_the_cost_budget(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_prepare_enforces_the_cost_budget(valkey_url: str, upstream: ScriptedUpstream) -> None:
     upstream.models, upstream.replies = price_list(), [plain]
     async with running(valkey_url, upstream, api_keys=KEYS) as broker:
         worst = int((await broker.post(small(), ANN)).json["promptTokens"]) + 20
@@ -275,7 +273,7 @@ async def test_the_door_of_the_cost_budget(valkey_url: str, upstream: ScriptedUp
         await session_of(broker, BOB)
 
 
-async def test_the_door_of_everyones_budget(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_prepare_enforces_the_total_budget(valkey_url: str, upstream: ScriptedUpstream) -> None:
     upstream.models, upstream.replies = price_list(), [plain]
     async with running(valkey_url, upstream, api_keys=KEYS) as broker:
         worst = int((await broker.post(small(), ANN)).json["promptTokens"]) + 20
@@ -285,7 +283,7 @@ async def test_the_door_of_everyones_budget(valkey_url: str, upstream: ScriptedU
         check_refused(await broker.post(small(), BOB), "budget_exceeded")
 
 
-async def test_what_others_have_reserved_does_not_count_at_the_door(
+async def test_reservations_of_others_do_not_count_at_prepare(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     async with running(valkey_url, upstream, daily_tokens=WORST) as broker:
@@ -294,7 +292,7 @@ async def test_what_others_have_reserved_does_not_count_at_the_door(
             await session_of(broker)
 
 
-async def test_a_model_without_a_price_is_refused_where_money_is_counted(
+async def test_a_model_without_a_price_is_refused_with_a_budget(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     upstream.models = price_list(**{"scripted/varies": {"prompt": "-1", "completion": "-1"}})
@@ -322,7 +320,7 @@ async def reserved_cost(broker: Broker, upstream: ScriptedUpstream, **fields: An
     return reserved
 
 
-async def test_a_model_without_a_price_is_reserved_at_the_dearest_of_the_list(
+async def test_an_unpriced_model_is_reserved_at_the_highest_prices(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     dear = {"prompt": "0.00001", "completion": "0.00002"}
@@ -342,7 +340,7 @@ async def _nothing_reserved(broker: Broker) -> bool:
 
 
 @pytest.mark.parametrize("unpriced_models", [False, True])
-async def test_without_a_list_of_prices_no_budget_of_money_lets_anything_in(
+async def test_a_cost_budget_needs_a_list_of_prices(
     valkey_url: str, upstream: ScriptedUpstream, unpriced_models: bool
 ) -> None:
     upstream.models = b"<html>It broke.</html>"
@@ -379,7 +377,7 @@ async def test_pictures_are_reserved_at_their_own_price(valkey_url: str, upstrea
         ({"max_price": {"prompt": "1.5", "image": 4}}, {"prompt": 1.5, "completion": 3.0, "image": 4}),
     ],
 )
-async def test_the_upstream_is_held_to_the_price_that_was_reserved(
+async def test_the_upstream_gets_the_reserved_price_as_its_limit(
     valkey_url: str, upstream: ScriptedUpstream, own: dict[str, Any] | None, sent: dict[str, float]
 ) -> None:
     """The dearest of all models that the request can reach."""
@@ -395,9 +393,7 @@ async def test_the_upstream_is_held_to_the_price_that_was_reserved(
         assert provider.get("order") == (["Scripted"] if own else None)
 
 
-async def test_without_a_budget_of_money_no_price_is_sent(
-    valkey_url: str, upstream: ScriptedUpstream
-) -> None:
+async def test_without_a_cost_budget_no_price_is_sent(valkey_url: str, upstream: ScriptedUpstream) -> None:
     upstream.models, upstream.replies = price_list(), [plain]
     async with running(valkey_url, upstream, daily_tokens=100_000) as broker:
         await broker.read(await session_of(broker))
@@ -465,7 +461,7 @@ async def test_a_refused_claim_leaves_the_session_to_be_cancelled(
             await session_of(broker)
 
 
-async def test_slots_are_those_of_whoever_prepared(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_slots_belong_to_the_client_that_prepared(valkey_url: str, upstream: ScriptedUpstream) -> None:
     """Nobody shows a key to /stream, and both come from one address."""
     async with running(valkey_url, upstream, max_concurrent_streams=1, api_keys=KEYS) as broker:
         of_ann, of_bob, more_of_ann = [await session_of(broker, who) for who in (ANN, BOB, ANN)]
@@ -511,7 +507,7 @@ async def test_a_claim_that_comes_too_late_takes_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", ["slots", "tokens", "cost", "total"])
-async def test_of_many_claims_at_once_as_many_run_as_there_is_room_for(
+async def test_exactly_the_claims_with_room_run(
     valkey_url: str, upstream: ScriptedUpstream, store: Store, limit: str
 ) -> None:
     upstream.models = price_list()
@@ -575,7 +571,9 @@ async def test_a_claim_whose_reply_is_lost_runs_once_and_is_paid_once(
         assert await slots(redis) == 0
 
 
-async def test_who_leaves_early_pays_for_the_pictures(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_a_page_that_leaves_early_pays_for_pictures(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
     seeing = {"prompt": "0.000001", "completion": "0.000001", "image": "0.01"}
     upstream.models = price_list(**{"scripted/model-1": seeing})
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}

@@ -63,7 +63,7 @@ async def get(valkey_url: str) -> AsyncIterator[Get]:
         yield get
 
 
-async def test_the_list_holds_the_upstreams_own_entries(get: Get) -> None:
+async def test_the_list_has_the_upstreams_own_entries(get: Get) -> None:
     answer = await get()
     assert answer.status == 200
     assert answer.headers["Content-Type"] == "application/json"
@@ -78,16 +78,16 @@ async def test_the_list_is_narrowed_to_the_allowed_models(valkey_url: str) -> No
 
 
 @pytest.mark.parametrize("q", ["LLAMA", "meta:", "Meta%3A+Llama"])
-async def test_a_search_looks_at_id_and_name_in_either_case(get: Get, q: str) -> None:
+async def test_a_search_compares_id_and_name_ignoring_case(get: Get, q: str) -> None:
     assert ids(await get(f"?q={q}")) == ["meta-llama/llama", "meta-llama/llama:free"]
 
 
-async def test_an_empty_search_and_unknown_words_of_the_query_change_nothing(get: Get) -> None:
+async def test_an_empty_search_and_unknown_keys_change_nothing(get: Get) -> None:
     whole = await get()
     assert (await get("?q=&category=programming")).text == whole.text
 
 
-async def test_free_shows_only_what_costs_nothing(get: Get) -> None:
+async def test_free_shows_only_free_models(get: Get) -> None:
     assert ids(await get("?free=true")) == ["meta-llama/llama:free"]
     assert ids(await get("?free=true&q=openai")) == []
     assert ids(await get("?free=false")) == ids(await get())
@@ -109,7 +109,7 @@ async def test_the_tag_is_strong_and_belongs_to_one_query(get: Get) -> None:
 
 
 @pytest.mark.parametrize("form", ["{}", "W/{}", '"other", {}', '"other",W/{}', "*"])
-async def test_who_has_the_list_is_not_sent_it_again(get: Get, form: str) -> None:
+async def test_a_caller_with_the_same_list_gets_304(get: Get, form: str) -> None:
     tag = (await get()).headers["ETag"]
     answer = await get(If_None_Match=form.format(tag))
     assert (answer.status, answer.text) == (304, "")
@@ -118,7 +118,7 @@ async def test_who_has_the_list_is_not_sent_it_again(get: Get, form: str) -> Non
 
 
 @pytest.mark.parametrize("tag", ['"other"', 'W/"other"', "other", "", '"'])
-async def test_who_has_something_else_is_sent_the_list(get: Get, tag: str) -> None:
+async def test_a_caller_with_another_list_gets_it(get: Get, tag: str) -> None:
     answer = await get(If_None_Match=tag)
     assert answer.status == 200
     assert len(ids(answer)) == len(ENTRIES)
@@ -131,6 +131,6 @@ async def test_without_any_list_the_upstream_is_unavailable(valkey_url: str) -> 
     assert answer.code == "upstream_unavailable"
 
 
-async def test_a_query_that_cannot_be_understood_is_refused_even_without_a_list(valkey_url: str) -> None:
+async def test_an_invalid_query_is_refused_even_without_a_list(valkey_url: str) -> None:
     async with serving(valkey_url, status=500) as get:
         assert (await get("?free=maybe")).status == 422

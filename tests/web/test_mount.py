@@ -192,7 +192,7 @@ async def test_a_middleware_may_prepare_the_response(valkey_url: str, upstream: 
         assert (await under(root, "/ai").ask("GET", "/health/live")).headers["X-Request-Id"]
 
 
-async def test_any_host_is_answered_unless_told(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_any_host_is_answered_by_default(valkey_url: str, upstream: ScriptedUpstream) -> None:
     app = web.Application()
     setup(app, prefix="/open", settings=chosen(valkey_url, upstream))
     setup(app, prefix="/local", settings=chosen(valkey_url, upstream, host="127.0.0.1", key_prefix="local"))
@@ -258,7 +258,7 @@ async def finish(parts: list[web.Application], calls: list[Call]) -> None:
         call.done()
 
 
-async def test_the_log_holds_no_session_and_no_key(
+async def test_the_log_has_no_session_and_no_key(
     valkey_url: str, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture
 ) -> None:
     upstream.replies = [plain]
@@ -364,7 +364,7 @@ def test_a_setting_that_is_missing_is_named(settings: dict[str, Any], named: str
     assert not list(app.router.routes())
 
 
-def test_a_system_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_system_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="BROKER_SYSTEM_FILE"):
         setup(
             web.Application(),
@@ -373,7 +373,9 @@ def test_a_system_file_that_is_not_there_is_told(tmp_path: Path) -> None:
         )
 
 
-async def test_an_open_door_is_warned_of_at_the_start(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_an_open_broker_causes_a_warning_at_the_start(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
     for identify, warned in ((None, True), (lambda _: Client("anna"), False)):
         app = web.Application()
         setup(app, prefix="/ai", settings=chosen(valkey_url, upstream), identify=identify)

@@ -21,7 +21,7 @@ async def used(broker: Broker) -> int:
     return 1000 - int(answer.headers["RateLimit"].split("r=")[1].split(";")[0])
 
 
-async def test_workers_with_different_upstream_keys_count_a_client_as_one(
+async def test_workers_with_different_keys_share_a_clients_name(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     limit = {"rate_limit": "1000/minute"}
@@ -72,7 +72,7 @@ def test_the_secret_may_come_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "of-a-file" not in repr(settings)
 
 
-async def test_a_forwarded_address_that_does_not_count_is_told_once(
+async def test_an_ignored_forwarded_address_is_logged_once(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     with capture_logs() as lines:

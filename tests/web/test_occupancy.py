@@ -83,7 +83,7 @@ async def test_an_address_has_so_many_streams(broker: Broker, upstream: Scripted
     await all_free(broker)
 
 
-async def test_the_address_is_the_one_that_a_trusted_proxy_tells(
+async def test_the_address_of_a_trusted_proxys_header_counts(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     async with (
@@ -104,7 +104,7 @@ async def test_the_address_is_the_one_that_a_trusted_proxy_tells(
         await upstream.call(STREAMS_OF_AN_ADDRESS)
 
 
-async def test_of_many_at_once_no_more_than_may_are_let_in(
+async def test_simultaneous_streams_do_not_exceed_the_limit(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     session = await broker.prepare()
@@ -120,13 +120,13 @@ async def test_of_many_at_once_no_more_than_may_are_let_in(
 
 
 @pytest.mark.parametrize("target", ["/stream/nonsense", "/stream/00000000-1111-4222-8333-444444444444"])
-async def test_what_is_refused_holds_no_place(broker: Broker, target: str) -> None:
+async def test_a_refused_stream_takes_no_place(broker: Broker, target: str) -> None:
     for _ in range(STREAMS_OF_AN_ADDRESS + 1):
         assert (await broker.ask("GET", target)).status == 404
     await all_free(broker)
 
 
-def test_a_place_is_given_back_whatever_happens() -> None:
+def test_a_place_is_always_given_back() -> None:
     occupancy = Occupancy(1000)
     for _ in range(3 * STREAMS_OF_AN_ADDRESS):
         with pytest.raises(KeyError), occupancy.taken("s", "a"):
@@ -149,7 +149,7 @@ def test_a_worker_has_so_many_streams_and_no_more() -> None:
         pass
 
 
-async def test_of_many_viewers_at_once_another_worker_takes_as_many_as_it_may(
+async def test_another_worker_takes_viewers_up_to_its_limit(
     valkey_url: str, broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     session = await broker.prepare()

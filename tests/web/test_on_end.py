@@ -57,7 +57,7 @@ async def embedded(
         yield under(root, "/ai")
 
 
-async def test_an_answer_is_told_whole(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_a_result_has_the_whole_answer(valkey_url: str, upstream: ScriptedUpstream) -> None:
     call = {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     choices = [{"index": 0, "delta": {"reasoning": "Hm.", "tool_calls": [call]}, "finish_reason": None}]
 
@@ -87,7 +87,7 @@ async def test_an_answer_is_told_whole(valkey_url: str, upstream: ScriptedUpstre
     assert before <= result.started_at <= result.first_chunk_at <= result.ended_at <= dt.datetime.now(dt.UTC)
 
 
-async def test_a_response_is_told_like_a_chat(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_a_response_has_a_result_like_a_chat(valkey_url: str, upstream: ScriptedUpstream) -> None:
     def reply(call: Call) -> None:
         call.open()
         thought = delta("Hm.", "reasoning_summary_text")
@@ -112,7 +112,7 @@ async def test_a_response_is_told_like_a_chat(valkey_url: str, upstream: Scripte
         (streaming(chunk("Hel"), {"error": {"code": 502, "message": "No."}}), "upstream_error", "Hel"),
     ],
 )
-async def test_a_failure_is_told_with_what_came(
+async def test_a_failure_has_a_result_with_the_text_so_far(
     valkey_url: str, upstream: ScriptedUpstream, reply: Callable[[Call], None], error: str, text: str
 ) -> None:
     upstream.replies, told = [reply], Told()
@@ -124,7 +124,7 @@ async def test_a_failure_is_told_with_what_came(
     assert (result.first_chunk_at is None) == (text == "")
 
 
-async def test_a_cancelled_answer_is_told(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_a_cancelled_answer_has_a_result(valkey_url: str, upstream: ScriptedUpstream) -> None:
     told = Told()
     async with embedded(valkey_url, upstream, told) as broker:
         never_claimed = await broker.prepare()
@@ -141,7 +141,7 @@ async def test_a_cancelled_answer_is_told(valkey_url: str, upstream: ScriptedUps
     assert (result.text, result.finish_reason, result.error) == ("Hel", "cancelled", None)
 
 
-async def test_an_abandoned_answer_is_told(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_an_abandoned_answer_has_a_result(valkey_url: str, upstream: ScriptedUpstream) -> None:
     told = Told()
     async with embedded(valkey_url, upstream, told, disconnect_grace=0) as broker:
         async with broker.stream(await broker.prepare()) as line:
@@ -151,9 +151,7 @@ async def test_an_abandoned_answer_is_told(valkey_url: str, upstream: ScriptedUp
     assert (result.state, result.text, result.error) == ("abandoned", "Hel", "abandoned")
 
 
-async def test_what_a_shutdown_ends_is_told_before_it_is_over(
-    valkey_url: str, upstream: ScriptedUpstream
-) -> None:
+async def test_a_shutdown_waits_for_the_results(valkey_url: str, upstream: ScriptedUpstream) -> None:
     told: list[str | None] = []
 
     async def slow(result: Result) -> None:
@@ -167,7 +165,7 @@ async def test_what_a_shutdown_ends_is_told_before_it_is_over(
     await line
 
 
-async def test_an_application_that_hangs_holds_nobody_up(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_an_application_that_hangs_delays_nobody(valkey_url: str, upstream: ScriptedUpstream) -> None:
     upstream.replies, called = [plain], asyncio.Event()
 
     async def hang(_result: Result) -> None:

@@ -38,7 +38,7 @@ async def listing(valkey_url: str, upstream: ScriptedUpstream) -> AsyncIterator[
         yield broker
 
 
-async def test_a_page_of_this_machine_may_come(broker: Broker) -> None:
+async def test_a_page_of_this_machine_is_allowed(broker: Broker) -> None:
     origin = "http://localhost:5173"
     answer = await broker.post(headers={"Origin": origin})
     assert answer.status == 201
@@ -77,7 +77,7 @@ async def test_another_page_claims_nothing(listing: Broker, upstream: ScriptedUp
     assert upstream.calls == []
 
 
-async def test_a_caller_that_is_no_page_may_come(listing: Broker) -> None:
+async def test_a_caller_that_is_not_a_page_is_allowed(listing: Broker) -> None:
     answer = await listing.post()
     assert answer.status == 201
     assert "Access-Control-Allow-Origin" not in answer.headers
@@ -129,7 +129,7 @@ async def test_a_stream_echoes_an_allowed_origin(listing: Broker, upstream: Scri
 
 
 @pytest.mark.parametrize("path", ["/prepare", UNKNOWN, f"{UNKNOWN}/cancel", "/models", "/usage"])
-async def test_a_preflight_tells_what_is_allowed(listing: Broker, path: str) -> None:
+async def test_a_preflight_gets_what_is_allowed(listing: Broker, path: str) -> None:
     headers = {
         "Origin": PAGE,
         "Access-Control-Request-Method": "DELETE",
@@ -151,7 +151,7 @@ async def test_a_preflight_of_another_page_is_refused(listing: Broker) -> None:
     assert "Access-Control-Allow-Origin" not in answer.headers
 
 
-async def test_an_options_that_is_no_preflight_is_a_wrong_method(broker: Broker) -> None:
+async def test_an_options_request_without_preflight_is_a_wrong_method(broker: Broker) -> None:
     answer = await broker.ask("OPTIONS", "/prepare")
     assert (answer.status, answer.code) == (405, "method_not_allowed")
 
@@ -175,11 +175,11 @@ async def test_a_rebound_page_is_not_its_own_origin(broker: Broker) -> None:
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:3000", "127.0.0.1:1", "[::1]:3000"])
-async def test_the_names_of_this_machine_are_answered_to(broker: Broker, host: str) -> None:
+async def test_the_names_of_this_machine_are_accepted(broker: Broker, host: str) -> None:
     assert (await broker.post(headers={"Host": host})).status == 201
 
 
-async def test_the_host_of_a_listed_origin_is_answered_to(listing: Broker) -> None:
+async def test_the_host_of_a_listed_origin_is_accepted(listing: Broker) -> None:
     assert (await listing.post(headers={"Host": "chat.example"})).status == 201
 
 
@@ -216,7 +216,7 @@ async def test_the_origin_null_never_gets_credentials(
         assert allows(refused, "null", credentials=False)
 
 
-async def test_a_refused_origin_is_told_to_the_operator_with_the_setting_that_would_allow_it(
+async def test_a_refused_origin_is_logged_with_the_setting(
     listing: Broker,
 ) -> None:
     with capture_logs() as lines:
@@ -230,7 +230,7 @@ async def test_a_refused_origin_is_told_to_the_operator_with_the_setting_that_wo
     ]
 
 
-def test_refused_origins_are_cut_shown_as_literals_and_told_seldom() -> None:
+def test_refused_origins_are_logged_cut_quoted_and_rarely() -> None:
     now = 0.0
     refused = RefusedOrigins(lambda: now)
     with capture_logs() as lines:

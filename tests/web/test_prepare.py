@@ -47,7 +47,7 @@ async def test_a_session_is_made_and_nothing_is_sent(broker: Broker, upstream: S
     assert upstream.calls == []
 
 
-async def test_what_was_asked_goes_upstream_with_our_key(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_the_request_goes_upstream_with_our_key(broker: Broker, upstream: ScriptedUpstream) -> None:
     call = await sent(broker, upstream, temperature=0.5, stop=["\n"])
     assert call.path == "/api/v1/chat/completions"
     assert call.headers["authorization"] == f"Bearer {KEY}"
@@ -67,7 +67,7 @@ async def test_what_was_asked_goes_upstream_with_our_key(broker: Broker, upstrea
     assert call.body["max_tokens"] == 4096
 
 
-async def test_the_upstream_learns_nothing_of_the_client(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_the_upstream_gets_nothing_about_the_client(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.replies = [plain]
     session = await broker.prepare()
     headers = {
@@ -145,7 +145,7 @@ async def test_a_conversation_that_is_too_long_loses_its_oldest_turns(
         (b'{"model": "m", "messages": []}', 422, "invalid_request"),
     ],
 )
-async def test_a_body_that_is_no_request_is_refused(
+async def test_a_body_that_is_not_a_request_is_refused(
     broker: Broker, body: bytes, status: int, code: str
 ) -> None:
     answer = await broker.post(body)
@@ -190,7 +190,7 @@ async def test_a_model_that_is_not_allowed_is_refused(valkey_url: str, upstream:
         "",
     ],
 )
-async def test_only_json_is_taken(broker: Broker, kind: str) -> None:
+async def test_only_json_is_accepted(broker: Broker, kind: str) -> None:
     answer = await broker.post(headers={"Content-Type": kind})
     assert (answer.status, answer.code) == (415, "unsupported_media_type")
 
@@ -220,7 +220,7 @@ async def test_a_body_may_be_as_large_as_the_limit_and_no_larger(
             assert (answer.status, answer.code) == (413, "body_too_large")
 
 
-async def test_a_body_without_a_length_is_held_to_the_same_limit(
+async def test_a_body_without_a_length_has_the_same_limit(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     async with running(valkey_url, upstream, max_body=10_000) as broker:
@@ -237,7 +237,7 @@ async def test_a_compressed_body_is_refused_unread(broker: Broker) -> None:
         assert (answer.status, answer.code) == (415, "unsupported_media_type")
 
 
-async def test_a_client_that_leaves_in_the_middle_of_its_body_does_no_harm(broker: Broker) -> None:
+async def test_a_client_that_leaves_during_its_body_does_no_harm(broker: Broker) -> None:
     address = urlsplit(broker.url)
     _, writer = await asyncio.open_connection(address.hostname, address.port)
     head = f"POST {address.path}/prepare HTTP/1.1\r\nHost: {address.hostname}\r\nContent-Type: application/json\r\n"
@@ -269,7 +269,7 @@ async def test_a_request_of_very_many_parameters_is_refused(broker: Broker) -> N
 
 
 @pytest.mark.parametrize("key", [{}, {"Idempotency-Key": "k"}])
-async def test_the_rate_comes_before_a_look_at_a_large_body(
+async def test_the_rate_is_checked_before_a_large_body(
     valkey_url: str, upstream: ScriptedUpstream, key: dict[str, str]
 ) -> None:
     no_json = b"no JSON" + b" " * 20_000
@@ -279,7 +279,7 @@ async def test_the_rate_comes_before_a_look_at_a_large_body(
             assert (await other.post(no_json, headers=key)).code == "rate_limited"
 
 
-async def test_a_key_that_is_known_is_answered_though_the_rate_is_used_up(
+async def test_a_known_key_is_answered_after_the_rate_is_used_up(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     key = {"Idempotency-Key": "k"}
@@ -352,7 +352,7 @@ async def test_the_same_key_at_once_is_one_session(
     assert [answer.status for answer in answers].count(201) == 1
 
 
-async def test_the_same_key_with_two_bodies_at_once_is_one_session_and_one_conflict(broker: Broker) -> None:
+async def test_one_key_with_two_bodies_at_once_is_one_conflict(broker: Broker) -> None:
     bodies = [QUESTION, {**QUESTION, "temperature": 1}]
     answers = await asyncio.gather(*(broker.post(body, {"Idempotency-Key": "k"}) for body in bodies))
     assert sorted(answer.status for answer in answers) == [201, 409]
@@ -374,7 +374,7 @@ async def test_the_key_of_a_session_that_is_gone_is_free(
         assert again.json["sessionId"] != first.json["sessionId"]
 
 
-async def test_the_key_of_a_session_that_was_cancelled_before_its_claim_is_free(
+async def test_the_key_of_a_cancelled_prepared_session_is_free(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     key = {"Idempotency-Key": "k"}

@@ -35,7 +35,7 @@ def test_a_request_that_was_not_counted_has_no_headers() -> None:
 
 
 @pytest.mark.parametrize("text", ["Hello", LARGE], ids=["small", "large"])
-async def test_every_answer_to_a_counted_request_tells_the_rate(
+async def test_every_answer_to_a_counted_request_has_the_rate(
     valkey_url: str, upstream: ScriptedUpstream, text: str
 ) -> None:
     async with running(valkey_url, upstream, rate_limit="2/minute") as broker:
@@ -77,9 +77,7 @@ async def test_a_request_that_another_limit_refuses_tells_the_rate(
         assert refused.headers["RateLimit"].startswith('"prepare";r=7;t=')
 
 
-async def test_without_a_redis_nothing_is_said_of_the_rate(
-    valkey_url: str, upstream: ScriptedUpstream
-) -> None:
+async def test_without_a_redis_answers_have_no_rate(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(f"{valkey_url}-nobody", upstream) as broker:
         answer = await broker.post(body())
         assert answer.status == 503

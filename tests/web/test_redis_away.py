@@ -127,7 +127,7 @@ async def test_a_claim_that_nobody_comes_back_for_is_abandoned(
         assert len(upstream.calls) == 1
 
 
-async def test_an_answer_that_nobody_waits_for_any_more_does_not_begin_when_redis_returns(
+async def test_an_unwanted_claim_starts_nothing_when_redis_returns(
     broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream
 ) -> None:
     session = await broker.prepare()
@@ -145,7 +145,7 @@ async def test_an_answer_that_nobody_waits_for_any_more_does_not_begin_when_redi
 
 
 @HURTS
-async def test_a_session_whose_claim_is_pursued_can_be_cancelled_where_redis_is_away(
+async def test_a_pursued_claim_can_be_cancelled_without_redis(
     broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream, hurt: Hurt
 ) -> None:
     session = await broker.prepare()
@@ -167,7 +167,7 @@ async def wait_until_back(broker: Broker) -> None:
     await asyncio.sleep(1.0)  # nothing tells that something does not happen
 
 
-async def test_a_claim_whose_reply_was_lost_is_followed_from_another_worker(
+async def test_a_claim_with_a_lost_reply_is_seen_elsewhere(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     async with (
@@ -213,7 +213,7 @@ async def test_a_page_that_watches_notices_nothing(
         assert [event.id for event in await line.rest()] == ["1-5.end"]
 
 
-async def test_what_happened_meanwhile_is_written_when_redis_returns(
+async def test_events_of_an_outage_are_written_when_redis_returns(
     broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream
 ) -> None:
     session = await broker.prepare()
@@ -254,7 +254,7 @@ async def test_the_owner_cancels_without_redis(
     assert (await broker.cancel(session)).json == {"state": "cancelled"}
 
 
-async def test_a_session_that_is_about_to_end_is_not_cancelled_any_more(
+async def test_an_ending_session_is_not_cancelled_any_more(
     broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream
 ) -> None:
     session = await broker.prepare()
@@ -270,7 +270,7 @@ async def test_a_session_that_is_about_to_end_is_not_cancelled_any_more(
     assert event.json["finishReason"] == "stop"
 
 
-async def test_a_page_that_leaves_while_redis_is_away_still_ends_its_session(
+async def test_a_page_that_leaves_in_an_outage_ends_its_session(
     valkey: ValkeyProcess, upstream: ScriptedUpstream
 ) -> None:
     async with running(valkey.url, upstream, disconnect_grace=0.3) as broker, healed(valkey):

@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 
-async def test_without_rights_to_channels_everything_works_and_is_told_once(
+async def test_missing_channel_rights_are_logged_once(
     upstream: ScriptedUpstream, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with running_valkey() as valkey, redis.asyncio.Redis(port=valkey.port) as admin:
@@ -59,7 +59,7 @@ async def test_the_first_request_of_a_fresh_server_far_away_is_served(
                 assert (await broker.read(answer.json["sessionId"]))[-1].kind == "done"
 
 
-async def test_a_primary_that_became_a_replica_is_degraded_and_left_for_the_new_one(
+async def test_workers_leave_a_primary_that_became_a_replica(
     upstream: ScriptedUpstream,
 ) -> None:
     async with running_valkey() as old, running_valkey() as new:

@@ -54,7 +54,7 @@ async def test_a_long_wait_of_any_form_ends_at_once(
 
 
 @pytest.mark.parametrize(("write", "place"), WAITS)
-async def test_a_short_wait_of_any_form_is_kept(
+async def test_a_short_wait_of_any_form_is_honoured(
     broker: Broker, upstream: ScriptedUpstream, write: Callable[[float], str], place: Any
 ) -> None:
     called: list[float] = []
@@ -74,7 +74,7 @@ async def test_a_short_wait_of_any_form_is_kept(
 
 
 @pytest.mark.parametrize(("write", "place"), [*WAITS[:3], *WAITS[3:7]])
-async def test_a_time_in_the_past_is_no_wait(
+async def test_a_time_in_the_past_means_no_wait(
     broker: Broker, upstream: ScriptedUpstream, write: Callable[[float], str], place: Any
 ) -> None:
     error, headers = place(write(time.time() - 600))
@@ -84,7 +84,7 @@ async def test_a_time_in_the_past_is_no_wait(
 
 
 @pytest.mark.parametrize("wait", ["soon", "-5", "nan", "", "Mon, 99 Foo 2025 00:00:00 GMT", "1e3"])
-async def test_what_is_no_time_leaves_the_usual_wait(
+async def test_an_invalid_time_means_the_usual_wait(
     broker: Broker, upstream: ScriptedUpstream, wait: str
 ) -> None:
     upstream.replies = [refuse(429, LIMITED, {"Retry-After": wait}), plain]
@@ -93,7 +93,7 @@ async def test_what_is_no_time_leaves_the_usual_wait(
 
 
 @pytest.mark.parametrize("wait", ["9" * 60, "Fri, 31 Dec 9999 23:59:59 GMT"])
-async def test_an_absurd_wait_is_told_as_a_month(
+async def test_an_absurd_wait_is_passed_on_as_a_month(
     broker: Broker, upstream: ScriptedUpstream, wait: str
 ) -> None:
     upstream.replies = [refuse(429, LIMITED, {"Retry-After": wait})]
@@ -119,7 +119,7 @@ async def test_an_absurd_wait_is_told_as_a_month(
         (401, "text/plain", "the key of nginx is wrong", "upstream_unauthorized", None),
     ],
 )
-async def test_a_refusal_that_is_no_json_is_told_if_it_is_text(
+async def test_a_refusal_as_plain_text_is_passed_on(
     broker: Broker,
     upstream: ScriptedUpstream,
     status: int,
@@ -150,7 +150,7 @@ XAI = (
     [XAI, json.dumps({"error": XAI}), {"error": {"message": XAI}}, {"detail": XAI}, [{"message": XAI}]],
 )
 @pytest.mark.parametrize("inside", [False, True])
-async def test_the_providers_words_are_told_without_ids(
+async def test_the_providers_message_has_no_ids(
     broker: Broker, upstream: ScriptedUpstream, raw: object, *, inside: bool
 ) -> None:
     metadata = {"provider_name": "xAI", "raw": raw}
@@ -232,7 +232,7 @@ async def test_a_cap_of_a_wrong_size_is_refused_once(
     assert len(upstream.calls) == 1
 
 
-async def test_a_cap_refused_under_both_names_is_told(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_a_cap_refused_under_both_names_is_an_error(broker: Broker, upstream: ScriptedUpstream) -> None:
     def reply(call: Call) -> None:
         name = OLD if OLD in call.body else NEW
         call.reply(400, {"error": {"message": f"Unsupported parameter: '{name}'", "param": name}})

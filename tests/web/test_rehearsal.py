@@ -107,7 +107,7 @@ def test_a_catalog_entry_has_all_that_is_required(model: Model) -> None:
     assert not entry["canonical_slug"].endswith(":free")
 
 
-def test_there_are_models_with_prices_without_and_with_unknown_ones() -> None:
+def test_models_have_prices_no_prices_or_unknown_ones() -> None:
     assert {Decimal(model.prices.prompt).compare(0) for model in MODELS} == {1, 0, -1}
 
 
@@ -115,7 +115,7 @@ def test_there_are_models_with_prices_without_and_with_unknown_ones() -> None:
 
 
 @pytest.mark.parametrize("passage", [*text.PASSAGES, text.THOUGHTS, text.WRITINGS_OF_THE_WORLD])
-def test_the_tokens_of_a_text_are_the_text_again(passage: str) -> None:
+def test_the_tokens_of_a_text_join_to_the_text(passage: str) -> None:
     tokens = list(text.tokens_of(passage))
     assert "".join(tokens) == passage
     assert 3 < len(passage) / len(tokens) < 5
@@ -128,7 +128,7 @@ def test_a_passage_has_paragraphs_a_list_and_a_piece_of_code(passage: str) -> No
     assert passage.count("```") == 2
 
 
-def test_a_question_always_gets_the_same_passage_and_other_questions_others() -> None:
+def test_each_question_has_its_own_passage() -> None:
     questions = [f"question {n}" for n in range(50)]
     first = [text.passage_for(question) for question in questions]
     assert first == [text.passage_for(question) for question in questions]
@@ -158,7 +158,7 @@ def test_a_body_that_no_model_can_use_is_refused_by_name(body: bytes, complaint:
         read_ask(body)
 
 
-def test_the_lesser_of_two_output_caps_holds_and_a_list_of_models_stands_in_for_one() -> None:
+def test_the_lower_of_two_output_caps_counts() -> None:
     body = {"models": ["a", "b"], "messages": [{}], "max_tokens": 9, "max_completion_tokens": 7, "stop": "."}
     ask = read_ask(orjson.dumps(body))
     assert (ask.model, ask.max_tokens, ask.stop, ask.stream) == ("a", 7, (".",), False)
@@ -188,7 +188,7 @@ def test_a_script_ends_or_pauses_for_ever(model: Model) -> None:
     assert any(isinstance(step, Pause) for step in steps) or len(steps) == 1
 
 
-def test_plain_runs_at_the_speed_of_an_ordinary_model_and_the_same_each_time() -> None:
+def test_plain_always_runs_at_the_speed_of_an_ordinary_model() -> None:
     steps = list(scripts.plain(answer_to()))
     assert steps == list(scripts.plain(answer_to()))
     first = next(n for n, step in enumerate(steps) if isinstance(step, Send) and step.data != PROCESSING)
@@ -198,7 +198,7 @@ def test_plain_runs_at_the_speed_of_an_ordinary_model_and_the_same_each_time() -
     assert len(set(beats)) > 4
 
 
-def test_fast_never_waits_and_slow_comments_before_its_first_word() -> None:
+def test_fast_never_waits_and_slow_comments_first() -> None:
     fast = list(scripts.fast(answer_to()))
     assert sum(step.seconds for step in fast if isinstance(step, Pause)) == 0
     assert len(chunks_in(sent(fast))) > 1000
@@ -263,7 +263,7 @@ def test_tool_calls_come_in_pieces_that_join_to_their_arguments() -> None:
     assert finish_in(chunks) == ["tool_calls"]
 
 
-def test_tools_answers_with_text_once_it_has_results_or_may_not_call() -> None:
+def test_tools_answers_with_text_after_results() -> None:
     results = [{"role": "user", "content": "?"}, {"role": "tool", "content": "sunny, 21 degrees"}]
     chunks = chunks_in(sent(list(scripts.tools(answer_to(messages=results)))))
     assert "sunny, 21 degrees" in text_in(chunks)
@@ -272,7 +272,7 @@ def test_tools_answers_with_text_once_it_has_results_or_may_not_call() -> None:
     assert finish_in(refused) == ["stop"]
 
 
-def test_the_functions_of_the_request_are_called_with_arguments_that_fit() -> None:
+def test_calls_have_arguments_that_fit_their_functions() -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}, "unit": {"enum": ["km", "mi"]}}}
     tools = [{"type": "function", "function": {"name": "far", "parameters": schema}}]
     assert calls_for(Ask("m", [], tools=tools)) == [("far", '{"n":3,"unit":"km"}')]
@@ -297,7 +297,7 @@ def test_an_example_fits_its_schema(schema: Any, example: Any) -> None:
     assert example_of(schema) == example
 
 
-def test_an_example_of_a_schema_without_a_floor_comes_to_an_end() -> None:
+def test_an_example_of_a_recursive_schema_ends() -> None:
     endless: dict[str, Any] = {"type": "object", "properties": {}}
     endless["properties"]["again"] = endless
     assert orjson.dumps(example_of(endless)).count(b"again") == 6
@@ -319,7 +319,7 @@ def test_busy_refuses_a_question_once() -> None:
     assert sent(list(faults.busy(again))).endswith(DONE)
 
 
-def test_hang_says_nothing_and_processing_only_comments() -> None:
+def test_hang_sends_nothing_and_processing_only_comments() -> None:
     assert all(isinstance(step, Pause) for step in islice(faults.hang(answer_to()), 100))
     assert set(sent(list(islice(faults.processing(answer_to()), 100))).split(b"\n\n")) == {
         PROCESSING[:-2],
@@ -327,7 +327,7 @@ def test_hang_says_nothing_and_processing_only_comments() -> None:
     }
 
 
-def test_a_caller_who_wants_no_stream_gets_the_fault_before_it_and_else_one_completion() -> None:
+def test_a_caller_without_streaming_gets_one_answer() -> None:
     def become(script: Script) -> Step:
         return list(scripts.unstreamed(script, answer_to()))[-1]
 
@@ -343,7 +343,7 @@ def test_a_caller_who_wants_no_stream_gets_the_fault_before_it_and_else_one_comp
 # What is remembered
 
 
-def test_a_generation_is_told_of_after_the_delay_and_forgotten_after_the_last_thousand() -> None:
+def test_a_generation_is_known_from_its_delay_on() -> None:
     generations = Generations(delay=0.5)
     generations.record({"id": "gen-0"}, now=10.0)
     assert generations.find("gen-0", now=10.4) is None
@@ -479,7 +479,7 @@ async def test_length_honours_a_cap_below_its_own(session: aiohttp.ClientSession
         assert (finish_in(chunks), usages_in(chunks)[0]["completion_tokens"]) == (["length"], tokens)
 
 
-async def test_echo_and_small_tell_what_arrived(session: aiohttp.ClientSession, url: str) -> None:
+async def test_echo_and_small_show_the_request(session: aiohttp.ClientSession, url: str) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Grüße,\n wie geht's?"},
@@ -537,7 +537,7 @@ async def test_busy_works_when_the_same_question_comes_again(
         ("json-error", (200, "application/json"), b'{"error":{"code":502'),
     ],
 )
-async def test_an_answer_that_is_no_stream_says_what_it_is(
+async def test_an_answer_that_is_not_a_stream_has_its_type(
     session: aiohttp.ClientSession, url: str, model: str, head: tuple[int, str], says: bytes
 ) -> None:
     async with session.post(f"{url}/chat/completions", json=body_for(model)) as response:
@@ -572,7 +572,7 @@ async def test_a_vllm_error_has_no_choices_and_no_error_member(
     assert not {"error", "choices"} & set(last)
 
 
-async def test_not_json_is_one_broken_line_on_a_sound_stream(
+async def test_not_json_is_one_broken_chunk_on_a_good_stream(
     session: aiohttp.ClientSession, url: str
 ) -> None:
     *_, finish, bill, done = events = events_in((await stream_of(session, url, "not-json"))[1])
@@ -628,7 +628,7 @@ async def test_stall_goes_on_with_comments_alone(url: str) -> None:
             await reader.readuntil(PROCESSING)
 
 
-async def test_silence_keeps_the_line_open_and_says_no_more(url: str) -> None:
+async def test_silence_keeps_the_connection_open(url: str) -> None:
     async with raw_answer(url, "silence") as reader:
         for _ in range(scripts.SOME_TEXT):
             await reader.readuntil(b"data: ")
@@ -673,7 +673,7 @@ async def test_a_generation_whose_client_left_is_booked_as_cancelled(
     assert booked["total_cost"] > 0
 
 
-async def test_a_client_that_a_write_finds_gone_is_booked_as_cancelled_and_no_failure(
+async def test_a_client_that_leaves_is_recorded_as_cancelled(
     session: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines: list[asyncio.Transport] = []
@@ -721,7 +721,7 @@ async def test_a_refusal_names_no_generation(session: aiohttp.ClientSession, url
         assert "X-Generation-Id" not in response.headers
 
 
-async def test_two_services_know_nothing_of_each_other(session: aiohttp.ClientSession) -> None:
+async def test_two_services_are_independent(session: aiohttp.ClientSession) -> None:
     async with rehearsal_beside(pace=PACE) as one, rehearsal_beside(pace=PACE) as other:
         for url in (one, other):
             async with session.post(f"{url}/chat/completions", json=body_for("busy")) as response:
@@ -739,7 +739,7 @@ async def test_the_service_stops_in_a_moment_while_scripts_play() -> None:
     assert asyncio.all_tasks() == before
 
 
-async def test_a_script_that_outstays_everyone_is_broken_off() -> None:
+async def test_an_endless_script_is_stopped() -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         return await act(faults.processing(answer_to()), request, "gen-1", PACE, longest=0.2)
 
@@ -790,7 +790,7 @@ async def test_the_openai_client_reads_it(url: str, model: str) -> None:
     assert chunks[-2].choices[0].finish_reason in {"stop", "tool_calls"}
 
 
-async def test_a_port_that_is_taken_is_told_and_leaves_nothing_open() -> None:
+async def test_a_port_in_use_is_reported_and_leaves_nothing_open() -> None:
     before = asyncio.all_tasks()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         beside = rehearsal_beside(port=taken.getsockname()[1])

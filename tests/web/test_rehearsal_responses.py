@@ -139,7 +139,7 @@ def test_instructions_and_tools_count_in_the_prompt() -> None:
 @pytest.mark.parametrize(
     "body", [b"{", b"{}", b'{"model": "m"}', b'{"model": "m", "input": []}', b'{"model": "m", "input": [3]}']
 )
-def test_what_cannot_be_answered_is_refused(body: bytes) -> None:
+def test_an_unusable_request_is_refused(body: bytes) -> None:
     with pytest.raises(AskError):
         read_responses_ask(body)
 

@@ -120,7 +120,7 @@ async def test_a_request_goes_to_responses_streamed_and_not_stored(
     }
 
 
-async def test_items_that_trimming_drops_are_told(broker: Broker) -> None:
+async def test_the_number_of_dropped_items_is_returned(broker: Broker) -> None:
     items = [
         {"role": "user", "content": "x" * 400_000},
         MESSAGE,
@@ -152,7 +152,7 @@ async def test_an_idempotency_key_finds_its_session_again(broker: Broker) -> Non
 
 
 @pytest.mark.parametrize("status", [400, 402, 404, 429])
-async def test_a_refusal_is_told_and_costs_nothing(
+async def test_a_refusal_is_passed_on_and_costs_nothing(
     broker: Broker, upstream: ScriptedUpstream, status: int
 ) -> None:
     upstream.replies = [
@@ -168,7 +168,7 @@ async def test_a_refusal_is_told_and_costs_nothing(
 
 
 @pytest.mark.parametrize("mark", [False, True])
-async def test_events_are_relayed_as_they_are_and_the_end_is_told(
+async def test_events_are_relayed_unchanged_and_end_in_done(
     broker: Broker, upstream: ScriptedUpstream, mark: bool
 ) -> None:
     events = [*WORDS, completed(usage={**USAGE, "cost": 0.25})]
@@ -274,7 +274,7 @@ async def test_a_whole_response_is_one_chunk_and_done(
         ({"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}, "upstream_invalid"),
     ],
 )
-async def test_a_document_that_is_no_good_response_is_an_error(
+async def test_an_unfinished_response_document_is_an_error(
     broker: Broker, upstream: ScriptedUpstream, document: dict[str, Any], code: str
 ) -> None:
     upstream.replies = [body_of("application/json", json.dumps(document))]
@@ -286,7 +286,7 @@ async def test_a_document_that_is_no_good_response_is_an_error(
 # Coming, going and cancelling
 
 
-async def test_a_cancel_stops_the_upstream_and_pays_what_was_written(
+async def test_a_cancel_stops_the_upstream_and_costs_the_text(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     async with begun(broker, upstream) as (session, prompt, line, call):
@@ -316,7 +316,7 @@ async def test_a_viewer_comes_back_to_any_worker(
     assert len(upstream.calls) == 1
 
 
-async def test_the_short_form_has_words_and_whole_calls(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_the_short_form_has_text_and_whole_calls(broker: Broker, upstream: ScriptedUpstream) -> None:
     thought = delta("Hm", "reasoning_summary_text", 1)
     upstream.replies = [answering(*WORDS, thought, item_done(CALL, 2), completed())]
     session, _ = await prepared(broker)
@@ -331,9 +331,7 @@ async def test_the_short_form_has_words_and_whole_calls(broker: Broker, upstream
     ]
 
 
-async def test_a_whole_response_is_told_in_the_short_form_too(
-    broker: Broker, upstream: ScriptedUpstream
-) -> None:
+async def test_a_complete_response_has_a_short_form_too(broker: Broker, upstream: ScriptedUpstream) -> None:
     document = response(status="completed", output=[MESSAGE], usage=USAGE)
     upstream.replies = [body_of("application/json", json.dumps(document))]
     session, _ = await prepared(broker)
@@ -342,7 +340,9 @@ async def test_a_whole_response_is_told_in_the_short_form_too(
     assert token.json == {"text": "Hello"}
 
 
-async def test_who_leaves_pays_what_was_written(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_a_page_that_leaves_pays_for_the_written_text(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
     upstream.models = price_list()
     async with running(valkey_url, upstream, disconnect_grace=0) as broker:
         async with begun(broker, upstream) as (_, prompt, _, call):
@@ -400,7 +400,7 @@ async def test_a_usage_behind_an_error_is_booked_and_not_waited_for(
         await until(corrected, within=10)
 
 
-async def test_an_end_without_usage_is_estimated_from_what_was_written(
+async def test_an_end_without_usage_is_estimated_from_the_text(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     upstream.replies = [answering(CREATED, completed(usage=None, output=[MESSAGE, CALL]))]
@@ -411,7 +411,7 @@ async def test_an_end_without_usage_is_estimated_from_what_was_written(
 
 
 @pytest.mark.parametrize("named", ["header", "response"])
-async def test_openrouters_books_are_asked_by_the_name_that_it_gave(
+async def test_openrouters_record_is_fetched_by_its_id(
     broker: Broker, upstream: ScriptedUpstream, named: str
 ) -> None:
     name = "gen-header" if named == "header" else "gen-response"
@@ -446,9 +446,7 @@ async def test_budgets_hold_as_for_chats(valkey_url: str, upstream: ScriptedUpst
         assert (answer.status, answer.code) == (429, "budget_exceeded")
 
 
-async def test_pictures_are_data_for_an_upstream_of_ones_own(
-    valkey_url: str, upstream: ScriptedUpstream
-) -> None:
+async def test_other_upstreams_get_pictures_only_as_data(valkey_url: str, upstream: ScriptedUpstream) -> None:
     picture = {"type": "input_image", "image_url": "https://example.com/a.png"}
     async with running(valkey_url, upstream, upstream_kind="openai") as broker:
         answer = await broker.post(asked(input=[{"role": "user", "content": [picture]}]))

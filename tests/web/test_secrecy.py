@@ -87,7 +87,7 @@ def check(log: io.StringIO, *sessions: str) -> None:
 
 
 @pytest.mark.parametrize("reply", [good, refusing, failing, nonsense, a_page, breaking, busy, odd])
-async def test_whatever_the_upstream_does(
+async def test_no_secret_appears_whatever_the_upstream_does(
     broker: Broker, upstream: ScriptedUpstream, log: io.StringIO, reply: Reply
 ) -> None:
     upstream.replies = [reply]
@@ -100,7 +100,7 @@ async def test_whatever_the_upstream_does(
     check(log, session)
 
 
-async def test_whatever_a_page_sends(broker: Broker, log: io.StringIO) -> None:
+async def test_no_secret_appears_whatever_a_page_sends(broker: Broker, log: io.StringIO) -> None:
     for body in (b"{" + PROMPT.encode(), {**ASKED, PROMPT: 1}, {**ASKED, "temperature": PROMPT}, [PROMPT]):
         await broker.post(body)
     await broker.post(ASKED, {"Content-Type": "text/plain"})
@@ -109,7 +109,7 @@ async def test_whatever_a_page_sends(broker: Broker, log: io.StringIO) -> None:
     check(log)
 
 
-async def test_whatever_is_no_http(broker: Broker, log: io.StringIO) -> None:
+async def test_no_secret_appears_for_invalid_http(broker: Broker, log: io.StringIO) -> None:
     host, port = broker.url.removeprefix("http://").split(":")
     head = f"Host: {host}\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
     for request in (
@@ -130,7 +130,7 @@ async def test_whatever_is_no_http(broker: Broker, log: io.StringIO) -> None:
     check(log)
 
 
-async def test_whatever_redis_does(upstream: ScriptedUpstream, log: io.StringIO) -> None:
+async def test_no_secret_appears_whatever_redis_does(upstream: ScriptedUpstream, log: io.StringIO) -> None:
     async with running_valkey() as valkey, running(valkey.url, upstream) as broker:
         session = (await broker.post(ASKED)).json["sessionId"]
         async with broker.stream(session) as line:

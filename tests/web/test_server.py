@@ -60,7 +60,7 @@ def get(path: str, *headers: str, version: str = "1.1") -> bytes:
         get("/models", version="9.9"),
     ],
 )
-async def test_what_is_no_request_is_told_so_and_not_repeated(broker: Broker, rubbish: bytes) -> None:
+async def test_invalid_http_gets_an_error_that_quotes_nothing(broker: Broker, rubbish: bytes) -> None:
     reply = await sent(broker, rubbish)
     assert reply.status == 400
     assert reply.headers["content-type"].startswith("application/json")
@@ -81,9 +81,7 @@ async def test_a_header_may_be_long_and_not_without_bound(broker: Broker) -> Non
 
 @pytest.mark.parametrize("expected", ["miracles", "100-continue, miracles", "100-continue=x"])
 @pytest.mark.parametrize("path", ["/health/live", "/prepare", "/nowhere"])
-async def test_an_expectation_that_is_not_supported_is_answered_like_any_error(
-    broker: Broker, path: str, expected: str
-) -> None:
+async def test_an_unsupported_expectation_gets_an_error(broker: Broker, path: str, expected: str) -> None:
     page = "Origin: http://localhost:8080"
     reply = await sent(broker, get(path, f"Expect: {expected}", page, "Connection: close"))
     assert reply.status == 417
@@ -104,7 +102,7 @@ async def test_a_client_that_waits_for_leave_to_send_its_body_gets_it(broker: Br
     assert reply.body.startswith(b"HTTP/1.1 201 ")
 
 
-async def test_a_body_that_only_claims_to_be_compressed_is_refused_unread(broker: Broker) -> None:
+async def test_a_compressed_body_is_refused_unread(broker: Broker) -> None:
     for _ in range(2):
         answer = await broker.post(b"not gzip at all", {"Content-Encoding": "gzip"})
         assert (answer.status, answer.code) == (415, "unsupported_media_type")
@@ -134,7 +132,7 @@ async def test_a_stream_without_chunks_ends_with_its_connection(
     assert json.dumps(chunk("Hello")["choices"][0]["delta"]).encode() in reply.body
 
 
-async def test_a_connection_is_kept_for_the_next_request(broker: Broker) -> None:
+async def test_a_connection_is_reused_for_the_next_request(broker: Broker) -> None:
     answers = await sent(broker, get("/health/live") + get("/health/live", "Connection: close"))
     assert answers.status == 200
     assert "connection" not in answers.headers

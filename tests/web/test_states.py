@@ -105,9 +105,7 @@ async def test_a_cursor_ahead_of_a_running_session_waits_for_it(
         assert ids(await ahead.rest()) == ["1-5", "1-6.end"]
 
 
-async def test_a_cursor_ahead_of_the_end_is_told_of_the_gap(
-    broker: Broker, upstream: ScriptedUpstream
-) -> None:
+async def test_a_cursor_ahead_of_the_end_gets_a_gap_error(broker: Broker, upstream: ScriptedUpstream) -> None:
     async with started(broker, upstream) as (session, _, call), broker.stream(session, "1-30") as ahead:
         call.chunk("", finish="stop")
         call.done()
@@ -115,7 +113,7 @@ async def test_a_cursor_ahead_of_the_end_is_told_of_the_gap(
         assert (event.json["code"], event.id) == ("replay_gap", "1-30.end")
 
 
-async def test_a_cursor_beyond_the_end_of_a_finished_session_is_told_of_the_gap(
+async def test_a_cursor_beyond_a_finished_session_gets_a_gap_error(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     upstream.replies = [plain]
@@ -127,7 +125,7 @@ async def test_a_cursor_beyond_the_end_of_a_finished_session_is_told_of_the_gap(
 
 @pytest.mark.parametrize("cursor", ["1-5.end", "2-0.end", "1-9999999999999999.end"])
 @pytest.mark.parametrize("session", [UNKNOWN, "no-session"])
-async def test_a_terminal_cursor_stops_an_eventsource_without_asking_redis(
+async def test_a_terminal_cursor_is_204_without_asking_redis(
     upstream: ScriptedUpstream, cursor: str, session: str
 ) -> None:
     async with running(NO_REDIS, upstream) as broker, broker.stream(session, cursor) as line:
@@ -154,7 +152,7 @@ async def test_a_terminal_cursor_of_a_running_session_is_204_too(
         ("malformed", "1-01", "invalid_cursor", "1-1.end", 400),
     ],
 )
-async def test_what_cannot_be_streamed_is_told_for_good(
+async def test_an_unknown_session_gets_a_final_error(
     broker: Broker, session: str, cursor: str | None, code: str, event_id: str, status: int
 ) -> None:
     event = await refusal(broker, session, cursor)
@@ -195,7 +193,7 @@ async def test_a_malformed_cursor_of_a_prepared_session_claims_nothing(
     ("method", "headers"),
     [("HEAD", {}), ("GET", {"Sec-Purpose": "prefetch"}), ("GET", {"Sec-Purpose": "prefetch;prerender"})],
 )
-async def test_a_look_ahead_claims_nothing(
+async def test_head_and_prefetch_claim_nothing(
     broker: Broker, upstream: ScriptedUpstream, method: str, headers: dict[str, str]
 ) -> None:
     upstream.replies = [plain]
@@ -271,7 +269,7 @@ async def test_without_resuming_nobody_waits_for_a_viewer_that_left(
             await call.wait_gone()
 
 
-async def test_without_resuming_a_cancelled_session_is_still_told_as_cancelled(
+async def test_a_cancelled_session_is_cancelled_without_resuming_too(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     async with running(valkey_url, upstream, resume_ttl=0) as broker:

@@ -55,7 +55,7 @@ async def test_its_headers_keep_it_live_and_whole(broker: Broker, upstream: Scri
         assert line.headers["x-request-id"]
 
 
-async def test_pages_are_told_different_times_to_come_back(broker: Broker) -> None:
+async def test_pages_get_different_reconnection_times(broker: Broker) -> None:
     times = set()
     for _ in range(8):
         async with broker.stream(UNKNOWN) as line:
@@ -97,7 +97,7 @@ async def test_chunks_are_relayed_byte_for_byte(broker: Broker, upstream: Script
 
 
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
-async def test_a_chunk_of_many_lines_stays_one(
+async def test_a_chunk_of_many_lines_is_one_event(
     broker: Broker, upstream: ScriptedUpstream, line_end: bytes
 ) -> None:
     def reply(call: Call) -> None:
@@ -146,7 +146,7 @@ async def test_a_compressed_answer_is_relayed_as_text(broker: Broker, upstream: 
     assert events[-1].kind == "done"
 
 
-async def test_what_is_no_chunk_is_not_relayed(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_events_that_are_not_chunks_are_not_relayed(broker: Broker, upstream: ScriptedUpstream) -> None:
     def reply(call: Call) -> None:
         call.open()
         call.comment()
@@ -162,9 +162,7 @@ async def test_what_is_no_chunk_is_not_relayed(broker: Broker, upstream: Scripte
     assert ids(events) == ["1-1", "1-2.end"]
 
 
-async def test_a_comment_keeps_the_line_alive_in_every_silence(
-    valkey_url: str, upstream: ScriptedUpstream
-) -> None:
+async def test_a_comment_follows_every_silence(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, heartbeat=0.2) as broker:
         async with broker.stream(await broker.prepare()) as line:
             opening = [await line.block(), await line.block()]
@@ -197,9 +195,7 @@ async def test_without_the_setting_there_are_no_pings(valkey_url: str, upstream:
 # Odd clients
 
 
-async def test_an_old_client_gets_a_plain_body_that_ends_with_the_line(
-    broker: Broker, upstream: ScriptedUpstream
-) -> None:
+async def test_an_http_1_0_client_gets_a_plain_body(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.replies = [plain]
     address = urlsplit(broker.url)
     reader, writer = await asyncio.open_connection(address.hostname, address.port)

@@ -36,7 +36,7 @@ def said(events: list[Event]) -> str:
     return "".join(event.json.get("text", "") for event in events if event.kind == "token")
 
 
-async def test_a_session_is_told_as_start_tokens_and_done(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_a_session_is_start_tokens_and_done(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.replies = [words]
     session = await broker.prepare()
     events = await tokens(broker, session)
@@ -53,7 +53,7 @@ async def test_a_session_is_told_as_start_tokens_and_done(broker: Broker, upstre
     assert len(upstream.calls) == 1
 
 
-async def test_a_session_is_told_live(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_token_events_come_live(broker: Broker, upstream: ScriptedUpstream) -> None:
     session = await broker.prepare()
     async with broker.stream(session, query=TOKEN) as line:
         call = (await upstream.call()).open()
@@ -64,7 +64,7 @@ async def test_a_session_is_told_live(broker: Broker, upstream: ScriptedUpstream
         assert await line.event() == Event("token", '{"reasoning":"Hm"}', "1-2")
 
 
-async def test_a_cursor_of_one_form_is_good_in_the_other(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_a_cursor_of_one_form_is_valid_in_the_other(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.replies = [words]
     session = await broker.prepare()
     short, long = await tokens(broker, session), await broker.read(session)
@@ -80,7 +80,7 @@ async def test_a_cursor_of_one_form_is_good_in_the_other(broker: Broker, upstrea
         assert line.status == 204
 
 
-async def test_another_worker_tells_the_same(
+async def test_another_worker_sends_the_same(
     valkey_url: str, broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     async with (
@@ -99,7 +99,7 @@ async def test_another_worker_tells_the_same(
         assert await tokens(other, session, "1-1") == [live, done]
 
 
-async def test_viewers_of_both_forms_hear_the_same_answer(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_viewers_of_both_forms_get_the_same_answer(broker: Broker, upstream: ScriptedUpstream) -> None:
     async with (
         started(broker, upstream) as (session, long, call),
         broker.stream(session, query=TOKEN) as short,

@@ -67,7 +67,7 @@ async def test_each_client_sees_its_own_day(valkey_url: str, upstream: ScriptedU
         assert bob["limits"]["tokens"]["left"] == 1000 - prompt - 10
 
 
-async def test_whoever_has_used_nothing_sees_zeros_and_no_limits(broker: Broker) -> None:
+async def test_a_new_client_sees_zeros_and_no_limits(broker: Broker) -> None:
     assert await usage(broker, {}) == {
         "requests": 0,
         "promptTokens": 0,
@@ -79,7 +79,7 @@ async def test_whoever_has_used_nothing_sees_zeros_and_no_limits(broker: Broker)
     }
 
 
-async def test_what_runs_is_not_used_yet(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_a_running_answer_is_not_used_yet(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, daily_tokens=1000) as broker:
         session = await broker.prepare(max_tokens=20)
         async with broker.stream(session) as line:
@@ -90,7 +90,7 @@ async def test_what_runs_is_not_used_yet(valkey_url: str, upstream: ScriptedUpst
         assert (await usage(broker, {}))["limits"]["tokens"]["left"] == 985
 
 
-async def test_all_workers_tell_the_same(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_all_workers_answer_the_same(valkey_url: str, upstream: ScriptedUpstream) -> None:
     upstream.replies = [told]
     async with running(valkey_url, upstream) as one, running(valkey_url, upstream) as other:
         await asyncio.gather(run(one, {}), run(other, {}))

@@ -55,7 +55,7 @@ async def test_many_pages_at_two_workers_are_one_generation(
     assert len(upstream.calls) == 1
 
 
-async def test_every_session_is_a_call_of_its_own(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_every_session_has_its_own_call(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.replies = [plain]
     sessions = [await broker.prepare() for _ in range(20)]
     views = await asyncio.gather(*(broker.read(session) for session in sessions))
@@ -114,7 +114,7 @@ async def test_with_no_grace_it_ends_at_once(valkey_url: str, upstream: Scripted
         assert (await follow(broker, session))[-1].json["code"] == "abandoned"
 
 
-async def test_a_page_that_leaves_before_the_first_token_ends_it_as_well(
+async def test_a_page_that_leaves_before_the_first_token_ends_it(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     async with running(valkey_url, upstream, disconnect_grace=0) as broker:
@@ -143,7 +143,7 @@ async def test_a_page_that_comes_back_in_time_goes_on_where_it_was(
     assert len(upstream.calls) == 1
 
 
-async def test_an_answer_that_ends_in_the_time_of_grace_is_there_for_who_comes_later(
+async def test_an_answer_that_ends_in_the_grace_can_be_read_later(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     session = await broker.prepare()
@@ -178,7 +178,7 @@ async def test_pages_that_leave_at_once_do_no_harm(
     assert "rror" not in told.replace("errors=0", "")
 
 
-async def test_a_broker_that_falls_over_leaves_no_line_open(
+async def test_a_broker_that_crashes_leaves_no_connection_open(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     async def fall_over() -> None:

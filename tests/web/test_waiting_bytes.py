@@ -15,9 +15,7 @@ async def ask(broker: Broker, size: int, address: str = "203.0.113.1") -> Answer
     return await broker.post(body, headers={"X-Forwarded-For": address})
 
 
-async def test_the_requests_of_a_client_that_wait_are_bounded(
-    valkey_url: str, upstream: ScriptedUpstream
-) -> None:
+async def test_pending_requests_of_a_client_are_limited(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, max_prepared_bytes="20KiB", **PROXIED) as broker:
         first = await ask(broker, 9000)
         assert (await ask(broker, 9000)).status == 201
@@ -31,7 +29,9 @@ async def test_the_requests_of_a_client_that_wait_are_bounded(
         assert (await ask(broker, 9000)).status == 429
 
 
-async def test_the_requests_of_all_that_wait_are_bounded(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_pending_requests_of_all_clients_are_limited(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
     async with running(valkey_url, upstream, total_prepared_bytes="64KiB", **PROXIED) as broker:
         for n in range(4):
             assert (await ask(broker, 9000, f"203.0.113.{n}")).status == 201
