@@ -288,7 +288,7 @@ class Admission:
         return [dearest] if dearest is not None else []
 
     def _with_max_price(self, body: dict[str, Any], prices: list[Prices], demand: Demand) -> dict[str, Any]:
-        """Return the body that holds the upstream to the price reserved, where money is counted."""
+        """Return the body with the reserved price as its limit, where there is a budget in money."""
         if not (self._quotas.limit_cost and prices and self._catalog.openrouter):
             return body
         provider = body.get("provider") or {}
@@ -336,7 +336,7 @@ class Admission:
         return rate
 
     async def _store_session(self, session_id: str, ready: ReadyRequest, referer: str) -> dict[str, Any]:
-        """Store a session that was admitted. Returns what the page is told."""
+        """Store an admitted session, and return the body of the answer."""
         fitted, settings = ready.fitted, self._settings
         prepared = Prepared(
             request=orjson.dumps(ready.body),
@@ -363,7 +363,7 @@ class Admission:
         }
 
     def _forget(self, client: str, session_id: str) -> None:
-        """Take back a session that nobody was told of; in the background, as the caller may be gone."""
+        """Remove a session that was not returned to anybody. In the background, because the caller may have left."""
 
         async def forget() -> None:
             try:
@@ -377,11 +377,11 @@ class Admission:
         task.add_done_callback(self._forgetting.discard)
 
     async def close(self) -> None:
-        """Wait for what is being taken back; that is bounded by the store."""
+        """Wait for the removals; the store limits their time."""
         await asyncio.gather(*self._forgetting)
 
     async def _known(self, bound: Binding, body: bytes) -> Admitted | None:
-        """The session that a key has made; None where it is gone, and the key free.
+        """Return the session that a key has made; None where it is gone, so that the key is free.
 
         Raises:
             IdempotencyConflict: the key was used with another body.
@@ -396,10 +396,10 @@ class Admission:
     async def _bind(
         self, body: bytes, client: Client, answer: dict[str, Any], key: str, bound: Binding | None
     ) -> Admitted:
-        """Bind a key to a session that was stored, or give it up for the one that the key leads to by now.
+        """Bind a key to a stored session, or remove that session if the key is bound to another one by now.
 
-        The session is stored before the key is bound to it, so that a key never leads to nothing: of two requests at
-        once both store one, one is bound, and the other is forgotten before anybody was told of it.
+        The session is stored before the key is bound to it, so that a key never leads to nothing. Two requests at the
+        same time both store one; one of them is bound, and the other is removed before it is returned to anybody.
         """
         digest = _digest(body)
         try:

@@ -47,7 +47,7 @@ _NEVER_BLANK = frozenset(
 _LARGEST_FILE = 64 * 1024
 _LONGEST_DOTENV = 1024 * 1024
 _LONGEST_SHOWN = 60
-_TIMES_RETRY = 1.5  # browsers wait up to a fifth longer than told, and then connect
+_TIMES_RETRY = 1.5  # browsers wait up to a fifth longer than asked, and then connect
 
 
 class SettingsError(Exception):
@@ -202,13 +202,13 @@ class Settings(BaseSettings):
     @property
     def secrets(self) -> tuple[str, ...]:
         """All texts that must never be shown."""
-        held = [
+        secrets = [
             self.openrouter_api_key,
             self.jwt_secret,
             self.name_secret,
             *(key for _, key in self.api_keys),
         ]
-        found = [secret.get_secret_value() for secret in held if secret is not None]
+        found = [secret.get_secret_value() for secret in secrets if secret is not None]
         if self.upstream_proxy is not None and (password := urlsplit(self.upstream_proxy).password):
             found += [password, unquote(password)]
         if self.redis_url is not None and (password := urlsplit(self.redis_url).password):

@@ -49,13 +49,13 @@ def usage(day: str | None, *, by: str, as_json: bool) -> int:
     except ValueError:
         return complain(f"--day must be a date such as 2026-11-20, not {day!r}", BAD_USE)
     if settings.redis_url is None:
-        return complain("REDIS_URL must be set: the books of an embedded Valkey end with it", BAD_USE)
+        return complain("REDIS_URL must be set: the usage ledger of an embedded Valkey ends with it", BAD_USE)
     configure_logs(settings.log_level, settings.log_format, secrets=settings.secrets)
     try:
-        found, lines = asyncio.run(_read(settings.redis_url, settings.key_prefix, wanted))
+        found, ledger = asyncio.run(_read(settings.redis_url, settings.key_prefix, wanted))
     except StoreUnavailable as error:
         return complain(error)
-    rows = summed(lines, by)
+    rows = summed(ledger, by)
     if as_json:
         write(json.dumps({"day": found.isoformat(), "by": by, "rows": rows}) + "\n")
     else:
@@ -71,13 +71,13 @@ async def _read(redis_url: str, key_prefix: str, day: dt.date | None) -> tuple[d
         await store.close()
 
 
-def summed(lines: Sequence[UsageRow], by: str) -> list[dict[str, Any]]:
+def summed(ledger: Sequence[UsageRow], by: str) -> list[dict[str, Any]]:
     """Return one row for each client or model, the highest cost first, with sums of `METRICS` and the cost in USD."""
     sums: dict[str, dict[str, int]] = {}
-    for line in lines:
-        row = sums.setdefault(line.client if by == "client" else line.model, dict.fromkeys(METRICS, 0))
+    for entry in ledger:
+        row = sums.setdefault(entry.client if by == "client" else entry.model, dict.fromkeys(METRICS, 0))
         for name in METRICS:
-            row[name] += line.counts[name]
+            row[name] += entry.counts[name]
     ordered = sorted(sums.items(), key=lambda item: (-item[1]["cost"], -item[1]["requests"], item[0]))
     return [{by: name, **row, "cost": to_usd(row["cost"])} for name, row in ordered]
 

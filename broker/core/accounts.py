@@ -78,8 +78,8 @@ def beyond_limits(worst: WorstCase, quotas: Quotas, field: str = "max_tokens") -
     Each detail has both figures, ``worstCase`` and ``limit``, in tokens or in USD.
 
     Args:
-        worst: the most that the request may take.
-        quotas: those of its client and of everyone.
+        worst: the worst case of the request.
+        quotas: the limits of its client, and of all clients.
         field: the parameter that caps its answer.
     """
     found = []

@@ -209,9 +209,9 @@ class ChatAnswer(Answer):
         """Count all strings of a delta or a message, in linear time and without recursion."""
         written, media = self.text_bytes, self.media
         self._count({key: value for key, value in delta.items() if key not in _MARKS})
-        told = tellings(delta)
-        if len(told) > 1:  # the same reasoning under several names
-            sizes = [size_of(text) for text in told]
+        thoughts = tellings(delta)
+        if len(thoughts) > 1:  # the same reasoning under several names
+            sizes = [size_of(text) for text in thoughts]
             self.text_bytes -= sum(sizes) - max(sizes)
         if self.text_bytes > written or self.media > media:
             self._go_on()

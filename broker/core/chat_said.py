@@ -71,8 +71,8 @@ def in_place_of_delta(choice: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def pieces(delta: Mapping[str, Any]) -> list[Piece]:
     """Return the pieces of a delta or a message, reasoning first, without its tool calls."""
-    told = max(tellings(delta), key=len, default="")
-    found = [(Kind.REASONING, told), *_parts(delta.get("content")), *_parts(delta.get("refusal"))]
+    thoughts = max(tellings(delta), key=len, default="")
+    found = [(Kind.REASONING, thoughts), *_parts(delta.get("content")), *_parts(delta.get("refusal"))]
     found += [(Kind.PICTURE, "") for _ in _list(delta.get("images"))]
     return [piece for piece in found if piece[1] or piece[0] is Kind.PICTURE]
 
@@ -81,8 +81,12 @@ def tellings(delta: Mapping[str, Any]) -> list[str]:
     """Return the reasoning of a delta under each of its names. They repeat each other, so the longest is complete."""
     found = []
     for name in _REASONING:
-        if told := delta.get(name):
-            text = told if isinstance(told, str) else _joined(_parts(told, Kind.REASONING), Kind.REASONING)
+        if thoughts := delta.get(name):
+            text = (
+                thoughts
+                if isinstance(thoughts, str)
+                else _joined(_parts(thoughts, Kind.REASONING), Kind.REASONING)
+            )
             found.append(text)
     if details := _list(delta.get("reasoning_details")):
         found.append(_text_of_details(details))
@@ -132,8 +136,8 @@ def _add(found: list[Piece], content: Any, kind: Kind, depth: int) -> None:
     elif isinstance(content, dict):
         match content.get("type"):
             case "thinking" | "reasoning":
-                told = content.get("thinking") or content.get("reasoning") or content.get("text")
-                _add(found, told, Kind.REASONING, depth + 1)
+                thoughts = content.get("thinking") or content.get("reasoning") or content.get("text")
+                _add(found, thoughts, Kind.REASONING, depth + 1)
             case "refusal":
                 _add(found, content.get("refusal"), kind, depth + 1)
             case "image" | "image_url" | "output_image":

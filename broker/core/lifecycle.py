@@ -93,7 +93,7 @@ class Action(StrEnum):
     """Count the usage, and have Redis decide the end."""
     SETTLE = "settle"
     """Settle the reservation with the usage."""
-    TELL = "tell"
+    SEND_END = "send end"
     """Send every viewer the end that stands."""
     WRITE_LATER = "write later"
     """Write end and settlement when Redis can be reached again."""
@@ -106,8 +106,8 @@ class Row(NamedTuple):
     actions: tuple[Action, ...] = ()
 
 
-_BROKEN = Row(Phase.ENDED, (Action.WRITE_LATER, Action.TELL))
-_BROKEN_READING = Row(Phase.ENDED, (Action.HIDE, Action.STOP_READING, Action.WRITE_LATER, Action.TELL))
+_BROKEN = Row(Phase.ENDED, (Action.WRITE_LATER, Action.SEND_END))
+_BROKEN_READING = Row(Phase.ENDED, (Action.HIDE, Action.STOP_READING, Action.WRITE_LATER, Action.SEND_END))
 _STOPPED = Row(Phase.ENDING, (Action.HIDE, Action.STOP_READING, Action.DECIDE))
 _STOPS = (Event.UPSTREAM_ENDED, Event.TIMED_OUT, Event.CANCEL, Event.SHUTDOWN, Event.FENCED)
 
@@ -162,8 +162,8 @@ GENERATION: Mapping[Phase, Mapping[Event, Row]] = {
         Event.CONFIRMED: Row(Phase.ENDING),
         Event.GRACE_OVER: Row(Phase.ENDING),
         Event.CANCEL_FOUND: Row(Phase.ENDING, (Action.DECIDE,)),
-        Event.END_STORED: Row(Phase.ENDED, (Action.SETTLE, Action.TELL)),
-        Event.END_UNREACHABLE: Row(Phase.ENDED, (Action.WRITE_LATER, Action.TELL)),
+        Event.END_STORED: Row(Phase.ENDED, (Action.SETTLE, Action.SEND_END)),
+        Event.END_UNREACHABLE: Row(Phase.ENDED, (Action.WRITE_LATER, Action.SEND_END)),
         Event.BROKE: _BROKEN,
     },
     Phase.ENDED: dict.fromkeys(

@@ -178,9 +178,9 @@ def cost_of(
     """
     if not isinstance(usage, Mapping):
         return None
-    told = reported_cost(usage)
-    if told is not None:
-        return told
+    reported = reported_cost(usage)
+    if reported is not None:
+        return reported
     prompt, completion = count_of(usage.get("prompt_tokens")), completion_of(usage)
     if prices is None or prompt is None or completion is None:
         return None
@@ -330,24 +330,24 @@ def max_price(prices: Iterable[Prices], demand: Demand = TEXT_ONLY) -> dict[str,
     """
     known = list(prices)
     rates = [dearest(each) for each in known]
-    held = {
+    limits = {
         "prompt": float(max(rate.prompt for rate in rates) / 1000),
         "completion": float(max(rate.completion for rate in rates) / 1000),
     }
     for key in ("request", *(("image",) if demand.images else ()), *(("audio",) if demand.sounds else ())):
         price = max(_dearest_of(each, key) for each in known)
         if price > 0:
-            held[key] = float(price / NANO)
-    return held
+            limits[key] = float(price / NANO)
+    return limits
 
 
 def narrow_max_price(given: Any, ours: Mapping[str, float]) -> dict[str, Any]:
     """Return a request's ``provider.max_price`` with ours as upper bounds; its other keys stay."""
-    held = dict(given) if isinstance(given, Mapping) else {}
+    limits = dict(given) if isinstance(given, Mapping) else {}
     for name, bound in ours.items():
-        own = _decimal(held.get(name))
-        held[name] = bound if own is None else min(float(own), bound)
-    return held
+        own = _decimal(limits.get(name))
+        limits[name] = bound if own is None else min(float(own), bound)
+    return limits
 
 
 def to_usd(nano: int) -> float:

@@ -107,8 +107,8 @@ class ResponsesAnswer(Answer):
         return self._read_chunk(data, chunk, "message")
 
     def _read_chunk(self, data: bytes, chunk: dict[str, Any], event: str) -> bytes | None:
-        told = chunk.get("response")
-        response: dict[str, Any] = told if isinstance(told, dict) else {}
+        value = chunk.get("response")
+        response: dict[str, Any] = value if isinstance(value, dict) else {}
         kind = chunk.get("type")
         kind = kind if isinstance(kind, str) else ""
         end = self._end_told(kind, response)

@@ -159,7 +159,7 @@ def fault_of_status(
         return UpstreamModerated(upstream_status=status, retry_after=wait)
     kind = _BY_STATUS.get(status) or (UpstreamUnavailable if status >= 500 else UpstreamRejected)
     # The message of a 401 may contain our key.
-    message = _told(error, secrets) if kind is not UpstreamUnauthorized else ""
+    message = _message(error, secrets) if kind is not UpstreamUnauthorized else ""
     return kind(message, upstream_status=status, retry_after=wait)
 
 
@@ -195,7 +195,7 @@ def fault_in_stream(
     elif _is_moderation(status, error):
         kind = UpstreamModerated
     # The message of a 401 may contain our key.
-    message = _told(error, secrets) if status != 401 and kind is not UpstreamModerated else ""
+    message = _message(error, secrets) if status != 401 and kind is not UpstreamModerated else ""
     if native and kind is UpstreamFailed and native not in message:
         message = (
             _cut(message or UpstreamFailed.default_message, _MAX_MESSAGE - len(native) - 3) + f" ({native})"
@@ -216,7 +216,7 @@ def fault_in_body(body: object, *, secrets: tuple[str, ...] = (), now: float | N
             fault = fault_in_stream(place, secrets=secrets, now=now, native_reason=native)
             if fault is not None:
                 return fault
-    if isinstance(body, Mapping) and body.get("detail") and (message := _told(body, secrets)):
+    if isinstance(body, Mapping) and body.get("detail") and (message := _message(body, secrets)):
         return UpstreamFailed(message, upstream_status=_status(body))
     return UpstreamInvalid()
 
@@ -237,7 +237,7 @@ def other_cap(status: int, body: object, names: Sequence[str]) -> str | None:
     inner = _inner_error(error)
     metadata = error.get("metadata")
     raw = metadata.get("raw") if isinstance(metadata, Mapping) else None
-    message = " ".join(_sentence(told, 0)[:_MAX_READ] for told in (error, raw)).lower()
+    message = " ".join(_sentence(said, 0)[:_MAX_READ] for said in (error, raw)).lower()
     # The longer name does not contain the shorter one; they are separated all the same, to make that plain.
     names_sent, names_other = sent in message.replace(other, ""), other in message.replace(sent, "")
     if names_other and "instead" in message:
@@ -313,8 +313,8 @@ def parse_reset(value: object, now: float | None) -> float | None:
 def wait_in_headers(headers: Mapping[str, Any], status: int | None, now: float | None) -> float | None:
     """Return the seconds to wait: ``Retry-After``, else ``X-RateLimit-Reset`` where a retry may help."""
     lower = {str(name).lower(): value for name, value in headers.items()}
-    told = lower.get("retry-after")
-    wait = parse_retry_after(str(told)[:100], now) if isinstance(told, str | int | float) else None
+    said = lower.get("retry-after")
+    wait = parse_retry_after(str(said)[:100], now) if isinstance(said, str | int | float) else None
     if wait is None and status in _RETRYABLE:
         wait = parse_reset(lower.get("x-ratelimit-reset"), now)
     return wait
@@ -421,11 +421,11 @@ def _is_moderation(status: int | None, error: Mapping[str, Any] | None) -> bool:
     if status not in (None, 400, 403):
         return False
     raw = metadata.get("raw") if isinstance(metadata, Mapping) else None
-    told = (_sentence(raw, 0) + " " + _sentence(error, 0))[: 2 * _MAX_READ].lower()
-    return any(sign in told for sign in _FILTERED)
+    said = (_sentence(raw, 0) + " " + _sentence(error, 0))[: 2 * _MAX_READ].lower()
+    return any(sign in said for sign in _FILTERED)
 
 
-def _told(error: Mapping[str, Any] | None, secrets: tuple[str, ...]) -> str:
+def _message(error: Mapping[str, Any] | None, secrets: tuple[str, ...]) -> str:
     """Return the most specific sentence of the upstream, cut and without secrets; empty to use our own sentence."""
     if error is None:
         return ""

@@ -33,7 +33,7 @@ MODELS = (
     Model(
         "rehearsal/fast",
         "Rehearsal: Fast",
-        "Over a thousand chunks as fast as the line takes them.",
+        "Over a thousand chunks as fast as the connection takes them.",
         scripts.fast,
     ),
     Model(
@@ -154,7 +154,7 @@ MODELS = (
     Model(
         "rehearsal/late",
         "Rehearsal: Late",
-        "A paragraph with a finish reason, but the line stays open and silent after it.",
+        "A paragraph with a finish reason, but the connection stays open and silent after it.",
         faults.late,
     ),
     Model(
@@ -303,7 +303,7 @@ MODELS = (
     Model(
         "rehearsal/silence",
         "Rehearsal: Silence",
-        "Some text, then nothing for ever on an open line.",
+        "Some text, then nothing for ever on an open connection.",
         faults.silence,
     ),
     Model(

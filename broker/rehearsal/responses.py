@@ -38,7 +38,7 @@ class ResponsesAnswer(Answer):
         return Send(self._message_piece("refusal", "refusal", token))
 
     def thought(self, token: str) -> Send:
-        """Return events with a piece of reasoning, told as its summary."""
+        """Return events with a piece of reasoning, as its summary."""
         part = {"type": "summary_text", "text": ""}
         opening = self._open({"type": "reasoning", "id": self._name("rs"), "summary": [part]})
         self._item["summary"][0]["text"] += token
@@ -90,10 +90,10 @@ class ResponsesAnswer(Answer):
 
     def usage(self) -> dict[str, Any]:
         """Return the ``usage`` object as of now."""
-        told = Answer.usage(self)
+        usage = Answer.usage(self)
         names = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens"}
         names |= {f"{name}_details": f"{theirs}_details" for name, theirs in names.items()}
-        return {names.get(name, name): value for name, value in told.items()}
+        return {names.get(name, name): value for name, value in usage.items()}
 
     def whole(self, text: str) -> Reply:
         """Return the answer as one JSON document."""

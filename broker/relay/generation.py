@@ -403,7 +403,7 @@ class Generation:
                 Action.SETTLE in actions and not await self.finishing.settle_in_time(end.state)
             ):
                 self._write_later(self, end)
-            if Action.TELL in actions:
+            if Action.SEND_END in actions:
                 self.feed.finish(end)
                 log.info(
                     "session ended", session=short(self.session_id), state=end.state, events=self.feed.last

@@ -206,8 +206,8 @@ class UpstreamStream:
     """
 
     def __init__(self, response: httpx2.Response, dialect: Dialect, secrets: tuple[str, ...]) -> None:
-        told: str | None = response.headers.get("x-generation-id")
-        self.generation_id = bounded_text(told) if told else None
+        named: str | None = response.headers.get("x-generation-id")
+        self.generation_id = bounded_text(named) if named else None
         self.whole: dict[str, Any] | None = None
         self._response = response
         self._dialect = dialect

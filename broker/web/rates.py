@@ -1,4 +1,4 @@
-"""The rate of a client as HTTP tells it: two headers on every answer to a counted request.
+"""The rate limit of a client in HTTP: two headers on every answer to a counted request.
 
 The headers are those of https://datatracker.ietf.org/doc/draft-ietf-httpapi-ratelimit-headers/ (revision 11), both of
 them lists of structured fields (RFC 9651). The draft requires that `Retry-After` is not less than `t`; here they are

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from broker.relay.source import Source
 
 FORMS: Mapping[str, type[Viewer]] = {"": Viewer, "chunk": Viewer, "token": TokenViewer}
-"""The values of ``events``: in which form a session is told, and who tells it."""
+"""The values of ``events``: the forms of a session, and their viewers."""
 
 COME_AGAIN_MS = 3000
 """Milliseconds after which a page should reconnect to a session that cannot be served now."""

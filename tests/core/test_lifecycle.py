@@ -158,9 +158,9 @@ def test_any_order_of_events_ends_once(choices: list[int]) -> None:
             showing = {Action.HIDE: False, Action.SHOW: True}.get(action, showing)
         assert showing is lifecycle.shows
     assert done.count(Action.STOP_READING) <= 1
-    ends = [action for action in done if action in (Action.TELL, Action.SETTLE, Action.WRITE_LATER)]
+    ends = [action for action in done if action in (Action.SEND_END, Action.SETTLE, Action.WRITE_LATER)]
     if lifecycle.phase is Phase.ENDED:
-        assert ends[-2:] in ([Action.SETTLE, Action.TELL], [Action.WRITE_LATER, Action.TELL])
+        assert ends[-2:] in ([Action.SETTLE, Action.SEND_END], [Action.WRITE_LATER, Action.SEND_END])
         assert done[-2:] == ends[-2:]
         # An end that Redis may write yet is written again in any case; writing and settling it twice changes nothing.
         assert ends[:-2] in ([], [Action.WRITE_LATER])
