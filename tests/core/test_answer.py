@@ -435,10 +435,10 @@ MANY = MAX_VALUES + 1
     ids=["parts", "objects", "lists", "lenient"],
 )
 def test_a_chunk_of_too_many_values_is_refused_at_once(data: bytes) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(UpstreamInvalid):
         ChatAnswer().read(data)
-    assert time.perf_counter() - started < 0.05
+    assert time.process_time() - started < 0.05
 
 
 def test_a_large_text_in_one_chunk_is_read() -> None:

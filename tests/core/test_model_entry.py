@@ -143,10 +143,10 @@ def test_an_entry_that_is_too_large_is_left_out(odd: bytes) -> None:
     ids=["values", "bytes"],
 )
 def test_a_list_that_is_too_large_is_refused_at_once(body: bytes) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match="too large"):
         parse_models(body)
-    assert time.perf_counter() - started < 0.05
+    assert time.process_time() - started < 0.05
 
 
 def test_the_first_of_too_many_models_stay() -> None:
