@@ -2,7 +2,7 @@
 
 A page sends back the items of `response.output_item.done`, so an item may have ids, a status, encrypted reasoning and
 annotations, which only the upstream reads. Items that refer to something stored upstream are refused, and so are the
-items of tools that the upstream runs.
+items of tools that the upstream runs, until the operator opens them by their type.
 
 Shapes: https://platform.openai.com/docs/api-reference/responses/create.
 """
@@ -33,6 +33,7 @@ from broker.core.messages import (
     by_kind,
     tagged,
 )
+from broker.core.parameters import is_open
 from broker.core.tokens import AUDIO_TOKENS, FILE_TOKENS, IMAGE_TOKENS, MESSAGE_TOKENS, VIDEO_TOKENS, Size
 
 if TYPE_CHECKING:
@@ -288,9 +289,10 @@ Item = Annotated[
 ]
 
 
-def role_of(item: Mapping[str, Any]) -> str:
-    """Return the role of a message; empty for any other item."""
-    return str(item.get("role") or "")
+def is_item_opened(item: Any, extra_parameters: tuple[str, ...]) -> bool:
+    """Return True for an item of a type that is not known here, and that the operator opened by its name."""
+    kind = item.get("type") if isinstance(item, dict) else None
+    return isinstance(kind, str) and kind not in _TYPES and is_open(kind, extra_parameters)
 
 
 def parts_of(item: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -304,15 +306,18 @@ def parts_of(item: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def part_types(items: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """Yield the place (``input.0.content.1``) and the type of each part of valid items."""
     for index, item in enumerate(items):
-        yield from ((f"input.{index}.{place}", part["type"]) for place, part in parts_of(item))
+        for place, part in parts_of(item):
+            if isinstance(kind := part.get("type"), str):
+                yield f"input.{index}.{place}", kind
 
 
 def image_addresses(items: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """Yield the place and the URL of each picture of valid items."""
     for index, item in enumerate(items):
         for place, part in parts_of(item):
-            if part["type"] == "input_image":
-                yield f"input.{index}.{place}.image_url", part["image_url"]
+            address = part.get("image_url")
+            if part.get("type") == "input_image" and isinstance(address, str):
+                yield f"input.{index}.{place}.image_url", address
 
 
 def stray_outputs(items: Sequence[Mapping[str, Any]]) -> Iterator[int]:
@@ -334,14 +339,22 @@ def measure_item(item: Mapping[str, Any]) -> Size:
             continue
         if isinstance(value, str):
             text_bytes += len(value.encode())
-        elif key in ("content", "output", "summary"):
+        elif key in ("content", "output", "summary") and isinstance(value, list):
             for part in value:
-                flat = PART_TOKENS.get(part["type"])
-                text = part.get("text", part.get("refusal"))
-                if flat is not None:
-                    flat_tokens += flat
-                else:
-                    text_bytes += len(text.encode() if isinstance(text, str) else orjson.dumps(part))
+                size = _measure_part(part)
+                text_bytes += size.text_bytes
+                flat_tokens += size.flat_tokens
         else:
             text_bytes += len(orjson.dumps(value))
     return Size(text_bytes, flat_tokens)
+
+
+def _measure_part(part: Any) -> Size:
+    """Return the size of a part; of an item that the operator opened it may be anything."""
+    if isinstance(part, dict):
+        kind, text = part.get("type"), part.get("text", part.get("refusal"))
+        if isinstance(kind, str) and kind in PART_TOKENS:
+            return Size(0, PART_TOKENS[kind])
+        if isinstance(text, str):
+            return Size(len(text.encode()), 0)
+    return Size(len(orjson.dumps(part)), 0)

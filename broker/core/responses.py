@@ -20,7 +20,14 @@ from broker.core.checking import (
     wrong_parameters,
     wrong_parts,
 )
-from broker.core.items import READ_BY_ALL, image_addresses, measure_item, part_types, stray_outputs
+from broker.core.items import (
+    READ_BY_ALL,
+    image_addresses,
+    is_item_opened,
+    measure_item,
+    part_types,
+    stray_outputs,
+)
 from broker.core.responses_parameters import (
     CLOSABLE,
     OPENED_PARAMETERS,
@@ -39,6 +46,8 @@ if TYPE_CHECKING:
     from broker.core.checking import Fault
     from broker.core.dialect import DialectName
     from broker.core.tokens import Size
+
+_VALID = {"type": "reasoning"}
 
 SCHEMA = Schema(ResponsesParameters, PARAMETERS, OPENED_PARAMETERS, CLOSABLE)
 
@@ -124,7 +133,7 @@ def parse_responses(document: Any, rules: RequestRules) -> ResponsesRequest:
     if "messages" in given:
         refuse([fault("messages", "Give either messages or input")])
     refuse(too_many(given, "input", rules.max_messages))
-    refuse(wrong_parameters(given, SCHEMA, rules.extra_parameters))
+    refuse(wrong_parameters(_without_opened(given, rules.extra_parameters), SCHEMA, rules.extra_parameters))
     refuse(_wrong_together(given, rules.extra_parameters))
     model = take_model(given, rules)
     request = ResponsesRequest(model=model, input=given.pop("input"), parameters=given)
@@ -135,6 +144,14 @@ def parse_responses(document: Any, rules: RequestRules) -> ResponsesRequest:
 def is_responses(document: Any) -> bool:
     """Return True if a document is a Responses request: it has an input."""
     return isinstance(document, dict) and document.get("input") is not None
+
+
+def _without_opened(given: dict[str, Any], extra_parameters: tuple[str, ...]) -> dict[str, Any]:
+    """Return the parameters with something valid in the place of each item that the operator opened by its type."""
+    items = given.get("input")
+    if not isinstance(items, list) or not any(is_item_opened(item, extra_parameters) for item in items):
+        return given
+    return given | {"input": [_VALID if is_item_opened(item, extra_parameters) else item for item in items]}
 
 
 def _wrong_together(given: Mapping[str, Any], extra_parameters: tuple[str, ...]) -> list[Fault]:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 _PINNED_ROLES = ("system", "developer")
-_CALL, _OUTPUT = "function_call", "function_call_output"
+
+_CALL, _OUTPUT = "_call", "_call_output"
+"""How the types of items end that make and answer a call, of a function or of a tool that the operator opened."""
 
 
 def trim(units: Iterable[Sequence[int]], tokens: Sequence[int], limit: float) -> list[int]:
@@ -91,14 +93,26 @@ def _opens_turn(items: Sequence[Mapping[str, Any]], index: int) -> bool:
 
 
 def _opens_step(items: Sequence[Mapping[str, Any]], index: int) -> bool:
-    """Return True if the model wrote this item directly after the output of a function."""
-    kind, before = items[index].get("type"), items[index - 1].get("type") if index else None
-    return kind != _OUTPUT and before == _OUTPUT
+    """Return True if an answer of the model begins with this item: after the output of a call, or after a message."""
+    item, before = items[index], items[index - 1] if index else {}
+    if _call_id(item, _OUTPUT) is not None:
+        return False
+    if _call_id(before, _OUTPUT) is not None:
+        return True
+    is_beginning = item.get("role") == "assistant" or item.get("type") == "reasoning"
+    return is_beginning and before.get("role") == "assistant"
+
+
+def _call_id(item: Mapping[str, Any], kind: str) -> str | None:
+    """Return the id of the call that an item of this kind makes or answers; None for any other item."""
+    name, call_id = item.get("type"), item.get("call_id")
+    return call_id if isinstance(name, str) and name.endswith(kind) and isinstance(call_id, str) else None
 
 
 def _last_outputs(items: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Return the place of the last output of each call."""
-    return {item["call_id"]: index for index, item in enumerate(items) if item.get("type") == _OUTPUT}
+    ids = ((_call_id(item, _OUTPUT), index) for index, item in enumerate(items))
+    return {call_id: index for call_id, index in ids if call_id is not None}
 
 
 def _item_units(
@@ -118,7 +132,7 @@ def _item_units(
             yield unit
             unit = []
         unit.append(index)
-        if item.get("type") == _CALL:
-            reach = max(reach, answered.get(item["call_id"], -1))
+        if (call_id := _call_id(item, _CALL)) is not None:
+            reach = max(reach, answered.get(call_id, -1))
     if unit and reach < places.stop:
         yield unit

@@ -256,6 +256,28 @@ def test_a_closed_part_is_opened_by_the_name_it_has_in_a_chat() -> None:
     accept(asked(user() | {"colour": 1}), rules("input.colour"))
 
 
+OPENED: list[dict[str, Any]] = [
+    {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"query": "x"}},
+    {"type": "shell_call", "call_id": "c", "content": [3, {"type": []}, {"text": "abc"}]},
+    {"type": "shell_call_output", "call_id": "c", "output": [{"type": "input_image", "image_url": 3}]},
+]
+
+
+@pytest.mark.parametrize("item", OPENED)
+def test_an_item_of_a_server_tool_is_opened_by_its_type(item: dict[str, Any]) -> None:
+    document = asked(user("x" * 600), item)
+    assert fields(document)[0] == "input.1.type"
+    assert fields(document, rules("web_search", "*call_id"))[0] == "input.1.type"
+    fitted = fit(accept(document, rules(item["type"])), {}, FIT)
+    assert fitted.body["input"] == document["input"]
+    assert fitted.prompt_tokens > 215
+
+
+def test_a_call_of_a_server_tool_goes_with_its_output() -> None:
+    assert list(droppable_items([user(), *OPENED[1:], said(), user()])) == [[0, 1, 2, 3]]
+    assert list(droppable_items([user(), OPENED[1], user(), OPENED[2]])) == []
+
+
 def test_a_model_that_is_not_allowed_is_refused() -> None:
     with pytest.raises(ModelNotAllowed):
         parse_request(asked(models=["c/d"]), rules(models=("a/*",)))
@@ -426,6 +448,8 @@ def units(initials: str) -> list[list[int]]:
         ("u C u c a u", [[0, 1, 2, 3, 4]]),  # not even by the next question
         ("ua u C u c", [[0, 1]]),  # nor by the last one
         ("Cc ra", [[0, 1]]),  # nobody has asked: steps only
+        ("u ra ra a", [[1, 2], [3, 4]]),  # a message ends an answer
+        ("u raCc a", [[1, 2, 3, 4]]),  # but what it called belongs to it
     ],
 )
 def test_whole_units_go_the_oldest_first(items: str, expected: list[list[int]]) -> None:
