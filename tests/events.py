@@ -45,6 +45,7 @@ class Connection:
         status, headers: of the answer; names in lower case.
         blocks: what was read so far, between blank lines: events, comments, retries.
         last_id: what an EventSource would send when it comes back.
+        retry: milliseconds after which it would come back.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -52,6 +53,7 @@ class Connection:
         self.headers: dict[str, str] = {}
         self.blocks: list[bytes] = []
         self.last_id: str | None = None
+        self.retry = 0
         self._reader = reader
         self._writer = writer
         self._buffer = b""
@@ -91,6 +93,8 @@ class Connection:
             for line in block.decode().split("\n"):
                 name, _, value = line.partition(":")
                 fields.setdefault(name, []).append(value.removeprefix(" "))
+            if "retry" in fields:
+                self.retry = int(fields["retry"][-1])
             if "data" in fields:
                 event_id = fields["id"][-1] if "id" in fields else None
                 self.last_id = event_id or self.last_id

@@ -69,6 +69,11 @@ class Turn:
                 return pieces(_object(frame.data))
             case "done":
                 self.end = _done(_object(frame.data))
+            case "queued":
+                place = _object(frame.data)
+                self.waits_for = (
+                    f"Too many of your answers are being written; this is number {place.get('position')}."
+                )
             case "error":
                 self._take_error(_object(frame.data))
         return []

@@ -203,6 +203,20 @@ class TooManyStreams(LimitError):
     default_message = "Too many answers are being written for you at once; wait for one to end."
 
 
+class Queued(TooManyStreams):
+    """A session waits in line for a slot of its client.
+
+    Attributes:
+        position: its place, from 1.
+        of: the sessions of the client that wait.
+        retry_ms: milliseconds after which its page should come back to keep the place.
+    """
+
+    def __init__(self, position: int, of: int, retry_ms: int) -> None:
+        self.position, self.of, self.retry_ms = position, of, retry_ms
+        super().__init__(retry_after=retry_ms / 1000)
+
+
 class ServiceError(BrokerError):
     """The caller did nothing wrong and may try again."""
 

@@ -43,6 +43,11 @@ def refusal_event(error: BrokerError, cursor: Cursor | None, *, final: bool = Tr
     return encode_event("error", error_data(error, final=final), event_id)
 
 
+def queued_event(position: int, of: int) -> bytes:
+    """Return the event of a page that waits in line. It has no id: it is no part of the session."""
+    return encode_event("queued", orjson.dumps({"position": position, "of": of}))
+
+
 def error_data(error: BrokerError, *, final: bool = True) -> bytes:
     """Return the data of an `error` event."""
     data: dict[str, Any] = {

@@ -89,10 +89,11 @@ class Claiming:
         """Whether a claim of this session is under way."""
         return session_id in self._under_way
 
-    async def claim(self, session_id: str) -> Generation | SessionStatus:
+    async def claim(self, session_id: str, *, may_wait: bool = False) -> Generation | SessionStatus:
         """Claim for one viewer or several: those who ask while a claim is under way share its answer.
 
         Raises:
+            Queued: the session waits in line.
             TooManyStreams, BudgetExceeded: there is no room now; the session stays prepared.
             BeingClaimed: another worker is claiming it, and has not done so in time.
             StoreUnavailable: the outcome is not known. Where the claim was sent, its outcome is still asked for, and
@@ -102,6 +103,7 @@ class Claiming:
         if pursuit is None:
             pursuit = self._under_way[session_id] = _Pursuit(session_id, str(uuid.uuid4()))
             self._spawn(self._pursue(pursuit))
+        pursuit.may_wait = pursuit.may_wait or may_wait
         # A viewer that leaves takes its own wait along and not the claim.
         return await pursuit.attempt.wait()
 
@@ -227,7 +229,7 @@ class Claiming:
         if now < pursuit.reserved_at + LEASE / 2:
             return reservation
         try:
-            day = await self._accounts.reserve(reservation)
+            day = await self._accounts.reserve(reservation, may_wait=pursuit.may_wait)
         except BeingClaimed:
             raise
         except Overloaded:  # given back; but a claim whose reply was lost may have overtaken that
@@ -281,10 +283,20 @@ class _Pursuit:
 
     Attributes:
         sent: it may have reached Redis, and may yet take effect there.
+        may_wait: without a free slot, the session waits in line.
         withdrawn: somebody has cancelled the session: no generation begins.
     """
 
-    __slots__ = ("attempt", "claim_id", "reservation", "reserved_at", "sent", "session_id", "withdrawn")
+    __slots__ = (
+        "attempt",
+        "claim_id",
+        "may_wait",
+        "reservation",
+        "reserved_at",
+        "sent",
+        "session_id",
+        "withdrawn",
+    )
 
     def __init__(self, session_id: str, claim_id: str) -> None:
         self.session_id = session_id
@@ -293,4 +305,5 @@ class _Pursuit:
         self.reservation: Reservation | None = None
         self.reserved_at = float("-inf")
         self.sent = False
+        self.may_wait = False
         self.withdrawn = False

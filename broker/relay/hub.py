@@ -80,7 +80,7 @@ class Hub:
             spawn=worker.tasks.spawn,
         )
 
-    async def find(self, session_id: str, cursor: Cursor | None) -> Source:
+    async def find(self, session_id: str, cursor: Cursor | None, *, may_wait: bool = False) -> Source:
         """Return the source of a session's events.
 
         A request without a cursor claims a prepared session. One with a cursor never does.
@@ -94,7 +94,7 @@ class Hub:
         if here is not None:
             self._check_resuming()
             return here
-        if cursor is None and (won := await self._claim(session_id)) is not None:
+        if cursor is None and (won := await self._claim(session_id, may_wait)) is not None:
             return won
         return await self._mirror(session_id, cursor)
 
@@ -145,7 +145,7 @@ class Hub:
     def _here(self, session_id: str) -> Generation | None:
         return self._worker.running.get(session_id) or self._worker.finished.get(session_id)
 
-    async def _claim(self, session_id: str) -> Generation | None:
+    async def _claim(self, session_id: str, may_wait: bool) -> Generation | None:
         """Claim a session. Returns None if it cannot be claimed; `_mirror` finds the reason."""
         if session_id not in self._claiming:
             if self._worker.draining:
@@ -154,7 +154,7 @@ class Hub:
                 raise Overloaded
             if not await self._worker.redis.may_claim():
                 raise StoreUnavailable  # it may run already, and its owner is about to write that
-        outcome = await self._claiming.claim(session_id)
+        outcome = await self._claiming.claim(session_id, may_wait=may_wait)
         if isinstance(outcome, Generation):
             if outcome.was_watched:  # by another viewer that waited for the same claim
                 self._check_resuming()

@@ -20,7 +20,7 @@ import orjson
 import structlog
 
 from broker.core.accounts import Quotas, Usage, WorstCase
-from broker.core.errors import BeingClaimed, BudgetExceeded, Overloaded, StoreRefused, TooManyStreams
+from broker.core.errors import BeingClaimed, BudgetExceeded, Overloaded, Queued, StoreRefused, TooManyStreams
 from broker.core.session import State
 from broker.store.buckets import BUCKETS, Account, account_of, bucket_prefix, total_account
 from broker.store.connection import Store, bounded_call
@@ -52,7 +52,19 @@ BUDGET_RETRY = 30.0
 """Seconds after which a page that waits for a budget comes again."""
 
 STREAMS_RETRY = 5.0
-"""Seconds after which a page that waits for a slot comes again."""
+"""Seconds after which a caller that cannot wait in line may try again for a slot."""
+
+LINE = {
+    "PLACE_MS": 15_000,
+    "LATE_MS": 500,
+    "MIN_RETRY_MS": 2000,
+    "MAX_RETRY_MS": 10_000,
+    "RETRY_STEP_MS": 200,
+    "NEAR": 10,
+}
+"""How pages wait for a slot: in milliseconds, for how long a place is kept for a page that has not come back in time,
+how late a page may be before it is overdue, and when pages come back: the first `NEAR` of the line after the shortest
+time, each further one a step later."""
 
 UNLIMITED = 10**9
 """More streams than there can be."""
@@ -131,8 +143,8 @@ class AccountStore:
             "MAX_COST": quotas.daily_cost,
         }
         total = {"MAX_STREAMS": UNLIMITED, "MAX_TOKENS": 0, "MAX_COST": quotas.total_daily_cost}
-        self._reserve = store.script("reserve", {**leases, **own})
-        self._reserve_total = store.script("reserve", {**leases, **total})
+        self._reserve = store.script("reserve", {**leases, **LINE, **own})
+        self._reserve_total = store.script("reserve", {**leases, **LINE, **total})
         self._renew = store.script("renew", leases)
         self._release = store.script("release", {"RECORD_S": RECORD})
         settle = {**ask, "RECORD_S": RECORD, "ACCOUNT_S": ACCOUNT_TTL, "LEDGER_S": LEDGER_S}
@@ -144,13 +156,18 @@ class AccountStore:
     def _account(self, client: str) -> Account:
         return account_of(self._store, client)
 
-    async def reserve(self, reservation: Reservation) -> int:
+    async def reserve(self, reservation: Reservation, *, may_wait: bool = False) -> int:
         """Take a slot and the worst case, from the client's account and the total, or nothing.
+
+        Args:
+            reservation: for what.
+            may_wait: where no slot is free, the session takes a place in line, or keeps the one that it has.
 
         Returns:
             The day of the claim.
 
         Raises:
+            Queued: it waits in line.
             TooManyStreams, BudgetExceeded: there is no room now; `final` where nothing could be given back for it.
             BeingClaimed: there is none because another claim of the same session has taken it.
             Overloaded: it was given back meanwhile.
@@ -158,7 +175,11 @@ class AccountStore:
         day = 0
         for script, account in self._accounts(reservation):
             reply = await script(
-                **account.keys_of(reservation.claim_id), **_step(reservation), running_since=""
+                **account.keys_of(reservation.claim_id),
+                **account.line_keys(),
+                **_step(reservation),
+                running_since="",
+                may_wait=int(may_wait),
             )
             if reply[0] == b"ok":
                 day = day or int(reply[1])
@@ -179,7 +200,13 @@ class AccountStore:
             part = reservations[start : start + RESERVE_AT_ONCE]
             steps = [(each, *where) for each in part for where in self._accounts(each)]
             calls = [
-                script.call(**account.keys_of(each.claim_id), **_step(each), running_since=each.day)
+                script.call(
+                    **account.keys_of(each.claim_id),
+                    **account.line_keys(),
+                    **_step(each),
+                    running_since=each.day,
+                    may_wait=0,
+                )
                 for each, script, account in steps
             ]
             try:
@@ -451,6 +478,8 @@ def _raise_refusal(reply: list[Any], *, is_total: bool) -> NoReturn:
         raise BeingClaimed
     if kind == b"closed":
         raise Overloaded("This claim was given back.")
+    if kind == b"queued":
+        raise Queued(int(reply[1]), int(reply[2]), int(reply[3]))
     if kind == b"streams":
         raise TooManyStreams(retry_after=min(float(reply[1]), STREAMS_RETRY))
     final = reply[2] == 1

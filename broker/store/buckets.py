@@ -39,6 +39,10 @@ class Account(NamedTuple):
         """Return the key of a reservation's record."""
         return f"{self.tagged}:reservation:{claim_id}"
 
+    def line_keys(self) -> dict[str, str]:
+        """Return the keys of the line of sessions that wait for a slot."""
+        return {"line": self.key("line"), "due": self.key("line_due")}
+
     def keys_of(self, claim_id: str) -> dict[str, str]:
         """Return the keys that every step of a reservation takes."""
         return {

@@ -104,7 +104,10 @@ class PendingStore:
     def forgetting(self, client: str, session_id: str) -> list[Call]:
         """Return what `forget` does, to be run together with something else."""
         accounts = (account_of(self._store, client), self._total)
-        return [self._forget.call(**_keys(account), session=session_id) for account in accounts]
+        return [
+            self._forget.call(**_keys(account), **account.line_keys(), session=session_id)
+            for account in accounts
+        ]
 
 
 def _keys(account: Account) -> dict[str, str]:

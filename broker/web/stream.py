@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
 
-from broker.core.errors import BrokerError, BudgetExceeded, InvalidRequest, LimitError, SessionNotFound
-from broker.core.events import refusal_event
+from broker.core.errors import (
+    BrokerError,
+    BudgetExceeded,
+    InvalidRequest,
+    LimitError,
+    Queued,
+    SessionNotFound,
+)
+from broker.core.events import queued_event, refusal_event
 from broker.core.session import Cursor, is_session_id, parse_cursor
 from broker.relay.token_viewer import TokenViewer
 from broker.relay.viewer import Viewer
@@ -51,7 +58,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
             form = _form(request)
             address = request.app[IDENTIFIER].network(request)
             places.enter_context(request.app[OCCUPANCY].taken(session_id, address))
-            found = await request.app[HUB].find(session_id, cursor)
+            found = await request.app[HUB].find(session_id, cursor, may_wait=_wants_events(request))
         except BrokerError as error:
             if not _wants_events(request):
                 raise
@@ -86,6 +93,8 @@ async def _show(
 async def _refuse(request: web.Request, error: BrokerError, cursor: Cursor | None) -> web.StreamResponse:
     if may_come_again(error):
         return await _say(request, b"", jitter(COME_AGAIN_MS))
+    if isinstance(error, Queued):
+        return await _say(request, queued_event(error.position, error.of), error.retry_ms)
     if isinstance(error, LimitError) and not (isinstance(error, BudgetExceeded) and error.final):
         # The event has no id and is not final: a page that leaves its EventSource open reconnects.
         wait = BUDGET_RETRY if isinstance(error, BudgetExceeded) else STREAMS_RETRY

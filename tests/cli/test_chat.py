@@ -122,6 +122,14 @@ async def test_chat_waits_for_a_full_broker_and_says_so_once() -> None:
         assert broker.cursors == [None, None, None]
 
 
+async def test_chat_says_its_place_in_line() -> None:
+    line = [sends(f'event: queued\ndata: {{"position":{place},"of":9}}') for place in (2, 1)]
+    async with fake_broker(*line, sends(chunk(1, "one"), done(2))) as broker:
+        status, shown, notes = await run("chat", "hi", "--url", broker.url)
+        assert (status, shown) == (0, "one\n")
+        assert [word for word in ("number 2", "number 1") if word in notes] == ["number 2", "number 1"]
+
+
 async def test_204_ends_it() -> None:
     async with fake_broker(sends(chunk(1, "one"), breaks=True), answers(204)) as broker:
         told = "broker: The answer is over; there is nothing more to show.\n"

@@ -236,8 +236,8 @@ class FrozenAfterReserving(AccountStore):
 
     thawed: Reservation | None = None
 
-    async def reserve(self, reservation: Reservation) -> int:
-        day = await super().reserve(reservation)
+    async def reserve(self, reservation: Reservation, *, may_wait: bool = False) -> int:
+        day = await super().reserve(reservation, may_wait=may_wait)
         if self.thawed is None:
             self.thawed = reservation
             await self.release(reservation)

@@ -23,8 +23,8 @@ def header(name: str) -> str:
 
 
 def constants(name: str) -> dict[str, int]:
-    found = re.search(r"^-- Constants: (.*)$", header(name), re.MULTILINE)
-    return {constant.strip(): 1 for constant in found[1].split(",")} if found else {}
+    found = re.search(r"^-- Constants: (.*(?:\n--     .*)*)", header(name), re.MULTILINE)
+    return dict.fromkeys(re.findall(r"[A-Z_]+", found[1]), 1) if found else {}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -1,13 +1,16 @@
 -- Takes a slot and the worst case of one generation from an account, or nothing. Asking again with the same claim gives
 -- the same answer, and renews the lease.
--- Keys: reservation, account, slots, open
--- Args: claim_id, session, spec, tokens (int), cost (int), running_since
--- Constants: LEASE_MS, ACCOUNT_S, MAX_STREAMS, MAX_TOKENS, MAX_COST
+-- Keys: reservation, account, slots, open, line, due
+-- Args: claim_id, session, spec, tokens (int), cost (int), running_since, may_wait (int)
+-- Constants: LEASE_MS, ACCOUNT_S, MAX_STREAMS, MAX_TOKENS, MAX_COST, PLACE_MS, LATE_MS, MIN_RETRY_MS, MAX_RETRY_MS,
+--     RETRY_STEP_MS, NEAR
 -- running_since is empty at a claim. For a generation that runs already it is the day of its claim, or 0 for today: then
 -- it is reserved whatever the limits say, and also where it was given back.
+-- line has the sessions that wait for a slot of the client, in their order; due has the ms by which the page of each
+-- should have come back. A free slot is kept for each page in front that is not overdue.
 -- Returns {'ok', day}, {'closed'} for a reservation that was given back or settled, {'claiming'} where another claim of
--- the session has taken what this one lacks, or {'streams' | 'tokens' | 'cost', seconds until that may change, 1 where
--- it would not fit even if nothing was reserved}.
+-- the session has taken what this one lacks, {'queued', position, length of the line, ms after which to come back}, or
+-- {'streams' | 'tokens' | 'cost', seconds until that may change, 1 where it would not fit even if nothing was reserved}.
 local now = now_ms()
 local state, day = unpack(redis.call('HMGET', reservation, 'state', 'day'))
 if state == 'open' then
@@ -22,6 +25,31 @@ day = tonumber(running_since) or 0
 if day == 0 then
   day = today
 end
+-- Where the session stands in line, or would, and for how many in front of it a slot is kept.
+local function place()
+  for _, gone in ipairs(redis.call('ZRANGEBYSCORE', due, '-inf', now - PLACE_MS)) do
+    redis.call('ZREM', line, gone)
+    redis.call('ZREM', due, gone)
+  end
+  local before = redis.call('ZRANK', line, session) or redis.call('ZCARD', line)
+  local kept = 0
+  for _, other in ipairs(before > 0 and redis.call('ZRANGE', line, 0, before - 1) or {}) do
+    if tonumber(redis.call('ZSCORE', due, other) or 0) >= now then
+      kept = kept + 1
+    end
+  end
+  return before + 1, kept
+end
+local function wait_in_line(position)
+  local last = redis.call('ZREVRANGE', line, 0, 0, 'WITHSCORES')[2]
+  redis.call('ZADD', line, 'NX', whole(math.max(now, (last or 0) + 1)), session)
+  local retry = math.min(MAX_RETRY_MS, MIN_RETRY_MS + RETRY_STEP_MS * math.max(0, position - NEAR))
+  redis.call('ZADD', due, whole(now + retry + LATE_MS), session)
+  for _, key in ipairs({line, due}) do
+    redis.call('PEXPIRE', key, MAX_RETRY_MS + LATE_MS + PLACE_MS)
+  end
+  return {'queued', position, redis.call('ZCARD', line), retry}
+end
 local function refused(kind, seconds, final)
   if claimed_by_another(reservation, claim_id, slots, session) then
     return {'claiming'}
@@ -31,8 +59,14 @@ end
 if running_since == '' then
   -- A slot whose lease ran out counts until its reservation is settled or given back: after an outage of Redis its
   -- worker lives, and only had no Redis to renew it in.
-  if redis.call('SCARD', slots) >= MAX_STREAMS then
-    return refused('streams', 5, 0)
+  local position, kept = place()
+  if redis.call('SCARD', slots) + kept >= MAX_STREAMS then
+    if claimed_by_another(reservation, claim_id, slots, session) then
+      return {'claiming'}
+    elseif may_wait == 1 then
+      return wait_in_line(position)
+    end
+    return {'streams', 5, 0}
   end
   for _, budget in ipairs({{'tokens', tokens, MAX_TOKENS}, {'cost', cost, MAX_COST}}) do
     local kind, amount, limit = unpack(budget)
@@ -43,6 +77,8 @@ if running_since == '' then
     end
   end
 end
+redis.call('ZREM', line, session)
+redis.call('ZREM', due, session)
 redis.call('HSET', reservation, 'state', 'open', 'session', session, 'spec', spec, 'tokens', whole(tokens),
   'cost', whole(cost), 'day', day)
 change(account, day, 'reserved_tokens', tokens)

@@ -73,6 +73,7 @@ export class AnswerStream {
     this.#say("connecting");
     source.addEventListener("open", () => this.#opened());
     source.addEventListener("chunk", (event) => this.#heard(event, (chunk) => take(this.#turn, chunk)));
+    source.addEventListener("queued", (event) => this.#heard(event, (place) => this.#queued(place)));
     source.addEventListener("done", (event) => this.#heard(event, (result) => this.#end({ result })));
     source.addEventListener("error", (event) => {
       if (event.data === undefined) this.#lost();
@@ -109,6 +110,10 @@ export class AnswerStream {
   #refused(problem) {
     if (problem.final) return this.#end({ problem });
     this.#say("waiting", problem.message);
+  }
+
+  #queued({ position, of }) {
+    this.#say("waiting", `Other answers of yours are being written. This one is number ${position} of ${of} in line.`);
   }
 
   #lost() {
