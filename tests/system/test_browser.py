@@ -452,9 +452,24 @@ async def test_a_message_waits_its_turn_or_is_stopped_at_once(chromium: Browser)
         await expect(stopped.locator(".account")).to_contain_text("Stopped", timeout=SOONER_THAN_A_TURN)
 
         waiting = await ask(second, ECHO, "My turn yet?")
-        await reads(waiting.locator(".status"), "as soon as there is room")
+        await reads(waiting.locator(".status"), "number 1 of 1 in line")
         await first.get_by_role("button", name="Stop").click()
         await expect(waiting.locator(".answer")).to_have_text("My turn yet?", timeout=PATIENCE)
+
+
+@pytest.mark.slow
+async def test_ten_lines_that_only_wait_get_their_turn(chromium: Browser) -> None:
+    async with (
+        running_broker(env={**ROOM, "BROKER_MAX_CONCURRENT_STREAMS": "1"}) as broker,
+        foreign_site() as site,
+    ):
+        first, second = await chromium.new_page(), await chromium.new_page()
+        await first.goto(address(site, "ten_lines.html", broker.url, LONG))
+        await reads(first.locator("#answer"), ALIVE)
+        await second.goto(address(site, "ten_lines.html", broker.url, "My turn yet?"))
+        await second.wait_for_function("window.result", timeout=PATIENCE)
+        assert await text_of(second) == "My turn yet?"
+        assert await text_of(first) == LONG
 
 
 async def test_a_broker_with_keys_asks_for_one(page: Page) -> None:
