@@ -104,9 +104,23 @@ async def broker(valkey_url: str, upstream: ScriptedUpstream) -> AsyncIterator[B
         yield broker
 
 
+@pytest_asyncio.fixture
+async def valkey(redis_server: str) -> AsyncIterator[harness.ValkeyProcess]:
+    """A server of this test's own, which the test may freeze and kill. It runs again at the end of the test."""
+    async with harness.running_valkey() as valkey:
+        yield valkey
+
+
+@pytest_asyncio.fixture
+async def exposed_broker(valkey: harness.ValkeyProcess, upstream: ScriptedUpstream) -> AsyncIterator[Broker]:
+    """A broker on `valkey`. Its server is back before the broker is stopped, which would wait for it."""
+    async with running(valkey.url, upstream) as broker, harness.healed(valkey):
+        yield broker
+
+
 @pytest.fixture
 def clock() -> Clock:
-    """Time that passes when a test says so."""
+    """A clock that the test moves."""
     return Clock()
 
 

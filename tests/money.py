@@ -87,7 +87,7 @@ async def due_estimates(accounts: AccountStore, limit: int = 10_000) -> list[Est
     return [each for _ in range(looks) for each in await accounts.due_estimates(limit)]
 
 
-async def until(happened: Callable[[], Awaitable[object]], within: float = 5.0) -> None:
+async def until(happened: Callable[[], Awaitable[object]], within: float = 20.0) -> None:
     """Wait until something has happened that only Redis knows."""
     async with asyncio.timeout(within):
         while not await happened():  # noqa: ASYNC110 - nothing of ours tells when it happens

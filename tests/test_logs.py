@@ -12,6 +12,7 @@ import pytest
 import structlog
 
 from broker.logs import Repetitions, censor, configure_logs, log_into_application
+from tests.clock import Clock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -251,14 +252,6 @@ def test_odd_values_never_prevent_a_line() -> None:
     configure_logs("info", "json", out=out)
     logger().info("odd", big=1 << 80, keys={(1, 2): object}, lone="\ud800", raw=b"\xff")
     assert lines(out)[0]["event"] == "odd"
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def passing(

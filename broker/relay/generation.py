@@ -132,10 +132,10 @@ class Generation:
         self._ownership = ownership
         self._write_later = write_later
         self.transcript = transcript
-        self.clock = self._clock = clock or asyncio.get_running_loop().time
+        self.clock = clock or asyncio.get_running_loop().time
         dialect = DIALECTS[prepared.dialect]
         self._reader = UpstreamReader(
-            prepared, dialect=dialect, upstream=upstream, limits=limits, take=self._take, clock=self._clock
+            prepared, dialect=dialect, upstream=upstream, limits=limits, take=self._take, clock=self.clock
         )
         self.finishing = Finishing(
             reservation,
@@ -146,9 +146,9 @@ class Generation:
             sessions=sessions,
             settlement=settlement,
             images=dialect.count_pictures(prepared.request),
-            clock=self._clock,
+            clock=self.clock,
         )
-        self.started_at = self._clock()
+        self.started_at = self.clock()
         self._viewers = 0
         self._unwatched_since: float | None = self.started_at + max(0.0, FIRST_VIEWER - limits.grace)
         self._to_decide = asyncio.Event()
@@ -301,7 +301,7 @@ class Generation:
         if self._viewers or self.watched_elsewhere:
             self._unwatched_since = None
         elif self._unwatched_since is None:
-            self._unwatched_since = self._clock()
+            self._unwatched_since = self.clock()
             if self._limits.grace == 0:
                 self._handle(Event.GRACE_OVER)
 

@@ -27,6 +27,8 @@ from broker.relay.settlement import Settlement
 from broker.relay.tasks import Tasks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from broker.relay.config import GenerationLimits, Money, WorkerConfig
     from broker.relay.results import Results
     from broker.relay.viewer import Viewer
@@ -58,6 +60,7 @@ class Worker:
         money: functions that know about money.
         config: the limits of this worker.
         results: passes the result of each answer to an application; None where it wants none.
+        clock: seconds that only go forward; by default the event loop's.
 
     Attributes:
         draining: nothing new is started.
@@ -68,6 +71,7 @@ class Worker:
         redis: what has become of Redis.
         tasks: owns the tasks of this worker.
         config: as given.
+        clock: of the generations that are started from now on.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class Worker:
         money: Money,
         config: WorkerConfig,
         results: Results | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.draining = False
         self.running: dict[str, Generation] = {}
@@ -89,16 +94,19 @@ class Worker:
         self.viewers: set[Viewer] = set()
         self.tasks = Tasks()
         self.config = config
+        self.clock = clock or asyncio.get_running_loop().time
         self._sessions = sessions
         self._workers = workers
         self._upstream = upstream
         self._limits = limits
         self._results = results
         self._learn, self._learn_speed = money.learn, money.learn_speed
-        self._settlement = Settlement(accounts, money, spawn=self.tasks.spawn_extra)
+        self._settlement = Settlement(accounts, money, spawn=self.tasks.spawn_extra, clock=self.clock)
         self.redis = RedisWatch(workers)
         self._journal = JournalWriter(journal, interval=config.journal_interval)
-        self._late_ends = LateEnds(self.finished, self.redis, self._journal, spawn=self.tasks.spawn)
+        self._late_ends = LateEnds(
+            self.finished, self.redis, self._journal, spawn=self.tasks.spawn, clock=self.clock
+        )
         self._ownership = Ownership(
             self.running,
             self.finished,
@@ -146,6 +154,7 @@ class Worker:
             journal=self._journal if self.config.resume_ttl > 0 else None,
             ownership=self._ownership,
             write_later=self._late_ends.add,
+            clock=self.clock,
             transcript=Transcript() if self._results is not None else None,
         )
         self.running[session_id] = generation
@@ -186,7 +195,7 @@ class Worker:
         self.running.pop(generation.session_id, None)
         self._journal.remove(generation)
         if generation.wrote_its_end:
-            self.finished.add(generation, asyncio.get_running_loop().time())
+            self.finished.add(generation, self.clock())
         if self._results is not None:
             self._results.take(generation)
         self._learn_from(generation)

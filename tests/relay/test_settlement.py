@@ -18,6 +18,7 @@ from broker.store.accounts import AccountStore, Reservation
 from broker.store.usage_ledger import UsageLedger
 from broker.web import keys
 from tests.broker import Broker, running
+from tests.clock import Clock, run_ready_tasks
 from tests.money import MODEL, PRICE, Ledger, ledger, open_reservations, price_list, slots, unasked, until
 from tests.system.harness import ValkeyProcess, running_valkey
 
@@ -311,6 +312,7 @@ async def test_a_worker_that_never_prepared_knows_the_prices_too(
     upstream.models = price_list()
     async with running(valkey_url, upstream) as one, running(valkey_url, upstream) as another:
         session, prompt = await prepared(one)
+        await until(lambda: asyncio.sleep(0, another.app[keys.CATALOG].has_list))
         async with another.stream(session) as line:
             call = (await upstream.call()).open()
             call.chunk("x" * 30)
@@ -390,25 +392,35 @@ async def test_an_estimate_is_corrected_by_the_upstreams_record(
     assert upstream.looks == [GENERATION]
 
 
-@pytest.mark.slow
+def clock_of_settlement(broker: Broker) -> Clock:
+    """A clock by which the broker waits before it fetches a record."""
+    clock, settlement = Clock(), broker.app[keys.WORKER]._settlement
+    settlement._clock, settlement._pause = clock, clock.pause
+    return clock
+
+
 async def test_a_record_that_is_late_is_fetched_again(broker: Broker, upstream: ScriptedUpstream) -> None:
+    clock = clock_of_settlement(broker)
+    began = clock.now
     upstream.generations[GENERATION] = None
-    began = asyncio.get_running_loop().time()
     await estimated(broker, upstream)
+    await clock.end_pause()
     await until(lambda: asyncio.sleep(0, len(upstream.looks) == 1))
     upstream.generations[GENERATION] = RECORD
 
     async def corrected() -> bool:
         return (await ledger(broker.app[keys.STORE].redis)).estimated == 0
 
+    await clock.end_pause()
     await until(corrected)
-    assert RECORD_DELAYS[1] <= asyncio.get_running_loop().time() - began < RECORD_DELAYS[1] + 1
+    assert clock.now - began == RECORD_DELAYS[1]
     assert await booked(broker) == Ledger(1, 0, 18, 123_000)
 
 
 async def test_the_reservation_stays_until_the_record_is_there(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
+    clock = clock_of_settlement(broker)
     upstream.generations[GENERATION] = None
     tokens = await estimated(broker, upstream)
     redis = broker.app[keys.STORE].redis
@@ -416,6 +428,7 @@ async def test_the_reservation_stays_until_the_record_is_there(
     assert account.spent_tokens == tokens
     assert account.spent_tokens + account.reserved_tokens == account.reserved_tokens + tokens > 4096
     assert account.reserved_cost > 0
+    await clock.end_pause()
     await until(lambda: asyncio.sleep(0, len(upstream.looks) == 1))
     assert await ledger(redis) == account
     upstream.generations[GENERATION] = RECORD
@@ -423,25 +436,28 @@ async def test_the_reservation_stays_until_the_record_is_there(
     async def corrected() -> bool:
         return await ledger(redis) == Ledger(1, 0, 18, 123_000)
 
-    await until(corrected, within=RECORD_DELAYS[1] + 2)
+    await clock.end_pause()
+    await until(corrected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("unknown", [True, False])
 async def test_a_missing_record_does_not_stop_later_requests(
     broker: Broker, upstream: ScriptedUpstream, unknown: bool
 ) -> None:
     """A 404 of a proxy, once or for long, says nothing of the next generation."""
+    clock = clock_of_settlement(broker)
     if not unknown:
         upstream.generations[GENERATION] = None
     await estimated(broker, upstream)
-    session, _ = await prepared(broker)
-    await broker.read(session)
-    await until(lambda: asyncio.sleep(0, len(upstream.looks) == 6), within=RECORD_DELAYS[2] + 2)
+    for asked in range(1, 4):
+        await clock.end_pause()
+        await until(lambda asked=asked: asyncio.sleep(0, len(upstream.looks) == asked))  # type: ignore[misc]
     upstream.generations[GENERATION] = RECORD
     session, _ = await prepared(broker)
     await broker.read(session)
-    await until(lambda: asyncio.sleep(0, len(upstream.looks) == 7))
+    await until(lambda: asyncio.sleep(0, clock.pauses.count(RECORD_DELAYS[0]) == 2))
+    await clock.end_pause()
+    await until(lambda: asyncio.sleep(0, len(upstream.looks) == 4))
 
 
 async def test_an_upstream_that_is_not_openrouter_is_never_asked(
@@ -449,10 +465,12 @@ async def test_an_upstream_that_is_not_openrouter_is_never_asked(
 ) -> None:
     upstream.models = b'{"object": "list", "data": [{"id": "scripted/model-1", "object": "model"}]}'
     async with running(valkey_url, upstream, upstream_kind="auto") as broker:
+        clock = clock_of_settlement(broker)
         await broker.ask("GET", "/models")
         await estimated(broker, upstream)
         assert (await ledger(broker.app[keys.STORE].redis)).reserved_tokens == 0
-        await asyncio.sleep(RECORD_DELAYS[0] + 0.2)  # nothing happens in this time
+        await run_ready_tasks()
+        assert clock.pauses == [], "nothing waits to fetch a record"
     assert upstream.looks == []
 
 
@@ -460,8 +478,10 @@ async def test_a_reported_cost_needs_no_record(broker: Broker, upstream: Scripte
     upstream.generations[GENERATION] = RECORD
     upstream.replies = [answer_with({"cost": 0.001})]
     session, _ = await prepared(broker)
+    clock = clock_of_settlement(broker)
     await broker.read(session)
-    await asyncio.sleep(RECORD_DELAYS[0] + 0.2)  # nothing happens in this time
+    await run_ready_tasks()
+    assert clock.pauses == [], "nothing waits to fetch a record"
     assert upstream.looks == []
 
 
@@ -471,22 +491,25 @@ async def test_a_reported_cost_needs_no_record(broker: Broker, upstream: Scripte
 @pytest.mark.slow
 @pytest.mark.parametrize("hurt", [ValkeyProcess.freeze, ValkeyProcess.kill])
 async def test_an_end_without_redis_is_settled_once_when_it_is_back(
-    redis_server: str, upstream: ScriptedUpstream, hurt: Callable[[ValkeyProcess], None]
+    exposed_broker: Broker,
+    valkey: ValkeyProcess,
+    upstream: ScriptedUpstream,
+    hurt: Callable[[ValkeyProcess], None],
 ) -> None:
+    broker = exposed_broker
     """Killed, it comes back empty, and has forgotten the reservation too."""
-    async with running_valkey() as valkey, running(valkey.url, upstream) as broker:
-        session, _ = await prepared(broker)
-        async with broker.stream(session) as line:
-            call = await upstream.call()
-            hurt(valkey)
-            answer_with({"cost": 0.002})(call)
-            assert [event.kind for event in await line.rest()] == ["chunk", "chunk", "done"]
-        if valkey.process is None:
-            await valkey.start()
-        valkey.thaw()
-        await until(lambda: _settled(broker.app[keys.STORE].redis), within=10)
-        await asyncio.sleep(2)  # long enough for a second try, should there be one
-        assert await booked(broker) == Ledger(1, 0, 15, 2_000_000)
+    session, _ = await prepared(broker)
+    async with broker.stream(session) as line:
+        call = await upstream.call()
+        hurt(valkey)
+        answer_with({"cost": 0.002})(call)
+        assert [event.kind for event in await line.rest()] == ["chunk", "chunk", "done"]
+    if valkey.process is None:
+        await valkey.start()
+    valkey.thaw()
+    await until(lambda: _settled(broker.app[keys.STORE].redis), within=10)
+    await asyncio.sleep(2)  # long enough for a second try, should there be one
+    assert await booked(broker) == Ledger(1, 0, 15, 2_000_000)
 
 
 @pytest.mark.slow

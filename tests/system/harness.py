@@ -174,6 +174,17 @@ async def running_program(
 
 
 @asynccontextmanager
+async def healed(valkey: ValkeyProcess) -> AsyncIterator[None]:
+    """Make a Valkey run and answer again at the end of the block."""
+    try:
+        yield
+    finally:
+        if valkey.process is None:
+            await valkey.start()
+        valkey.thaw()
+
+
+@asynccontextmanager
 async def running_valkey(*, keeps: bool = False) -> AsyncIterator[ValkeyProcess]:
     """Run a Valkey of its own until the block ends; with ``keeps`` it survives a power cut."""
     with tempfile.TemporaryDirectory(prefix="broker-test-") as name:

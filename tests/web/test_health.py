@@ -9,7 +9,7 @@ import pytest
 from broker.web import keys
 from tests.broker import Broker, running
 from tests.scripted import ScriptedUpstream
-from tests.system.harness import running_valkey
+from tests.system.harness import ValkeyProcess
 
 UNKNOWN = "/stream/00000000-1111-4222-8333-444444444444"
 NO_REDIS = "unix:///nowhere/valkey.sock"
@@ -30,15 +30,17 @@ async def test_a_broker_is_not_ready_until_redis_has_answered(upstream: Scripted
         assert answer.headers["Retry-After"]
 
 
-async def test_a_redis_that_goes_away_later_is_degraded_and_ready(upstream: ScriptedUpstream) -> None:
-    async with running_valkey() as valkey, running(valkey.url, upstream) as broker:
-        assert (await broker.ask("GET", "/health/ready")).json == {"status": "ok"}
-        valkey.kill()
-        answer = await broker.ask("GET", "/health/ready")
-        assert (answer.status, answer.json["status"]) == (200, "degraded")
-        assert answer.json["reason"]
-        await valkey.start()
-        assert (await broker.ask("GET", "/health/ready")).json == {"status": "ok"}
+async def test_a_redis_that_goes_away_later_is_degraded_and_ready(
+    exposed_broker: Broker, valkey: ValkeyProcess
+) -> None:
+    broker = exposed_broker
+    assert (await broker.ask("GET", "/health/ready")).json == {"status": "ok"}
+    valkey.kill()
+    answer = await broker.ask("GET", "/health/ready")
+    assert (answer.status, answer.json["status"]) == (200, "degraded")
+    assert answer.json["reason"]
+    await valkey.start()
+    assert (await broker.ask("GET", "/health/ready")).json == {"status": "ok"}
 
 
 async def test_a_broker_that_drains_is_not_ready(broker: Broker) -> None:

@@ -11,7 +11,7 @@ import pytest
 from broker.web import keys
 from tests.broker import QUESTION, Answer, Broker, running
 from tests.money import NANO, PRICE, ledger, open_reservations, price_list, slots, until
-from tests.system.harness import running_valkey
+from tests.system.harness import ValkeyProcess
 
 if TYPE_CHECKING:
     from broker.store.connection import Store
@@ -400,16 +400,16 @@ async def test_without_a_cost_budget_no_price_is_sent(valkey_url: str, upstream:
         assert "max_price" not in upstream.calls[0].body.get("provider", {})
 
 
-async def test_prepare_without_redis_is_refused(redis_server: str, upstream: ScriptedUpstream) -> None:
-    async with running_valkey() as valkey, running(valkey.url, upstream) as broker:
-        await session_of(broker)
-        valkey.kill()
-        answer = await broker.post(small())
-        assert (answer.status, answer.code) == (503, "store_unavailable")
-        assert int(answer.headers["Retry-After"]) > 0
-        usage = await broker.ask("GET", "/usage")
-        assert (usage.status, usage.code) == (503, "store_unavailable")
-        await valkey.start()
+async def test_prepare_without_redis_is_refused(exposed_broker: Broker, valkey: ValkeyProcess) -> None:
+    broker = exposed_broker
+    await session_of(broker)
+    valkey.kill()
+    answer = await broker.post(small())
+    assert (answer.status, answer.code) == (503, "store_unavailable")
+    assert int(answer.headers["Retry-After"]) > 0
+    usage = await broker.ask("GET", "/usage")
+    assert (usage.status, usage.code) == (503, "store_unavailable")
+    await valkey.start()
 
 
 # The claim
@@ -557,20 +557,20 @@ async def test_exactly_the_claims_with_room_run(
 
 
 async def test_a_claim_whose_reply_is_lost_runs_once_and_is_paid_once(
-    redis_server: str, upstream: ScriptedUpstream
+    exposed_broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream
 ) -> None:
-    async with running_valkey() as valkey, running(valkey.url, upstream) as broker:
-        upstream.replies = [plain]
-        session = await session_of(broker)
-        valkey.freeze()
-        async with broker.stream(session) as line:
-            assert await line.rest() == []
-        valkey.thaw()
-        assert [event.kind for event in await broker.read(session)] == ["chunk", "chunk", "done"]
-        assert len(upstream.calls) == 1
-        redis = broker.app[keys.STORE].redis
-        assert await ledger(redis) == (1, 0, 15, 15_000, 0, 0)
-        assert await slots(redis) == 0
+    broker = exposed_broker
+    upstream.replies = [plain]
+    session = await session_of(broker)
+    valkey.freeze()
+    async with broker.stream(session) as line:
+        assert await line.rest() == []
+    valkey.thaw()
+    assert [event.kind for event in await broker.read(session)] == ["chunk", "chunk", "done"]
+    assert len(upstream.calls) == 1
+    redis = broker.app[keys.STORE].redis
+    assert await ledger(redis) == (1, 0, 15, 15_000, 0, 0)
+    assert await slots(redis) == 0
 
 
 async def test_a_page_that_leaves_early_pays_for_pictures(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
 import pytest
 import pytest_asyncio
 
 from tests.broker import Broker, running
 from tests.scripted import ScriptedUpstream
-from tests.system.harness import ValkeyProcess, running_valkey
+from tests.system.harness import ValkeyProcess, healed
 from tests.wire import wire_to
 
 UNKNOWN = "00000000-1111-4222-8333-444444444444"
@@ -23,32 +22,13 @@ HURTS = pytest.mark.parametrize("hurt", [ValkeyProcess.freeze, ValkeyProcess.kil
 
 
 @pytest_asyncio.fixture
-async def valkey() -> AsyncIterator[ValkeyProcess]:
-    """A Redis of the test's own, to be hurt."""
-    async with running_valkey() as valkey:
-        yield valkey
+async def broker(exposed_broker: Broker) -> Broker:
+    """A broker that has reached its Redis once."""
+    assert (await exposed_broker.ask("GET", "/health/ready")).status == 200
+    return exposed_broker
 
 
-@pytest_asyncio.fixture
-async def broker(valkey: ValkeyProcess, upstream: ScriptedUpstream) -> AsyncIterator[Broker]:
-    """A broker on it, which has met it."""
-    async with running(valkey.url, upstream) as broker, healed(valkey):
-        assert (await broker.ask("GET", "/health/ready")).status == 200
-        yield broker
-
-
-@asynccontextmanager
-async def healed(valkey: ValkeyProcess) -> AsyncIterator[None]:
-    """Give a broker its Redis back in the end, or it would wait for it while it is taken down."""
-    try:
-        yield
-    finally:
-        if valkey.process is None:
-            await valkey.start()
-        valkey.thaw()
-
-
-class Clock:
+class Stopwatch:
     """Seconds since it was made."""
 
     def __init__(self) -> None:
@@ -69,16 +49,16 @@ async def is_asked_to_come_again(broker: Broker, session: str, cursor: str | Non
 @HURTS
 async def test_prepare_is_refused_in_time(broker: Broker, valkey: ValkeyProcess, hurt: Hurt) -> None:
     hurt(valkey)
-    clock = Clock()
+    stopwatch = Stopwatch()
     for answer in await asyncio.gather(broker.post(), broker.post(headers={"Idempotency-Key": "k"})):
         assert (answer.status, answer.code, answer.headers["Retry-After"]) == (503, "store_unavailable", "3")
-    assert clock.seconds < 3
+    assert stopwatch.seconds < 3
 
 
 @HURTS
 async def test_a_session_may_be_known_later(broker: Broker, valkey: ValkeyProcess, hurt: Hurt) -> None:
     hurt(valkey)
-    clock = Clock()
+    stopwatch = Stopwatch()
     *told, plain, cancelled = await asyncio.gather(
         is_asked_to_come_again(broker, UNKNOWN),
         is_asked_to_come_again(broker, UNKNOWN, "1-1"),
@@ -87,7 +67,7 @@ async def test_a_session_may_be_known_later(broker: Broker, valkey: ValkeyProces
     )
     assert told == [True, True]
     assert (plain.status, plain.code) == (cancelled.status, cancelled.code) == (503, "store_unavailable")
-    assert clock.seconds < 3
+    assert stopwatch.seconds < 3
 
 
 async def test_a_claim_whose_reply_was_lost_is_found_again(
@@ -96,10 +76,10 @@ async def test_a_claim_whose_reply_was_lost_is_found_again(
     async with wire_to(valkey_url) as wire, running(wire.url, upstream) as broker:
         session = await broker.prepare()
         wire.drop = PROMPT  # the reply of the claim has the prompt in it
-        clock = Clock()
+        stopwatch = Stopwatch()
         pages = [is_asked_to_come_again(broker, session) for _ in range(2)]
         assert await asyncio.gather(*pages) == [True, True]
-        assert clock.seconds < 2
+        assert stopwatch.seconds < 2
         wire.drop = b""
         call = (await upstream.call()).open()  # though nobody has asked again
         async with broker.stream(session) as line:
@@ -198,17 +178,17 @@ async def test_a_page_that_watches_notices_nothing(
         await line.take(1)
         hurt(valkey)
         for word in ("two", "three"):
-            clock = Clock()
+            stopwatch = Stopwatch()
             call.chunk(word)
             await line.take(1)
-            assert clock.seconds < 0.5
+            assert stopwatch.seconds < 0.5
         async with broker.stream(session, "1-1") as late:
             assert [event.id for event in await late.take(2)] == ["1-2", "1-3"]
-        clock = Clock()
+        stopwatch = Stopwatch()
         call.chunk("", finish="stop")
         call.done()
         assert [event.id for event in await line.rest()] == ["1-4", "1-5.end"]
-        assert clock.seconds < 0.8  # 300 ms for Redis to answer, and some for a busy machine
+        assert stopwatch.seconds < 0.8  # 300 ms for Redis to answer, and some for a busy machine
     async with broker.stream(session, "1-4") as line:
         assert [event.id for event in await line.rest()] == ["1-5.end"]
 
@@ -244,11 +224,11 @@ async def test_the_owner_cancels_without_redis(
         call.chunk("one")
         await line.take(1)
         valkey.freeze()
-        clock = Clock()
+        stopwatch = Stopwatch()
         answer = await broker.cancel(session)
         assert (answer.status, answer.json) == (202, {"state": "cancelled"})
         await call.wait_gone()
-        assert clock.seconds < 1
+        assert stopwatch.seconds < 1
         [event] = await line.rest()
         assert event.json["finishReason"] == "cancelled"
     assert (await broker.cancel(session)).json == {"state": "cancelled"}

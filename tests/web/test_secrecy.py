@@ -12,9 +12,9 @@ import pytest
 import structlog
 
 from broker.logs import configure_logs
-from tests.broker import KEY, QUESTION, Broker, running
+from tests.broker import KEY, QUESTION, Broker
 from tests.scripted import Call, Reply, ScriptedUpstream, chunk
-from tests.system.harness import running_valkey
+from tests.system.harness import ValkeyProcess
 
 PROMPT = "Quetzalcoatl"
 ANSWER = "Huitzilopochtli"
@@ -130,17 +130,19 @@ async def test_no_secret_appears_for_invalid_http(broker: Broker, log: io.String
     check(log)
 
 
-async def test_no_secret_appears_whatever_redis_does(upstream: ScriptedUpstream, log: io.StringIO) -> None:
-    async with running_valkey() as valkey, running(valkey.url, upstream) as broker:
-        session = (await broker.post(ASKED)).json["sessionId"]
-        async with broker.stream(session) as line:
-            call = (await upstream.call()).open()
-            call.chunk(ANSWER)
-            await line.take(1)
-            valkey.kill()
-            await broker.post(ASKED)
-            call.chunk(ANSWER, finish="stop")
-            call.done()
-            await line.rest()
-        await valkey.start()  # or the broker would wait for it while it is taken down
-        check(log, session)
+async def test_no_secret_appears_whatever_redis_does(
+    log: io.StringIO, exposed_broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream
+) -> None:
+    broker = exposed_broker
+    session = (await broker.post(ASKED)).json["sessionId"]
+    async with broker.stream(session) as line:
+        call = (await upstream.call()).open()
+        call.chunk(ANSWER)
+        await line.take(1)
+        valkey.kill()
+        await broker.post(ASKED)
+        call.chunk(ANSWER, finish="stop")
+        call.done()
+        await line.rest()
+    await valkey.start()
+    check(log, session)
