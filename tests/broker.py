@@ -1,4 +1,4 @@
-"""The whole application in this process, on a real socket, and the few things that every test asks of it."""
+"""The whole application in this process, on a real socket, and the requests that tests send to it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ fixture `form` sets it for a test."""
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole HTTP answer."""
+    """A complete HTTP answer."""
 
     status: int
     headers: Mapping[str, str]
@@ -43,7 +43,7 @@ class Answer:
 
     @property
     def code(self) -> str:
-        """The word of an error."""
+        """The code of an error."""
         return str(self.json["error"]["code"])
 
 
@@ -62,19 +62,19 @@ class Broker:
     http: aiohttp.ClientSession
 
     async def ask(self, method: str, path: str, **options: Any) -> Answer:
-        """A request as curl sends it."""
+        """Send a request as curl does, and return the answer."""
         async with self.http.request(method, self.url + path, **options) as response:
             return Answer(response.status, response.headers, await response.text())
 
     async def post(self, body: object = QUESTION, headers: Mapping[str, str] = NOTHING) -> Answer:
-        """POST /prepare."""
+        """Send POST /prepare."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return await self.ask(
             "POST", "/prepare", data=data, headers={"Content-Type": "application/json", **headers}
         )
 
     async def prepare(self, **fields: Any) -> str:
-        """A new session."""
+        """Prepare a session and return its id."""
         answer = await self.post({**QUESTION, **fields})
         assert answer.status == 201, answer.text
         return str(answer.json["sessionId"])
@@ -88,18 +88,18 @@ class Broker:
         headers: Mapping[str, str] = NOTHING,
         **options: Any,
     ) -> AbstractAsyncContextManager[Connection]:
-        """An EventSource for a session, from its start or from a cursor."""
+        """Open an EventSource for a session, from its start or from a cursor."""
         resumed = {"Last-Event-ID": cursor} if cursor is not None else {}
         target = f"{urlsplit(self.url).path}/stream/{session_id}{query}"
         return opened(self.url, target, {**resumed, **headers}, **options)
 
     async def read(self, session_id: str, cursor: str | None = None) -> list[Event]:
-        """All events of a session, to the end."""
+        """Return all events of a session, to the end."""
         async with self.stream(session_id, cursor) as line:
             return await line.rest()
 
     async def cancel(self, session_id: str) -> Answer:
-        """DELETE a session."""
+        """Send DELETE for a session."""
         return await self.ask("DELETE", f"/stream/{session_id}")
 
 

@@ -1,6 +1,6 @@
-"""An EventSource for tests, on a raw socket: it reads at the test's pace, stops, or drops the line where it likes.
+"""An EventSource for tests, on a raw socket: it reads at the test's pace, stops, or drops the connection at any point.
 
-It reads the format by itself, so that a mistake of ours cannot hide behind the same mistake.
+It has a parser of its own, so that a mistake of the broker's encoder is not hidden by the same mistake here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Event(NamedTuple):
 
 
 class Broken(Exception):  # noqa: N818 - says what happened
-    """The line ended in the middle of an answer."""
+    """The connection ended in the middle of an answer."""
 
 
 class Connection:
@@ -43,8 +43,8 @@ class Connection:
 
     Attributes:
         status, headers: of the answer; names in lower case.
-        blocks: what was read so far, between blank lines: events, comments, retries.
-        last_id: what an EventSource would send when it comes back.
+        blocks: what was read so far, split at blank lines: events, comments, retries.
+        last_id: what an EventSource would send when it reconnects.
         retry: milliseconds after which it would come back.
     """
 
@@ -70,10 +70,10 @@ class Connection:
             self.headers[name.lower()] = value.strip()
 
     async def block(self) -> bytes | None:
-        """The next thing between blank lines; None at the end of the answer.
+        """Return the next block; None at the end of the answer.
 
         Raises:
-            Broken: the connection ended and the answer did not.
+            Broken: the connection ended before the answer did.
         """
         async with asyncio.timeout(PATIENCE):
             while b"\n\n" not in self._buffer:
@@ -87,7 +87,7 @@ class Connection:
         return block
 
     async def event(self) -> Event | None:
-        """The next event; None at the end of the answer."""
+        """Return the next event; None at the end of the answer."""
         while (block := await self.block()) is not None:
             fields: dict[str, list[str]] = {}
             for line in block.decode().split("\n"):
@@ -102,20 +102,20 @@ class Connection:
         return None
 
     async def take(self, count: int) -> list[Event]:
-        """The next events, so many."""
+        """Return the next ``count`` events."""
         events = [await self.event() for _ in range(count)]
         assert None not in events, "the answer ended before"
         return [event for event in events if event is not None]
 
     async def rest(self) -> list[Event]:
-        """All events up to the end of the answer."""
+        """Return all events up to the end of the answer."""
         events = []
         while (event := await self.event()) is not None:
             events.append(event)
         return events
 
     async def body(self) -> bytes:
-        """The whole body, as it is."""
+        """Return the complete body."""
         body = b""
         async with asyncio.timeout(PATIENCE):
             while piece := await self._piece():
@@ -123,11 +123,11 @@ class Connection:
         return body
 
     def cut(self) -> None:
-        """Drop the line as a page does that is closed."""
+        """Drop the connection, as a page does that is closed."""
         self._writer.transport.abort()
 
     async def _piece(self) -> bytes:
-        """The next piece of the body, empty at its end."""
+        """Return the next piece of the body; empty at its end."""
         try:
             if "chunked" not in self.headers.get("transfer-encoding", ""):
                 return await self._reader.read(int(self.headers.get("content-length", "65536")))
@@ -148,15 +148,15 @@ async def opened(
     receive_buffer: int | None = None,
     address: str | None = None,
 ) -> AsyncIterator[Connection]:
-    """Ask for ``target`` as an EventSource does, and drop the line when the block ends.
+    """Ask for ``target`` as an EventSource does, and drop the connection at the end of the block.
 
     Args:
         url: the service.
         target: path and query.
-        headers: beside those that an EventSource sends, or instead of them.
+        headers: in addition to those of an EventSource, or instead of them.
         method: of the request.
-        receive_buffer: bytes that the system takes for a reader who reads nothing.
-        address: of this machine, to come from; otherwise each line has one of its own, as pages have.
+        receive_buffer: bytes that the system buffers for a reader that reads nothing.
+        address: of this machine, to connect from; by default each connection has its own, as pages have.
     """
     parts = urlsplit(url)
     connection = socket.socket()
@@ -170,7 +170,7 @@ async def opened(
     except BaseException:
         connection.close()
         raise
-    # A small limit: the reader takes little from the system that nobody has asked for.
+    # A small limit, so that the reader takes only little from the system in advance.
     reader, writer = await asyncio.open_connection(sock=connection, limit=receive_buffer or 65536)
     line = Connection(reader, writer)
     try:

@@ -1,4 +1,4 @@
-"""What tests of money share: a list of prices, and the accounts as Redis holds them."""
+"""Helpers for tests of money: a list of prices, and the accounts in Redis."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PRICE = 1000
 
 
 def price_list(**others: Any) -> bytes:
-    """The body of GET /models: the first model, and others by their names with their `pricing`."""
+    """Return the body of GET /models: the first model, and others by their names with their `pricing`."""
     prices = {MODEL: {"prompt": "0.000001", "completion": "0.000001"}, **others}
     entries = [
         {"id": name, "context_length": 100_000, **({"pricing": pricing} if pricing is not None else {})}
@@ -48,7 +48,7 @@ TOTAL = "*:{total}:account:all"
 
 
 async def ledger(redis: Redis, accounts: str = CLIENTS) -> Ledger:
-    """The sum of the accounts of all clients, or of those whose keys match."""
+    """Return the sum of the accounts of all clients, or of those whose keys match."""
     sums = dict.fromkeys(Ledger._fields, 0)
     for key in await redis.keys(accounts):
         fields: Any = await redis.hgetall(key)
@@ -60,17 +60,17 @@ async def ledger(redis: Redis, accounts: str = CLIENTS) -> Ledger:
 
 
 async def slots(redis: Redis) -> int:
-    """Slots that are taken, of all clients."""
+    """Return the number of slots that are taken, of all clients."""
     return sum([await redis.scard(key) for key in await redis.keys("*:{a*}:slots:*")])
 
 
 async def open_reservations(redis: Redis) -> int:
-    """Reservations that are neither settled nor given back."""
+    """Return the number of reservations that are neither settled nor given back."""
     return sum([await redis.zcard(key) for key in await redis.keys("*:{a*}:open")])
 
 
 async def unasked(redis: Redis) -> int:
-    """Estimates whose final usage the upstream is still to be asked for."""
+    """Return the number of estimates whose record is still to be fetched."""
     return sum([await redis.zcard(key) for key in await redis.keys("*:{a*}:estimates")])
 
 

@@ -1,4 +1,4 @@
-"""Whole answers as different services stream them, each with what a page is to be told at its end."""
+"""Complete answers as different services stream them, each with the expected end."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Recording(NamedTuple):
     """One answer.
 
     Attributes:
-        body: its bytes, with LF for line ends.
-        reason: the finish reason that is told, None where it fails.
-        code: of the error that is told, None where it ends well.
-        usage: the final usage, None where there is none.
-        dialect: in which it is.
+        body: its bytes, with LF as line ends.
+        reason: the expected finish reason; None where it fails.
+        code: the expected error; None where it ends well.
+        usage: the final usage; None where there is none.
+        dialect: its dialect.
     """
 
     body: bytes
@@ -41,7 +41,7 @@ def said(text: str, finish: str | None = None, **fields: Any) -> dict[str, Any]:
 
 
 def of_response(*events: dict[str, Any], end: str = "") -> bytes:
-    """Events of a response, each under its own name."""
+    """Return events of a response, each with its own name."""
     return stream(
         *(f"event: {each['type']}\ndata: {json.dumps(each, ensure_ascii=False)}\n\n" for each in events),
         end=end,
@@ -49,7 +49,7 @@ def of_response(*events: dict[str, Any], end: str = "") -> bytes:
 
 
 def stream(*events: object, end: str = "data: [DONE]\n\n") -> bytes:
-    """Events of one data line each; a text is taken as it is."""
+    """Return events of one data line each; a text is used unchanged."""
     lines = [
         event if isinstance(event, str) else f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
         for event in events

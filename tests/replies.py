@@ -1,4 +1,4 @@
-"""What a scripted upstream may answer: replies to choose from, and a drip that keeps a line busy."""
+"""Replies for a scripted upstream, and a drip that keeps a connection busy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.scripted import NOTHING, Call, Reply
 
 
 def plain(call: Call) -> None:
-    """An answer that ends well."""
+    """Send an answer that ends well."""
     call.open()
     call.chunk("Hello")
     call.chunk(" world")
@@ -22,7 +22,7 @@ def plain(call: Call) -> None:
 
 
 def refuse(status: int, error: object = None, headers: Any = NOTHING, *, secret: str = "us") -> Reply:
-    """A reply of OpenRouter's shape."""
+    """Return a reply in OpenRouter's form."""
     body = {
         "error": error if error is not None else {"code": status, "message": f"Secret words about {secret}."}
     }
@@ -30,7 +30,7 @@ def refuse(status: int, error: object = None, headers: Any = NOTHING, *, secret:
 
 
 def streaming(*events: object) -> Reply:
-    """A stream of chunks or raw data that ends cleanly, without a word of its end."""
+    """Return a reply with chunks or raw data that ends cleanly, without a mark of the end."""
 
     def reply(call: Call) -> None:
         call.open()
@@ -42,7 +42,7 @@ def streaming(*events: object) -> Reply:
 
 
 def body_of(kind: str, text: str) -> Reply:
-    """Status 200 and a body that is no event stream."""
+    """Return a reply with status 200 and a body that is not an event stream."""
 
     def reply(call: Call) -> None:
         call.open(kind)
@@ -53,7 +53,7 @@ def body_of(kind: str, text: str) -> Reply:
 
 
 def after_a_chunk(*then: Reply) -> Reply:
-    """One chunk, and then these steps."""
+    """Return a reply with one chunk, and then these steps."""
 
     def reply(call: Call) -> None:
         call.open()

@@ -1,6 +1,6 @@
 """A chat service for tests, written by hand on sockets: a test decides every byte of an answer, and when it is sent.
 
-It also tells what the other side did: what it asked, how often, and whether it has gone.
+It also records what the client did: its requests, their number, and whether it has left.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from contextlib import asynccontextmanager
 from typing import Any, cast
 
 PATIENCE = 20.0
-"""Seconds after which a test that waits for a fact has failed."""
+"""Seconds after which a test that waits for an event has failed."""
 
 STREAM = "text/event-stream"
 NOTHING: Mapping[str, str] = {}
 
 
 def chunk(text: str = "", *, finish: str | None = None, **fields: Any) -> dict[str, Any]:
-    """A chunk as OpenRouter sends it."""
+    """Return a chunk in OpenRouter's form."""
     choice = {"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": finish}
     return {
         "id": "gen-chunk",
@@ -34,18 +34,18 @@ def chunk(text: str = "", *, finish: str | None = None, **fields: Any) -> dict[s
 
 
 def usage_chunk(**usage: Any) -> dict[str, Any]:
-    """The last chunk: usage, and no choice."""
+    """Return the last chunk: usage, and no choice."""
     return chunk(choices=[], usage={"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15, **usage})
 
 
 class Call:
-    """One request, and the pen to answer it with. Writing never waits.
+    """One request, with methods to answer it. Writing never waits.
 
     Attributes:
         headers: by lower-case name.
-        body: its JSON.
-        gone: the client has closed the connection, or it is broken.
-        gone_at: when, by the loop's clock.
+        body: the parsed JSON.
+        gone: set when the client has closed the connection, or it is broken.
+        gone_at: the time of that, by the loop's clock.
     """
 
     def __init__(self, transport: asyncio.Transport, path: str, headers: dict[str, str], body: bytes) -> None:
@@ -58,7 +58,7 @@ class Call:
         self._chunked = False
 
     def write(self, data: bytes) -> None:
-        """Send these bytes as they are; a client that has gone gets none."""
+        """Send these bytes unchanged. A client that has left gets none."""
         if not self._transport.is_closing():
             self._transport.write(data)
 
@@ -68,7 +68,7 @@ class Call:
         self.write("\r\n".join((*lines, "", "")).encode())
 
     def open(self, kind: str = STREAM, **headers: str) -> Call:
-        """Begin an answer of status 200 whose end `end` will tell; ``x_a`` stands for the header ``x-a``."""
+        """Begin an answer of status 200 that `end` will end; ``x_a`` stands for the header ``x-a``."""
         self._chunked = True
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         self.head(200, {"Content-Type": kind, "Transfer-Encoding": "chunked", **named})
@@ -76,11 +76,11 @@ class Call:
 
     def send(self, data: bytes) -> None:
         """Send a piece of the body."""
-        if data:  # a piece of nothing would be the end
+        if data:  # an empty piece would be the end
             self.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     def comment(self) -> None:
-        """Send what OpenRouter sends while a model thinks."""
+        """Send the comment that OpenRouter sends while a model thinks."""
         self.send(b": OPENROUTER PROCESSING\n\n")
 
     def event(self, data: bytes) -> None:
@@ -101,11 +101,11 @@ class Call:
         self.end()
 
     def end(self) -> None:
-        """End the body as HTTP ends one; the connection stays."""
+        """End the body as HTTP does; the connection stays open."""
         self.write(b"0\r\n\r\n")
 
     def reply(self, status: int, body: object, headers: Mapping[str, str] = NOTHING) -> None:
-        """Send a whole answer: JSON of an object, or a text."""
+        """Send a complete answer: JSON of an object, or a text."""
         data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
         kind = "text/html" if isinstance(body, str) else "application/json"
         self.head(status, {"Content-Type": kind, "Content-Length": str(len(data)), **headers})
@@ -127,7 +127,7 @@ class Call:
             await self.gone.wait()
 
     def lost(self) -> None:
-        """The connection is over."""
+        """Note that the connection is over."""
         if not self.gone.is_set():
             self.gone_at = asyncio.get_running_loop().time()
             self.gone.set()
@@ -137,16 +137,16 @@ Reply = Callable[[Call], None]
 
 
 class ScriptedUpstream:
-    """The service.
+    """The chat service.
 
     Attributes:
-        replies: what answers the first call, the second, ...; the last one answers all others too. Where there is
-            none, nobody answers but the test.
-        calls: every chat request so far.
-        models: the body of GET /models; without one it is 404.
-        generations: by id, what GET /generation answers; None is "not yet". Without any, the path is unknown.
-        looks: ids that were asked for there.
-        connections: how many were ever made.
+        replies: answer the first call, the second, ...; the last one answers all further calls. Without replies, only
+            the test answers.
+        calls: all chat requests so far.
+        models: the body of GET /models; None is a 404.
+        generations: the records of GET /generation by id; None is "not yet". Without any, the path is unknown.
+        looks: the ids that were asked for there.
+        connections: the number of connections so far.
     """
 
     def __init__(self) -> None:
@@ -174,17 +174,17 @@ class ScriptedUpstream:
             await self._news.wait_for(happened)
 
     def made(self, transport: asyncio.Transport) -> None:
-        """A client has connected."""
+        """Note that a client has connected."""
         self.connections += 1
         self._open.add(transport)
         self._tell()
 
     def lost(self, transport: asyncio.Transport) -> None:
-        """A connection is over."""
+        """Note that a connection is over."""
         self._open.discard(transport)
 
     def asked(self, call: Call) -> None:
-        """A request is complete."""
+        """Handle a complete request."""
         if call.path.endswith("/models"):
             self._answer_models(call)
             return
@@ -230,7 +230,7 @@ class ScriptedUpstream:
 
 
 class _Connection(asyncio.Protocol):
-    """Reads requests; one at a time, as HTTP without pipelining has them."""
+    """Reads requests, one at a time, as HTTP without pipelining has them."""
 
     def __init__(self, upstream: ScriptedUpstream) -> None:
         self._upstream = upstream
@@ -278,7 +278,7 @@ class _Connection(asyncio.Protocol):
 
 @asynccontextmanager
 async def scripted_upstream() -> AsyncIterator[ScriptedUpstream]:
-    """Run one on a free port until the block ends."""
+    """Run a scripted upstream on a free port during the block."""
     upstream = ScriptedUpstream()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: _Connection(upstream), "127.0.0.1", 0)

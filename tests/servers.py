@@ -1,4 +1,4 @@
-"""The servers that stand for Redis in the tests: where each is found, and one running instance of each."""
+"""The servers for the tests of the store: where each is found, and one running instance of each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ START_TIMEOUT = 15.0
 
 
 def server_binary(name: str) -> Path:
-    """Find a server. Without it the test is skipped, but without the system's Redis it fails in CI."""
+    """Return the path of a server. Without it the test is skipped; without the system's Redis it fails in CI."""
     match name:
         case "valkey":
             return valkey_binary()
@@ -43,7 +43,7 @@ def server_binary(name: str) -> Path:
 
 
 class ServerSockets:
-    """Servers on unix sockets that keep nothing, started when they are first asked for and ended with the block."""
+    """Servers on unix sockets without files. Each is started when it is first needed, and stopped at the end."""
 
     def __init__(self) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="broker-test-")
@@ -59,7 +59,7 @@ class ServerSockets:
         self._directory.cleanup()
 
     def of(self, name: str) -> str:
-        """The path of a server's socket; it answers."""
+        """Return the path of a running server's socket."""
         socket = Path(self._directory.name, f"{name}.sock")
         if name not in self._running:
             options = ["--port", "0", "--unixsocket", str(socket), "--save", "", "--appendonly", "no"]

@@ -1,4 +1,4 @@
-"""A line to Redis that a test can slow down, hold up and lose packets on."""
+"""A proxy to Redis by which a test can delay, hold back and lose packets."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from tests.scripted import PATIENCE
 
 
 class Wire:
-    """A line to Redis on which a packet can be late, or lost.
+    """A connection to Redis on which a packet can be delayed or lost.
 
     Attributes:
-        url: where it begins.
-        delay: seconds that every packet takes, either way.
-        hold: the packet to Redis with these words waits, and all behind it on its connection, until `let_go`.
-        drop: packets from Redis with these words never come.
-        held: one waits.
-        sent: all that has reached Redis.
+        url: its address.
+        delay: seconds that every packet takes, in each direction.
+        hold: the packet to Redis with these bytes waits, and all later ones on its connection, until `let_go`.
+        drop: packets from Redis with these bytes are dropped.
+        held: set when a packet waits.
+        sent: all packets that have reached Redis.
     """
 
     def __init__(self, socket: str) -> None:
@@ -32,21 +32,21 @@ class Wire:
         self._connections: set[asyncio.Task[None]] = set()
 
     def let_go(self) -> None:
-        """Hold nothing back any more."""
+        """Let all packets pass from now on."""
         self.hold = b""
         self._free.set()
 
     async def caught(self) -> None:
-        """Wait until a packet is held back."""
+        """Wait until a packet waits."""
         async with asyncio.timeout(PATIENCE):
             await self.held.wait()
 
     def told(self, session: str) -> int:
-        """How many packets that have reached Redis were about a session."""
+        """Return the number of packets about a session that have reached Redis."""
         return sum(session.encode() in packet for packet in self.sent)
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Carry one connection to its end."""
+        """Carry one connection until it ends."""
         if (task := asyncio.current_task()) is not None:
             self._connections.add(task)
         far_reader, far_writer = await asyncio.open_unix_connection(self._socket)
@@ -66,7 +66,7 @@ class Wire:
                 writer.write(data)
 
     async def close(self) -> None:
-        """Wait for the connections, whose ends have gone."""
+        """Wait for the ends of all connections."""
         self.let_go()
         async with asyncio.timeout(PATIENCE):
             await asyncio.gather(*self._connections)
@@ -75,7 +75,7 @@ class Wire:
 async def _packets(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: float
 ) -> AsyncIterator[bytes]:
-    """What comes on one side; the other is closed behind it."""
+    """Yield the data of one direction, and close the other side at its end."""
     with suppress(ConnectionError):
         while data := await reader.read(65536):
             await asyncio.sleep(delay)
