@@ -1,4 +1,4 @@
-"""What many tests stand on: a real Valkey or Redis, a scripted upstream, and a broker between them."""
+"""Fixtures of many tests: a real Valkey or Redis, a scripted upstream, and a broker between them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ async def upstream() -> AsyncIterator[ScriptedUpstream]:
 
 @pytest.fixture(autouse=True)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How `running` runs a broker: as the service, or under a prefix of an application."""
+    """Set how `running` runs a broker: as the service, or under a prefix of an application."""
     monkeypatch.setattr(brokers, "PREFIX", getattr(request, "param", ""))
 
 
@@ -126,7 +126,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def log() -> Iterator[io.StringIO]:
-    """All that is logged, with nothing held back."""
+    """Collect all log lines, without suppressing repetitions."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     out = io.StringIO()

@@ -45,7 +45,7 @@ class Connection:
         status, headers: of the answer; names in lower case.
         blocks: what was read so far, split at blank lines: events, comments, retries.
         last_id: what an EventSource would send when it reconnects.
-        retry: milliseconds after which it would come back.
+        retry: milliseconds after which it would reconnect.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -30,7 +30,7 @@ def event(kind: str, **fields: Any) -> dict[str, Any]:
 
 
 def response(**fields: Any) -> dict[str, Any]:
-    """The response object that some events hold."""
+    """Return the response object of some events."""
     return {"id": "gen-response", "object": "response", "model": "scripted/model-1", "output": [], **fields}
 
 

@@ -51,7 +51,7 @@ class Expression(NamedTuple):
 
 
 def collect() -> tuple[list[Expression], set[str], set[str]]:
-    """Every expression of the Python source, the places of those that are no literals, and those of globs."""
+    """Return every expression of the Python source, the places of those that are not literals, and those of globs."""
     found, built, globs = [], set(), set()
     for path in sorted(SOURCE.rglob("*.py")):
         tree = ast.parse(path.read_text())
@@ -215,7 +215,7 @@ def seconds(expression: re.Pattern[str], method: str, text: str, runs: int = 3) 
 
 
 def slow_text(expression: Expression) -> str | None:
-    """What is wrong with an expression, or None."""
+    """Return what is wrong with an expression, or None."""
     compiled = re.compile(expression.pattern, expression.flags)
     longest = LONGEST.get(expression.place, DEFAULT_LONGEST)
     # Small steps first: what is exponential shows before it hangs, and what is quadratic before it takes minutes.

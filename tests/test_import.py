@@ -30,7 +30,7 @@ NAMES = ["Client", "Result", "Settings", "setup"]
 
 
 def ran(program: str, cwd: Path, **env: str) -> str:
-    """What a program writes, in a process and a directory of its own."""
+    """Return the output of a program in a separate process and directory."""
     found = subprocess.run(
         [sys.executable, "-c", program],
         cwd=cwd,

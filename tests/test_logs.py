@@ -1,4 +1,4 @@
-"""Every line is one line, in one form, and holds no secret."""
+"""Every log line is one line, in one form, without secrets."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_odd_values_never_prevent_a_line() -> None:
 def passing(
     repetitions: Repetitions, event: str = "redis refused", level: int = logging.WARNING, **fields: Any
 ) -> Any:
-    """What is written of a line, None for nothing."""
+    """Return what is written of a line, or None."""
     record = logging.LogRecord("broker.x", level, "", 0, {"event": event, **fields}, (), None)
     return record.msg if repetitions.filter(record) else None
 

@@ -256,7 +256,7 @@ def test_an_unusable_file_is_reported(
     assert complaint(monkeypatch, "REDIS_URL_FILE", "secret") == f"REDIS_URL_FILE must name {told}"
 
 
-# What they may be
+# Values
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_a_bad_value_is_named_as_it_was_written(monkeypatch: pytest.MonkeyPatch)
     assert complaint(monkeypatch, "REDIS_URL_FILE", "secret").startswith("REDIS_URL_FILE must be")
 
 
-# What they mean
+# Meanings
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost", "LOCALHOST"])

@@ -1,4 +1,4 @@
-"""The file of the system message: what it may hold, and that it is read again when it changes."""
+"""The file of the system message: its contents, and that it is read again when it changes."""
 
 from __future__ import annotations
 

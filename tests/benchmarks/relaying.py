@@ -1,4 +1,4 @@
-"""What relaying costs, with the journal and without: CPU of one worker for each chunk.
+"""Measure the cost of relaying, with the journal and without: CPU of one worker for each chunk.
 
     python -m tests.benchmarks.relaying [--streams 100] [--seconds 8] [--rounds 3]
 
@@ -61,7 +61,7 @@ async def measure(cluster: Cluster, streams: int, seconds: float) -> float:
 
 
 async def read(cluster: Cluster, session: Session) -> None:
-    """Take a stream as it comes, without a look."""
+    """Read a stream without parsing it."""
     async with session.stream(cluster.workers[0]) as line:
         while await line.block() is not None:
             pass

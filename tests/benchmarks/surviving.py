@@ -1,4 +1,4 @@
-"""How long it takes to go on elsewhere, and to stop from elsewhere: two workers as processes, one Valkey.
+"""Measure the time to resume and to cancel on another worker: two workers as processes, one Valkey.
 
     python -m tests.benchmarks.surviving [--sessions 100] [--rounds 3]
 

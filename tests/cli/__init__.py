@@ -1,1 +1,1 @@
-"""The client commands of the command line, against a broker of the tests' own making."""
+"""The client commands of the command line, against a broker made by the tests."""

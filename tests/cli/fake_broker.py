@@ -1,4 +1,4 @@
-"""A broker that does what a test tells it, line by line, and remembers what it was asked."""
+"""A broker whose answers a test decides, connection by connection, and that remembers its requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Connection = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass
 class FakeBroker:
-    """Attributes: the lines that GET /stream answers with, in order, and what came in.
+    """Attributes: the connections of GET /stream in order, and the requests.
 
     With ``key`` it asks who is there; ``shown`` is what /prepare and /models were shown.
     """
@@ -96,7 +96,7 @@ async def fake_broker(
 
 
 def sends(*blocks: str, breaks: bool = False, stays: bool = False) -> Connection:
-    """A line that sends these blocks of an event stream, and ends, breaks, or stays."""
+    """Return a connection that sends these blocks of an event stream, and then ends, breaks, or stays open."""
 
     async def line(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
@@ -116,7 +116,7 @@ def sends(*blocks: str, breaks: bool = False, stays: bool = False) -> Connection
 
 
 def answers(status: int, body: object = None) -> Connection:
-    """A line that is refused."""
+    """Return a connection that is refused."""
 
     async def line(_request: web.Request) -> web.StreamResponse:
         return web.Response(status=status) if body is None else web.json_response(body, status=status)
@@ -184,7 +184,7 @@ async def run(
 
 
 async def run_shell(script: str) -> tuple[int, str, str]:
-    """Run a line of a shell in which ``broker`` is the command line."""
+    """Run a shell command in which ``broker`` is the command line."""
     line = f'broker() {{ "{sys.executable}" -m broker "$@"; }}; {script}'
     process = await asyncio.create_subprocess_exec(
         *("bash", "-o", "pipefail", "-c", line),

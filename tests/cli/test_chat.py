@@ -1,4 +1,4 @@
-"""`broker chat` as a process, against a broker that ends, breaks and refuses as it is told."""
+"""`broker chat` as a process, against a broker that ends, breaks and refuses on request."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def no_model() -> web.Response:
 
 
 def certified_by_nobody(directory: Path) -> ssl.SSLContext:
-    """What a server with a certificate of its own making has."""
+    """The context of a server with a self-made certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     now = dt.datetime.now(dt.UTC)
@@ -221,7 +221,7 @@ async def test_a_reader_that_leaves_cancels_the_session() -> None:
         process = await start("chat", "hi", "--url", broker.url)
         assert process.stdout is not None
         await process.stdout.readexactly(10)
-        process._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined] # there is no public way
+        process._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined] # there is no public method
         assert process.stderr is not None
         err = await process.stderr.read()
         assert await process.wait() == 1

@@ -1,4 +1,4 @@
-"""How `broker models` writes its table, and where."""
+"""The table of `broker models`."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ async def test_fields_of_other_services_are_left_out() -> None:
 
 
 async def on_a_terminal(columns: int, *args: str) -> str:
-    """What a command prints on a terminal of that width."""
+    """Return what a command prints on a terminal of that width."""
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     reading = asyncio.create_task(asyncio.to_thread(_read_all, ours))

@@ -1,4 +1,4 @@
-"""What `broker chat` prints of a chunk, in the shapes that services write it in."""
+"""What `broker chat` prints of a chunk, in the shapes of many services."""
 
 from __future__ import annotations
 

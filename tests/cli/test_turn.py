@@ -1,4 +1,4 @@
-"""What `broker chat` makes of the events of a session, without a line and without a clock."""
+"""The decisions of `broker chat` on the events of a session, without a connection and a clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`broker usage`: the books as the operator reads them, from a real Redis."""
+"""`broker usage`: the usage ledger for the operator, from a real Redis."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def run(tmp_path: Path, redis_url: str, *args: str) -> subprocess.CompletedProce
 
 
 def on_a_terminal(tmp_path: Path, redis_url: str, columns: int) -> list[str]:
-    """What is shown on a terminal so wide, without its colours."""
+    """Return what is shown on a terminal of this width, without colours."""
     ours, theirs = pty.openpty()
     try:
         env = clean_environment({"REDIS_URL": redis_url, "COLUMNS": str(columns), "TERM": "dumb"})

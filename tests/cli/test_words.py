@@ -1,4 +1,4 @@
-"""What is said to a person, and how."""
+"""Messages to people."""
 
 from __future__ import annotations
 

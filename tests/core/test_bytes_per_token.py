@@ -134,7 +134,7 @@ def test_parameters_that_change_nothing_allow_a_sample() -> None:
     assert calibration_sample(say("x" * 900), temperature=1, **nothing) == calibration_sample(say("x" * 900))
 
 
-# What an answer teaches
+# Samples of answers
 
 
 def test_a_sample_is_text_bytes_by_billed_text_tokens() -> None:
@@ -208,7 +208,7 @@ def test_a_variant_gives_a_sample_of_its_model(model: str, plain: str) -> None:
     assert found.model == plain
 
 
-# What samples say together
+# The result of several samples
 
 
 def test_too_few_samples_say_nothing() -> None:

@@ -710,7 +710,7 @@ TAME_VALUES = st.recursive(
 
 
 def leads_into(document: Any, path: str) -> bool:
-    """Whether each step of the path is there, or is a key that an object lacks."""
+    """Return True if each step of the path exists, or is a key that an object lacks."""
     value = document
     for step in path.split("."):
         if isinstance(value, list) and step.isdecimal() and int(step) < len(value):

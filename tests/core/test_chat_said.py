@@ -1,4 +1,4 @@
-"""What a chunk says, in the shapes in which services write it, and that an answer is counted by the same rules."""
+"""The contents of a chunk in the shapes of many services; an answer is counted by the same rules."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ SAYINGS = st.lists(st.tuples(st.sampled_from([*TEXT_SHAPES, *REASONING_SHAPES, c
 
 @given(SAYINGS, st.sampled_from(["deltas", "messages", "both"]))
 def test_the_pieces_are_the_whole_counted_answer(sayings: Any, shape: str) -> None:
-    """In deltas, in messages in their place, or in deltas beside the answer so far, told again."""
+    """In deltas, in messages in their place, or in deltas and then a message that repeats them."""
     answer, so_far = ChatAnswer(), ""
     deltas: bool | None = False
     found: list[Said] = []

@@ -1,4 +1,4 @@
-"""What a page has collected from our stream can be sent back, whoever the provider was."""
+"""Messages that a page collected from our stream can be sent back, from any provider."""
 
 from __future__ import annotations
 

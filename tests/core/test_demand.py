@@ -1,4 +1,4 @@
-"""What a request touches besides text, read from the body that is sent."""
+"""Chargeable features of a request besides text, read from the body that is sent."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def test_no_step_but_expiry_changes_an_end(step: Step) -> None:
 
 
 def test_only_a_claim_starts_a_session() -> None:
-    """What an owner restores runs already."""
+    """A session that its owner restores is running already."""
     starts = {step for step in Step for state in State if after(step, state) is State.RUNNING is not state}
     assert starts == {Step.CLAIM, Step.RESTORE}
 

@@ -408,7 +408,7 @@ def test_any_json_is_an_amount_or_none(value: Any) -> None:
     assert nano is None or 0 <= nano <= MAX_COST
 
 
-# What upstreams say of the cost, each in its own way
+# Costs that upstreams report, each in its own form
 
 
 @pytest.mark.parametrize(

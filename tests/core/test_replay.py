@@ -1,4 +1,4 @@
-"""What a viewer gets next, and how the journal is read: properties, against events that are known."""
+"""What a viewer gets next, and how the journal is read: properties, checked against known events."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_batch_is_cut_between_events_with_empty_lines() -> None:
 
 @given(st.data())
 def test_following_the_decisions_gives_every_event_once(data: st.DataObject) -> None:
-    """Memory holds the newest events, the journal all but the very newest; the viewer comes with any cursor."""
+    """Memory has the newest events, and the journal all but the very newest; the viewer comes with any cursor."""
     last = data.draw(st.integers(0, 12), label="last")
     first = data.draw(st.integers(1, last + 1), label="first in memory")
     journaled = data.draw(st.integers(first - 1, last), label="journaled")

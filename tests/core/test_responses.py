@@ -85,7 +85,7 @@ def fields(document: Any, using: RequestRules = RULES) -> list[str]:
     return [detail["field"] for detail in details]
 
 
-# What is taken
+# Accepted requests
 
 
 EVERYTHING: dict[str, Any] = {
@@ -170,7 +170,7 @@ def test_a_text_is_a_message_of_the_user() -> None:
     assert fit(request, {}, FIT).body["input"] == "Hi"
 
 
-# What is refused
+# Refusals
 
 
 def test_input_and_messages_together_are_refused_at_messages() -> None:
@@ -348,7 +348,7 @@ def test_any_document_raises_only_errors_of_the_broker(document: Any, opened: bo
     assert fitted.body[request.field] == document[request.field]
 
 
-# How they are fitted
+# Fitting
 
 
 def test_the_body_is_the_request_streamed_and_not_stored() -> None:

@@ -1,4 +1,4 @@
-"""What the events of a response mean: each kind, every order, wherever they end."""
+"""The meaning of the events of a response: each kind, in every order, with any end."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def failure(*events: Any, name: str = "message") -> tuple[UpstreamError, Respons
     return caught.value, answer
 
 
-# What is relayed
+# Relaying
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_names_of_a_chat_count_where_a_usage_has_both() -> None:
     }
 
 
-# What was written
+# Counting
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the events of a response say to whoever only wants the words."""
+"""The contents of the events of a response, for people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an answer says, gathered from its chunks."""
+"""The contents of an answer, collected from its chunks."""
 
 from __future__ import annotations
 

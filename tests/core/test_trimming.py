@@ -35,7 +35,7 @@ def test_a_conversation_that_fits_stays_unchanged() -> None:
         ("s ua ua u", 0, [0, 5]),  # the least that must stay
         ("ua s ua d u", 3, [2, 5, 6]),  # instructions stay wherever they stand
         ("ua s ua d u", 5, [2, 3, 4, 5, 6]),
-        ("a ua u", 3, [1, 2, 3]),  # a greeting is a turn of its own
+        ("a ua u", 3, [1, 2, 3]),  # a greeting is its own turn
         ("u u u", 2, [1, 2]),  # so is each question without an answer
         ("u at at a u", 3, [6]),  # an old turn goes whole
         ("ua u atat a", 7, [2, 3, 4, 5, 6, 7]),

@@ -282,7 +282,7 @@ def test_a_secret_where_a_long_message_is_cut_is_not_cut_in_half(before: str) ->
     assert "abc1" not in rejected(f"{before} sk-or-v1-abc123456789 and more of it")
 
 
-# When to come again
+# Waits before a retry
 
 NOW = 1_764_000_000.0  # 2025-11-24 16:00:00 UTC, a Monday
 
@@ -368,7 +368,7 @@ def test_a_retry_after_comes_before_a_reset() -> None:
     assert wait_in_headers({**headers, "Retry-After": "soon"}, 429, NOW) == 40
 
 
-# What is told of the upstream's words
+# Messages
 
 SAID = "Unsupported file type: image/avif"
 
@@ -629,7 +629,7 @@ def test_an_error_about_guidelines_is_not_moderation(status: int) -> None:
     assert type(fault_of_status(status, {"error": {"message": XAI}})) is not UpstreamModerated
 
 
-# Whether the same request may succeed later
+# Retryable errors
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def member(kind: str, **fields: Any) -> dict[str, Any]:
 
 
 def key_set(*members: object) -> bytes:
-    """The document that holds them."""
+    """The document with the keys."""
     return json.dumps({"keys": members}).encode()
 
 

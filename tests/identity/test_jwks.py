@@ -1,4 +1,4 @@
-"""Published keys: when they are fetched, how long they stay, and what is no key."""
+"""Published keys: when they are fetched, how long they stay, and what is not a key."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ async def test_failures_are_logged_once_without_the_url(clock: Clock, log: io.St
     assert "s3cret" not in json.dumps(told)
 
 
-# What is a key
+# Usable keys
 
 
 def kids(*members: object) -> list[str | None]:

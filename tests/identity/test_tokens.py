@@ -101,7 +101,7 @@ async def test_the_longest_subject_is_good() -> None:
     assert (await tokens().subject_of(hs256(SECRET, sub="x" * MAX_SUBJECT))).subject == "x" * MAX_SUBJECT
 
 
-# What a token says
+# Claims
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ async def test_contents_other_than_claims_are_refused(content: bytes) -> None:
     assert await refusal(key.encode(content, SECRET, "HS256")) == INVALID
 
 
-# How it is signed
+# Signatures
 
 
 def with_signature(header: object, signature: str) -> str:

@@ -158,7 +158,7 @@ class FakeSessions:
 
 
 class FakeSettlement:
-    """Counts as it is told, and notes what is settled.
+    """Returns a given usage, and notes what is settled.
 
     Attributes:
         usage: what `count` returns, or raises.

@@ -1,4 +1,4 @@
-"""What a viewer is tested with: lines that take what they are given at a pace of their own."""
+"""Connections for tests of viewers, with a pace of their own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def end(n: int, epoch: int = 1) -> Terminal:
 
 
 class QuickLine:
-    """A line that takes everything at once.
+    """A connection that takes everything at once.
 
     Attributes:
         writes: every block that was written.
@@ -57,7 +57,7 @@ class QuickLine:
 
 
 class SlowLine(QuickLine):
-    """A line that takes nothing until it is told to.
+    """A connection that takes nothing until the test lets it.
 
     Attributes:
         most: the largest backlog it ever had.
@@ -91,7 +91,7 @@ class SlowLine(QuickLine):
 
 
 class CutLine(QuickLine):
-    """A line that is gone."""
+    """A connection that is closed."""
 
     async def drain(self) -> None:
         raise ConnectionAbortedError
@@ -114,7 +114,7 @@ async def following(viewer: Viewer) -> AsyncIterator[asyncio.Task[None]]:
 
 
 async def settle() -> None:
-    """Let every task do what it can do without news from outside."""
+    """Let every task run until it waits for input."""
     for _ in range(50):
         await asyncio.sleep(0)
 

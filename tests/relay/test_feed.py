@@ -15,7 +15,7 @@ def batch(first: int, last: int, size: int = 2) -> Batch:
 
 
 class Watcher:
-    """A live viewer that notes what it is told."""
+    """A live viewer that notes what is pushed."""
 
     def __init__(self) -> None:
         self.told: list[object] = []

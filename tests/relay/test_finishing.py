@@ -183,7 +183,7 @@ async def test_a_journal_that_stays_behind_leaves_the_end_for_later() -> None:
     assert len(ending.sessions.sent) == END_TRIES
 
 
-# What the end says
+# The data of the end
 
 
 async def test_done_has_the_facts_of_the_answer() -> None:

@@ -57,11 +57,11 @@ WATCHED, CANCEL_ACCEPTED = EndConflict("watched", 0), EndConflict("cancel", 0)
 
 
 class FakeOwnership:
-    """Confirms nothing by itself.
+    """Confirms nothing.
 
     Attributes:
         to_confirm: generations that asked to be confirmed.
-        error: is raised when a freeze is looked for.
+        error: is raised by the next check for a freeze.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class LiveViewer:
         self.events += batch.events
 
     def wake(self) -> None:
-        """It is told of the end in another way."""
+        """The tests read the end from the feed."""
 
 
 class Running:
@@ -182,7 +182,7 @@ async def running(
         await asyncio.gather(task, return_exceptions=True)
 
 
-# What viewers get
+# Events for viewers
 
 
 async def test_a_chunk_is_pushed_to_live_viewers_at_once() -> None:
@@ -358,7 +358,7 @@ async def test_the_grace_begins_when_the_last_viewer_leaves() -> None:
             await run.at(30)
         await run.at(GRACE - 0.1)
         assert run.phase is Phase.RELAYING
-        with run.generation.watched():  # somebody comes back in time
+        with run.generation.watched():  # a viewer returns in time
             await run.read(HELLO)
             await run.at(20)
         await run.at(GRACE)
@@ -480,7 +480,7 @@ async def test_an_end_during_an_abandon_waits_for_its_answer() -> None:
 
 
 def is_settled_as(run: Running, state: State) -> bool:
-    """Whether usage and end are booked and written, or handed over to be."""
+    """Return True if usage and end are booked and written, or are handed over for that."""
     return bool(run.later) or [settled[1] for settled in run.settlement.settled] == [state]
 
 

@@ -1,4 +1,4 @@
-"""Whatever an upstream calls a usage: nothing raises, the session has its one end, and it is settled once."""
+"""Any value in place of a usage: nothing raises, the session has its one end, and it is settled once."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def nested(depth: int) -> Any:
 
 
 class Telling(World):
-    """An upstream that tells this usage in this place, and accounts that note what is settled."""
+    """An upstream that sends this usage in this place, and accounts that note what is settled."""
 
     def __init__(self, usage: object, place: str, prices: Prices | None) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ async def told_of(world: Telling) -> Terminal:
                 await world.relayed.wait()
                 generation.cancel()
             await generation.ended()
-    # What an answer teaches is learned behind its end.
+    # Samples are taken after the end.
     generation.finishing.sample()
     generation.finishing.speed()
     assert generation.feed.end is not None

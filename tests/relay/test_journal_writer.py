@@ -1,4 +1,4 @@
-"""What waits for Redis in a worker's memory, and its bound."""
+"""The limit of the events that wait for Redis in a worker's memory."""
 
 from __future__ import annotations
 

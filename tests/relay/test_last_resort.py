@@ -1,4 +1,4 @@
-"""An end is told, written and settled once, whatever breaks while it is made."""
+"""An end is sent, written and settled once, whichever part fails while it is made."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Unwritable:
 
 
 class World:
-    """Everything around a generation, each part of which can be told to break.
+    """Everything around a generation. Each part of it can be made to fail.
 
     Args:
         breaks: names of the parts that break, and how many times each.
@@ -126,7 +126,7 @@ class World:
         """Nothing froze."""
 
     def drop(self, session_id: str) -> None:
-        """Nothing is kept."""
+        """Nothing is cached."""
 
 
 @asynccontextmanager
@@ -153,7 +153,7 @@ async def generation_in(world: World, **others: Any) -> AsyncIterator[Generation
 
 
 async def end_of(world: World, how: str) -> Terminal:
-    """Let a generation come to its end in this way; returns what its viewers are told."""
+    """Let a generation end in this way, and return the end that its viewers get."""
     world.how = how
     async with asyncio.timeout(20), generation_in(world) as generation:
         with generation.watched():

@@ -126,7 +126,7 @@ class Around:
         return self.tasks[-1]
 
     def is_over(self) -> bool:
-        """Nothing is left to be done, and nothing is held for it."""
+        """Return True if nothing is left to do, and no reservation and no events are kept for it."""
         return self.tasks[-1].done() and not self.late_ends.reservations() and not self.pending
 
 

@@ -119,7 +119,7 @@ WAYS: list[Callable[[Broker, str, Call], Awaitable[None]]] = [
 async def left(
     broker: Broker, upstream: ScriptedUpstream, chunks: list[dict[str, Any]], way: Any
 ) -> tuple[Ledger, int]:
-    """Stream these chunks, leave, and return what that added to the books, and the estimate of the prompt."""
+    """Stream these chunks, leave, and return what that added to the ledger, and the estimate of the prompt."""
     redis = broker.app[keys.STORE].redis
     before = await ledger(redis)
     is_response = str(chunks[0].get("type")).startswith("response.")

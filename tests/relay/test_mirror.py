@@ -1,4 +1,4 @@
-"""Mirrors of other workers' sessions: what is rung for while one is being made is neither lost nor looked for again."""
+"""Mirrors of other workers' sessions: notifications while a mirror is opened are neither lost nor read again."""
 
 from __future__ import annotations
 

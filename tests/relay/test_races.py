@@ -1,4 +1,4 @@
-"""What comes in between: packets that are late, a worker that stood still, one that died; and what is kept of it."""
+"""Races: packets that are late, a worker that was frozen, one that died; and what stays in memory."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def journaled(broker: Broker, session: str, n: int) -> None:
 
 
 async def is_written(store: Store, session: str) -> bool:
-    """Whether Redis has an end of a session."""
+    """Return True if Redis has an end of a session."""
     return bool(await store.redis.hexists(store.session_keys(session)["session"], "end_id"))
 
 
@@ -185,7 +185,7 @@ def reaper_of(store: Store, accounts: AccountStore, clock: Callable[[], float] =
 
 
 async def test_an_orphan_without_a_session_is_booked_at_its_worst(store: Store) -> None:
-    """All workers were away for longer than its journal was kept."""
+    """All workers were away for longer than the journal is stored."""
     accounts = AccountStore(store, FREE)
     await accounts.renew([await reserved(accounts, "ran")])
     await come(store, "open")
@@ -229,7 +229,7 @@ class StandingLoop(asyncio.SelectorEventLoop):
 
 
 class FrozenAfterReserving(AccountStore):
-    """The accounts of a worker that stands still once it has reserved, for longer than that holds.
+    """The accounts of a worker that is frozen after it has reserved, for longer than the lease.
 
     Meanwhile its reservation is found and given back, and another takes the only slot.
     """
@@ -287,7 +287,7 @@ def test_a_freeze_before_a_claim_does_not_exceed_the_limit(valkey_url: str) -> N
         assert (described.state, begun) == (State.PREPARED, [])
         assert await slots(store.redis) == await open_reservations(store.redis) == 1
         await accounts.release(wanted("another"))
-        await claims.claim("session")  # as a page does that is asked to come again
+        await claims.claim("session")  # as a page does that is asked to reconnect
         assert begun == ["session"]
         await asyncio.gather(*tasks)
         await store.close()
@@ -296,11 +296,11 @@ def test_a_freeze_before_a_claim_does_not_exceed_the_limit(valkey_url: str) -> N
         runner.run(story())
 
 
-# What is kept
+# What stays in memory
 
 
 def bytes_with(mark: bytes) -> int:
-    """Bytes in this process, in large pieces, that hold a mark."""
+    """Return the bytes of large objects in this process that contain a mark."""
     gc.collect()
     found: dict[int, int] = {}
     for piece in gc.get_referents(*gc.get_objects()):
@@ -314,7 +314,7 @@ async def test_a_session_that_was_refused_keeps_no_prompt(broker: Broker, upstre
     upstream.replies = [lambda call: call.reply(400, {"error": {"code": 400, "message": "No."}})]
     session = await broker.prepare(messages=[{"role": "user", "content": "prompt " * 100_000}])
     assert (await broker.read(session))[-1].kind == "error"
-    await broker.ask("GET", "/health/live")  # a connection holds its last request until the next one comes
+    await broker.ask("GET", "/health/live")  # a connection keeps its last request until the next one comes
     upstream.hang_up()
     upstream.calls.clear()
     await until(lambda: asyncio.sleep(0, bytes_with(b"prompt prompt") < ENOUGH))

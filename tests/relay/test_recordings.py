@@ -27,7 +27,7 @@ WRITTEN = ("content", "reasoning", "reasoning_content", "text", "thinking", "dat
 
 
 class Outcome(NamedTuple):
-    """What came of an answer."""
+    """The result of an answer."""
 
     chunks: list[bytes]
     code: str | None
@@ -61,7 +61,7 @@ class Pieces:
 
 
 async def replayed(*pieces: bytes, dialect: Dialect = CHAT) -> Outcome:
-    """What the reader makes of these reads; behind an error it reads on for the usage."""
+    """Return what the reader makes of these reads; after an error it reads on for the usage."""
     chunks: list[bytes] = []
     prepared = Prepared(
         request=b"{}", model="m", prompt_tokens=1, referer="", client="c", worst=cast("Any", None)
@@ -104,7 +104,7 @@ def count_written(value: object) -> int:
         return sum(map(count_written, value))
     if not isinstance(value, dict):
         return 0
-    # the details of reasoning tell the reasoning again
+    # the details of reasoning repeat the reasoning
     inner = {
         key: item for key, item in value.items() if key != "reasoning_details" or "reasoning" not in value
     }
@@ -122,7 +122,7 @@ def written_in(chunks: list[bytes]) -> int:
 
 
 def ends_in(chunks: list[bytes]) -> list[str]:
-    """What announces a clean end: finish reasons, or the last event of a response."""
+    """Return the marks of a clean end: finish reasons, or the last event of a response."""
     parsed = [json.loads(chunk) for chunk in chunks]
     choices = [choice for chunk in parsed for choice in chunk.get("choices") or ()]
     reasons = [choice["finish_reason"] for choice in choices if choice.get("finish_reason")]
@@ -135,7 +135,7 @@ def usage_in(chunk: bytes) -> object:
 
 
 def whole_events(body: bytes, ends: bytes) -> list[bytes]:
-    """The data of each event that a blank line has closed."""
+    """Return the data of each event that a blank line has closed."""
     blocks = body.removeprefix("\ufeff".encode()).split(ends + ends)[:-1]
     lines = [line for block in blocks for line in block.split(ends)]
     return [line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: {")]

@@ -1,4 +1,4 @@
-"""An application that is told of results may fail, hang and be slow: nothing waits for it, and all is bounded."""
+"""An application's function may fail, hang and be slow: nothing waits for it, and all is limited."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def result(number: int = 0, text: str = "Hello") -> Result:
 
 
 class Hanging:
-    """An application that lets nothing go until it is told to.
+    """An application whose calls do not end until the test lets them.
 
     Attributes:
         told: what it was told of.

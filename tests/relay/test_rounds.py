@@ -1,4 +1,4 @@
-"""A round does its work for every item, whatever happens to one, and ends early only where Redis is away."""
+"""A round does its work for every item, whichever of them fail, and ends early only where Redis is away."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each way to end is paid: once, before the end is told, and as near to the truth as can be had."""
+"""The booking of each kind of end: once, before the end is sent, and as exactly as possible."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ async def prepared(broker: Broker, **fields: Any) -> tuple[str, int]:
 
 
 async def counts(broker: Broker) -> dict[str, int]:
-    """The only line of the books."""
+    """Return the only entry of the ledger."""
     _, [line] = await UsageLedger(broker.app[keys.STORE]).rows(None)
     return line.counts
 
 
 async def booked(broker: Broker) -> Ledger:
-    """What everyone has spent; only where an estimate may still be corrected is anything left reserved."""
+    """Return the spending of all clients; something is reserved only where an estimate may still be corrected."""
     redis = broker.app[keys.STORE].redis
     account = await ledger(redis)
     if not await unasked(redis):
@@ -198,7 +198,7 @@ async def test_an_answer_without_usage_is_estimated(valkey_url: str, upstream: S
 
 
 async def test_an_estimate_is_no_more_than_was_reserved(valkey_url: str, upstream: ScriptedUpstream) -> None:
-    """The upstream was told how much it may write, and its tokens may be longer than ours."""
+    """The upstream knows how much it may write, but its tokens may be longer than ours."""
     upstream.models, upstream.replies = price_list(), [answer_with(text="x" * 600)]
     async with running(valkey_url, upstream) as broker:
         session, prompt = await prepared(broker, max_tokens=100)
@@ -363,7 +363,7 @@ async def test_a_page_that_leaves_pays_for_an_answer_that_continues(
     assert await booked(broker) == Ledger(1, 0, 15, 2_000_000)
 
 
-# The upstream's books
+# The upstream's records
 
 
 async def estimated(broker: Broker, upstream: ScriptedUpstream) -> int:
@@ -592,7 +592,7 @@ async def test_only_estimates_are_replaced_by_better_usage(store: Store) -> None
     assert await ledger(store.redis) == Ledger(1, 0, 10, 50)
 
 
-# The names in the books
+# The names in the usage ledger
 
 
 async def booked_models(broker: Broker, *models: str) -> list[str]:

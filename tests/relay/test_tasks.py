@@ -13,7 +13,7 @@ from tests.clock import Clock, run_ready_tasks
 
 
 class Work:
-    """Work that ends when it is told to.
+    """Work that ends when the test lets it.
 
     Attributes:
         may_end: lets it end.

@@ -32,7 +32,7 @@ def batch(first: int, *chunks: bytes) -> Batch:
 
 
 def words(first: int, last: int, size: int = 0) -> Batch:
-    """Events that each tell their own number."""
+    """Events whose data is their number."""
     return batch(first, *(said(f"{n} " + "x" * size) for n in range(first, last + 1)))
 
 
@@ -190,11 +190,11 @@ async def test_a_missing_beginning_ends_the_connection() -> None:
     assert connection.bytes == b""
 
 
-# The pace of a line, and of the event loop
+# The pace of a connection, and of the event loop
 
 
 class ReadyLine(QuickLine):
-    """A line that never makes anybody wait."""
+    """A connection that takes everything at once."""
 
     async def drain(self) -> None:
         pass

@@ -81,7 +81,7 @@ class Reading:
         return task
 
     def asked(self) -> bool:
-        """Whether the upstream may have begun to generate."""
+        """Return True if the upstream may have begun to generate."""
         return self.reader.asked
 
     @property
@@ -90,7 +90,7 @@ class Reading:
         return self.reader.data_due - self.clock.now
 
 
-# What is taken
+# Taking chunks
 
 
 async def test_each_read_is_taken_at_once_with_its_time() -> None:

@@ -1,4 +1,4 @@
-"""What an upstream tells of its bill behind an error is booked, and nobody waits for it."""
+"""The usage that an upstream sends after an error is booked, and nobody waits for it."""
 
 from __future__ import annotations
 

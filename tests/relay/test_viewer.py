@@ -118,7 +118,7 @@ async def test_an_unavailable_journal_ends_the_connection() -> None:
     assert connection.bytes == b""
 
 
-# The pace of a line
+# The pace of a connection
 
 
 async def test_a_slow_connection_catches_up() -> None:
@@ -224,7 +224,7 @@ async def test_a_connection_with_a_backlog_gets_no_heartbeat() -> None:
 
 
 async def test_no_heartbeat_is_written_inside_an_event() -> None:
-    """A line that waits has no backlog between two parts, and silence enough for a heartbeat."""
+    """A waiting connection has no backlog between two parts, and silence enough for a heartbeat."""
 
     class BeatenLine(QuickLine):
         async def drain(self) -> None:

@@ -34,7 +34,7 @@ async def finish(worker: FakeWorker, generation: Generation, stream: int = 0) ->
 
 
 async def is_settled(store: Store) -> bool:
-    """Whether one request is booked, and neither slot nor reservation is left."""
+    """Return True if one request is booked, and neither a slot nor a reservation is left."""
     booked = (await ledger(store.redis)).requests == 1
     return booked and await slots(store.redis) == await open_reservations(store.redis) == 0
 
@@ -133,7 +133,7 @@ async def test_timers_of_others_are_checked_after_a_bug_in_one(
     assert first.state is State.RUNNING
 
 
-# What is learned
+# Samples
 
 
 async def test_an_answer_gives_a_sample_of_its_models_speed(

@@ -56,13 +56,13 @@ class Bill:
     Attributes:
         generation: its name.
         tokens: of prompt and answer; 0 for what was refused.
-        told: the answer carried its usage.
-        recorded: the books tell it.
-        named: the broker was told the generation's name.
+        told: the answer had its usage.
+        recorded: there is a record of it.
+        named: the broker got the generation's id.
         began_at, over_at: when, by the loop's clock; nothing is added any more.
         call: the request, once its answer was begun.
         opened_at: when that was.
-        closed: this side closed the line.
+        closed: this side closed the connection.
     """
 
     generation: str
@@ -105,7 +105,7 @@ class Biller:
 
     def __post_init__(self) -> None:
         self.scripted.models = price_list()
-        self.scripted.generations["none"] = None  # there are books
+        self.scripted.generations["none"] = None  # there are records
         self.scripted.replies = [self._answer]
 
     async def close(self) -> None:
@@ -214,7 +214,7 @@ class Biller:
 
     @staticmethod
     async def _gone(call: Call, within: float) -> bool:
-        """Whether the reader goes before the pause is over."""
+        """Return True if the reader leaves before the end of the pause."""
         try:
             async with asyncio.timeout(within):
                 await call.gone.wait()

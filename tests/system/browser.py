@@ -1,6 +1,6 @@
 """A real browser for the system tests, and what stands between it and the broker.
 
-Nothing here knows what a test expects; it launches, listens along, and breaks lines when told to.
+Nothing here knows what a test expects; it starts the browser, listens, and breaks connections when asked to.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ async def launched_chromium() -> AsyncIterator[Browser]:
 
 
 class Complaints(list[str]):
-    """What a page would tell its developer: console errors (violations of its policy too), exceptions, dialogs."""
+    """The messages to a page's developer: console errors (violations of its policy too), exceptions, dialogs."""
 
     def __init__(self, page: Page) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Complaints(list[str]):
 
 
 def readme_lines(*, short: bool = False) -> str:
-    """What a page has to write for the long or the short form, as the README says it."""
+    """Return the code of a page for the long or the short form, from the README."""
     name = "javascript" if short else "js"
     found = re.findall(rf"^```{name}\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
     (lines,) = [block for block in found if ("events=token" in block) is short]

@@ -1,7 +1,7 @@
 """Several brokers as processes of their own, on one Valkey that can be hurt, and an upstream in the test's own process.
 
-The upstream numbers what it sends and knows a session by its marker, which is the session's prompt. So whatever a page
-has seen can be held against what was really said, and every call counts for the session that it was made for.
+The upstream numbers its chunks and knows a session by its marker, which is the session's prompt. So everything that a
+page has seen can be compared with what was sent, and every call counts for its session.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BURIED = 12.0
 
 
 class Script(NamedTuple):
-    """An answer that plays by itself.
+    """An answer that is sent without the test.
 
     Attributes:
         chunks: how many with text; one with the finish reason and one with the usage follow where it ends well.
@@ -104,18 +104,18 @@ class NumberedCall:
         self.close()
 
     def close(self) -> None:
-        """Close the line without a word."""
+        """Close the connection without an end."""
         self.call.close()
         self.over = True
 
     def reset(self) -> None:
-        """Break the line."""
+        """Break the connection."""
         self.call.reset()
         self.over = True
 
     @property
     def is_open(self) -> bool:
-        """Whether somebody still reads an answer that is not over."""
+        """Return True if somebody still reads an answer that is not over."""
         return not self.over and not self.call.gone.is_set()
 
     def _send(self, data: dict[str, Any]) -> None:
@@ -173,7 +173,7 @@ class Upstream:
         return len(self.scripted._open)
 
     def _answer(self, call: Call) -> None:
-        if call.body is None:  # the question what a generation cost, for which there is no path here
+        if call.body is None:  # a request for a record, for which there is no path here
             call.reply(404, "There is no such path.")
             return
         marker = marker_of(call)
@@ -193,7 +193,7 @@ class Upstream:
 
 
 class Worker:
-    """One place for a broker: the same port, whoever is started there.
+    """One place for a broker: the same port for each process.
 
     Attributes:
         url: where it answers.
@@ -221,7 +221,7 @@ class Worker:
         self.process.send_signal(number)
 
     def freeze(self) -> None:
-        """Stop it in whatever it does."""
+        """Freeze it."""
         self.signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -243,14 +243,14 @@ class Worker:
         await self.ended()
 
     async def ended(self, within: float = DRAIN_TIMEOUT) -> int:
-        """Wait until it has ended by itself, and give its exit status."""
+        """Wait until it has ended, and return its exit status."""
         assert self.broker is not None, "none is running here"
         status = await self.broker.ended(within)
         await self.close()
         return status
 
     async def close(self) -> None:
-        """End whatever runs here."""
+        """Kill the process that runs here."""
         if self.broker is not None:
             self.logs.append(self.broker.log())
             self.broker = None
@@ -261,7 +261,7 @@ class Worker:
         return "".join((*self.logs, self.broker.log() if self.broker is not None else ""))
 
     def memory(self) -> int:
-        """Bytes of memory that the process holds."""
+        """Return the bytes of memory of the process."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.partition("VmRSS:")[2].split()[0]) * 1024
 
@@ -345,7 +345,7 @@ class Session:
         short: bool = False,
         **options: Any,
     ) -> AbstractAsyncContextManager[Connection]:
-        """An EventSource on a worker, from the start or from a cursor, told by header or by query.
+        """Open an EventSource on a worker, from the start or from a cursor in the header or the query.
 
         It reads the long form, or the short one.
         """
@@ -358,7 +358,7 @@ class Session:
         return opened(worker.url, target, headers or NOTHING, **options)
 
     async def read(self, worker: Worker, cursor: str | None = None, *, query: bool = False) -> list[Event]:
-        """All events from a cursor to the end of the line."""
+        """Return all events from a cursor to the end of the connection."""
         async with self.stream(worker, cursor, query=query) as line:
             assert line.status == 200
             return await line.rest()
@@ -377,7 +377,7 @@ class Session:
 
     @property
     def calls(self) -> int:
-        """How often the upstream was asked for it."""
+        """Return the number of calls to the upstream for it."""
         return len(self._cluster.upstream.calls[self.marker])
 
 
@@ -394,7 +394,7 @@ def marker_of(call: Call) -> str:
 
 
 def text_of_chunk(n: int, size: int) -> str:
-    """What chunk number ``n`` says: so many bytes that begin with its number."""
+    """Return the text of chunk number ``n``: so many bytes that begin with its number."""
     return f"{n} ".ljust(size, "x")
 
 
@@ -426,12 +426,12 @@ def check_whole(events: list[Event], marker: str, after: int = 0) -> Event:
 
 
 def kinds(events: Iterable[Event]) -> Counter[str]:
-    """How many of each kind."""
+    """Return the number of each kind."""
     return Counter(event.kind for event in events)
 
 
 async def came_again(line: Connection) -> bool:
-    """Whether a line asked its page to come again: a reconnection time, a comment, no event, a proper end."""
+    """Return True if a connection asked its page to reconnect: a retry time, a comment, no event, a proper end."""
     try:
         return line.status == 200 and not await line.rest() and line.blocks[0].startswith(b"retry: ")
     except Broken:

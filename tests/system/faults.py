@@ -1,4 +1,4 @@
-"""What goes wrong in the random walk: workers, Redis and the lines between them, hurt at random and healed again."""
+"""The faults of the random walk: workers, Redis and the connections between them, hurt at random and healed again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Trouble(NamedTuple):
 
 
 class Faults:
-    """Hurts a cluster until told to stop; at any time each worker, and Redis, has one fault at most.
+    """Hurts a cluster until stopped; at any time each worker, and Redis, has one fault at most.
 
     Args:
         cluster: whom.

@@ -1,6 +1,6 @@
 """Real processes for the system tests: a broker as its users start it, and a Valkey that can be hurt.
 
-Whatever a test does, every process started here has ended when its block has.
+Every process that is started here has ended at the end of its block, whatever a test does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SERVER = "valkey"
 
 
 class NotStartedError(AssertionError):
-    """A process ended, or stayed silent, before it was ready; the text holds its log."""
+    """A process ended, or stayed silent, before it was ready; the text has its log."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class RunningBroker:
         return _text(self.log_path)
 
     async def ended(self, within: float = DRAIN_TIMEOUT) -> int:
-        """Wait for the process to end by itself and give its exit status.
+        """Wait for the process to end, and return its exit status.
 
         Raises:
             subprocess.TimeoutExpired: it still runs.
@@ -186,7 +186,7 @@ async def healed(valkey: ValkeyProcess) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def running_valkey(*, keeps: bool = False) -> AsyncIterator[ValkeyProcess]:
-    """Run a Valkey of its own until the block ends; with ``keeps`` it survives a power cut."""
+    """Run a separate Valkey during the block; with ``keeps`` it survives a power cut."""
     with tempfile.TemporaryDirectory(prefix="broker-test-") as name:
         valkey = ValkeyProcess(free_port(), Path(name), keeps)
         try:

@@ -1,4 +1,4 @@
-"""The shipped nginx configuration in a real nginx of its own, and servers that stand in for brokers behind it."""
+"""The shipped nginx configuration in a real nginx, and servers that stand in for brokers behind it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Proxy:
     """An nginx that answers.
 
     Attributes:
-        directory: holds all that it reads and writes.
+        directory: has all files that it reads and writes.
         page: asks it as a page would, with paths in place of URLs.
     """
 
@@ -101,7 +101,7 @@ class Proxy:
         return "".join((self.directory / name).read_text(errors="replace") for name in ("out", "err"))
 
     async def logged(self, count: int) -> list[dict[str, Any]]:
-        """Its log, once that has so many lines: nginx writes each after its request has ended."""
+        """Return its log, once it has so many lines: nginx writes each after its request has ended."""
         async with asyncio.timeout(START_TIMEOUT):
             while True:
                 lines = (self.directory / "out").read_text().splitlines()

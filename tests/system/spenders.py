@@ -107,12 +107,12 @@ class Spenders:
     """A run.
 
     Attributes:
-        limits: the most that accounts may hold, in nano-USD, by the ends of their keys.
+        limits: the limits of accounts in nano-USD, by the ends of their keys.
         findings: what was wrong while it ran.
         troubles: how many there were of each kind.
         kills: when workers were killed, by the loop's clock.
         estimates: sessions whose true price nobody learned.
-        highest: the most that an account held.
+        highest: the highest amount of an account.
     """
 
     cluster: Cluster
@@ -127,7 +127,7 @@ class Spenders:
     highest: int = 0
 
     async def run(self, seconds: float) -> None:
-        """Spend and hurt for so long, then heal and let everybody come to an end."""
+        """Spend and hurt for so long, then heal and let all pages come to an end."""
         watching = asyncio.create_task(self._watch_the_law())
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + seconds
@@ -183,7 +183,7 @@ class Spenders:
         self.cluster.valkey.thaw()
 
     async def _watch_the_law(self) -> None:
-        """Each account is one key, so that each look is of one moment."""
+        """Each account is one key, so each reading is of one moment."""
         while True:
             await asyncio.sleep(0.02)
             try:
@@ -206,7 +206,7 @@ class Spenders:
     # Afterwards
 
     async def judge(self, redis: Redis) -> list[str]:
-        """Hold every account against the bills."""
+        """Compare every account with the bills."""
         findings = [*dict.fromkeys(self.findings)]
         records = await _settled(redis)
         total = 0
@@ -248,13 +248,13 @@ class Spenders:
         return [f"{name} was never corrected: {record}" for _ in late]
 
     def _is_excused(self, bill: Bill) -> bool:
-        """By what name to ask, nobody knows who did not read it; and who was killed may not have told anybody."""
+        """A record can only be fetched by a worker that got its id, and a killed worker may not have passed it on."""
         return bill.left_at_once or any(
             bill.began_at <= at <= bill.over_at + NOT_YET_JOURNALED for at in self.kills
         )
 
     def summary(self, account: Ledger) -> str:
-        """What happened, in a line."""
+        """Return one line on what happened."""
         refused = sum(page.refused for page in self.pages)
         return (
             f"{len(self.pages)} pages, {refused} refusals, {self.estimates} estimates left, {account},"
@@ -263,7 +263,7 @@ class Spenders:
 
 
 class Booked(NamedTuple):
-    """What a settled reservation says that was booked, as `settle.lua` writes it."""
+    """The booked usage in a settled reservation, as `settle.lua` writes it."""
 
     prompt: int
     completion: int

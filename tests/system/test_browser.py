@@ -1,4 +1,4 @@
-"""What a reader sees: foreign pages as their authors write them, and the page at `/`, in a real Chromium."""
+"""Foreign pages as their authors write them, and the page at `/`, in a real Chromium."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ROOM = {"BROKER_RATE_LIMIT": "1000/minute", "BROKER_MAX_CONCURRENT_STREAMS": "50", "BROKER_RETRY_MS": "500"}
 PATIENCE = 30_000
-SOONER_THAN_A_TURN = 3_000  # a page that waits for room is asked to come again after five seconds
+SOONER_THAN_A_TURN = 3_000  # a page that waits for a slot is asked to reconnect after five seconds
 LONG = " ".join(f"word{n}" for n in range(500))  # the echo of it takes about five seconds
 ALIVE = re.compile(r"word40\b")  # by then the answer is under way, and far from its end
 ECHO = "rehearsal/echo"
@@ -51,7 +51,7 @@ async def page(chromium: Browser) -> AsyncIterator[Page]:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def chat(page: Page, broker: RunningBroker) -> AsyncIterator[Page]:
-    """The page at `/`; whatever the test does with it, it must have nothing to complain of."""
+    """The page at `/`; whatever the test does, it must have no errors."""
     complaints = Complaints(page)
     await page.goto(broker.url)
     yield page

@@ -1,4 +1,4 @@
-"""A session can be stopped through any worker, in whatever state it is, and then it has ended in nothing else."""
+"""A session can be cancelled on any worker, in any state, and then it ends in nothing else."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ async def test_with_nobody_watching(cluster: Cluster, where: int) -> None:
 
 @ANYWHERE
 async def test_while_it_ends(cluster: Cluster, where: int) -> None:
-    """The finish and the cancel race: whatever wins, the answer to the cancel tells the truth."""
+    """The finish and the cancel race: whichever wins, the answer to the cancel is right."""
     for _ in range(20):
         session = await cluster.prepare(cluster.workers[0])
         async with session.stream(cluster.workers[0]) as line:
@@ -183,7 +183,7 @@ async def test_unknown(cluster: Cluster, where: int, post: bool, session_id: str
 
 
 async def test_claimed_and_cancelled_at_once(cluster: Cluster) -> None:
-    """Nobody may be told that it is cancelled and then be streamed an answer."""
+    """Nobody may be answered that it is cancelled and then be sent an answer."""
     for number in range(20):
         session = await cluster.prepare(cluster.workers[0], Script(chunks=300, pause=0.01))
         reading = asyncio.create_task(session.read(cluster.workers[number % 2]))
@@ -295,5 +295,5 @@ async def test_without_redis_only_the_owner_accepts_a_cancel() -> None:
         await cluster.valkey.start()
         async with asyncio.timeout(10):
             while not (events := await session.read(other)):
-                pass  # asked to come again
+                pass  # asked to reconnect
         assert check_whole(events, session.marker) == end

@@ -1,4 +1,4 @@
-"""The command line against the service itself, all of them real processes."""
+"""The command line against the service, all of them real processes."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ async def test_the_embedded_valkey_goes_with_a_broker_that_is_killed(short_path:
 
 
 def waited_for_a_core(pid: int) -> float:
-    """Seconds that a process was ready to run while others ran; 0 where the system does not tell."""
+    """Return the seconds that a process was ready to run while others ran; 0 where the system has no such number."""
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     except OSError:

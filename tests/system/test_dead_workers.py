@@ -186,7 +186,7 @@ async def test_a_worker_that_was_fenced_serves_new_sessions() -> None:
 
 
 async def test_a_freeze_longer_than_the_idle_timeout_ends_no_answer() -> None:
-    """What came while the worker was frozen lies in its socket: the upstream was not silent."""
+    """Data that came while the worker was frozen is in its socket: the upstream was not silent."""
     async with running_cluster(1, idle_timeout=2) as cluster:
         [owner] = cluster.workers
         session = await cluster.prepare(owner, Script(chunks=100, pause=0.05))
@@ -233,7 +233,7 @@ async def test_new_workers_send_the_end_after_all_others_died() -> None:
 
 
 async def entries(cluster: Cluster, session: Session) -> AsyncIterator[int]:
-    """Numbers of the events in the journal's entries, as Redis holds them."""
+    """Return the numbers of the events in the journal's entries in Redis."""
     async with cluster.redis() as client:
         found: Any = await client.xrange(f"broker:1:events:{{{session.id}}}", "1-0", "1")
         for entry_id, fields in found:

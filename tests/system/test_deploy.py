@@ -25,7 +25,7 @@ AFTER_DRAIN = 5.0  # seconds that a broker may take to stop when its drain is ov
 
 
 def instructions() -> list[tuple[str, str]]:
-    """The Dockerfile as pairs of a keyword and the rest, with continued lines joined."""
+    """Return the Dockerfile as pairs of a keyword and the rest, with continued lines joined."""
     text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE)
     lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
     return [(keyword, " ".join(rest.split())) for keyword, _, rest in (line.partition(" ") for line in lines)]
@@ -36,7 +36,7 @@ def rests_of(keyword: str) -> list[str]:
 
 
 def only(keyword: str) -> str:
-    """What an instruction says that may stand in the final image once."""
+    """Return the rest of an instruction that may be in the final image once."""
     (rest,) = rests_of(keyword)
     return rest
 

@@ -194,7 +194,7 @@ async def load(cluster: Cluster, number: int, stop: asyncio.Event) -> int:
 
 
 async def watch(cluster: Cluster, session: Session, at: int) -> Event:
-    """A page that reconnects by itself."""
+    """A page that reconnects."""
     seen, cursor = 0, None
     async with asyncio.timeout(30):
         while True:

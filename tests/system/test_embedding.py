@@ -1,4 +1,4 @@
-"""The shop of the README, run as its readers would: a login of its own, a chat under its prefix, and kept answers."""
+"""The shop of the README, run as its readers would: with its own login, a chat under its prefix, and stored answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nobody watching: a session waits for its page, on whichever worker that comes back, and not for ever."""
+"""A session without viewers waits for its page, on any worker, for a limited time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def begin(session: Session, line: Connection, chunks: int = 2) -> Numbered
 
 
 async def gone(call: NumberedCall, within: float) -> float:
-    """Wait until the upstream was let go, and tell how long that took."""
+    """Wait until the upstream was closed, and return how long that took."""
     loop = asyncio.get_running_loop()
     began = loop.time()
     async with asyncio.timeout(within):
@@ -181,7 +181,7 @@ async def test_without_grace_leaving_ends_it_at_once() -> None:
 
 
 async def test_a_stalled_connection_does_not_count_for_ever() -> None:
-    """A peer that has vanished without a word: what is sent piles up until the line is cut, and grace begins."""
+    """A peer has vanished without a close: its data piles up until it is disconnected, and the grace begins."""
     async with running_cluster(1, disconnect_grace=1, send_timeout=1, max_response="64MiB") as cluster:
         [worker] = cluster.workers
         session = await cluster.prepare(worker, Script(chunks=4000, pause=0.001, size=10_000))

@@ -87,7 +87,7 @@ async def all_closed(redis: Redis) -> bool:
 
 
 async def all_settled(redis: Redis) -> bool:
-    """Whether no generation holds a slot or an open reservation; estimates may keep a part of theirs."""
+    """Return True if no generation has a slot or an open reservation; estimates may keep a part of theirs."""
     return await open_reservations(redis) == await slots(redis) == 0
 
 
@@ -129,7 +129,7 @@ async def test_two_workers_admit_exactly_the_claims_with_room() -> None:
 
 
 async def test_another_worker_settles_for_a_killed_one() -> None:
-    # A service that keeps no records of its own: nothing more can be learned, so nothing stays reserved.
+    # A service without records: nothing more can be learned, so nothing stays reserved.
     async with running_bank(daily_cost="1", max_concurrent_streams=2, upstream_kind="openai") as (
         cluster,
         redis,

@@ -1,4 +1,4 @@
-"""The shipped nginx configuration while its brokers answer: what passes, what is kept, what is logged."""
+"""The shipped nginx configuration while its brokers answer: what it passes, changes and logs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_nginx_accepts_the_shipped_files_and_needs_all_of_them(tmp_path: Path) -
     assert set(dumped) == {path.name for path in SHIPPED.iterdir()}
 
 
-# What passes to a broker, and back
+# Requests to a broker, and answers
 
 
 async def test_every_event_arrives_before_the_next_is_written() -> None:

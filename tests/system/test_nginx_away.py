@@ -135,7 +135,7 @@ async def test_a_page_of_a_dead_broker_goes_to_the_next() -> None:
 
 
 async def reopened(page: aiohttp.ClientSession, address: str, cursor: str) -> str:
-    """Comes back to a session as a page does, and gives what a broker says first."""
+    """Reconnect to a session as a page does, and return the first event of a broker."""
     async with asyncio.timeout(PATIENCE):
         while True:
             async with page.get(address, headers={**EVENTS, "Last-Event-ID": cursor}) as answer:

@@ -1,4 +1,4 @@
-"""Redis is away or full for longer than anything holds: what ended is written and paid, who watches is not missed."""
+"""Redis is away or full for very long: sessions that ended are written and paid, and viewers still count."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Watched:
 
     Attributes:
         call: the upstream's side of it.
-        far: the viewer's line, which has had one chunk.
+        far: the viewer's connection, which has had one chunk.
     """
 
     def __init__(
@@ -124,11 +124,11 @@ class Watched:
         self._viewers = store.session_keys(session)["viewers"]
 
     async def is_written(self) -> bool:
-        """Whether Redis has it."""
+        """Return True if Redis has it."""
         return bool(await self._store.redis.exists(self._store.session_keys(self._session)["session"]))
 
     async def is_registered(self) -> bool:
-        """Whether the other worker is registered as watching."""
+        """Return True if the other worker is registered as a viewer."""
         return bool(await self._store.redis.zcard(self._viewers))
 
     async def lapse(self) -> None:
@@ -136,7 +136,7 @@ class Watched:
         await self._store.redis.delete(self._viewers)
 
     async def stays(self, seconds: float) -> None:
-        """Make sure that the upstream's line is not closed in this time."""
+        """Check that the upstream's connection is not closed in this time."""
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.call.gone.wait()
@@ -173,7 +173,7 @@ async def test_viewers_elsewhere_count_while_redis_is_full(upstream: ScriptedUps
     async with watched_elsewhere(upstream, grace=1) as watched:
         async with full(watched.valkey):
             await watched.lapse()
-            await watched.stays(3.5)  # the owner's next look, the grace, and as much again
+            await watched.stays(3.5)  # the owner's next check, the grace, and as much again
             assert await watched.is_registered()
             watched.call.chunk("told later")
             await watched.stays(1.5)  # now it has something that it cannot write
@@ -190,11 +190,11 @@ async def test_viewers_elsewhere_count_while_redis_is_full(upstream: ScriptedUps
 async def test_viewers_elsewhere_count_until_they_can_register_again(
     upstream: ScriptedUpstream, keeps: bool
 ) -> None:
-    """Without any grace: whoever is not registered at the first look afterwards is missed at once."""
+    """Without any grace: a viewer that is not registered at the first check afterwards counts as gone at once."""
     async with watched_elsewhere(upstream, grace=0, keeps=keeps) as watched:
         watched.valkey.kill()
         if keeps:
-            await asyncio.sleep(WATCH_MS / 1000 + 0.5)  # until the registration that Redis kept has lapsed
+            await asyncio.sleep(WATCH_MS / 1000 + 0.5)  # until the registration in Redis has expired
         await watched.valkey.start()
         await until(watched.is_written, within=10)
         watched.call.chunk("written at once, and what Redis says to it counts")

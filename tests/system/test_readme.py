@@ -1,4 +1,4 @@
-"""What the README tells people to write and to type, taken out of it and tried."""
+"""The code and the commands of the README, taken out of it and run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TYPESCRIPT = "typescript@5.9"
 NO_NPM = "there is no npm on this machine"
 NO_TYPESCRIPT = "npm could not install typescript"
 
-# What the page's author has around the lines, with the types that its own functions would have.
+# The code of a page around the lines, with the types of its own functions.
 AROUND = """
 declare const base: string;
 declare const model: string;

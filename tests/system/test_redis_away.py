@@ -1,4 +1,4 @@
-"""Redis dies, comes back empty, freezes, or never returns: pages that stream notice nothing, and nothing is lost."""
+"""Redis dies, comes back empty, freezes, or never returns: streaming pages notice nothing, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MIB = 1024 * 1024
 async def come_back(
     session: Session, worker: Worker, cursor: str | None = None, within: float = 15
 ) -> list[Event]:
-    """What a page gets that comes as often as it is asked to come again."""
+    """Return what a page gets that reconnects as often as it is asked to."""
     async with asyncio.timeout(within):
         while not (events := await session.read(worker, cursor)):  # noqa: ASYNC110 - so do pages
             await asyncio.sleep(0.1)  # as a page waits before it comes again
@@ -159,7 +159,7 @@ async def until_ok(cluster: Cluster, worker: Worker) -> None:
 
 
 async def until_there(session: Session, worker: Worker) -> None:
-    """Come again until a worker knows a session with events."""
+    """Reconnect until a worker knows a session with events."""
     async with asyncio.timeout(15):
         while True:
             async with session.stream(worker) as line:

@@ -1,4 +1,4 @@
-"""A page that lost its line goes on where it was, on any worker, wherever that was."""
+"""A page that lost its connection continues at its cursor, on any worker."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ async def test_a_cursor_inside_a_batch_resumes_exactly(cluster: Cluster, where: 
 
 @pytest.mark.parametrize("where", [1, 2])
 async def test_a_cursor_ahead_of_the_journal_waits_for_it(cluster: Cluster, where: int) -> None:
-    """The page has just got a live event and comes back elsewhere before that is journaled."""
+    """The page has just got a live event and reconnects elsewhere before that is journaled."""
     owner = cluster.workers[0]
     for size in (1, 3, 10):
         session = await cluster.prepare(owner)

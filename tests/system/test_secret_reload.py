@@ -35,7 +35,7 @@ def lines(broker: RunningBroker, event: str) -> list[dict[str, Any]]:
 
 
 def replace(path: Path, text: str) -> None:
-    """Put another file in its place, as whoever rotates secrets does."""
+    """Replace a file by another one, as programs do that rotate secrets."""
     beside = path.with_name(path.name + ".new")
     beside.write_text(text)
     beside.rename(path)
@@ -212,7 +212,7 @@ async def test_a_hangup_reads_the_system_message_again(upstream: ScriptedUpstrea
     }
     async with running_broker(rehearsal=False, env=env) as broker:
         path.write_text("Only dancing.")
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # so that only the signal tells of it
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # so that only the signal causes a reload
         await hang_up(broker)
         _, session = await prepared(broker)
         async with opened(broker.url, f"/stream/{session}") as line:

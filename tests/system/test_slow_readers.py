@@ -1,4 +1,4 @@
-"""A page that reads slowly, or not at all, costs little, holds nobody up, and can come back."""
+"""A page that reads slowly, or not at all, costs little, delays nobody, and can reconnect."""
 
 from __future__ import annotations
 

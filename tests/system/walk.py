@@ -54,7 +54,7 @@ RESPONSES = 0.3
 
 
 class Profile(NamedTuple):
-    """What is hurt in a round."""
+    """The things that are hurt in a round."""
 
     workers: bool
     redis: bool
@@ -69,7 +69,7 @@ PROFILES = (
 
 @dataclass
 class Report:
-    """What came of it."""
+    """The result of a walk."""
 
     sessions: int = 0
     pages: int = 0
@@ -177,7 +177,7 @@ async def _read_late(cluster: Cluster, walks: list[Walk], random: Random) -> lis
 
 
 async def _leftovers(cluster: Cluster) -> list[str]:
-    """What is left behind: keys that never end, calls that nobody reads, workers that do not stop, complaints."""
+    """Return what is left: keys without a TTL, calls that nobody reads, workers that do not stop, errors in logs."""
     findings = [f"no TTL: {key}" for key in await cluster.keys_without_ttl()]
     findings += [f"the call of {marker} is still open" for marker in cluster.upstream.open_calls()]
     for worker in cluster.workers:
@@ -196,14 +196,14 @@ async def _leftovers(cluster: Cluster) -> list[str]:
 
 
 def _complaints(log: str) -> Iterator[str]:
-    """What a log tells of bugs."""
+    """Yield the bugs in a log."""
     for line in log.splitlines():
         if line.startswith(("Open http://", "Listening at http://")):
             continue  # the first line of a start, for people
         try:
             entry = json.loads(line)
         except ValueError:
-            yield line  # a traceback that nobody caught
+            yield line  # an uncaught traceback
         else:
             if entry.get("level") in ("error", "critical"):
                 yield f"{entry.get('event')}: {entry.get('exception', '')[-400:]}"

@@ -1,6 +1,6 @@
 """The pages of the random walk, and the judgement of what they saw.
 
-A page may come back in the other form of a session, long or short (``?events=token``): numbers, text and end are
+A page may reconnect in the other form of a session, long or short (``?events=token``): numbers, text and end are
 the same.
 """
 
@@ -53,7 +53,7 @@ def _text_in(chunk: dict[str, Any]) -> str:
 
 @dataclass
 class Page:
-    """One page: reads a session over as many lines as it takes, as an EventSource does.
+    """One page: reads a session over as many connections as it takes, as an EventSource does.
 
     Attributes:
         seen: number of the last chunk; in the short form, of the last that said anything.
@@ -61,7 +61,7 @@ class Page:
         end: the event that ended it.
         ended_short: it came in the short form.
         ended_at: when, by the loop's clock.
-        online: its lines, each from when to when.
+        online: its connections, each with start and end.
         findings: what it saw and should not have.
     """
 
@@ -90,7 +90,7 @@ class Page:
     async def visit(
         self, session: Session, worker: Worker, leave_after: int = 1_000_000, *, short: bool = False
     ) -> None:
-        """One line, in the long or the short form, dropped after so many events at the latest."""
+        """Open one connection, in the long or the short form, which is dropped after so many events at the latest."""
         loop = asyncio.get_running_loop()
         since = loop.time()
         try:
@@ -101,7 +101,7 @@ class Page:
                     return
                 await self._read(line, session, leave_after, short=short)
         except (OSError, Broken, TimeoutError, asyncio.IncompleteReadError):
-            pass  # what happens to lines when workers are hurt
+            pass  # connections break when workers are hurt
         finally:
             self.online.append((since, loop.time()))
 
@@ -148,14 +148,14 @@ class Page:
 
     @property
     def code(self) -> str:
-        """How it ended, in a word."""
+        """Return the kind of its end."""
         if self.end is None:
             return "never"
         return str(self.end.json["finishReason"] if self.end.kind == "done" else self.end.json["code"])
 
     @property
     def saw_the_end(self) -> bool:
-        """Whether what ended it is the session's own end."""
+        """Return True if its end is that of the session."""
         return self.end is not None and self.code not in LINE_ENDS
 
 
@@ -167,7 +167,7 @@ class Walk:
         session, script: what it is.
         pages: who watches it.
         cancel_sent: somebody has asked for a cancel.
-        cancel_accepted: and was told that it is certain.
+        cancel_accepted: and was answered that it is certain.
     """
 
     session: Session
@@ -195,7 +195,7 @@ class Walk:
         self.cancel_accepted = answer.status == 202
 
     def judge(self, troubles: Sequence[Trouble], grace: float) -> Iterator[str]:
-        """What is wrong with what the pages saw, given what was done to the cluster."""
+        """Return what is wrong in what the pages saw, given the faults of the cluster."""
         for page in self.pages:
             yield from page.findings
             if page.end is None:
@@ -259,11 +259,11 @@ class Walk:
             yield f"{code} where {sorted(filter(None, expected))} were to be expected, during {sorted(happened)}"
 
     def _text(self, count: int) -> str:
-        """What the first chunks say."""
+        """Return the text of the first chunks."""
         return "".join(text_of_chunk(n, self.script.size) for n in range(1, count + 1))
 
     def _unwatched(self, until: float) -> float:
-        """The longest time for which no page had a line."""
+        """Return the longest time in which no page was connected."""
         longest, covered = 0.0, self.began_at
         for since, gone in sorted(line for page in self.pages for line in page.online):
             if since >= until:

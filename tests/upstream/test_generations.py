@@ -1,4 +1,4 @@
-"""The upstream's books: what is asked, and what each answer means."""
+"""The upstream's records: the requests for them, and the meaning of each answer."""
 
 from __future__ import annotations
 

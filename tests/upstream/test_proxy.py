@@ -1,4 +1,4 @@
-"""How the upstream is reached through a proxy."""
+"""The upstream behind a proxy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def proxy() -> AsyncIterator[tuple[str, list[bytes]]]:
-    """A proxy that notes the first line of each request, and carries nothing."""
+    """A proxy that notes the first line of each request and forwards nothing."""
     lines: list[bytes] = []
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

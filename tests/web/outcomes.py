@@ -1,4 +1,4 @@
-"""How a session goes, as a page sees it: what several tests ask in the same words."""
+"""Helpers to see a session as a page does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who a request is from, where the application that the broker is a part of says so."""
+"""Clients that the application around the broker identifies."""
 
 from __future__ import annotations
 

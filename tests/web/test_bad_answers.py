@@ -1,4 +1,4 @@
-"""How a session ends by what the upstream says inside its answer, by the timers, and by size."""
+"""Ends of a session by errors inside the answer, by timers, and by size."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ async def test_an_upstream_that_never_answers_times_out(valkey_url: str, upstrea
 
 
 async def ends_by_timer(broker: Broker, upstream: ScriptedUpstream, begin: Reply, drip: Reply) -> Event:
-    """The end of a session whose upstream drips after its beginning, and whose line is then closed."""
+    """Return the end of a session whose upstream drips after its beginning, and then closes the connection."""
     async with broker.stream(await broker.prepare()) as line:
         call = await upstream.call()
         begin(call)

@@ -24,7 +24,7 @@ ENDS: list[Reply] = [
 
 
 class Page:
-    """A page with a bad line and a load balancer before it.
+    """A page with a bad connection and a load balancer before it.
 
     Attributes:
         events: all that it has seen.

@@ -1,4 +1,4 @@
-"""The ways in which other services than OpenRouter, and OpenRouter's own providers, tell an answer."""
+"""Answers in the shapes of other services than OpenRouter, and of OpenRouter's own providers."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ async def test_a_stopped_answer_may_go_on_after_a_pause(
             call.chunk("b")
             call.chunk(finish="stop")
             call.usage(cost=0.5)
-            events = await line.rest()  # comments are no data: it ends all the same
+            events = await line.rest()  # comments are not data: it ends all the same
     assert [event.kind for event in events] == ["chunk", "chunk", "chunk", "done"]
     assert events[-1].json["cost"] == 0.5
 

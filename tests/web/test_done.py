@@ -1,4 +1,4 @@
-"""What a session tells at its end: reasons, names, usage and cost."""
+"""The data of `done`: reasons, names, usage and cost."""
 
 from __future__ import annotations
 

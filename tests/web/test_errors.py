@@ -1,4 +1,4 @@
-"""How a session ends when the upstream refuses or the line to it breaks: one `error`, and what was paid for once."""
+"""Ends of a session when the upstream refuses or the connection to it breaks: one `error`, paid once."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ async def test_a_retry_is_not_an_event(broker: Broker, upstream: ScriptedUpstrea
     assert events[0].id == "1-1"
 
 
-# The line breaks
+# The connection breaks
 
 
 @pytest.mark.parametrize("breaking", [Call.reset, Call.close])
@@ -246,7 +246,7 @@ async def test_a_body_that_ends_with_the_connection_is_complete(
 
 
 async def test_done_alone_is_an_end(broker: Broker, upstream: ScriptedUpstream) -> None:
-    upstream.replies = [after_a_chunk(lambda call: call.event(b"[DONE]"))]  # and the line stays open
+    upstream.replies = [after_a_chunk(lambda call: call.event(b"[DONE]"))]  # and the connection stays open
     events = await broker.read(await broker.prepare())
     assert [event.kind for event in events] == ["chunk", "done"]
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 async def read_whole(broker: Broker, session: str, cursor: str | None = None) -> list[Event]:
-    """What a page gets that comes as often as it is asked to come again."""
+    """Return what a page gets that reconnects as often as it is asked to."""
     async with asyncio.timeout(30):
         while not (events := await broker.read(session, cursor)):  # noqa: ASYNC110 - so do pages
             await asyncio.sleep(0.1)

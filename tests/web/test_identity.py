@@ -1,4 +1,4 @@
-"""Who a request is from, over real sockets."""
+"""The client of a request, over real sockets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INVALID = "This API key or token is not valid."
 
 
 class Fixed:
-    """Names clients with a secret of its own."""
+    """Names clients with its own secret."""
 
     async def names(self) -> ClientNamer:
         return ClientNamer(NAME_SECRET)

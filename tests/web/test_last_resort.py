@@ -1,4 +1,4 @@
-"""An end that is told whatever an upstream's objects hold."""
+"""A session gets its end, whatever the objects of an upstream hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may do how much: identity and limits at /prepare, slots and budgets at the claim."""
+"""Identity and limits at /prepare, slots and budgets at the claim."""
 
 from __future__ import annotations
 
@@ -312,7 +312,7 @@ async def test_a_model_without_a_price_is_refused_with_a_budget(
 
 
 async def reserved_cost(broker: Broker, upstream: ScriptedUpstream, **fields: Any) -> int:
-    """What is reserved, in nano-USD, while one generation runs."""
+    """Return what is reserved, in nano-USD, while one generation runs."""
     async with broker.stream(await session_of(broker, **fields)):
         call = await upstream.call()
         reserved = (await ledger(broker.app[keys.STORE].redis)).reserved_cost

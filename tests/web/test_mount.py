@@ -30,7 +30,7 @@ FOREIGN = {"Origin": "https://evil.example"}
 
 
 class Shop:
-    """An application with a page, a middleware and an error of its own.
+    """An application with its own page, middleware and error.
 
     Attributes:
         app: it.
@@ -79,7 +79,7 @@ async def served(app: web.Application) -> AsyncIterator[Broker]:
             yield Broker(f"http://{host}:{port}", app, http)
     finally:
         await runner.cleanup()
-        structlog.reset_defaults()  # the first broker of a process says where its lines go
+        structlog.reset_defaults()  # the first broker of a process decides where its lines go
 
 
 def under(root: Broker, prefix: str) -> Broker:

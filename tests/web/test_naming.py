@@ -1,4 +1,4 @@
-"""Clients keep their names, whatever becomes of the upstream's key and of Redis."""
+"""Clients keep their names when the upstream's key changes, and after a loss of Redis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.scripted import ScriptedUpstream
 
 
 async def used(broker: Broker) -> int:
-    """How many prepares of ours the broker has counted."""
+    """Return how many of these prepares the broker has counted."""
     answer = await broker.post()
     assert answer.status == 201
     return 1000 - int(answer.headers["RateLimit"].split("r=")[1].split(";")[0])

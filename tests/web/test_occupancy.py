@@ -1,4 +1,4 @@
-"""How many streams there may be of one session and of one address, and that all places are given back."""
+"""The limits of streams of one session and of one address; all places are given back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HERE = "127.0.0.1"
 
 
 async def comes_again(line: Connection) -> bool:
-    """Whether a page is asked to come again: 200, a `retry:` of about 3 s, no event, closed."""
+    """Return True if a page is asked to reconnect: 200, a `retry:` of about 3 s, no event, closed."""
     assert line.status == 200
     assert await line.rest() == []
     [retry] = [block for block in line.blocks if b"retry:" in block]
@@ -27,7 +27,7 @@ async def comes_again(line: Connection) -> bool:
 
 
 def places(broker: Broker) -> int:
-    """How many sessions and addresses hold any place."""
+    """Return the number of sessions and addresses with a place."""
     occupancy = broker.app[keys.OCCUPANCY]
     return len(occupancy._of_session) + len(occupancy._of_address)
 

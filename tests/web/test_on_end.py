@@ -1,4 +1,4 @@
-"""What an application is told at the end of each answer, however it ends."""
+"""The results that an application gets at the end of each answer, for every kind of end."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ async def test_a_conversation_that_is_too_long_loses_its_oldest_turns(
     assert too_long.json["error"]["details"][0]["field"] == "messages"
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ class Stopwatch:
 
 
 async def is_asked_to_come_again(broker: Broker, session: str, cursor: str | None = None) -> bool:
-    """Whether a page is told to come later, and nothing else."""
+    """Return True if a page is asked to reconnect, and gets nothing else."""
     async with broker.stream(session, cursor) as line:
         return line.status == 200 and await line.rest() == [] and len(line.blocks) == 2
 
@@ -116,7 +116,7 @@ async def test_an_unwanted_claim_starts_nothing_when_redis_returns(
     valkey.thaw()
     await wait_until_back(broker)
     assert upstream.calls == []
-    async with broker.stream(session) as line:  # the page comes back as it was told to
+    async with broker.stream(session) as line:  # the page reconnects as it was asked to
         call = (await upstream.call()).open()
         call.chunk("Hello", finish="stop")
         call.done()
@@ -140,11 +140,11 @@ async def test_a_pursued_claim_can_be_cancelled_without_redis(
 
 
 async def wait_until_back(broker: Broker) -> None:
-    """Wait until the broker has met Redis again, and whatever it still wanted of it has had its turn."""
+    """Wait until the broker has reached Redis again, and has done all that it still wanted there."""
     async with asyncio.timeout(8):
         while (await broker.post()).status != 201:
             pass
-    await asyncio.sleep(1.0)  # nothing tells that something does not happen
+    await asyncio.sleep(1.0)  # there is no event for something that does not happen
 
 
 async def test_a_claim_with_a_lost_reply_is_seen_elsewhere(

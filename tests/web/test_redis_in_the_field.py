@@ -1,4 +1,4 @@
-"""Redis as it is in the field: a user without rights to channels, a replica that was a primary, a long line."""
+"""Redis as it is used: a user without rights to channels, a replica that was a primary, a long distance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a page is told of a refusal, when the broker asks again by itself, and when it asks in another way."""
+"""Refusals: what pages get, when the broker retries, and when it sends another form of the request."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ async def test_a_numeric_string_inside_the_stream_is_a_status(
 
 
 def refuse_cap(name: str, message: str, **fields: Any) -> Callable[[Call], None]:
-    """Refuse this name of the cap, and answer whoever uses the other one."""
+    """Refuse this name of the cap, and answer a request with the other one."""
 
     def reply(call: Call) -> None:
         if name in call.body:
@@ -207,7 +207,7 @@ async def test_a_refused_cap_is_sent_under_its_other_name_from_then_on(
             events = await broker.read(await broker.prepare(**{sent: 7}))
             assert events[-1].kind == "done", events[-1].data
         names = [[name for name in (OLD, NEW) if name in call.body] for call in upstream.calls]
-        first = names[0][0]  # the broker may prefer one of the two by itself
+        first = names[0][0]  # the broker may prefer one of the two
         expected = [[first]] if first == other else [[first], [other]]
         assert names == [*expected, [other]]
         assert {call.body[name[0]] for call, name in zip(upstream.calls, names, strict=True)} == {7}

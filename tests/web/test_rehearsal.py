@@ -135,7 +135,7 @@ def test_each_question_has_its_own_passage() -> None:
     assert set(first) == set(text.PASSAGES)
 
 
-# What is asked
+# Requests
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_a_caller_without_streaming_gets_one_answer() -> None:
     assert orjson.loads(completion.body)["object"] == "chat.completion"
 
 
-# What is remembered
+# Memory
 
 
 def test_a_generation_is_known_from_its_delay_on() -> None:

@@ -90,11 +90,11 @@ async def begun(
 
 
 async def booked(broker: Broker) -> Ledger:
-    """What everyone has spent."""
+    """Return the spending of all clients."""
     return (await ledger(broker.app[keys.STORE].redis))._replace(reserved_tokens=0, reserved_cost=0)
 
 
-# What is asked
+# Requests
 
 
 async def test_a_request_goes_to_responses_streamed_and_not_stored(
@@ -164,7 +164,7 @@ async def test_a_refusal_is_passed_on_and_costs_nothing(
     assert await booked(broker) == Ledger(1)
 
 
-# What a page sees
+# Events
 
 
 @pytest.mark.parametrize("mark", [False, True])
@@ -374,7 +374,7 @@ async def test_pages_notice_nothing_while_redis_is_away(upstream: ScriptedUpstre
         assert len(upstream.calls) == 1
 
 
-# What is booked
+# Booking
 
 
 async def test_a_failure_that_brings_its_bill_is_paid_by_it(

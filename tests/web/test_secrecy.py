@@ -1,4 +1,4 @@
-"""What no log may carry: our key, a prompt, an answer, a whole session id. In good times and bad."""
+"""No log has our key, a prompt, an answer or a whole session id, whatever happens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def log() -> Iterator[io.StringIO]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     out = io.StringIO()
-    configure_logs("debug", "json", secrets=[], out=out)  # what nobody cleans must be clean by itself
+    configure_logs(
+        "debug", "json", secrets=[], out=out
+    )  # without cleaning, to see that lines are clean before
     yield out
     root.handlers[:] = handlers
     root.setLevel(level)

@@ -1,4 +1,4 @@
-"""Connections by the byte: what is no request, what is longer than one should be, and when the server hangs up."""
+"""Connections byte by byte: invalid requests, requests that are too long, and when the server hangs up."""
 
 from __future__ import annotations
 

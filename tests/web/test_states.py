@@ -1,4 +1,4 @@
-"""What an EventSource, and anybody else, is told in each state of a session."""
+"""The answers to an EventSource, and to other callers, in each state of a session."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_REDIS = "unix:///nowhere/valkey.sock"
 
 
 async def refusal(broker: Broker, session: str, cursor: str | None = None, query: str = "") -> Event:
-    """The one event of a line that is refused."""
+    """Return the one event of a refused connection."""
     async with broker.stream(session, cursor, query=query) as line:
         assert line.status == 200
         [event] = await line.rest()
@@ -26,7 +26,7 @@ async def refusal(broker: Broker, session: str, cursor: str | None = None, query
 
 
 async def comes_again(line: Connection) -> None:
-    """Whether this line asks its page to come again, and says nothing else."""
+    """Return True if this connection asks its page to reconnect, and sends nothing else."""
     assert line.status == 200
     assert await line.rest() == []
     [retry, comment] = line.blocks

@@ -1,4 +1,4 @@
-"""How a stream is written: its head, its events, its heartbeats, and clients of all kinds."""
+"""The bytes of a stream: its head, its events, its heartbeats, and clients of all kinds."""
 
 from __future__ import annotations
 

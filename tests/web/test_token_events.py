@@ -57,7 +57,7 @@ async def test_token_events_come_live(broker: Broker, upstream: ScriptedUpstream
     session = await broker.prepare()
     async with broker.stream(session, query=TOKEN) as line:
         call = (await upstream.call()).open()
-        assert await line.event() == Event("start", "{}", None)  # before anything is said
+        assert await line.event() == Event("start", "{}", None)  # before any contents
         call.chunk("one")
         assert await line.event() == Event("token", '{"text":"one"}', "1-1")
         call.event(b'{"choices":[{"index":0,"delta":{"reasoning":"Hm"}}]}')

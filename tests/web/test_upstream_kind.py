@@ -1,4 +1,4 @@
-"""What only OpenRouter understands is sent to OpenRouter alone, and what tells it apart."""
+"""Fields that only OpenRouter understands are sent only to OpenRouter, and how it is recognised."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_openrouter_behind_another_name_is_known_by_its_list(
 async def test_another_service_fetches_no_pictures(
     valkey_url: str, upstream: ScriptedUpstream, kind: str
 ) -> None:
-    """It would fetch addresses of its own network."""
+    """Another service would fetch addresses of its own network."""
 
     def message(url: str) -> dict[str, Any]:
         return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}

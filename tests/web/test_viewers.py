@@ -22,7 +22,7 @@ def plain(call: Call) -> None:
 
 
 async def follow(broker: Broker, session: str) -> list[Event]:
-    """What a page has in the end that reconnects for as long as it is asked to."""
+    """Return all that a page gets which reconnects for as long as it is asked to."""
     events: list[Event] = []
     cursor = None
     async with asyncio.timeout(10):
@@ -190,7 +190,7 @@ async def test_a_broker_that_crashes_leaves_no_connection_open(
     with pytest.raises(ZeroDivisionError):
         await fall_over()
     await upstream.calls[0].wait_gone()
-    gc.collect()  # a line that nobody closed warns when it is found
+    gc.collect()  # an unclosed connection causes a warning when it is collected
 
 
 # Slow readers
@@ -199,7 +199,7 @@ MEGABYTE = chunk("x" * 1_000_000)
 
 
 def torrent(call: Call) -> None:
-    """More than all buffers on the way hold, and no end."""
+    """Send more than all buffers on the way can take, and no end."""
     call.open()
     for _ in range(7):
         call.event(json.dumps(MEGABYTE).encode())

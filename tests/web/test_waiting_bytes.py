@@ -1,4 +1,4 @@
-"""What /prepare says where too much waits."""
+"""/prepare while too many bytes are pending."""
 
 from __future__ import annotations
 
