@@ -125,7 +125,7 @@ def _check(prefix: str, settings: Settings) -> None:
     if settings.redis_url is None and not settings.told_of_loopback:
         raise SettingsError(
             "redis_url must be set;"
-            ' only an application that says host="127.0.0.1" keeps sessions in a Valkey of its own'
+            ' only an application that says host="127.0.0.1" stores sessions in an embedded Valkey'
         )
 
 

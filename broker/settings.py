@@ -335,7 +335,7 @@ def open_door(settings: Settings) -> str | None:
     )
     if settings.system_file is None:
         warning += (
-            "; without identity and BROKER_SYSTEM_FILE an open broker is everybody's free model"
+            "; without identity and BROKER_SYSTEM_FILE anybody can use an open broker as a free model"
             " (README.md, Who may spend what, says how to close it)"
         )
     return warning
@@ -439,7 +439,7 @@ def _read_dotenv() -> dict[str, str]:
 def _bindings(text: str) -> Iterator[tuple[str, str]]:
     for binding in parse_stream(io.StringIO(text)):
         if binding.error:
-            raise SettingsError(f".env must hold NAME=value lines; line {binding.original.line} is not one")
+            raise SettingsError(f".env must have NAME=value lines; line {binding.original.line} is not one")
         if binding.key is not None:
             yield binding.key, binding.value or ""
 

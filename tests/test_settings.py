@@ -154,7 +154,7 @@ def test_dotenv_takes_quotes_comments_export_and_dollars(
 
 def test_an_invalid_line_of_dotenv_is_named_without_its_text() -> None:
     Path(".env").write_text(f"PORT=1\nX_TITLE='{SECRET}\n")
-    with pytest.raises(SettingsError, match=r"^\.env must hold NAME=value lines; line 2 is not one$"):
+    with pytest.raises(SettingsError, match=r"^\.env must have NAME=value lines; line 2 is not one$"):
         load_settings()
 
 

@@ -19,7 +19,7 @@ def rehearse(port: int) -> int:
         with suppress(KeyboardInterrupt):
             asyncio.run(_rehearse(port))
     except OSError as error:
-        return complain(f"port {port} cannot be had: {error.strerror}.")
+        return complain(f"port {port} is not available: {error.strerror}.")
     return 0
 
 

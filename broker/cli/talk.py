@@ -153,7 +153,7 @@ def _base(url: str) -> str:
     if not plain or parts.scheme not in {"http", "https"} or " " in url or not url.isprintable():
         raise TalkError(f"{url} is not the URL of a broker; one looks like http://127.0.0.1:3000.")
     if "@" in parts.netloc:
-        raise TalkError(f"The URL of a broker holds no credentials; {CREDENTIAL} is for them.")
+        raise TalkError(f"The URL of a broker has no credentials; {CREDENTIAL} is for them.")
     return url.rstrip("/")
 
 

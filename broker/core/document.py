@@ -116,7 +116,7 @@ def check_document(document: Any, body: bytes, found: Outline) -> None:
     if keys < found.keys:
         if len(body) <= SMALL_BODY:
             json.loads(body, object_pairs_hook=_object_without_doubles)
-        raise InvalidJson("A key stands twice in one object.")
+        raise InvalidJson("A key occurs twice in one object.")
     if huge_numbers:
         _check_numbers(found.bare)
 
@@ -127,12 +127,12 @@ def _explain(body: bytes, error: orjson.JSONDecodeError) -> str:
     try:
         body.decode()
     except UnicodeDecodeError as wrong:
-        return f"The body is not UTF-8: byte {wrong.start} and what follows is no character."
+        return f"The body is not UTF-8: byte {wrong.start} and what follows is not a character."
     return f"The body is not valid JSON: {error.msg}, at line {error.lineno}, column {error.colno}."
 
 
 def _too_many(max_values: int) -> InvalidRequest:
-    return InvalidRequest(details=[_fault(f"It holds more than {max_values} JSON values")])
+    return InvalidRequest(details=[_fault(f"It has more than {max_values} JSON values")])
 
 
 def _fault(sentence: str) -> dict[str, str]:
@@ -168,7 +168,7 @@ def _object_without_doubles(pairs: list[tuple[str, Any]]) -> None:
     seen: set[str] = set()
     for key, _ in pairs:
         if key in seen:
-            raise InvalidJson(f'The key "{key[:_SHOWN_KEY_CHARACTERS]}" stands twice in one object.')
+            raise InvalidJson(f'The key "{key[:_SHOWN_KEY_CHARACTERS]}" occurs twice in one object.')
         seen.add(key)
 
 

@@ -64,12 +64,12 @@ class InvalidJson(RequestError):
 
 class MalformedRequest(RequestError):
     code = "invalid_request"
-    default_message = "This is no valid HTTP request."
+    default_message = "This is not a valid HTTP request."
 
 
 class ExpectationFailed(RequestError):
     code, status = "invalid_request", 417
-    default_message = "Of the header Expect, only 100-continue is supported; leave it out."
+    default_message = "The header Expect supports only 100-continue; leave it out."
 
 
 class InvalidCursor(RequestError):
@@ -109,7 +109,7 @@ class SessionNotFound(RequestError):
 
 class SessionExpired(RequestError):
     code, status, retryable = "session_expired", 404, True
-    default_message = "This session is over and no longer kept."
+    default_message = "This session is over and can no longer be read."
 
 
 class NotFound(RequestError):
@@ -136,7 +136,7 @@ class ReplayGap(RequestError):
     """Ends the connection of one viewer: the events after its cursor are missing. A gap is never left out silently."""
 
     code, status, retryable = "replay_gap", 409, True
-    default_message = "A part of this answer is no longer kept, so it cannot be continued."
+    default_message = "A part of this answer is no longer stored, so it cannot be continued."
 
 
 class BodyTooLarge(RequestError):
@@ -229,7 +229,7 @@ class InternalError(ServiceError):
 
 class ModelsUnavailable(ServiceError):
     code, status = "upstream_unavailable", 502
-    default_message = "The list of models cannot be had right now."
+    default_message = "The list of models is not available right now."
 
 
 class StoreUnavailable(ServiceError):

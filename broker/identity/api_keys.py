@@ -60,7 +60,7 @@ class ApiKeys:
         if path is None:
             return None
         # An invalid file leaves the present keys: a typing mistake lets nobody in or out.
-        refusal = "the file of api keys is no good, the old keys stay"
+        refusal = "the file of api keys is unusable, the old keys stay"
         return WatchedFile(path, read_api_keys, refusal=refusal, clock=self._clock)
 
     def _look(self) -> None:

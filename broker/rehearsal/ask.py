@@ -178,7 +178,7 @@ def _objects(body: Mapping[str, Any], name: str, *, at_least: int) -> list[dict[
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise AskError(f"{name} must be a list of objects")
     if len(found) < at_least:
-        raise AskError(f"{name} must hold at least {at_least}")
+        raise AskError(f"{name} must have at least {at_least}")
     return found
 
 

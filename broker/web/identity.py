@@ -143,7 +143,7 @@ def _build_tokens(settings: Settings, published: PublishedKeys | None) -> Tokens
     if secret is not None and len(secret.encode()) < _SHORTEST_SECRET:
         log.warning("BROKER_JWT_SECRET is short enough to be guessed", wanted=f"{_SHORTEST_SECRET} bytes")
     if published is not None and settings.jwt_audience is None:
-        log.warning("without BROKER_JWT_AUDIENCE, tokens that were issued for others are taken too")
+        log.warning("without BROKER_JWT_AUDIENCE, tokens that were issued for others are accepted too")
     return Tokens(
         secret=secret, published=published, audience=settings.jwt_audience, issuer=settings.jwt_issuer
     )

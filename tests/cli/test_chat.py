@@ -341,7 +341,7 @@ async def test_an_invalid_url_is_reported_in_one_sentence(url: str) -> None:
 
 
 async def test_a_url_with_a_password_is_refused_without_repeating_it() -> None:
-    told = "broker: The URL of a broker holds no credentials; BROKER_TOKEN is for them.\n"
+    told = "broker: The URL of a broker has no credentials; BROKER_TOKEN is for them.\n"
     assert await run("chat", "hi", "--url", "http://ann:pass@127.0.0.1:3000") == (1, "", told)
 
 

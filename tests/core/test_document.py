@@ -116,9 +116,9 @@ def test_any_bytes_are_a_value_or_invalid_json(body: bytes) -> None:
         (b"[1e400]", "infinity"),
         (b"[-1e400]", "infinity"),
         (b'"a\x00b"', "control character"),
-        (b'{"a": 1, "b": {"seed": 1, "seed": 2}}', '"seed" stands twice'),
-        (b'{"a" :1,"a":2}', '"a" stands twice'),
-        (b'{"a":1,"\\u0061":2}', '"a" stands twice'),
+        (b'{"a": 1, "b": {"seed": 1, "seed": 2}}', '"seed" occurs twice'),
+        (b'{"a" :1,"a":2}', '"a" occurs twice'),
+        (b'{"a":1,"\\u0061":2}', '"a" occurs twice'),
         (b'{"seed": 1180591620717411303424}', "does not fit 64 bits"),
         (b"-9223372036854775809", "does not fit 64 bits"),
     ],
@@ -245,7 +245,7 @@ def test_exactly_the_allowed_number_of_values_passes(
 ) -> None:
     assert parse_json(opening + b",".join([value] * values) + closing)
     sentence = sentence_for(opening + b",".join([value] * (values + 1)) + closing, InvalidRequest)
-    assert sentence == "body: It holds more than 50000 JSON values."
+    assert sentence == "body: It has more than 50000 JSON values."
 
 
 def test_marks_inside_a_text_are_not_values() -> None:
@@ -256,7 +256,7 @@ def test_marks_inside_a_text_are_not_values() -> None:
 def test_a_key_that_stands_twice_is_found_in_a_large_body_too() -> None:
     large = b'{"text": "' + b":" * SMALL_BODY + b'", "a": 1, %b: 2}'
     assert parse_json(large.replace(b"%b", b'"b"'))["b"] == 2
-    assert "stands twice" in sentence_for(large.replace(b"%b", b'"\\u0061"'))
+    assert "occurs twice" in sentence_for(large.replace(b"%b", b'"\\u0061"'))
 
 
 def test_the_sentence_never_quotes_the_body() -> None:

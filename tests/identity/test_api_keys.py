@@ -110,7 +110,7 @@ def test_a_broken_file_keeps_the_old_keys_and_is_logged_once(
         clock.now += LOOK_EVERY
     (line,) = [json.loads(line) for line in log.getvalue().splitlines()]
     assert line["level"] == "warning"
-    assert line["event"] == "the file of api keys is no good, the old keys stay"
+    assert line["event"] == "the file of api keys is unusable, the old keys stay"
     assert line["reason"].startswith("BROKER_API_KEYS_FILE must be a comma list of name:key pairs")
     assert "s3cret" not in log.getvalue()
 

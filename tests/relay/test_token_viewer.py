@@ -16,7 +16,17 @@ from broker.core.session import parse_cursor
 from broker.relay.feed import Feed
 from broker.relay.token_viewer import MAX_PARSED, TokenViewer
 from broker.relay.viewer import Connection, Viewer
-from tests.relay.lines import MIB, CutLine, QuickLine, SlowLine, end, filled, following, no_journal, settle
+from tests.relay.connections import (
+    MIB,
+    ClosedConnection,
+    QuickConnection,
+    SlowConnection,
+    end,
+    filled,
+    following,
+    no_journal,
+    settle,
+)
 
 
 def said(text: str) -> bytes:
@@ -45,20 +55,20 @@ def viewer(
     return TokenViewer(feed, journal, connection, parse_cursor(cursor), 0.0)  # type: ignore[arg-type]  # awaits
 
 
-def events(connection: QuickLine) -> list[str]:
+def events(connection: QuickConnection) -> list[str]:
     return [frame.event for frame in connection.frames]
 
 
-def data(connection: QuickLine) -> list[Any]:
+def data(connection: QuickConnection) -> list[Any]:
     return [json.loads(frame.data) for frame in connection.frames if frame.event == "token"]
 
 
-def text(connection: QuickLine) -> str:
+def text(connection: QuickConnection) -> str:
     return "".join(each.get("text", "") for each in data(connection))
 
 
 async def test_a_start_comes_first_then_tokens_then_the_end() -> None:
-    feed, connection = filled(words(1, 2)), QuickLine()
+    feed, connection = filled(words(1, 2)), QuickConnection()
     async with following(viewer(feed, connection)) as task:
         assert events(connection) == ["start", "token", "token"]
         feed.add(words(3, 4), 1.0)
@@ -71,7 +81,7 @@ async def test_a_start_comes_first_then_tokens_then_the_end() -> None:
 
 
 async def test_a_chunk_that_says_nothing_is_left_out() -> None:
-    feed, connection = Feed(), QuickLine()
+    feed, connection = Feed(), QuickConnection()
     watching = viewer(feed, connection)
     async with following(watching) as task:
         feed.add(batch(1, said(""), b'{"choices":[]}'), 3.0)
@@ -88,14 +98,14 @@ async def test_a_chunk_that_says_nothing_is_left_out() -> None:
 
 @pytest.mark.parametrize("seen", range(1, 5))
 async def test_a_cursor_is_continued_from_without_a_start(seen: int) -> None:
-    feed, connection = filled(words(1, 2), words(3, 4)), QuickLine()
+    feed, connection = filled(words(1, 2), words(3, 4)), QuickConnection()
     feed.finish(end(5))
     await viewer(feed, connection, f"1-{seen}").follow()
     assert connection.ids == [*(f"1-{n}" for n in range(seen + 1, 5)), "1-5.end"]
 
 
 async def test_a_cursor_ahead_waits_for_its_turn() -> None:
-    feed, connection = filled(words(1, 1)), QuickLine()
+    feed, connection = filled(words(1, 1)), QuickConnection()
     async with following(viewer(feed, connection, "1-4")) as task:
         for each in (words(2, 2), words(3, 5), words(6, 6)):
             feed.add(each, 0.0)
@@ -109,7 +119,7 @@ async def test_events_that_left_memory_are_read_from_the_journal() -> None:
     async def journal(after: int) -> list[Batch]:
         return [words(1, 3), words(4, 6)] if after < 3 else [words(4, 6)]
 
-    feed, connection = filled(words(7, 8), start=6), QuickLine()
+    feed, connection = filled(words(7, 8), start=6), QuickConnection()
     async with following(viewer(feed, connection, "1-1", journal)):
         assert connection.ids == [f"1-{n}" for n in range(2, 9)]
         feed.add(words(9, 9), 0.0)
@@ -120,14 +130,14 @@ async def test_an_unavailable_journal_ends_the_connection() -> None:
     async def journal(_after: int) -> list[Batch]:
         raise StoreUnavailable
 
-    feed, connection = filled(words(7, 8), start=6), QuickLine()
+    feed, connection = filled(words(7, 8), start=6), QuickConnection()
     await viewer(feed, connection, "1-2", journal).follow()
     assert connection.bytes == b""
 
 
 async def test_a_chunk_is_parsed_once_for_all_who_watch_live() -> None:
     feed, added = Feed(), words(1, 3)
-    lines = [QuickLine() for _ in range(3)]
+    lines = [QuickConnection() for _ in range(3)]
     async with following(viewer(feed, lines[0])), following(viewer(feed, lines[1])):
         feed.add(added, 0.0)
         assert feed.shorten(added, deltas=False) is feed.shorten(added, deltas=False)
@@ -137,7 +147,7 @@ async def test_a_chunk_is_parsed_once_for_all_who_watch_live() -> None:
 
 
 async def test_viewers_of_both_forms_see_the_same_numbers() -> None:
-    feed, long, short = Feed(), QuickLine(), QuickLine()
+    feed, long, short = Feed(), QuickConnection(), QuickConnection()
     async with (
         following(Viewer(feed, no_journal, long, None, 0.0)) as first,
         following(viewer(feed, short)) as second,
@@ -155,7 +165,7 @@ async def test_viewers_of_both_forms_see_the_same_numbers() -> None:
 async def test_an_answer_of_messages_is_sent_and_continued() -> None:
     feed = filled(*(batch(n, told_again(f"{n} ")) for n in range(1, 5)))
     feed.finish(end(5))
-    whole, rest = QuickLine(), QuickLine()
+    whole, rest = QuickConnection(), QuickConnection()
     await viewer(feed, whole).follow()
     await viewer(feed, rest, "1-2").follow()
     assert (text(whole), text(rest)) == ("1 2 3 4 ", "3 4 ")
@@ -169,7 +179,7 @@ async def test_an_answer_repeated_at_its_end_is_sent_once(where: str) -> None:
         return [each for each in [*said_before, again] if each.last > after]
 
     feed = filled(*said_before) if where != "journal" else Feed(4)
-    connection = QuickLine()
+    connection = QuickConnection()
     if where == "memory":
         feed.add(again, 0.0)
     async with following(viewer(feed, connection, "1-3", journal)) as task:
@@ -185,7 +195,7 @@ async def test_a_missing_beginning_ends_the_connection() -> None:
     async def journal(_after: int) -> list[Batch]:
         raise StoreUnavailable
 
-    feed, connection = filled(batch(4, told_again("a")), start=3), QuickLine()
+    feed, connection = filled(batch(4, told_again("a")), start=3), QuickConnection()
     await viewer(feed, connection, "1-3", journal).follow()
     assert connection.bytes == b""
 
@@ -193,7 +203,7 @@ async def test_a_missing_beginning_ends_the_connection() -> None:
 # The pace of a connection, and of the event loop
 
 
-class ReadyLine(QuickLine):
+class ReadyLine(QuickConnection):
     """A connection that takes everything at once."""
 
     async def drain(self) -> None:
@@ -230,7 +240,7 @@ async def test_the_event_loop_runs_while_much_is_parsed(where: str) -> None:
 
 
 async def test_a_slow_connection_catches_up() -> None:
-    feed, connection = Feed(), SlowLine()
+    feed, connection = Feed(), SlowConnection()
     async with following(viewer(feed, connection)) as task:
         for n in range(1, 201):
             feed.add(words(n, n, size=20_000), 0.0)
@@ -246,7 +256,7 @@ async def test_a_slow_connection_catches_up() -> None:
 
 
 async def test_no_heartbeat_is_written_inside_a_token_event() -> None:
-    class BeatenLine(QuickLine):
+    class BeatenLine(QuickConnection):
         async def drain(self) -> None:
             watching.beat(b": beat\n\n", 5.0)
             await asyncio.sleep(0)
@@ -262,11 +272,11 @@ async def test_no_heartbeat_is_written_inside_a_token_event() -> None:
 async def test_a_closed_connection_ends_the_viewer() -> None:
     feed = filled(words(1, 1))
     with pytest.raises(ConnectionAbortedError):
-        await viewer(feed, CutLine()).follow()
+        await viewer(feed, ClosedConnection()).follow()
 
 
 async def test_a_viewer_that_left_is_given_nothing_more() -> None:
-    feed, connection = Feed(), QuickLine()
+    feed, connection = Feed(), QuickConnection()
     async with following(viewer(feed, connection)):
         pass
     feed.add(words(1, 1), 0.0)

@@ -442,7 +442,7 @@ async def test_rehearse_says_when_its_port_is_taken() -> None:
         port = taken.getsockname()[1]
         status, out, err = await run("rehearse", "--port", str(port))
     assert (status, out) == (1, "")
-    assert err.startswith(f"broker: port {port} cannot be had: ")
+    assert err.startswith(f"broker: port {port} is not available: ")
     assert len(err.splitlines()) == 1
 
 

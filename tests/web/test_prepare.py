@@ -258,7 +258,7 @@ async def test_a_body_of_too_many_values_is_refused(broker: Broker) -> None:
     )
     assert (answer.status, answer.code) == (422, "invalid_request")
     assert answer.json["error"]["details"] == [
-        {"field": "body", "message": "It holds more than 50000 JSON values."}
+        {"field": "body", "message": "It has more than 50000 JSON values."}
     ]
 
 

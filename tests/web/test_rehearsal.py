@@ -761,7 +761,7 @@ async def test_unknown_models_and_bad_bodies_are_400(session: aiohttp.ClientSess
     for payload, complaint in (
         (orjson.dumps(body_for("nonesuch")), "rehearsal/nonesuch is not a valid model ID"),
         (b"{", "The body is not valid JSON"),
-        (orjson.dumps(body_for("plain", messages=[])), "messages must hold at least 1"),
+        (orjson.dumps(body_for("plain", messages=[])), "messages must have at least 1"),
     ):
         async with session.post(f"{url}/chat/completions", data=payload) as response:
             assert response.status == 400

@@ -67,7 +67,7 @@ async def test_invalid_http_gets_an_error_that_quotes_nothing(broker: Broker, ru
     assert reply.headers["x-request-id"]
     assert reply.headers["vary"] == "Origin"
     error = json.loads(reply.body)["error"]
-    assert error == {"code": "invalid_request", "message": "This is no valid HTTP request."}
+    assert error == {"code": "invalid_request", "message": "This is not a valid HTTP request."}
 
 
 async def test_a_header_may_be_long_and_not_without_bound(broker: Broker) -> None:

@@ -239,7 +239,7 @@ async function loadModels([pause, ...later] = MODEL_PAUSES) {
     // Handled like an answer without a list: shown below, and tried again.
   }
   $("model").replaceChildren(new Option("Default model", ""));
-  put($("about"), "The list of models cannot be had right now; the broker's own default is asked.");
+  put($("about"), "The list of models is not available right now; the broker's default model is used.");
   if (pause) setTimeout(() => loadModels(later), pause);
 }
 

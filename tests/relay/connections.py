@@ -19,7 +19,7 @@ def end(n: int, epoch: int = 1) -> Terminal:
     return Terminal(State.DONE, "done", Cursor(epoch, n, end=True), b"{}")
 
 
-class QuickLine:
+class QuickConnection:
     """A connection that takes everything at once.
 
     Attributes:
@@ -56,7 +56,7 @@ class QuickLine:
         return [frame.id for frame in self.frames]
 
 
-class SlowLine(QuickLine):
+class SlowConnection(QuickConnection):
     """A connection that takes nothing until the test lets it.
 
     Attributes:
@@ -90,7 +90,7 @@ class SlowLine(QuickLine):
         self._room.set()
 
 
-class CutLine(QuickLine):
+class ClosedConnection(QuickConnection):
     """A connection that is closed."""
 
     async def drain(self) -> None:
