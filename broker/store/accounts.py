@@ -138,15 +138,22 @@ class AccountStore:
         leases = {"LEASE_MS": round(LEASE * 1000), "ACCOUNT_S": ACCOUNT_TTL}
         ask = {"ASK_MS": round(ASKED_AFTER * 1000)}
         own = {
+            "ONE_CLIENT": 1,
             "MAX_STREAMS": quotas.streams,
             "MAX_TOKENS": quotas.daily_tokens,
             "MAX_COST": quotas.daily_cost,
         }
-        total = {"MAX_STREAMS": UNLIMITED, "MAX_TOKENS": 0, "MAX_COST": quotas.total_daily_cost}
+        total = {
+            "ONE_CLIENT": 0,
+            "MAX_STREAMS": UNLIMITED,
+            "MAX_TOKENS": 0,
+            "MAX_COST": quotas.total_daily_cost,
+        }
         self._reserve = store.script("reserve", {**leases, **LINE, **own})
         self._reserve_total = store.script("reserve", {**leases, **LINE, **total})
         self._renew = store.script("renew", leases)
-        self._release = store.script("release", {"RECORD_S": RECORD})
+        self._release = store.script("release", {"RECORD_S": RECORD, "ONE_CLIENT": 1})
+        self._release_total = store.script("release", {"RECORD_S": RECORD, "ONE_CLIENT": 0})
         settle = {**ask, "RECORD_S": RECORD, "ACCOUNT_S": ACCOUNT_TTL, "LEDGER_S": LEDGER_S}
         self._settle = store.script("settle", settle)
         self._accept = store.script("accept_estimate")
@@ -235,7 +242,8 @@ class AccountStore:
 
     async def _give_back(self, account: Account, reservation: Reservation) -> bool:
         """Give back to one account. Returns True if another claim of the session has a slot of it."""
-        reply = await self._release(
+        script = self._release_total if account is self._total else self._release
+        reply = await script(
             **account.keys_of(reservation.claim_id),
             claim_id=reservation.claim_id,
             session=reservation.session_id,

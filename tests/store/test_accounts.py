@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from broker.core.accounts import Quotas, Usage, WorstCase
-from broker.core.errors import BudgetExceeded, LimitError, TooManyStreams
+from broker.core.errors import BeingClaimed, BudgetExceeded, LimitError, TooManyStreams
 from broker.core.session import State
 from broker.store.accounts import AccountStore, Reservation
 from broker.store.connection import MAX_CONNECTIONS, Store
@@ -215,3 +216,36 @@ async def test_the_truth_is_put_where_the_estimate_stands(
     await accounts.correct(reservation, Usage(2, 2, cost=9))
     _, [line] = await UsageLedger(store).rows(None)
     assert (line.model, line.counts["cost"], line.counts["estimated"]) == (OTHER, 9, 0)
+
+
+async def commands_run(store: Store) -> int:
+    """Commands that Redis has run so far, those of scripts included."""
+    stats: Any = await store.redis.info("commandstats")
+    return sum(each["calls"] for each in stats.values())
+
+
+async def test_what_a_refused_claim_costs_redis_does_not_grow_with_what_runs(store: Store) -> None:
+    """The total has a slot for each stream of the service."""
+    accounts = AccountStore(store, replace(FREE, total_daily_cost=100))
+    await accounts.reserve(wanted("first", client="first"))
+    costs = []
+    for more in (0, 300):
+        await accounts.reserve_again([wanted(str(n), client=f"c{n}") for n in range(more)])
+        before = await commands_run(store)
+        with pytest.raises(BudgetExceeded):
+            await accounts.reserve(wanted("refused", client=f"refused-{more}"))
+        await accounts.release(wanted(f"given back {more}", client="another"))
+        costs.append(await commands_run(store) - before)
+    assert costs[1] <= costs[0] + 5
+
+
+async def test_the_total_is_refused_as_being_claimed_while_another_claim_has_it(store: Store) -> None:
+    """Two workers claim one session, and the total has room for one of them."""
+    accounts = AccountStore(store, replace(FREE, total_daily_cost=150))
+    first = wanted("first")
+    await accounts.reserve(first)
+    with pytest.raises(BeingClaimed):
+        await accounts.reserve(replace(first, claim_id="second"))
+    assert (
+        (await ledger(store.redis)).reserved_cost == (await ledger(store.redis, TOTAL)).reserved_cost == 100
+    )

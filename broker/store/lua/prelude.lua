@@ -59,7 +59,8 @@ local function status(session)
   return {state or 'gone', worker or '', event or '', id or '', data or ''}
 end
 
--- Whether another claim of the same session has taken one of the client's slots.
+-- Whether another claim of the same session has taken one of the client's slots. It reads all of them, so it is asked
+-- only of a client's account: the total may have thousands, and whoever has one of the total has one of the client too.
 local function claimed_by_another(reservation, claim_id, slots, session)
   local records = string.sub(reservation, 1, #reservation - #claim_id)
   for _, other in ipairs(redis.call('SMEMBERS', slots)) do

@@ -2,8 +2,9 @@
 -- Gives an open reservation back; nothing was spent. The record stays, so that a late reserve changes nothing.
 -- Keys: reservation, account, slots, open
 -- Args: claim_id, session
--- Constants: RECORD_S
--- Returns 1 where another claim of the session has a slot, else 0.
+-- Constants: RECORD_S, ONE_CLIENT
+-- ONE_CLIENT is 0 for the total.
+-- Returns 1 where another claim of the session has a slot, else 0; for the total always 0.
 local state, tokens, cost, day = unpack(redis.call('HMGET', reservation, 'state', 'tokens', 'cost', 'day'))
 if state == 'open' then
   change(account, day, 'reserved_tokens', 0 - tokens)
@@ -15,4 +16,4 @@ if state == 'open' or not state then
 end
 redis.call('SREM', slots, claim_id)
 redis.call('ZREM', open, claim_id)
-return claimed_by_another(reservation, claim_id, slots, session) and 1 or 0
+return ONE_CLIENT == 1 and claimed_by_another(reservation, claim_id, slots, session) and 1 or 0

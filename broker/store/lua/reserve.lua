@@ -3,11 +3,12 @@
 -- Keys: reservation, account, slots, open, line, due
 -- Args: claim_id, session, spec, tokens (int), cost (int), running_since, may_wait (int)
 -- Constants: LEASE_MS, ACCOUNT_S, MAX_STREAMS, MAX_TOKENS, MAX_COST, PLACE_MS, LATE_MS, MIN_RETRY_MS, MAX_RETRY_MS,
---     RETRY_STEP_MS, NEAR
+--     RETRY_STEP_MS, NEAR, ONE_CLIENT
 -- running_since is empty at a claim. For a generation that runs already it is the day of its claim, or 0 for today: then
 -- it is reserved whatever the limits say, and also where it was given back.
 -- line has the sessions that wait for a slot of the client, in their order; due has the ms by which the page of each
 -- should have come back. A free slot is kept for each page in front that is not overdue.
+-- ONE_CLIENT is 0 for the total, which never answers 'claiming'.
 -- Returns {'ok', day}, {'closed'} for a reservation that was given back or settled, {'claiming'} where another claim of
 -- the session has taken what this one lacks, {'queued', position, length of the line, ms after which to come back}, or
 -- {'streams' | 'tokens' | 'cost', seconds until that may change, 1 where it would not fit even if nothing was reserved}.
@@ -50,18 +51,15 @@ local function wait_in_line(position)
   end
   return {'queued', position, redis.call('ZCARD', line), retry}
 end
-local function refused(kind, seconds, final)
-  if claimed_by_another(reservation, claim_id, slots, session) then
-    return {'claiming'}
-  end
-  return {kind, seconds, final}
+local function is_claiming()
+  return ONE_CLIENT == 1 and claimed_by_another(reservation, claim_id, slots, session)
 end
 if running_since == '' then
   -- A slot whose lease ran out counts until its reservation is settled or given back: after an outage of Redis its
   -- worker lives, and only had no Redis to renew it in.
   local position, kept = place()
   if redis.call('SCARD', slots) + kept >= MAX_STREAMS then
-    if claimed_by_another(reservation, claim_id, slots, session) then
+    if is_claiming() then
       return {'claiming'}
     elseif may_wait == 1 then
       return wait_in_line(position)
@@ -73,7 +71,10 @@ if running_since == '' then
     local spent = tonumber(redis.call('HGET', account, day .. ':spent_' .. kind) or 0)
     local reserved = tonumber(redis.call('HGET', account, day .. ':reserved_' .. kind) or 0)
     if limit > 0 and spent + reserved + amount > limit then
-      return refused(kind, (day + 1) * 86400 - math.floor(now / 1000), spent + amount > limit and 1 or 0)
+      if is_claiming() then
+        return {'claiming'}
+      end
+      return {kind, (day + 1) * 86400 - math.floor(now / 1000), spent + amount > limit and 1 or 0}
     end
   end
 end
