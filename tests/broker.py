@@ -95,8 +95,8 @@ class Broker:
 
     async def read(self, session_id: str, cursor: str | None = None) -> list[Event]:
         """Return all events of a session, to the end."""
-        async with self.stream(session_id, cursor) as line:
-            return await line.rest()
+        async with self.stream(session_id, cursor) as connection:
+            return await connection.rest()
 
     async def cancel(self, session_id: str) -> Answer:
         """Send DELETE for a session."""

@@ -62,8 +62,8 @@ async def measure(cluster: Cluster, streams: int, seconds: float) -> float:
 
 async def read(cluster: Cluster, session: Session) -> None:
     """Read a stream without parsing it."""
-    async with session.stream(cluster.workers[0]) as line:
-        while await line.block() is not None:
+    async with session.stream(cluster.workers[0]) as connection:
+        while await connection.block() is not None:
             pass
 
 

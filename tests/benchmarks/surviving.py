@@ -25,15 +25,15 @@ async def resume(cluster: Cluster, sessions: list[Session]) -> list[float]:
     owner, other = cluster.workers
 
     async def read_and_leave(session: Session) -> str:
-        async with session.stream(owner) as line:
-            await line.take(20)
-            assert line.last_id is not None
-            return line.last_id
+        async with session.stream(owner) as connection:
+            await connection.take(20)
+            assert connection.last_id is not None
+            return connection.last_id
 
     async def come_back(session: Session, cursor: str) -> float:
         started = time.perf_counter()
-        async with session.stream(other, cursor) as line:
-            (event,) = await line.take(1)
+        async with session.stream(other, cursor) as connection:
+            (event,) = await connection.take(1)
             took = time.perf_counter() - started
             check_chunks([event], session.marker, number_of(event) - 1)
             assert number_of(event) == int(cursor.partition("-")[2]) + 1

@@ -129,15 +129,15 @@ async def left(
     answer = await broker.post({"model": MODEL, **conversation})
     session = answer.json["sessionId"]
     number = len(upstream.calls) + 1
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         call = await upstream.call(number)
         call.open()
         for chunk in chunks:
             write(call, chunk)
-        await line.take(len(chunks))
+        await connection.take(len(chunks))
         await way(broker, session, call)
         if way is not nothing:
-            await line.rest()
+            await connection.rest()
 
     async def settled() -> bool:
         return (await ledger(redis)).requests > before.requests
@@ -202,20 +202,20 @@ async def test_hidden_reasoning_is_estimated_by_its_time(valkey_url: str, upstre
         upstream.replies = []
         before = await ledger(redis)
         answer = (await broker.post(question)).json
-        async with broker.stream(answer["sessionId"]) as line:
+        async with broker.stream(answer["sessionId"]) as connection:
             (await upstream.call(5)).open()
             clock.now += 1.0
             await broker.cancel(answer["sessionId"])
-            [end] = await line.rest()
+            [end] = await connection.rest()
         assert end.json["estimated"] is True
         written = (await ledger(redis)).spent_tokens - before.spent_tokens - answer["promptTokens"]
         assert written == 2000 <= answer["maxOutputTokens"]
         # and never more than was reserved
         short = (await broker.post({**question, "max_tokens": 50})).json
-        async with broker.stream(short["sessionId"]) as line:
+        async with broker.stream(short["sessionId"]) as connection:
             (await upstream.call(6)).open()
             before = await ledger(redis)
             clock.now += 0.5
             await broker.cancel(short["sessionId"])
-            await line.rest()
+            await connection.rest()
         assert (await ledger(redis)).spent_tokens - before.spent_tokens == short["promptTokens"] + 50

@@ -67,10 +67,10 @@ async def test_events_after_an_abandoning_end_are_not_in_the_session(
         running(valkey_url, upstream) as other,
     ):
         session = await owner.prepare()
-        async with owner.stream(session) as line:
+        async with owner.stream(session) as connection:
             call = (await upstream.call()).open()
             call.chunk("a")
-            [first] = await line.take(1)
+            [first] = await connection.take(1)
             wire.hold = b"abandoned"
         await wire.caught()
         generation, told = generation_of(owner, session), wire.told(session)
@@ -99,17 +99,17 @@ async def test_a_cancel_accepted_elsewhere_is_the_end_for_all(
         running(valkey_url, upstream) as other,
     ):
         session = await owner.prepare()
-        async with owner.stream(session) as line:
+        async with owner.stream(session) as connection:
             call = (await upstream.call()).open()
             call.chunk("a")
-            await line.take(1)
+            await connection.take(1)
             await journaled(owner, session, 1)  # so that the owner does not ask again before the end
             wire.drop, wire.hold = b"cancel " + session.encode(), b'"finishReason":"cancelled"'
             assert (await other.cancel(session)).status == 202
             call.chunk("b", finish="stop")
             call.usage()
             call.done()
-            *_, end = await line.rest()
+            *_, end = await connection.rest()
         assert wire.held.is_set()
         assert (end.kind, end.json["finishReason"]) == ("done", "cancelled")
         wire.let_go()
@@ -344,11 +344,11 @@ async def test_a_long_answer_leaves_memory_without_resuming(
 ) -> None:
     async with running(valkey_url, upstream, resume_ttl=0) as broker:
         session = await broker.prepare()
-        async with broker.stream(session) as line:
+        async with broker.stream(session) as connection:
             call = (await upstream.call()).open()
             for _ in range(40):
                 call.chunk("x" * 50_000)
-                await line.take(1)
+                await connection.take(1)
             assert generation_of(broker, session).feed.size <= WINDOW
             call.done()
 
@@ -358,17 +358,17 @@ async def test_hidden_events_stay_in_memory_without_resuming(
 ) -> None:
     async with running(valkey_url, upstream, resume_ttl=0) as broker:
         session = await broker.prepare()
-        async with broker.stream(session) as line:
+        async with broker.stream(session) as connection:
             call = (await upstream.call()).open()
             call.chunk("first")
-            await line.take(1)
+            await connection.take(1)
             feed = generation_of(broker, session).feed
             feed.hide()  # as after a freeze
             for _ in range(12):
                 call.chunk("x" * 50_000)
             await until(lambda: asyncio.sleep(0, feed.last == 13))
             feed.show()
-            events = await line.take(12)
+            events = await connection.take(12)
             assert [event.id for event in events] == [f"1-{n}" for n in range(2, 14)]
             call.done()
-            assert (await line.rest())[-1].kind == "done"
+            assert (await connection.rest())[-1].kind == "done"

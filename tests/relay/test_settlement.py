@@ -96,8 +96,8 @@ async def test_the_reported_cost_is_booked_before_the_end_is_sent(
     }
     upstream.replies = [answer_with({"cost": 0.0000015, **details})]
     session, _ = await prepared(broker)
-    async with broker.stream(session) as line:
-        *_, end = await line.take(3)
+    async with broker.stream(session) as connection:
+        *_, end = await connection.take(3)
         assert await booked(broker) == Ledger(1, 0, 15, 1500)
     assert (end.json["cost"], end.json["estimated"]) == (0.0000015, False)
     assert end.json["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
@@ -294,13 +294,13 @@ async def test_a_cancelled_answer_is_paid_for_as_far_as_it_got(
     upstream.models = price_list()
     async with running(valkey_url, upstream) as broker:
         session, prompt = await prepared(broker)
-        async with broker.stream(session) as line:
+        async with broker.stream(session) as connection:
             call = (await upstream.call()).open()
             call.chunk("x" * 30)
-            await line.take(1)
+            await connection.take(1)
             assert (await broker.cancel(session)).status == 202
             assert await booked(broker) == Ledger(1, 1, prompt + 10, (prompt + 10) * PRICE)
-            [end] = await line.rest()
+            [end] = await connection.rest()
         assert (end.json["finishReason"], end.json["estimated"]) == ("cancelled", True)
         counted = await counts(broker)
         assert (counted["cancelled"], counted["failed"]) == (1, 0)
@@ -313,12 +313,12 @@ async def test_a_worker_that_never_prepared_knows_the_prices_too(
     async with running(valkey_url, upstream) as one, running(valkey_url, upstream) as another:
         session, prompt = await prepared(one)
         await until(lambda: asyncio.sleep(0, another.app[keys.CATALOG].has_list))
-        async with another.stream(session) as line:
+        async with another.stream(session) as connection:
             call = (await upstream.call()).open()
             call.chunk("x" * 30)
-            await line.take(1)
+            await connection.take(1)
             await one.cancel(session)
-            [end] = await line.rest()
+            [end] = await connection.rest()
         assert end.json["cost"] == (prompt + 10) * PRICE / NANO
 
 
@@ -337,10 +337,10 @@ async def test_a_page_that_leaves_pays_for_the_written_text(
     upstream.models = price_list()
     async with running(valkey_url, upstream, disconnect_grace=0) as broker:
         session, prompt = await prepared(broker)
-        async with broker.stream(session) as line:
+        async with broker.stream(session) as connection:
             call = (await upstream.call()).open()
             call.chunk("x" * 30)
-            await line.take(1)
+            await connection.take(1)
         await call.wait_gone()
         redis = broker.app[keys.STORE].redis
         await until(lambda: _settled(redis))
@@ -499,11 +499,11 @@ async def test_an_end_without_redis_is_settled_once_when_it_is_back(
     broker = exposed_broker
     """Killed, it comes back empty, and has forgotten the reservation too."""
     session, _ = await prepared(broker)
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         call = await upstream.call()
         hurt(valkey)
         answer_with({"cost": 0.002})(call)
-        assert [event.kind for event in await line.rest()] == ["chunk", "chunk", "done"]
+        assert [event.kind for event in await connection.rest()] == ["chunk", "chunk", "done"]
     if valkey.process is None:
         await valkey.start()
     valkey.thaw()
@@ -520,7 +520,7 @@ async def test_a_lost_reservation_is_taken_again_and_settled_once(
     upstream.models = price_list()
     async with running_valkey() as valkey, running(valkey.url, upstream, daily_cost="1") as broker:
         session, prompt = await prepared(broker, max_tokens=50)
-        async with broker.stream(session) as line:
+        async with broker.stream(session) as connection:
             call = await upstream.call()
             valkey.kill()
             await valkey.start()
@@ -534,7 +534,7 @@ async def test_a_lost_reservation_is_taken_again_and_settled_once(
             await until(reserved)
             assert await slots(redis) == await open_reservations(redis) == 1
             answer_with({"cost": 0.000002})(call)
-            assert (await line.rest())[-1].kind == "done"
+            assert (await connection.rest())[-1].kind == "done"
         assert await booked(broker) == Ledger(1, 0, 15, 2000)
         assert (await broker.ask("GET", "/health/ready")).json["status"] != "degraded"
 

@@ -36,11 +36,11 @@ async def test_usage_behind_an_error_is_booked_without_delaying_it(
     async with running(valkey_url, upstream) as broker:
         redis = broker.app[keys.STORE].redis
         answer = await broker.post({"model": MODEL, "messages": [{"role": "user", "content": "Say it."}]})
-        async with broker.stream(answer.json["sessionId"]) as line:
+        async with broker.stream(answer.json["sessionId"]) as connection:
             call = await upstream.call(1)
             call.open()
             call.send(lines(CHUNK, failure, *([TOLD] if way == "same read" else [])))
-            events = await line.rest()
+            events = await connection.rest()
         assert [event.kind for event in events] == ["chunk", "error"]  # while the upstream is still open
 
         async def settled() -> bool:

@@ -74,11 +74,11 @@ async def test_prepared(cluster: Cluster, where: int, post: bool) -> None:
 @EITHER_WAY
 async def test_before_the_first_token(cluster: Cluster, where: int, post: bool) -> None:
     session = await cluster.prepare(cluster.workers[0])
-    async with session.stream(cluster.workers[0]) as line:
+    async with session.stream(cluster.workers[0]) as connection:
         call = await cluster.upstream.call(session.marker)
         await cancelled(session, cluster.workers[where], post=post)
         await gone(call, AT_ONCE)
-        [end] = await line.rest()
+        [end] = await connection.rest()
         assert is_cancelled(end)
     assert [end] == await session.read(cluster.workers[1])
 
@@ -88,13 +88,13 @@ async def test_before_the_first_token(cluster: Cluster, where: int, post: bool) 
 async def test_in_the_middle(cluster: Cluster, where: int, post: bool) -> None:
     owner, other = cluster.workers
     session = await cluster.prepare(owner)
-    async with session.stream(owner) as line, session.stream(other) as far:
+    async with session.stream(owner) as connection, session.stream(other) as far:
         call = await session.call()
         call.chunks(3)
-        await line.take(3)
+        await connection.take(3)
         await cancelled(session, cluster.workers[where], post=post)
         await gone(call, AT_ONCE)
-        end = check_whole(await line.rest(), session.marker, after=3)
+        end = check_whole(await connection.rest(), session.marker, after=3)
         assert is_cancelled(end)
         assert check_whole(await far.rest(), session.marker) == end
     for worker in cluster.workers:
@@ -104,10 +104,10 @@ async def test_in_the_middle(cluster: Cluster, where: int, post: bool) -> None:
 @ANYWHERE
 async def test_with_nobody_watching(cluster: Cluster, where: int) -> None:
     session = await cluster.prepare(cluster.workers[0])
-    async with session.stream(cluster.workers[0]) as line:
+    async with session.stream(cluster.workers[0]) as connection:
         call = await session.call()
         call.chunks(2)
-        await line.take(2)
+        await connection.take(2)
     await cancelled(session, cluster.workers[where])
     await gone(call, AT_ONCE)
     assert is_cancelled(check_whole(await session.read(cluster.workers[1]), session.marker))
@@ -118,14 +118,14 @@ async def test_while_it_ends(cluster: Cluster, where: int) -> None:
     """The finish and the cancel race: whichever wins, the answer to the cancel is right."""
     for _ in range(20):
         session = await cluster.prepare(cluster.workers[0])
-        async with session.stream(cluster.workers[0]) as line:
+        async with session.stream(cluster.workers[0]) as connection:
             call = await session.call()
             call.chunks(2)
-            await line.take(2)
+            await connection.take(2)
             cancelling = asyncio.create_task(session.cancel(cluster.workers[where]))
             call.done()
             answer = await cancelling
-            end = check_whole(await line.rest(), session.marker, after=2)
+            end = check_whole(await connection.rest(), session.marker, after=2)
         if answer.status == 202:
             assert is_cancelled(end)
         else:
@@ -151,16 +151,16 @@ async def test_after_the_end(cluster: Cluster, where: int, post: bool) -> None:
 @ANYWHERE
 async def test_twice(cluster: Cluster, where: int, second: int) -> None:
     session = await cluster.prepare(cluster.workers[0])
-    async with session.stream(cluster.workers[0]) as line:
+    async with session.stream(cluster.workers[0]) as connection:
         call = await session.call()
         call.chunks(1)
-        await line.take(1)
+        await connection.take(1)
         answers = await asyncio.gather(
             session.cancel(cluster.workers[where]), session.cancel(cluster.workers[second], post=True)
         )
         assert all(answer.json == {"state": "cancelled"} for answer in answers)
         assert 202 in {answer.status for answer in answers}
-        assert is_cancelled(check_whole(await line.rest(), session.marker, after=1))
+        assert is_cancelled(check_whole(await connection.rest(), session.marker, after=1))
     again = await session.cancel(cluster.workers[second])
     assert (again.status, again.json) == (200, {"state": "cancelled"})
 
@@ -224,16 +224,16 @@ async def without_bells(cluster: Cluster) -> AsyncIterator[None]:
 @pytest.mark.parametrize("started", [False, True])
 async def test_where_pub_sub_is_dead(cluster: Cluster, started: bool) -> None:
     session = await cluster.prepare(cluster.workers[0])
-    async with session.stream(cluster.workers[0]) as line:
+    async with session.stream(cluster.workers[0]) as connection:
         call = await cluster.upstream.call(session.marker)
         if started:
             call.call.open()
             call.chunks(2)
-            await line.take(2)
+            await connection.take(2)
         async with without_bells(cluster):
             await cancelled(session, cluster.workers[1])
             await gone(call, WITHOUT_BELLS)
-            assert is_cancelled((await line.rest())[-1])
+            assert is_cancelled((await connection.rest())[-1])
             assert is_cancelled((await session.read(cluster.workers[1]))[-1])
 
 
@@ -257,10 +257,10 @@ async def test_a_cancel_that_was_accepted_outlives_the_owner(where: int) -> None
     async with running_cluster(2) as cluster:
         owner, other = cluster.workers
         session = await cluster.prepare(owner)
-        async with session.stream(owner) as line, session.stream(other) as far:
+        async with session.stream(owner) as connection, session.stream(other) as far:
             call = await session.call()
             call.chunks(2)
-            await line.take(2)
+            await connection.take(2)
             await far.take(2)
             if where == 1:
                 owner.freeze()
@@ -280,17 +280,17 @@ async def test_without_redis_only_the_owner_accepts_a_cancel() -> None:
     async with running_cluster(2) as cluster:
         owner, other = cluster.workers
         session = await cluster.prepare(owner)
-        async with session.stream(owner) as line:
+        async with session.stream(owner) as connection:
             call = await session.call()
             call.chunks(2)
-            await line.take(2)
+            await connection.take(2)
             await cluster.journaled(session, 2)
             cluster.valkey.kill()
             answer = await session.cancel(other)
             assert (answer.status, answer.json["error"]["code"]) == (503, "store_unavailable")
             await cancelled(session, owner)
             await gone(call, AT_ONCE)
-            end = check_whole(await line.rest(), session.marker, after=2)
+            end = check_whole(await connection.rest(), session.marker, after=2)
             assert is_cancelled(end)
         await cluster.valkey.start()
         async with asyncio.timeout(10):

@@ -31,10 +31,10 @@ async def test_a_drain_finishes_streams_and_starts_none() -> None:
     async with running_cluster(2) as cluster:
         owner, other = cluster.workers
         session, waiting = await cluster.prepare(owner), await cluster.prepare(owner, Script())
-        async with session.stream(owner) as line:
+        async with session.stream(owner) as connection:
             call = await session.call()
             call.chunks(2)
-            await line.take(2)
+            await connection.take(2)
             owner.terminate()
             await eventually(lambda: draining(owner))
             ready = await cluster.ask("GET", owner, "/health/ready")
@@ -43,11 +43,11 @@ async def test_a_drain_finishes_streams_and_starts_none() -> None:
                 assert await came_again(refused)
             assert waiting.calls == 0
             call.chunks(3)
-            check_chunks(await line.take(3), session.marker, after=2)
+            check_chunks(await connection.take(3), session.marker, after=2)
             async with session.stream(owner, "1-1") as again:  # its own session is still served
                 check_chunks(await again.take(4), session.marker, after=1)
             call.done()
-            end = check_whole(await line.rest(), session.marker, after=5)
+            end = check_whole(await connection.rest(), session.marker, after=5)
             assert end.kind == "done"
         assert await owner.ended(PROMPTLY) == 0
         assert check_whole(await session.read(other), session.marker) == end
@@ -59,15 +59,15 @@ async def test_a_prepare_is_served_while_draining() -> None:
     async with running_cluster(2) as cluster:
         owner, other = cluster.workers
         session = await cluster.prepare(owner)
-        async with session.stream(owner) as line:
+        async with session.stream(owner) as connection:
             call = await session.call()
             call.chunks(1)
-            await line.take(1)
+            await connection.take(1)
             owner.terminate()
             await eventually(lambda: draining(owner))
             late = await cluster.prepare(owner, Script())
             call.done()
-            await line.rest()
+            await connection.rest()
         assert check_whole(await late.read(other), late.marker).kind == "done"
 
 
@@ -75,7 +75,11 @@ async def test_viewers_of_other_workers_are_disconnected_at_once() -> None:
     async with running_cluster(2) as cluster:
         owner, other = cluster.workers
         session, own = await cluster.prepare(owner), await cluster.prepare(other)
-        async with session.stream(owner) as line, session.stream(other) as far, own.stream(other) as busy:
+        async with (
+            session.stream(owner) as connection,
+            session.stream(other) as far,
+            own.stream(other) as busy,
+        ):
             call, own_call = await session.call(), await own.call()
             call.chunks(2)
             check_chunks(await far.take(2), session.marker)
@@ -88,7 +92,7 @@ async def test_viewers_of_other_workers_are_disconnected_at_once() -> None:
             async with session.stream(owner, far.last_id) as back:
                 call.done()
                 assert check_whole(await back.rest(), session.marker, after=2).kind == "done"
-            await line.rest()
+            await connection.rest()
             own_call.done()
             assert check_whole(await busy.rest(), own.marker, after=1).kind == "done"
         assert await other.ended(PROMPTLY) == 0
@@ -107,12 +111,12 @@ async def test_unfinished_streams_end_in_a_shutdown_for_all() -> None:
     async with running_cluster(2, drain_timeout=1) as cluster:
         owner, other = cluster.workers
         session = await cluster.prepare(owner)
-        async with session.stream(owner) as line, session.stream(other) as far:
+        async with session.stream(owner) as connection, session.stream(other) as far:
             call = await session.call()
             call.chunks(2)
-            await line.take(2)
+            await connection.take(2)
             owner.terminate()
-            end = check_whole(await line.rest(), session.marker, after=2)
+            end = check_whole(await connection.rest(), session.marker, after=2)
             assert (end.json["code"], end.json["retryable"]) == ("server_shutdown", True)
             await call.call.wait_gone()
             assert check_whole(await far.rest(), session.marker) == end
@@ -124,13 +128,13 @@ async def test_unfinished_streams_without_redis_end_as_well() -> None:
     async with running_cluster(1, drain_timeout=1) as cluster:
         [owner] = cluster.workers
         session = await cluster.prepare(owner)
-        async with session.stream(owner) as line:
+        async with session.stream(owner) as connection:
             call = await session.call()
             call.chunks(2)
-            await line.take(2)
+            await connection.take(2)
             cluster.valkey.kill()
             owner.terminate()
-            end = check_whole(await line.rest(), session.marker, after=2)
+            end = check_whole(await connection.rest(), session.marker, after=2)
             assert end.json["code"] == "server_shutdown"
         assert await owner.ended(10) == 0
 
@@ -139,16 +143,16 @@ async def test_a_second_signal_ends_it_at_once() -> None:
     async with running_cluster(1) as cluster:
         [owner] = cluster.workers
         session = await cluster.prepare(owner)
-        async with session.stream(owner) as line:
+        async with session.stream(owner) as connection:
             call = await session.call()
             call.chunks(1)
-            await line.take(1)
+            await connection.take(1)
             owner.terminate()
             await eventually(lambda: draining(owner))
             owner.signal(signal.SIGINT)
             assert await owner.ended(PROMPTLY) == 128 + signal.SIGINT
             with pytest.raises(Broken):
-                await line.rest()
+                await connection.rest()
 
 
 async def test_a_stalled_page_does_not_delay_the_end() -> None:
@@ -200,8 +204,8 @@ async def watch(cluster: Cluster, session: Session, at: int) -> Event:
         while True:
             at += 1
             try:
-                async with session.stream(cluster.workers[at % 3], cursor) as line:
-                    while (event := await line.event()) is not None:
+                async with session.stream(cluster.workers[at % 3], cursor) as connection:
+                    while (event := await connection.event()) is not None:
                         cursor = event.id
                         if event.kind != "chunk":
                             return event

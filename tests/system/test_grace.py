@@ -30,10 +30,10 @@ async def cluster() -> AsyncIterator[Cluster]:
         yield cluster
 
 
-async def begin(session: Session, line: Connection, chunks: int = 2) -> NumberedCall:
+async def begin(session: Session, connection: Connection, chunks: int = 2) -> NumberedCall:
     call = await session.call()
     call.chunks(chunks)
-    check_chunks(await line.take(chunks), session.marker)
+    check_chunks(await connection.take(chunks), session.marker)
     return call
 
 
@@ -53,22 +53,22 @@ def is_abandoned(end: Event) -> bool:
 @pytest.mark.parametrize("where", [0, 1])
 async def test_a_viewer_that_returns_in_time_continues(cluster: Cluster, where: int) -> None:
     session = await cluster.prepare(cluster.workers[0])
-    async with session.stream(cluster.workers[0]) as line:
-        call = await begin(session, line)
-    async with session.stream(cluster.workers[where], "1-2") as line:
+    async with session.stream(cluster.workers[0]) as connection:
+        call = await begin(session, connection)
+    async with session.stream(cluster.workers[where], "1-2") as connection:
         with pytest.raises(TimeoutError):
             await gone(call, GRACE * 2)
         call.chunks(1)
-        check_chunks(await line.take(1), session.marker, after=2)
+        check_chunks(await connection.take(1), session.marker, after=2)
         call.done()
-        assert check_whole(await line.rest(), session.marker, after=3).kind == "done"
+        assert check_whole(await connection.rest(), session.marker, after=3).kind == "done"
     assert session.calls == 1
 
 
 async def test_where_nobody_comes_it_is_abandoned_for_all(cluster: Cluster) -> None:
     session = await cluster.prepare(cluster.workers[0])
-    async with session.stream(cluster.workers[0]) as line:
-        call = await begin(session, line)
+    async with session.stream(cluster.workers[0]) as connection:
+        call = await begin(session, connection)
     assert await gone(call, GRACE + 1.5) > GRACE - 0.5
     ends = [check_whole(await session.read(worker), session.marker) for worker in cluster.workers]
     assert len(set(ends)) == 1
@@ -87,12 +87,12 @@ async def test_a_page_that_never_returned_is_not_waited_for(cluster: Cluster) ->
 async def test_a_viewer_elsewhere_keeps_a_session_alive(cluster: Cluster) -> None:
     owner, *others = cluster.workers
     session = await cluster.prepare(owner)
-    async with session.stream(owner) as line:
-        call = await begin(session, line)
+    async with session.stream(owner) as connection:
+        call = await begin(session, connection)
         first = others[0]
         async with session.stream(first) as far:
             await far.take(2)
-            line.cut()
+            connection.cut()
             with pytest.raises(TimeoutError):
                 await gone(call, GRACE + LEFT)
             async with session.stream(others[1]) as farther:
@@ -109,10 +109,10 @@ async def test_a_viewer_elsewhere_keeps_a_session_alive(cluster: Cluster) -> Non
 async def test_a_viewer_elsewhere_whose_worker_dies_is_forgotten(cluster: Cluster) -> None:
     owner, other, _ = cluster.workers
     session = await cluster.prepare(owner)
-    async with session.stream(owner) as line, session.stream(other) as far:
-        call = await begin(session, line)
+    async with session.stream(owner) as connection, session.stream(other) as far:
+        call = await begin(session, connection)
         await far.take(2)
-        line.cut()
+        connection.cut()
         await other.kill()
         assert await gone(call, GRACE + LEFT + 1.5) > GRACE
     await other.start()
@@ -122,12 +122,12 @@ async def test_a_viewer_elsewhere_whose_worker_dies_is_forgotten(cluster: Cluste
 async def test_viewers_elsewhere_count_while_redis_is_away(cluster: Cluster) -> None:
     owner, other, _ = cluster.workers
     session = await cluster.prepare(owner)
-    async with session.stream(owner) as line, session.stream(other) as far:
-        call = await begin(session, line)
+    async with session.stream(owner) as connection, session.stream(other) as far:
+        call = await begin(session, connection)
         await far.take(2)
         cluster.valkey.freeze()
         try:
-            line.cut()
+            connection.cut()
             with pytest.raises(TimeoutError):
                 await gone(call, GRACE + LEFT)
         finally:
@@ -138,8 +138,8 @@ async def test_viewers_elsewhere_count_while_redis_is_away(cluster: Cluster) -> 
 
 async def test_without_redis_and_without_viewers_it_is_abandoned(cluster: Cluster) -> None:
     session = await cluster.prepare(cluster.workers[0])
-    async with session.stream(cluster.workers[0]) as line:
-        call = await begin(session, line)
+    async with session.stream(cluster.workers[0]) as connection:
+        call = await begin(session, connection)
         await cluster.journaled(session, 2)
         cluster.valkey.freeze()
     try:
@@ -167,15 +167,15 @@ async def test_without_grace_leaving_ends_it_at_once() -> None:
     async with running_cluster(2, disconnect_grace=0) as cluster:
         owner, other = cluster.workers
         session = await cluster.prepare(owner)
-        async with session.stream(owner) as line:
-            call = await begin(session, line)
+        async with session.stream(owner) as connection:
+            call = await begin(session, connection)
         assert await gone(call, 1)
         assert is_abandoned((await session.read(other))[-1])
         session = await cluster.prepare(owner)
-        async with session.stream(owner) as line, session.stream(other) as far:
-            call = await begin(session, line)
+        async with session.stream(owner) as connection, session.stream(other) as far:
+            call = await begin(session, connection)
             await far.take(2)
-            line.cut()
+            connection.cut()
             call.done()
             assert check_whole(await far.rest(), session.marker, after=2).kind == "done"
 

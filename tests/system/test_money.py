@@ -105,8 +105,8 @@ async def test_two_workers_admit_exactly_the_claims_with_room() -> None:
         codes: list[str] = []
 
         async def claim(number: int, session: Session) -> None:
-            async with session.stream(cluster.workers[(number // 2) % 2]) as line:
-                event = await line.event()
+            async with session.stream(cluster.workers[(number // 2) % 2]) as connection:
+                event = await connection.event()
                 if event is None:  # Redis was busy: the page comes again
                     await claim(number, session)
                     return
@@ -137,10 +137,10 @@ async def test_another_worker_settles_for_a_killed_one() -> None:
         owner, other = cluster.workers
         silent, prompt = await prepared(cluster, owner)
         told, _ = await prepared(cluster, owner)
-        async with silent.stream(owner) as line, told.stream(owner) as other_line:
+        async with silent.stream(owner) as connection, told.stream(owner) as other_line:
             call = await silent.call()
             call.chunks(3, size=10)
-            await line.take(3)
+            await connection.take(3)
             call = await told.call()
             call.chunks(1)
             call.finish()
@@ -150,14 +150,14 @@ async def test_another_worker_settles_for_a_killed_one() -> None:
             await cluster.journaled(told, 3)
             await owner.kill()
         waiting, _ = await prepared(cluster, other)
-        async with waiting.stream(other) as line:
-            [event] = await line.rest()
+        async with waiting.stream(other) as connection:
+            [event] = await connection.rest()
             assert event.kind == "queued"
         await until(lambda: all_closed(redis), within=SETTLED)
         assert await ledger(redis) == Ledger(2, 1, prompt + 10 + 15, (prompt + 10) * PRICE + 500_000)
-        async with waiting.stream(other) as line:
+        async with waiting.stream(other) as connection:
             bill(await waiting.call(), 0.001)
-            assert (await line.rest())[-1].kind == "done"
+            assert (await connection.rest())[-1].kind == "done"
         assert silent.calls == told.calls == 1
 
 
@@ -170,10 +170,10 @@ async def test_the_record_corrects_an_estimate_for_a_dead_worker() -> None:
             "native_tokens_completion": 3,
         }
         session, _ = await prepared(cluster, owner)
-        async with session.stream(owner) as line:
+        async with session.stream(owner) as connection:
             call = await session.call()
             call.chunks(1)
-            await line.take(1)
+            await connection.take(1)
             await cluster.journaled(session, 1)
             await owner.kill()
 
@@ -189,12 +189,12 @@ async def test_another_worker_asks_for_a_killed_ones_record() -> None:
         generations = cluster.upstream.scripted.generations
         generations["gen-chunk"] = None  # not yet
         session, prompt = await prepared(cluster, owner)
-        async with session.stream(owner) as line:
+        async with session.stream(owner) as connection:
             call = await session.call()
             call.chunks(1)
-            await line.take(1)
+            await connection.take(1)
             assert (await session.cancel(other)).status == 202
-            assert (await line.rest())[-1].kind == "done"
+            assert (await connection.rest())[-1].kind == "done"
             await owner.kill()
         assert (await ledger(redis)).estimated == await unasked(redis) == 1
         generations["gen-chunk"] = {
@@ -210,10 +210,10 @@ async def test_a_frozen_owner_that_wakes_corrects_the_estimate() -> None:
     async with running_bank(daily_cost="1") as (cluster, redis):
         owner, _ = cluster.workers
         session, _ = await prepared(cluster, owner)
-        async with session.stream(owner) as line:
+        async with session.stream(owner) as connection:
             call = await session.call()
             call.chunks(2)
-            await line.take(2)
+            await connection.take(2)
             owner.freeze()
             bill(call, 0.000_9)  # what it will find when it wakes
 

@@ -32,15 +32,15 @@ def is_refused(events: list[Event]) -> bool:
 async def test_a_second_viewer_is_refused_while_it_runs(cluster: Cluster, here: int) -> None:
     owner = cluster.workers[0]
     session = await cluster.prepare(owner)
-    async with session.stream(owner) as line:
+    async with session.stream(owner) as connection:
         call = await session.call()
         call.chunks(2)
-        check_chunks(await line.take(2), session.marker)
+        check_chunks(await connection.take(2), session.marker)
         for _ in range(3):
             assert is_refused(await session.read(cluster.workers[here]))
             assert is_refused(await session.read(cluster.workers[here], "1-1"))
         call.done()
-        check_whole(await line.rest(), session.marker, after=2)
+        check_whole(await connection.rest(), session.marker, after=2)
     assert session.calls == 1
 
 
@@ -68,10 +68,10 @@ async def test_one_of_many_simultaneous_viewers_is_served(cluster: Cluster) -> N
 async def test_leaving_ends_it(cluster: Cluster, here: int) -> None:
     owner = cluster.workers[0]
     session = await cluster.prepare(owner)
-    async with session.stream(owner) as line:
+    async with session.stream(owner) as connection:
         call = await session.call()
         call.chunks()
-        await line.take(1)
+        await connection.take(1)
         assert is_refused(await session.read(cluster.workers[here])), (
             "and whoever was refused watches nothing"
         )
@@ -83,13 +83,13 @@ async def test_leaving_ends_it(cluster: Cluster, here: int) -> None:
 async def test_it_can_be_cancelled_from_anywhere(cluster: Cluster, here: int) -> None:
     owner = cluster.workers[0]
     session = await cluster.prepare(owner)
-    async with session.stream(owner) as line:
+    async with session.stream(owner) as connection:
         call = await session.call()
         call.chunks()
-        await line.take(1)
+        await connection.take(1)
         answer = await session.cancel(cluster.workers[here])
         assert (answer.status, answer.json) == (202, {"state": "cancelled"})
-        end = check_whole(await line.rest(), session.marker, after=1)
+        end = check_whole(await connection.rest(), session.marker, after=1)
         assert end.json["finishReason"] == "cancelled"
     await call.call.wait_gone()
 

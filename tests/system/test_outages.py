@@ -158,12 +158,12 @@ async def watched_elsewhere(
         running(valkey.url, upstream) as other,
     ):
         session = await owner.prepare()
-        async with owner.stream(session) as line, other.stream(session) as far:
+        async with owner.stream(session) as connection, other.stream(session) as far:
             call = (await upstream.call()).open()
             call.chunk("a")
-            await line.take(1)
+            await connection.take(1)
             await far.take(1)
-            line.cut()
+            connection.cut()
             await until(lambda: asyncio.sleep(0, not worker_of(owner).viewers))
             yield Watched(valkey, store_of(owner), session, call, far)
 

@@ -66,10 +66,10 @@ async def key_of_next_call(broker: RunningBroker, upstream: ScriptedUpstream) ->
     """The key that the upstream is asked with."""
     number = len(upstream.calls) + 1
     _, session = await prepared(broker)
-    async with opened(broker.url, f"/stream/{session}") as line:
+    async with opened(broker.url, f"/stream/{session}") as connection:
         call = await upstream.call(number)
         call.open().done()
-        await line.rest()
+        await connection.rest()
     return call.headers["authorization"]
 
 
@@ -85,17 +85,17 @@ async def test_a_hangup_reads_the_upstream_key_again_and_streams_go_on(
     }
     async with running_broker(rehearsal=False, env=env) as broker:
         _, session = await prepared(broker)
-        async with opened(broker.url, f"/stream/{session}") as line:
+        async with opened(broker.url, f"/stream/{session}") as connection:
             call = (await upstream.call()).open()
             assert call.headers["authorization"] == f"Bearer {OLD}"
             call.chunk("before ")
-            await line.event()
+            await connection.event()
             replace(path, NEW)
             await hang_up(broker)
             assert await key_of_next_call(broker, upstream) == f"Bearer {NEW}"
             call.chunk("after", finish="stop")
             call.done()
-            assert [event.kind for event in await line.rest()] == ["chunk", "done"]
+            assert [event.kind for event in await connection.rest()] == ["chunk", "done"]
         assert await hang_up(broker) == []
         log = broker.log()
     assert broker.process.returncode == 0
@@ -140,8 +140,8 @@ async def test_a_refusal_that_repeats_a_changed_key_is_cleaned(
         replace(path, NEW)
         await hang_up(broker)
         _, session = await prepared(broker)
-        async with opened(broker.url, f"/stream/{session}") as line:
-            (error,) = await line.rest()
+        async with opened(broker.url, f"/stream/{session}") as connection:
+            (error,) = await connection.rest()
     assert "is known here" in error.json["message"]
     assert OLD not in error.data
     assert NEW not in error.data
@@ -215,10 +215,10 @@ async def test_a_hangup_reads_the_system_message_again(upstream: ScriptedUpstrea
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # so that only the signal causes a reload
         await hang_up(broker)
         _, session = await prepared(broker)
-        async with opened(broker.url, f"/stream/{session}") as line:
+        async with opened(broker.url, f"/stream/{session}") as connection:
             call = await upstream.call()
             call.open().done()
-            await line.rest()
+            await connection.rest()
         log = broker.log()
     assert call.body["messages"][0] == {"role": "system", "content": "Only dancing."}
     assert "dancing" not in log

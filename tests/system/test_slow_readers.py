@@ -44,9 +44,12 @@ async def test_a_stalled_reader_is_cut_off_and_can_come_back(where: int) -> None
     async with running_cluster(2, send_timeout=1, max_response="64MiB") as cluster:
         owner, worker = cluster.workers[0], cluster.workers[where]
         session = await cluster.prepare(owner, LONG)
-        async with session.stream(owner) as line, session.stream(worker, receive_buffer=4096) as stalled:
+        async with (
+            session.stream(owner) as connection,
+            session.stream(worker, receive_buffer=4096) as stalled,
+        ):
             events = await stalled.take(3)
-            end = check_whole(await line.rest(), session.marker)
+            end = check_whole(await connection.rest(), session.marker)
             await asyncio.sleep(3)  # it reads nothing for longer than it may
             with pytest.raises(Broken):
                 await stalled.rest()
@@ -59,9 +62,9 @@ async def test_a_slow_reader_that_goes_on_reading_is_not_cut_off() -> None:
     async with running_cluster(1, send_timeout=2, max_response="64MiB") as cluster:
         [worker] = cluster.workers
         session = await cluster.prepare(worker, Script(chunks=2000, size=10_000))
-        async with session.stream(worker) as line:
+        async with session.stream(worker) as connection:
             seen = 0
-            while (event := await line.event()) is not None and event.kind == "chunk":
+            while (event := await connection.event()) is not None and event.kind == "chunk":
                 seen = check_chunks([event], session.marker, after=seen)
                 if seen % 100 == 0:
                     await asyncio.sleep(0.2)  # far slower than it is written, never silent for long

@@ -82,13 +82,13 @@ async def storm(worker: Worker, data: bytes) -> list[int]:
 class Page:
     """Reads a stream and notes when each event came."""
 
-    def __init__(self, line: Connection) -> None:
+    def __init__(self, connection: Connection) -> None:
         self.events: list[Event] = []
         self.times: list[float] = []
-        self.task = asyncio.create_task(self._read(line))
+        self.task = asyncio.create_task(self._read(connection))
 
-    async def _read(self, line: Connection) -> None:
-        while (event := await line.event()) is not None:
+    async def _read(self, connection: Connection) -> None:
+        while (event := await connection.event()) is not None:
             self.events.append(event)
             self.times.append(asyncio.get_running_loop().time())
 

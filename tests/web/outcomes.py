@@ -24,11 +24,11 @@ def text(events: list[Event]) -> str:
 async def started(broker: Broker, upstream: ScriptedUpstream) -> AsyncIterator[tuple[str, Connection, Call]]:
     """A session whose upstream has begun and sent one chunk, and its first viewer, who has that chunk."""
     session, number = await broker.prepare(), len(upstream.calls) + 1
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         call = (await upstream.call(number)).open()
         call.chunk("Hello")
-        await line.take(1)
-        yield session, line, call
+        await connection.take(1)
+        yield session, connection, call
 
 
 async def outcome(broker: Broker, *, chunks: int = 0) -> dict[str, Any]:

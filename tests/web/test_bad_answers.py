@@ -113,11 +113,11 @@ async def test_an_upstream_that_never_answers_times_out(valkey_url: str, upstrea
 
 async def ends_by_timer(broker: Broker, upstream: ScriptedUpstream, begin: Reply, drip: Reply) -> Event:
     """Return the end of a session whose upstream drips after its beginning, and then closes the connection."""
-    async with broker.stream(await broker.prepare()) as line:
+    async with broker.stream(await broker.prepare()) as connection:
         call = await upstream.call()
         begin(call)
         async with dripping(lambda: drip(call)):
-            event = (await line.rest())[-1]
+            event = (await connection.rest())[-1]
             await call.wait_gone()
     assert len(upstream.calls) == 1
     return event
@@ -172,10 +172,10 @@ async def test_the_deadline_counts_the_waits_between_tries(
 
 async def test_an_answer_over_the_limit_is_cut_off(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, max_response=5000) as broker:
-        async with broker.stream(await broker.prepare()) as line:
+        async with broker.stream(await broker.prepare()) as connection:
             call = (await upstream.call()).open()
             async with dripping(lambda: call.chunk("x" * 500)):
-                events = await line.rest()
+                events = await connection.rest()
                 await call.wait_gone()
     assert len(events) > 4
     assert sum(len(event.data) for event in events[:-1]) <= 5000
@@ -187,12 +187,12 @@ async def test_one_event_without_an_end_is_cut_off(
     valkey_url: str, upstream: ScriptedUpstream, piece: bytes
 ) -> None:
     async with running(valkey_url, upstream, max_response=5000) as broker:
-        async with broker.stream(await broker.prepare()) as line:
+        async with broker.stream(await broker.prepare()) as connection:
             call = (await upstream.call()).open()
             call.chunk("Hello")
-            await line.take(1)
+            await connection.take(1)
             async with dripping(lambda: call.send(piece)):
-                [event] = await line.rest()
+                [event] = await connection.rest()
                 await call.wait_gone()
     assert event.json["code"] == "response_too_large"
 

@@ -63,17 +63,17 @@ async def test_a_running_session_ends_for_all_its_viewers(
     broker: Broker, upstream: ScriptedUpstream, cancel: Way
 ) -> None:
     session = await broker.prepare()
-    async with broker.stream(session) as line, broker.stream(session) as other:
+    async with broker.stream(session) as connection, broker.stream(session) as other:
         call = (await upstream.call()).open()
         call.chunk("Hello")
-        await line.take(1)
+        await connection.take(1)
         await other.take(1)
         loop = asyncio.get_running_loop()
         asked = loop.time()
         assert accepted(await cancel(broker, session))
         await call.wait_gone()
         assert call.gone_at - asked < 1
-        [event] = await line.rest()
+        [event] = await connection.rest()
         assert_cancelled(event, "1-2.end")
         assert [event] == await other.rest()
         assert event.json["estimated"] is True
@@ -99,13 +99,13 @@ async def test_a_session_can_be_stopped_before_its_first_token(
 ) -> None:
     upstream.replies = [reply]
     session = await broker.prepare()
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         call = await upstream.call()
         asked = asyncio.get_running_loop().time()
         assert accepted(await broker.cancel(session))
         await call.wait_gone()
         assert call.gone_at - asked < 1
-        [event] = await line.rest()
+        [event] = await connection.rest()
     assert_cancelled(event, "1-1.end")
     assert event.json["ttftMs"] is None
 
@@ -115,10 +115,10 @@ async def test_a_session_can_be_stopped_while_it_waits_to_ask_again(
 ) -> None:
     upstream.replies = [refusing]
     session = await broker.prepare()
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         await upstream.call()
         assert accepted(await broker.cancel(session))
-        [event] = await line.rest()
+        [event] = await connection.rest()
     assert_cancelled(event, "1-1.end")
     assert len(upstream.calls) == 1
 
@@ -129,21 +129,21 @@ async def test_cancelling_before_the_request_costs_nothing(valkey_url: str) -> N
         url = "http://{}:{}".format(*nobody.getsockname())
         async with running(valkey_url, url) as broker:
             session = await broker.prepare()
-            async with broker.stream(session) as line:
+            async with broker.stream(session) as connection:
                 assert accepted(await broker.cancel(session))
-                [event] = await line.rest()
+                [event] = await connection.rest()
     assert_cancelled(event, "1-1.end")
     assert (event.json["cost"], event.json["estimated"]) == (0, False)
 
 
 async def test_cancelling_twice_is_cancelling_once(broker: Broker, upstream: ScriptedUpstream) -> None:
     session = await broker.prepare()
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         (await upstream.call()).open()
         answers = await asyncio.gather(*(broker.cancel(session) for _ in range(5)))
         assert {answer.json["state"] for answer in answers} == {"cancelled"}
         assert {answer.status for answer in answers} <= {200, 202}
-        assert_cancelled((await line.rest())[-1], "1-1.end")
+        assert_cancelled((await connection.rest())[-1], "1-1.end")
     last = await broker.cancel(session)
     assert (last.status, last.json) == (200, {"state": "cancelled"})
 
@@ -191,16 +191,16 @@ async def test_an_accepted_cancel_of_an_ending_session_stands(
     outcomes = set()
     for number in range(1, 31):
         session = await broker.prepare()
-        async with broker.stream(session) as line:
+        async with broker.stream(session) as connection:
             call = (await upstream.call(number)).open()
             call.chunk("Hello")
-            await line.take(1)
+            await connection.take(1)
             asking = asyncio.create_task(broker.cancel(session))
             for _ in range(number):  # so that every order is met
                 await asyncio.sleep(0)
             call.chunk("", finish="stop")
             call.done()
-            answer, rest = await asking, await line.rest()
+            answer, rest = await asking, await connection.rest()
         reason = rest[-1].json["finishReason"]
         if answer.status == 202:
             assert (answer.json["state"], reason) == ("cancelled", "cancelled")
@@ -233,15 +233,15 @@ async def test_a_session_can_be_cancelled_from_another_worker(
 ) -> None:
     async with running(valkey_url, upstream) as other:
         session = await broker.prepare()
-        async with broker.stream(session) as line:
+        async with broker.stream(session) as connection:
             call = (await upstream.call()).open()
             call.chunk("Hello")
-            await line.take(1)
+            await connection.take(1)
             asked = asyncio.get_running_loop().time()
             assert accepted(await other.cancel(session))
             await call.wait_gone()
             assert call.gone_at - asked < 1
-            assert_cancelled((await line.rest())[-1], "1-2.end")
+            assert_cancelled((await connection.rest())[-1], "1-2.end")
         assert (await other.cancel(session)).json == {"state": "cancelled"}
 
 

@@ -40,14 +40,14 @@ class Page:
         while not self._over():
             cursor = self.events[-1].id if self.events else None
             broker = self._dice.choice(self._brokers)
-            async with broker.stream(self._session, cursor) as line:
-                assert line.status == 200
-                await self._read(line, self._dice.randrange(12))
+            async with broker.stream(self._session, cursor) as connection:
+                assert connection.status == 200
+                await self._read(connection, self._dice.randrange(12))
             await asyncio.sleep(self._dice.choice([0, 0, 0.005]))
 
-    async def _read(self, line: Connection, most: int) -> None:
+    async def _read(self, connection: Connection, most: int) -> None:
         for _ in range(most):
-            event = await line.event()
+            event = await connection.event()
             if event is None:
                 return
             self.events.append(event)

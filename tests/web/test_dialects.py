@@ -162,13 +162,13 @@ async def test_a_large_completion_is_read_whole(broker: Broker, upstream: Script
 async def test_content_takes_a_finish_reason_back(
     broker: Broker, upstream: ScriptedUpstream, end: Callable[[Call], None], kind: str
 ) -> None:
-    async with broker.stream(await broker.prepare()) as line:
+    async with broker.stream(await broker.prepare()) as connection:
         call = (await upstream.call()).open()
         call.event(json.dumps(chunk(choices=[THOUGHT])).encode())
         call.chunk("Hello")
-        await line.take(2)
+        await connection.take(2)
         end(call)
-        (event,) = await line.rest()
+        (event,) = await connection.rest()
     assert event.kind == kind
     assert event.json.get("code") == ("upstream_interrupted" if kind == "error" else None)
 
@@ -177,15 +177,15 @@ async def test_a_stopped_answer_may_go_on_after_a_pause(
     broker: Broker, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("broker.relay.upstream_reader.QUIET_END", 1.5)
-    async with broker.stream(await broker.prepare()) as line:
+    async with broker.stream(await broker.prepare()) as connection:
         call = (await upstream.call()).open()
         call.chunk("a", finish="stop")
-        await line.take(1)
+        await connection.take(1)
         async with dripping(call.comment):
             call.chunk("b")
             call.chunk(finish="stop")
             call.usage(cost=0.5)
-            events = await line.rest()  # comments are not data: it ends all the same
+            events = await connection.rest()  # comments are not data: it ends all the same
     assert [event.kind for event in events] == ["chunk", "chunk", "chunk", "done"]
     assert events[-1].json["cost"] == 0.5
 
@@ -196,12 +196,12 @@ async def test_a_stopped_answer_may_go_on_after_a_pause(
 async def test_empty_events_are_not_data(valkey_url: str, upstream: ScriptedUpstream, drip: bytes) -> None:
     async with (
         running(valkey_url, upstream, idle_timeout=0.4) as broker,
-        broker.stream(await broker.prepare()) as line,
+        broker.stream(await broker.prepare()) as connection,
     ):
         call = (await upstream.call()).open()
         call.chunk("Hello")
         async with dripping(lambda: call.send(drip)):
-            events = await line.rest()
+            events = await connection.rest()
     assert events[-1].json["code"] == "upstream_timeout"
 
 

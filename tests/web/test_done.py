@@ -127,8 +127,8 @@ async def test_usage_is_found_on_any_chunk(
 
 async def test_nothing_follows_the_end(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.replies = [plain]
-    async with broker.stream(await broker.prepare()) as line:
-        body = await line.body()
+    async with broker.stream(await broker.prepare()) as connection:
+        body = await connection.body()
     assert body.count(b".end\n") == 1
     assert body.rpartition(b"id: ")[2].startswith(b"1-5.end\nevent: done\ndata: ")
     assert body.endswith(b"\n\n")

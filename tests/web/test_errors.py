@@ -103,12 +103,12 @@ async def test_a_redirect_is_not_followed(broker: Broker, upstream: ScriptedUpst
 
 async def test_an_endless_refusal_is_cut(broker: Broker, upstream: ScriptedUpstream) -> None:
     session = await broker.prepare()
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         call = await upstream.call()
         call.head(400, {"Content-Type": "application/json", "Transfer-Encoding": "chunked"})
         block = b'{"error": {"message": "' + b"x" * 65536
         async with dripping(lambda: call.write(b"%x\r\n%b\r\n" % (len(block), block))):
-            [event] = await line.rest()
+            [event] = await connection.rest()
             await call.wait_gone()
     assert event.json["code"] == "upstream_rejected"
 
@@ -144,12 +144,12 @@ async def test_it_is_asked_so_often_and_no_more(
 async def test_a_given_wait_is_honoured(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.replies = [refuse(503, headers={"Retry-After": "1"}), plain]
     loop = asyncio.get_running_loop()
-    async with broker.stream(await broker.prepare()) as line:
+    async with broker.stream(await broker.prepare()) as connection:
         await upstream.call(1)
         first = loop.time()
         await upstream.call(2)
         assert 0.9 < loop.time() - first < 2
-        assert (await line.rest())[-1].kind == "done"
+        assert (await connection.rest())[-1].kind == "done"
 
 
 @pytest.mark.parametrize(
@@ -217,12 +217,12 @@ async def test_an_answer_that_ends_without_a_finish_is_interrupted(
 
 
 async def test_an_answer_that_is_reset_is_interrupted(broker: Broker, upstream: ScriptedUpstream) -> None:
-    async with broker.stream(await broker.prepare()) as line:
+    async with broker.stream(await broker.prepare()) as connection:
         call = (await upstream.call()).open()
         call.chunk("Hello")
-        await line.take(1)
+        await connection.take(1)
         call.reset()
-        [event] = await line.rest()
+        [event] = await connection.rest()
     assert event.json["code"] == "upstream_interrupted"
     assert len(upstream.calls) == 1
 
@@ -259,12 +259,12 @@ async def test_a_reason_alone_is_an_end(broker: Broker, upstream: ScriptedUpstre
 
 
 async def test_a_reset_after_the_reason_is_an_end(broker: Broker, upstream: ScriptedUpstream) -> None:
-    async with broker.stream(await broker.prepare()) as line:
+    async with broker.stream(await broker.prepare()) as connection:
         call = (await upstream.call()).open()
         call.chunk("Hello", finish="stop")
-        await line.take(1)
+        await connection.take(1)
         call.reset()
-        [event] = await line.rest()
+        [event] = await connection.rest()
     assert (event.kind, event.json["finishReason"]) == ("done", "stop")
 
 
@@ -275,13 +275,13 @@ async def test_ten_seconds_of_silence_after_the_finish_are_an_end(
     # Comments are silence, and the other timers are shorter.
     monkeypatch.setattr("tests.events.PATIENCE", 30.0)
     async with running(valkey_url, upstream, idle_timeout=0.5, first_data_timeout=0.5) as broker:
-        async with broker.stream(await broker.prepare()) as line:
+        async with broker.stream(await broker.prepare()) as connection:
             call = (await upstream.call()).open()
             call.chunk("Hello", finish="stop")
-            await line.take(1)
+            await connection.take(1)
             said = asyncio.get_running_loop().time()
             async with dripping(call.comment):
-                [event] = await line.rest()
+                [event] = await connection.rest()
             assert asyncio.get_running_loop().time() - said > 9.9
             assert event.kind == "done"
             await call.wait_gone()

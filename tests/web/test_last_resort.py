@@ -60,11 +60,11 @@ async def test_such_a_session_can_be_cancelled_on_another_worker(
         running(valkey_url, upstream, **limits) as other,
     ):
         session = await broker.prepare()
-        async with broker.stream(session) as line:
+        async with broker.stream(session) as connection:
             (await upstream.call()).open().event(usage_event(usage))
-            await line.take(1)
+            await connection.take(1)
             assert (await other.cancel(session)).status == 202
-            end = (await line.rest())[-1]
+            end = (await connection.rest())[-1]
         assert (end.kind, end.json["finishReason"]) == ("done", "cancelled")
         assert (await other.read(session))[-1] == end
         upstream.replies = [plain]

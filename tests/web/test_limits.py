@@ -420,10 +420,10 @@ async def test_a_page_waits_for_a_slot_and_gets_it(valkey_url: str, upstream: Sc
         first, second = await session_of(broker), await session_of(broker)
         async with broker.stream(first) as running_line:
             call = await upstream.call()
-            async with broker.stream(second) as line:
-                [place] = await line.rest()
+            async with broker.stream(second) as connection:
+                [place] = await connection.rest()
                 assert (place.kind, place.id, place.json) == ("queued", None, {"position": 1, "of": 1})
-                assert line.retry == 2000
+                assert connection.retry == 2000
             curl = await broker.ask("GET", f"/stream/{second}", headers=CURL)
             assert check_refused(curl, "too_many_streams") == 5
             plain(call)
@@ -440,8 +440,8 @@ async def test_a_page_waits_for_a_budget_and_gets_it(valkey_url: str, upstream: 
         first, second = await session_of(broker), await session_of(broker)
         async with broker.stream(first):
             await upstream.call()
-            async with broker.stream(second) as line:
-                check_waits(await line.rest(), line.blocks, "budget_exceeded", 30_000)
+            async with broker.stream(second) as connection:
+                check_waits(await connection.rest(), connection.blocks, "budget_exceeded", 30_000)
             curl = await broker.ask("GET", f"/stream/{second}", headers=CURL)
             assert check_refused(curl, "budget_exceeded") == 30
             await broker.cancel(first)
@@ -469,8 +469,8 @@ async def test_slots_belong_to_the_client_that_prepared(valkey_url: str, upstrea
         of_ann, of_bob, more_of_ann = [await session_of(broker, who) for who in (ANN, BOB, ANN)]
         async with broker.stream(of_ann), broker.stream(of_bob):
             await upstream.call(2)
-            async with broker.stream(more_of_ann, headers=BOB) as line:
-                [event] = await line.rest()
+            async with broker.stream(more_of_ann, headers=BOB) as connection:
+                [event] = await connection.rest()
                 assert event.kind == "queued"
 
 
@@ -535,14 +535,14 @@ async def test_exactly_the_claims_with_room_run(
         codes: list[str] = []
 
         async def claim(number: int, session: str) -> None:
-            async with (one, other)[number % 2].stream(session) as line:
-                event = await line.event()
+            async with (one, other)[number % 2].stream(session) as connection:
+                event = await connection.event()
                 if event is None:  # Redis was busy: the page comes again
                     await claim(number, session)
                     return
                 codes.append("ran" if event.kind == "chunk" else event.json.get("code", event.kind))
                 if event.kind == "chunk":
-                    await line.rest()
+                    await connection.rest()
 
         claims = [asyncio.create_task(claim(*numbered)) for numbered in enumerate(sessions)]
         await until(lambda: asyncio.sleep(0, len(codes) == 500 - 37), within=15)
@@ -563,8 +563,8 @@ async def test_a_claim_whose_reply_is_lost_runs_once_and_is_paid_once(
     upstream.replies = [plain]
     session = await session_of(broker)
     valkey.freeze()
-    async with broker.stream(session) as line:
-        assert await line.rest() == []
+    async with broker.stream(session) as connection:
+        assert await connection.rest() == []
     valkey.thaw()
     assert [event.kind for event in await broker.read(session)] == ["chunk", "chunk", "done"]
     assert len(upstream.calls) == 1
@@ -584,11 +584,11 @@ async def test_a_page_that_leaves_early_pays_for_pictures(
     async with running(valkey_url, upstream, daily_cost="1") as broker:
         answer = await broker.post(small(messages=[message]))
         session = answer.json["sessionId"]
-        async with broker.stream(session) as line:
+        async with broker.stream(session) as connection:
             (await upstream.call()).open().chunk("x")
-            await line.take(1)
+            await connection.take(1)
             assert (await broker.cancel(session)).status == 202
-            await line.rest()
+            await connection.rest()
         told = (await broker.ask("GET", "/usage")).json
         # Each picture has its own price, and counts 2,000 tokens.
         assert 3 * (0.01 + 0.002) <= told["cost"] < 0.037

@@ -31,11 +31,11 @@ async def test_a_waiting_page_is_told_its_place_and_when_to_come_back(
         async with broker.stream(sessions[0]) as first:
             call = await upstream.call()
             for position, session in enumerate(sessions[1:], 1):
-                async with broker.stream(session) as line:
-                    [event] = await line.rest()
+                async with broker.stream(session) as connection:
+                    [event] = await connection.rest()
                     assert (event.kind, event.id) == ("queued", None)
                     assert event.json == {"position": position, "of": position}
-                    assert line.retry == 2000
+                    assert connection.retry == 2000
             quick(call)
             assert (await first.rest())[-1].kind == "done"
         upstream.replies = [quick]
@@ -77,12 +77,12 @@ class Page:
 
     async def run(self) -> None:
         while True:
-            async with self.broker.stream(self.session) as line:
-                events = await line.rest()
+            async with self.broker.stream(self.session) as connection:
+                events = await connection.rest()
             if events and events[-1].kind == "done":
                 return
             self.waits += 1
-            await asyncio.sleep(line.retry / 1000)
+            await asyncio.sleep(connection.retry / 1000)
 
 
 @pytest.mark.slow

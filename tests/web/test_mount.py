@@ -284,7 +284,7 @@ async def test_an_application_may_drain_before_it_closes(valkey_url: str, upstre
     async with served(shop.app) as root:
         broker = under(root, "/ai")
         running, prepared = await broker.prepare(), await broker.prepare()
-        async with broker.stream(running) as line:
+        async with broker.stream(running) as connection:
             call = (await upstream.call()).open()
             draining = asyncio.create_task(shop.app.shutdown())
             await eventually(lambda: part[keys.WORKER].draining)
@@ -296,7 +296,7 @@ async def test_an_application_may_drain_before_it_closes(valkey_url: str, upstre
             assert (goods.status, "Connection" in goods.headers) == (200, False)
             call.chunk("Hello", finish="stop")
             call.done()
-            assert [event.kind for event in await line.rest()] == ["chunk", "done"]
+            assert [event.kind for event in await connection.rest()] == ["chunk", "done"]
         await draining
 
 

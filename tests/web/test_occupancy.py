@@ -18,11 +18,11 @@ from tests.scripted import ScriptedUpstream
 HERE = "127.0.0.1"
 
 
-async def comes_again(line: Connection) -> bool:
+async def comes_again(connection: Connection) -> bool:
     """Return True if a page is asked to reconnect: 200, a `retry:` of about 3 s, no event, closed."""
-    assert line.status == 200
-    assert await line.rest() == []
-    [retry] = [block for block in line.blocks if b"retry:" in block]
+    assert connection.status == 200
+    assert await connection.rest() == []
+    [retry] = [block for block in connection.blocks if b"retry:" in block]
     return 2400 <= int(retry.partition(b"retry:")[2].split()[0]) <= 3600
 
 
@@ -67,19 +67,19 @@ async def test_an_address_has_so_many_streams(broker: Broker, upstream: Scripted
         call = (await upstream.call()).open()
         for session in sessions[1:-1]:
             await watching.enter_async_context(broker.stream(session, address=HERE))
-        async with broker.stream(sessions[-1], address=HERE) as line:
-            assert await comes_again(line)
+        async with broker.stream(sessions[-1], address=HERE) as connection:
+            assert await comes_again(connection)
         refused = await broker.ask("GET", f"/stream/{sessions[-1]}")
         assert (refused.status, refused.code) == (503, "overloaded")
-        async with broker.stream(sessions[-1], address="127.0.0.9") as line:
-            assert line.status == 200
+        async with broker.stream(sessions[-1], address="127.0.0.9") as connection:
+            assert connection.status == 200
             await upstream.call(len(sessions) - 1)
         call.chunk("x", finish="stop")
         call.done()
         assert (await first.rest())[-1].kind == "done"
         await until(lambda: asyncio.sleep(0, len(upstream.calls) == len(sessions)))
-        async with broker.stream(sessions[0], "1-0", address=HERE) as line:
-            assert (await line.rest())[-1].kind == "done"
+        async with broker.stream(sessions[0], "1-0", address=HERE) as connection:
+            assert (await connection.rest())[-1].kind == "done"
     await all_free(broker)
 
 

@@ -130,11 +130,11 @@ async def test_a_cancelled_answer_has_a_result(valkey_url: str, upstream: Script
         never_claimed = await broker.prepare()
         await broker.cancel(never_claimed)
         session = await broker.prepare()
-        async with broker.stream(session) as line:
+        async with broker.stream(session) as connection:
             (await upstream.call()).open().chunk("Hel")
-            await line.take(1)
+            await connection.take(1)
             await broker.cancel(session)
-            await line.rest()
+            await connection.rest()
         result = await told.next()
         assert told.is_empty
     assert (result.id, result.state) == (session, "cancelled")
@@ -144,9 +144,9 @@ async def test_a_cancelled_answer_has_a_result(valkey_url: str, upstream: Script
 async def test_an_abandoned_answer_has_a_result(valkey_url: str, upstream: ScriptedUpstream) -> None:
     told = Told()
     async with embedded(valkey_url, upstream, told, disconnect_grace=0) as broker:
-        async with broker.stream(await broker.prepare()) as line:
+        async with broker.stream(await broker.prepare()) as connection:
             (await upstream.call()).open().chunk("Hel")
-            await line.take(1)
+            await connection.take(1)
         result = await told.next()
     assert (result.state, result.text, result.error) == ("abandoned", "Hel", "abandoned")
 
@@ -183,7 +183,7 @@ async def test_an_application_that_hangs_delays_nobody(valkey_url: str, upstream
 
 async def test_nothing_is_gathered_where_nobody_is_told(broker: Broker, upstream: ScriptedUpstream) -> None:
     session = await broker.prepare()
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         (await upstream.call()).open().chunk("Hello")
-        await line.take(1)
+        await connection.take(1)
         assert broker.app[keys.WORKER].running[session].transcript is None

@@ -72,8 +72,8 @@ async def test_another_page_may_not(listing: Broker, origin: str, method: str, p
 
 async def test_another_page_claims_nothing(listing: Broker, upstream: ScriptedUpstream) -> None:
     session = await listing.prepare()
-    async with listing.stream(session, headers={"Origin": "https://evil.example"}) as line:
-        assert line.status == 403
+    async with listing.stream(session, headers={"Origin": "https://evil.example"}) as connection:
+        assert connection.status == 403
     assert upstream.calls == []
 
 

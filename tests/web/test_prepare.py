@@ -76,8 +76,8 @@ async def test_the_upstream_gets_nothing_about_the_client(broker: Broker, upstre
         "X-Forwarded-For": "10.1.2.3",
         "User-Agent": "secret",
     }
-    async with broker.stream(session, headers=headers) as line:
-        await line.rest()
+    async with broker.stream(session, headers=headers) as connection:
+        await connection.rest()
     call = upstream.calls[0]
     assert "cookie" not in call.headers
     assert "x-forwarded-for" not in call.headers
@@ -384,11 +384,11 @@ async def test_the_key_of_a_cancelled_prepared_session_is_free(
     assert again.status == 201
     second = again.json["sessionId"]
     assert second != first
-    async with broker.stream(second) as line:
+    async with broker.stream(second) as connection:
         (await upstream.call()).open().chunk("Hello")
-        await line.take(1)
+        await connection.take(1)
         await broker.cancel(second)
-        await line.rest()
+        await connection.rest()
     late = await broker.post(headers=key)
     assert (late.status, late.json["sessionId"], late.json["expiresIn"]) == (200, second, 0)
 

@@ -42,8 +42,8 @@ class Stopwatch:
 
 async def is_asked_to_come_again(broker: Broker, session: str, cursor: str | None = None) -> bool:
     """Return True if a page is asked to reconnect, and gets nothing else."""
-    async with broker.stream(session, cursor) as line:
-        return line.status == 200 and await line.rest() == [] and len(line.blocks) == 2
+    async with broker.stream(session, cursor) as connection:
+        return connection.status == 200 and await connection.rest() == [] and len(connection.blocks) == 2
 
 
 @HURTS
@@ -82,10 +82,10 @@ async def test_a_claim_whose_reply_was_lost_is_found_again(
         assert stopwatch.seconds < 2
         wire.drop = b""
         call = (await upstream.call()).open()  # though nobody has asked again
-        async with broker.stream(session) as line:
+        async with broker.stream(session) as connection:
             call.chunk("Hello", finish="stop")
             call.done()
-            assert [event.id for event in await line.rest()] == ["1-1", "1-2.end"]
+            assert [event.id for event in await connection.rest()] == ["1-1", "1-2.end"]
         assert len(upstream.calls) == 1
 
 
@@ -101,8 +101,8 @@ async def test_a_claim_that_nobody_comes_back_for_is_abandoned(
         assert await is_asked_to_come_again(broker, session)
         wire.drop = b""
         await (await upstream.call()).wait_gone()
-        async with broker.stream(session) as line:
-            [event] = await line.rest()
+        async with broker.stream(session) as connection:
+            [event] = await connection.rest()
             assert event.json["code"] == "abandoned"
         assert len(upstream.calls) == 1
 
@@ -116,11 +116,11 @@ async def test_an_unwanted_claim_starts_nothing_when_redis_returns(
     valkey.thaw()
     await wait_until_back(broker)
     assert upstream.calls == []
-    async with broker.stream(session) as line:  # the page reconnects as it was asked to
+    async with broker.stream(session) as connection:  # the page reconnects as it was asked to
         call = (await upstream.call()).open()
         call.chunk("Hello", finish="stop")
         call.done()
-        assert [event.id for event in await line.rest()] == ["1-1", "1-2.end"]
+        assert [event.id for event in await connection.rest()] == ["1-1", "1-2.end"]
     assert len(upstream.calls) == 1
 
 
@@ -158,12 +158,12 @@ async def test_a_claim_with_a_lost_reply_is_seen_elsewhere(
         session = await broker.prepare()
         wire.drop = PROMPT
         assert await is_asked_to_come_again(broker, session)
-        async with other.stream(session) as line:
+        async with other.stream(session) as connection:
             wire.drop = b""
             call = (await upstream.call()).open()
             call.chunk("Hello", finish="stop")
             call.done()
-            assert (await line.rest())[-1].kind == "done"
+            assert (await connection.rest())[-1].kind == "done"
     assert len(upstream.calls) == 1
 
 
@@ -172,39 +172,39 @@ async def test_a_page_that_watches_notices_nothing(
     broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream, hurt: Hurt
 ) -> None:
     session = await broker.prepare()
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         call = (await upstream.call()).open()
         call.chunk("one")
-        await line.take(1)
+        await connection.take(1)
         hurt(valkey)
         for word in ("two", "three"):
             stopwatch = Stopwatch()
             call.chunk(word)
-            await line.take(1)
+            await connection.take(1)
             assert stopwatch.seconds < 0.5
         async with broker.stream(session, "1-1") as late:
             assert [event.id for event in await late.take(2)] == ["1-2", "1-3"]
         stopwatch = Stopwatch()
         call.chunk("", finish="stop")
         call.done()
-        assert [event.id for event in await line.rest()] == ["1-4", "1-5.end"]
+        assert [event.id for event in await connection.rest()] == ["1-4", "1-5.end"]
         assert stopwatch.seconds < 0.8  # 300 ms for Redis to answer, and some for a busy machine
-    async with broker.stream(session, "1-4") as line:
-        assert [event.id for event in await line.rest()] == ["1-5.end"]
+    async with broker.stream(session, "1-4") as connection:
+        assert [event.id for event in await connection.rest()] == ["1-5.end"]
 
 
 async def test_events_of_an_outage_are_written_when_redis_returns(
     broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream
 ) -> None:
     session = await broker.prepare()
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         call = (await upstream.call()).open()
         call.chunk("one")
-        events = await line.take(1)
+        events = await connection.take(1)
         valkey.freeze()
         call.chunk("two", finish="stop")
         call.done()
-        events += await line.rest()
+        events += await connection.rest()
     valkey.thaw()
     async with running(valkey.url, upstream) as other:
         seen: list[object] = []
@@ -219,17 +219,17 @@ async def test_the_owner_cancels_without_redis(
     broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream
 ) -> None:
     session = await broker.prepare()
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         call = (await upstream.call()).open()
         call.chunk("one")
-        await line.take(1)
+        await connection.take(1)
         valkey.freeze()
         stopwatch = Stopwatch()
         answer = await broker.cancel(session)
         assert (answer.status, answer.json) == (202, {"state": "cancelled"})
         await call.wait_gone()
         assert stopwatch.seconds < 1
-        [event] = await line.rest()
+        [event] = await connection.rest()
         assert event.json["finishReason"] == "cancelled"
     assert (await broker.cancel(session)).json == {"state": "cancelled"}
 
@@ -238,14 +238,14 @@ async def test_an_ending_session_is_not_cancelled_any_more(
     broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream
 ) -> None:
     session = await broker.prepare()
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         call = (await upstream.call()).open()
         valkey.freeze()  # so that to decide the end takes a while
         call.chunk("one", finish="stop")
         call.event(b"[DONE]")
-        await line.take(1)
+        await connection.take(1)
         answer = await broker.cancel(session)
-        [event] = await line.rest()
+        [event] = await connection.rest()
     assert (answer.status, answer.json) == (200, {"state": "done"})
     assert event.json["finishReason"] == "stop"
 
@@ -255,32 +255,32 @@ async def test_a_page_that_leaves_in_an_outage_ends_its_session(
 ) -> None:
     async with running(valkey.url, upstream, disconnect_grace=0.3) as broker, healed(valkey):
         session = await broker.prepare()
-        async with broker.stream(session) as line:
+        async with broker.stream(session) as connection:
             call = (await upstream.call()).open()
             call.chunk("one")
-            await line.take(1)
+            await connection.take(1)
             valkey.freeze()
         await call.wait_gone()
-        async with broker.stream(session) as line:
-            assert (await line.rest())[-1].json["code"] == "abandoned"
+        async with broker.stream(session) as connection:
+            assert (await connection.rest())[-1].json["code"] == "abandoned"
 
 
 async def test_redis_may_come_back_empty(
     broker: Broker, valkey: ValkeyProcess, upstream: ScriptedUpstream
 ) -> None:
     session = await broker.prepare()
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         call = (await upstream.call()).open()
         call.chunk("one")
-        events = await line.take(1)
+        events = await connection.take(1)
         valkey.kill()
         await valkey.start()
         call.chunk("two", finish="stop")
         call.done()
-        events += await line.rest()
+        events += await connection.rest()
         assert [event.id for event in events] == ["1-1", "1-2", "1-3.end"]
-    async with broker.stream(session) as line:
-        assert await line.rest() == events
+    async with broker.stream(session) as connection:
+        assert await connection.rest() == events
     async with asyncio.timeout(8):
         while (await broker.post()).status != 201:
             pass

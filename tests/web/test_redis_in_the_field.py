@@ -27,16 +27,16 @@ async def test_missing_channel_rights_are_logged_once(
         url = f"redis://limited:pw@127.0.0.1:{valkey.port}/0"
         async with running(url, upstream) as owner, running(url, upstream) as other:
             session = await owner.prepare()
-            async with owner.stream(session), other.stream(session) as line:
+            async with owner.stream(session), other.stream(session) as connection:
                 call = (await upstream.call()).open()
                 async with asyncio.timeout(3):
                     call.chunk("Hello")
-                    [event] = await line.take(1)
+                    [event] = await connection.take(1)
                 assert event.id == "1-1"
                 assert (await other.cancel(session)).status == 202
                 async with asyncio.timeout(3):
                     await call.wait_gone()
-                assert [event.kind for event in await line.rest()] == ["done"]
+                assert [event.kind for event in await connection.rest()] == ["done"]
     out = capsys.readouterr().out
     assert out.count("has no rights to channels") == 2  # one a worker
     assert "redis refused" not in out

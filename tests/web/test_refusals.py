@@ -282,16 +282,16 @@ async def test_a_recording_arrives_whole_however_it_is_cut(
 async def test_an_answer_may_pause_for_six_seconds_behind_its_finish(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
-    async with broker.stream(await broker.prepare()) as line:
+    async with broker.stream(await broker.prepare()) as connection:
         call = (await upstream.call()).open()
         call.chunk("a", finish="stop")
-        await line.take(1)
+        await connection.take(1)
         await asyncio.sleep(6)
         call.chunk("b")
         call.chunk(finish="length")
         call.usage(cost=0.5)
         call.done()
-        events = await line.rest()
+        events = await connection.rest()
     assert [event.kind for event in events] == ["chunk", "chunk", "chunk", "done"]
     assert fields_of(events[-1].json, "finishReason", "cost", "estimated") == ["length", 0.5, False]
 

@@ -82,11 +82,11 @@ async def begun(
     """A session whose upstream has sent 30 bytes of text; its prompt, its first viewer and its call."""
     session, prompt = await prepared(broker, **fields)
     number = len(upstream.calls) + 1
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         call = (await upstream.call(number)).open()
         send(call, CREATED, delta("x" * 30))
-        await line.take(2)
-        yield session, prompt, line, call
+        await connection.take(2)
+        yield session, prompt, connection, call
 
 
 async def booked(broker: Broker) -> Ledger:
@@ -289,15 +289,15 @@ async def test_an_unfinished_response_document_is_an_error(
 async def test_a_cancel_stops_the_upstream_and_costs_the_text(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
-    async with begun(broker, upstream) as (session, prompt, line, call):
+    async with begun(broker, upstream) as (session, prompt, connection, call):
         send(
             call, delta("x" * 30, "reasoning_summary_text", 1), delta("x" * 30, "function_call_arguments", 2)
         )
         send(call, item_done({"type": "reasoning", "summary": [], "encrypted_content": "x" * 30}, 3))
-        await line.take(3)
+        await connection.take(3)
         assert (await broker.cancel(session)).status == 202
         await call.wait_gone()
-        [end] = await line.rest()
+        [end] = await connection.rest()
     assert (end.kind, end.json["finishReason"], end.json["estimated"]) == ("done", "cancelled", True)
     assert await booked(broker) == Ledger(1, 1, prompt + 40, (prompt + 40) * PRICE)
 
@@ -305,13 +305,16 @@ async def test_a_cancel_stops_the_upstream_and_costs_the_text(
 async def test_a_viewer_comes_back_to_any_worker(
     valkey_url: str, broker: Broker, upstream: ScriptedUpstream
 ) -> None:
-    async with running(valkey_url, upstream) as other, begun(broker, upstream) as (session, _, line, call):
+    async with (
+        running(valkey_url, upstream) as other,
+        begun(broker, upstream) as (session, _, connection, call),
+    ):
         async with other.stream(session, "1-1") as second:
             assert [each.id for each in await second.take(1)] == ["1-2"]
             send(call, completed())
             call.end()
             assert [each.kind for each in await second.rest()] == ["chunk", "done"]
-        assert [each.kind for each in await line.rest()] == ["chunk", "done"]
+        assert [each.kind for each in await connection.rest()] == ["chunk", "done"]
         assert [each.kind for each in await other.read(session)] == ["chunk"] * 3 + ["done"]
     assert len(upstream.calls) == 1
 
@@ -320,8 +323,8 @@ async def test_the_short_form_has_text_and_whole_calls(broker: Broker, upstream:
     thought = delta("Hm", "reasoning_summary_text", 1)
     upstream.replies = [answering(*WORDS, thought, item_done(CALL, 2), completed())]
     session, _ = await prepared(broker)
-    async with broker.stream(session, query="?events=token") as line:
-        start, *tokens, done = await line.rest()
+    async with broker.stream(session, query="?events=token") as connection:
+        start, *tokens, done = await connection.rest()
     assert (start.kind, done.kind, done.id) == ("start", "done", "1-8.end")
     assert [(each.id, each.json) for each in tokens] == [
         ("1-2", {"text": "Hel"}),
@@ -335,8 +338,8 @@ async def test_a_complete_response_has_a_short_form_too(broker: Broker, upstream
     document = response(status="completed", output=[MESSAGE], usage=USAGE)
     upstream.replies = [body_of("application/json", json.dumps(document))]
     session, _ = await prepared(broker)
-    async with broker.stream(session, query="?events=token") as line:
-        _, token, _ = await line.rest()
+    async with broker.stream(session, query="?events=token") as connection:
+        _, token, _ = await connection.rest()
     assert token.json == {"text": "Hello"}
 
 
@@ -358,14 +361,14 @@ async def test_a_page_that_leaves_pays_for_the_written_text(
 
 async def test_pages_notice_nothing_while_redis_is_away(upstream: ScriptedUpstream) -> None:
     async with running_valkey() as valkey, running(valkey.url, upstream) as broker:
-        async with begun(broker, upstream) as (session, _, line, call):
+        async with begun(broker, upstream) as (session, _, connection, call):
             valkey.kill()
             send(call, delta("more"))
-            assert [each.json["delta"] for each in await line.take(1)] == ["more"]
+            assert [each.json["delta"] for each in await connection.take(1)] == ["more"]
             await valkey.start()  # empty
             send(call, completed())
             call.end()
-            assert [each.kind for each in await line.rest()] == ["chunk", "done"]
+            assert [each.kind for each in await connection.rest()] == ["chunk", "done"]
 
         async def told() -> bool:
             return [each.kind for each in await broker.read(session)] == ["chunk"] * 4 + ["done"]
@@ -388,9 +391,9 @@ async def test_a_failure_that_brings_its_bill_is_paid_by_it(
 async def test_a_usage_behind_an_error_is_booked_and_not_waited_for(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
-    async with begun(broker, upstream) as (_, _, line, call):
+    async with begun(broker, upstream) as (_, _, connection, call):
         send(call, event("error", message="It broke."))
-        assert [each.kind for each in await line.rest()] == ["error"]
+        assert [each.kind for each in await connection.rest()] == ["error"]
         assert (await booked(broker)).estimated == 1
         send(call, failed(None, usage=USAGE))
 
@@ -418,13 +421,13 @@ async def test_openrouters_record_is_fetched_by_its_id(
     record = {"total_cost": 0.000123, "native_tokens_prompt": 11, "native_tokens_completion": 7}
     upstream.generations[name] = record
     session, _ = await prepared(broker)
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         call = await upstream.call()
         call.open(**({"x_generation_id": name} if named == "header" else {}))
         send(call, CREATED, delta("Hello"))
-        await line.take(2)
+        await connection.take(2)
         call.close()
-        await line.rest()
+        await connection.rest()
 
     async def corrected() -> bool:
         return await booked(broker) == Ledger(1, 0, 18, 123_000)

@@ -137,14 +137,14 @@ async def test_no_secret_appears_whatever_redis_does(
 ) -> None:
     broker = exposed_broker
     session = (await broker.post(ASKED)).json["sessionId"]
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         call = (await upstream.call()).open()
         call.chunk(ANSWER)
-        await line.take(1)
+        await connection.take(1)
         valkey.kill()
         await broker.post(ASKED)
         call.chunk(ANSWER, finish="stop")
         call.done()
-        await line.rest()
+        await connection.rest()
     await valkey.start()
     check(log, session)

@@ -18,18 +18,18 @@ NO_REDIS = "unix:///nowhere/valkey.sock"
 
 async def refusal(broker: Broker, session: str, cursor: str | None = None, query: str = "") -> Event:
     """Return the one event of a refused connection."""
-    async with broker.stream(session, cursor, query=query) as line:
-        assert line.status == 200
-        [event] = await line.rest()
+    async with broker.stream(session, cursor, query=query) as connection:
+        assert connection.status == 200
+        [event] = await connection.rest()
         assert event.kind == "error"
         return event
 
 
-async def comes_again(line: Connection) -> None:
+async def comes_again(connection: Connection) -> None:
     """Return True if this connection asks its page to reconnect, and sends nothing else."""
-    assert line.status == 200
-    assert await line.rest() == []
-    [retry, comment] = line.blocks
+    assert connection.status == 200
+    assert await connection.rest() == []
+    [retry, comment] = connection.blocks
     assert 2400 <= int(retry.removeprefix(b"retry: ")) <= 3600
     assert comment.startswith(b":")
 
@@ -58,8 +58,8 @@ async def test_any_other_caller_gets_the_stream_as_well(
 async def test_a_cursor_never_claims(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.replies = [plain]
     session = await broker.prepare()
-    async with broker.stream(session, "1-0") as line:
-        await comes_again(line)
+    async with broker.stream(session, "1-0") as connection:
+        await comes_again(connection)
     answer = await broker.ask("GET", f"/stream/{session}?lastEventId=1-3")
     assert (answer.status, answer.headers["Retry-After"]) == (503, "3")
     assert upstream.calls == []
@@ -67,15 +67,15 @@ async def test_a_cursor_never_claims(broker: Broker, upstream: ScriptedUpstream)
 
 
 async def test_a_running_session_is_replayed_and_followed(broker: Broker, upstream: ScriptedUpstream) -> None:
-    async with started(broker, upstream) as (session, line, call):
+    async with started(broker, upstream) as (session, connection, call):
         call.chunk(" world")
-        await line.take(1)
+        await connection.take(1)
         async with broker.stream(session) as late, broker.stream(session, "1-1") as later:
             assert text(await late.take(2)) == "Hello world"
             assert text(await later.take(1)) == " world"
             call.chunk("!", finish="stop")
             call.done()
-            rest = await line.rest()
+            rest = await connection.rest()
             assert rest == await late.rest() == await later.rest()
             assert ids(rest) == ["1-3", "1-4.end"]
     assert len(upstream.calls) == 1
@@ -94,11 +94,14 @@ async def test_a_finished_session_is_replayed_from_any_cursor(
 async def test_a_cursor_ahead_of_a_running_session_waits_for_it(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
-    async with started(broker, upstream) as (session, line, call), broker.stream(session, "1-3") as ahead:
+    async with (
+        started(broker, upstream) as (session, connection, call),
+        broker.stream(session, "1-3") as ahead,
+    ):
         assert len([await ahead.block(), await ahead.block()]) == 2
         for word in "234":
             call.chunk(word)
-        await line.take(3)
+        await connection.take(3)
         assert ids(await ahead.take(1)) == ["1-4"]
         call.chunk("", finish="stop")
         call.done()
@@ -128,8 +131,8 @@ async def test_a_cursor_beyond_a_finished_session_gets_a_gap_error(
 async def test_a_terminal_cursor_is_204_without_asking_redis(
     upstream: ScriptedUpstream, cursor: str, session: str
 ) -> None:
-    async with running(NO_REDIS, upstream) as broker, broker.stream(session, cursor) as line:
-        assert line.status == 204
+    async with running(NO_REDIS, upstream) as broker, broker.stream(session, cursor) as connection:
+        assert connection.status == 204
 
 
 async def test_a_terminal_cursor_of_a_running_session_is_204_too(
@@ -175,8 +178,8 @@ async def test_the_cursor_of_a_reloaded_page_is_in_the_query(
         (None, "?lastEventId=", events),
         ("", "", events),
     ]:
-        async with broker.stream(session, cursor, query=query) as line:
-            assert await line.rest() == rest
+        async with broker.stream(session, cursor, query=query) as connection:
+            assert await connection.rest() == rest
 
 
 async def test_a_malformed_cursor_of_a_prepared_session_claims_nothing(
@@ -198,9 +201,9 @@ async def test_head_and_prefetch_claim_nothing(
 ) -> None:
     upstream.replies = [plain]
     session = await broker.prepare()
-    async with broker.stream(session, method=method, headers=headers) as line:
-        assert line.status == 204
-        assert line.headers["cache-control"] == "no-store"
+    async with broker.stream(session, method=method, headers=headers) as connection:
+        assert connection.status == 204
+        assert connection.headers["cache-control"] == "no-store"
     assert upstream.calls == []
     assert (await broker.read(session))[-1].kind == "done"
 
@@ -208,14 +211,14 @@ async def test_head_and_prefetch_claim_nothing(
 async def test_a_full_worker_asks_to_come_again(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, max_streams=1) as broker:
         session = await broker.prepare()
-        async with started(broker, upstream) as (_, line, call):
+        async with started(broker, upstream) as (_, connection, call):
             async with broker.stream(session) as other:
                 await comes_again(other)
             answer = await broker.ask("GET", f"/stream/{session}")
             assert (answer.status, answer.code, answer.headers["Retry-After"]) == (503, "overloaded", "3")
             call.chunk("", finish="stop")
             call.done()
-            await line.rest()
+            await connection.rest()
         upstream.replies = [plain]
         assert (await broker.read(session))[-1].kind == "done"
 
@@ -247,14 +250,14 @@ async def test_an_unknown_session_is_forgotten_after_its_time(
 
 async def test_without_resuming_a_session_streams_once(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, resume_ttl=0) as broker:
-        async with started(broker, upstream) as (session, line, call):
+        async with started(broker, upstream) as (session, connection, call):
             assert (await refusal(broker, session)).json["code"] == "already_claimed"
             event = await refusal(broker, session, "1-1")
             assert (event.json["code"], event.id) == ("already_claimed", "1-1.end")
             assert (await broker.ask("GET", f"/stream/{session}")).status == 409
             call.chunk("", finish="stop")
             call.done()
-            assert (await line.rest())[-1].kind == "done"
+            assert (await connection.rest())[-1].kind == "done"
         assert (await refusal(broker, session)).json["code"] == "already_claimed"
         assert (await broker.ask("GET", f"/stream/{session}")).code == "already_claimed"
         assert len(upstream.calls) == 1
@@ -264,8 +267,8 @@ async def test_without_resuming_nobody_waits_for_a_viewer_that_left(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     async with running(valkey_url, upstream, resume_ttl=0, disconnect_grace=20) as broker:
-        async with started(broker, upstream) as (_, line, call):
-            line.cut()
+        async with started(broker, upstream) as (_, connection, call):
+            connection.cut()
             await call.wait_gone()
 
 

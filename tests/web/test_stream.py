@@ -35,8 +35,8 @@ ODD_CHUNKS = [
 async def test_a_stream_opens_at_once_with_a_retry_and_a_comment(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
-    async with broker.stream(await broker.prepare()) as line:
-        retry, comment = await line.block(), await line.block()
+    async with broker.stream(await broker.prepare()) as connection:
+        retry, comment = await connection.block(), await connection.block()
         assert retry is not None
         assert comment is not None
         assert 1600 <= int(retry.removeprefix(b"retry: ")) <= 2400
@@ -46,26 +46,26 @@ async def test_a_stream_opens_at_once_with_a_retry_and_a_comment(
 
 async def test_its_headers_keep_it_live_and_whole(broker: Broker, upstream: ScriptedUpstream) -> None:
     upstream.replies = [plain]
-    async with broker.stream(await broker.prepare(), headers={"Accept-Encoding": "gzip, br"}) as line:
-        assert line.status == 200
-        assert line.headers["content-type"] == "text/event-stream; charset=utf-8"
-        assert line.headers["cache-control"] == "no-cache, no-transform"
-        assert line.headers["x-accel-buffering"] == "no"
-        assert "content-encoding" not in line.headers
-        assert line.headers["x-request-id"]
+    async with broker.stream(await broker.prepare(), headers={"Accept-Encoding": "gzip, br"}) as connection:
+        assert connection.status == 200
+        assert connection.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert connection.headers["cache-control"] == "no-cache, no-transform"
+        assert connection.headers["x-accel-buffering"] == "no"
+        assert "content-encoding" not in connection.headers
+        assert connection.headers["x-request-id"]
 
 
 async def test_pages_get_different_reconnection_times(broker: Broker) -> None:
     times = set()
     for _ in range(8):
-        async with broker.stream(UNKNOWN) as line:
-            times.add(await line.block())
+        async with broker.stream(UNKNOWN) as connection:
+            times.add(await connection.block())
     assert len(times) > 1
 
 
 async def test_the_time_to_come_back_is_a_setting(valkey_url: str, upstream: ScriptedUpstream) -> None:
-    async with running(valkey_url, upstream, retry_ms=10_000) as broker, broker.stream(UNKNOWN) as line:
-        assert 8000 <= int((await line.block() or b"").removeprefix(b"retry: ")) <= 12_000
+    async with running(valkey_url, upstream, retry_ms=10_000) as broker, broker.stream(UNKNOWN) as connection:
+        assert 8000 <= int((await connection.block() or b"").removeprefix(b"retry: ")) <= 12_000
 
 
 async def test_events_are_numbered_from_one_and_the_terminal_ends(
@@ -78,10 +78,10 @@ async def test_events_are_numbered_from_one_and_the_terminal_ends(
 
 
 async def test_a_chunk_is_relayed_the_moment_it_comes(broker: Broker, upstream: ScriptedUpstream) -> None:
-    async with started(broker, upstream) as (_, line, call):
+    async with started(broker, upstream) as (_, connection, call):
         for word in ("one", "two", "three"):
             call.chunk(word)
-            assert text(await line.take(1)) == word
+            assert text(await connection.take(1)) == word
 
 
 async def test_chunks_are_relayed_byte_for_byte(broker: Broker, upstream: ScriptedUpstream) -> None:
@@ -164,31 +164,31 @@ async def test_events_that_are_not_chunks_are_not_relayed(broker: Broker, upstre
 
 async def test_a_comment_follows_every_silence(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, heartbeat=0.2) as broker:
-        async with broker.stream(await broker.prepare()) as line:
-            opening = [await line.block(), await line.block()]
+        async with broker.stream(await broker.prepare()) as connection:
+            opening = [await connection.block(), await connection.block()]
             assert len(opening) == 2
-            assert (await line.block() or b"").startswith(b":")
+            assert (await connection.block() or b"").startswith(b":")
             call = (await upstream.call()).open()
-            assert (await line.block() or b"").startswith(b":")
+            assert (await connection.block() or b"").startswith(b":")
             call.chunk("Hello")
-            while (await line.block() or b"").startswith(b":"):
+            while (await connection.block() or b"").startswith(b":"):
                 pass  # one may have been on its way
-            assert line.blocks[-1].startswith(b"id: 1-1")
-            assert (await line.block() or b"").startswith(b":")
-            assert (await line.block() or b"").startswith(b":")
+            assert connection.blocks[-1].startswith(b"id: 1-1")
+            assert (await connection.block() or b"").startswith(b":")
+            assert (await connection.block() or b"").startswith(b":")
 
 
 async def test_a_heartbeat_can_be_an_event_without_an_id(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, heartbeat=0.2, ping_events=True) as broker:
-        async with broker.stream(await broker.prepare()) as line:
-            assert await line.take(2) == [Event("ping", "{}", None)] * 2
-            assert sum(block.startswith(b":") for block in line.blocks) >= 3
+        async with broker.stream(await broker.prepare()) as connection:
+            assert await connection.take(2) == [Event("ping", "{}", None)] * 2
+            assert sum(block.startswith(b":") for block in connection.blocks) >= 3
 
 
 async def test_without_the_setting_there_are_no_pings(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, heartbeat=0.2) as broker:
-        async with broker.stream(await broker.prepare()) as line:
-            blocks = [await line.block() for _ in range(4)]
+        async with broker.stream(await broker.prepare()) as connection:
+            blocks = [await connection.block() for _ in range(4)]
             assert not any(b"ping" in (block or b"") for block in blocks)
 
 

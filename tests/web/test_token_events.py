@@ -27,9 +27,9 @@ def words(call: Call) -> None:
 
 
 async def tokens(broker: Broker, session: str, cursor: str | None = None, query: str = TOKEN) -> list[Event]:
-    async with broker.stream(session, cursor, query=query) as line:
-        assert line.status == 200
-        return await line.rest()
+    async with broker.stream(session, cursor, query=query) as connection:
+        assert connection.status == 200
+        return await connection.rest()
 
 
 def said(events: list[Event]) -> str:
@@ -55,13 +55,13 @@ async def test_a_session_is_start_tokens_and_done(broker: Broker, upstream: Scri
 
 async def test_token_events_come_live(broker: Broker, upstream: ScriptedUpstream) -> None:
     session = await broker.prepare()
-    async with broker.stream(session, query=TOKEN) as line:
+    async with broker.stream(session, query=TOKEN) as connection:
         call = (await upstream.call()).open()
-        assert await line.event() == Event("start", "{}", None)  # before any contents
+        assert await connection.event() == Event("start", "{}", None)  # before any contents
         call.chunk("one")
-        assert await line.event() == Event("token", '{"text":"one"}', "1-1")
+        assert await connection.event() == Event("token", '{"text":"one"}', "1-1")
         call.event(b'{"choices":[{"index":0,"delta":{"reasoning":"Hm"}}]}')
-        assert await line.event() == Event("token", '{"reasoning":"Hm"}', "1-2")
+        assert await connection.event() == Event("token", '{"reasoning":"Hm"}', "1-2")
 
 
 async def test_a_cursor_of_one_form_is_valid_in_the_other(broker: Broker, upstream: ScriptedUpstream) -> None:
@@ -76,8 +76,8 @@ async def test_a_cursor_of_one_form_is_valid_in_the_other(broker: Broker, upstre
     for event in short[1:-1]:
         assert event.id is not None
         assert await broker.read(session, event.id) == long[int(event.id[2:]) :]
-    async with broker.stream(session, short[-1].id, query=TOKEN) as line:
-        assert line.status == 204
+    async with broker.stream(session, short[-1].id, query=TOKEN) as connection:
+        assert connection.status == 204
 
 
 async def test_another_worker_sends_the_same(
@@ -86,15 +86,15 @@ async def test_another_worker_sends_the_same(
     async with (
         running(valkey_url, upstream) as other,
         started(broker, upstream) as (session, _, call),
-        other.stream(session, query=TOKEN) as line,
+        other.stream(session, query=TOKEN) as connection,
     ):
-        assert [event.kind for event in await line.take(2)] == ["start", "token"]
+        assert [event.kind for event in await connection.take(2)] == ["start", "token"]
         call.chunk(" world")
-        [live] = await line.take(1)
+        [live] = await connection.take(1)
         assert (live.id, live.json) == ("1-2", {"text": " world"})
         call.chunk("", finish="stop")
         call.done()
-        [done] = await line.rest()
+        [done] = await connection.rest()
         assert await tokens(broker, session, "1-1") == [live, done]
         assert await tokens(other, session, "1-1") == [live, done]
 
@@ -115,9 +115,9 @@ async def test_viewers_of_both_forms_get_the_same_answer(broker: Broker, upstrea
 async def test_heartbeats_are_the_same_in_both_forms(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, heartbeat=0.1, ping_events=True) as broker:
         session = await broker.prepare()
-        async with broker.stream(session, query=TOKEN) as line:
+        async with broker.stream(session, query=TOKEN) as connection:
             await upstream.call()
-            assert [event.kind for event in await line.take(3)] == ["start", "ping", "ping"]
+            assert [event.kind for event in await connection.take(3)] == ["start", "ping", "ping"]
 
 
 async def test_an_error_is_the_same_in_both_forms(broker: Broker, upstream: ScriptedUpstream) -> None:

@@ -82,11 +82,11 @@ async def test_a_new_client_sees_zeros_and_no_limits(broker: Broker) -> None:
 async def test_a_running_answer_is_not_used_yet(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, daily_tokens=1000) as broker:
         session = await broker.prepare(max_tokens=20)
-        async with broker.stream(session) as line:
+        async with broker.stream(session) as connection:
             call = await upstream.call()
             assert (await usage(broker, {}))["limits"]["tokens"]["left"] == 1000
             told(call)
-            await line.rest()
+            await connection.rest()
         assert (await usage(broker, {}))["limits"]["tokens"]["left"] == 985
 
 

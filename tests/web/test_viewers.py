@@ -27,10 +27,10 @@ async def follow(broker: Broker, session: str) -> list[Event]:
     cursor = None
     async with asyncio.timeout(10):
         while not (events and events[-1].kind in ("done", "error")):
-            async with broker.stream(session, cursor) as line:
-                assert line.status == 200
-                events += await line.rest()
-                cursor = line.last_id or cursor
+            async with broker.stream(session, cursor) as connection:
+                assert connection.status == 200
+                events += await connection.rest()
+                cursor = connection.last_id or cursor
     return events
 
 
@@ -85,11 +85,11 @@ async def test_a_page_that_leaves_for_good_ends_its_session(
 ) -> None:
     async with running(valkey_url, upstream, disconnect_grace=0.5) as broker:
         session = await broker.prepare()
-        async with broker.stream(session) as line:
+        async with broker.stream(session) as connection:
             call = (await upstream.call()).open()
             call.chunk("one")
-            await line.take(1)
-            line.cut()
+            await connection.take(1)
+            connection.cut()
             left = asyncio.get_running_loop().time()
             await call.wait_gone()
             assert 0.4 < call.gone_at - left < 1.5
@@ -103,11 +103,11 @@ async def test_a_page_that_leaves_for_good_ends_its_session(
 async def test_with_no_grace_it_ends_at_once(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, disconnect_grace=0) as broker:
         session = await broker.prepare()
-        async with broker.stream(session) as line:
+        async with broker.stream(session) as connection:
             call = (await upstream.call()).open()
             call.chunk("one")
-            await line.take(1)
-            line.cut()
+            await connection.take(1)
+            connection.cut()
             left = asyncio.get_running_loop().time()
             await call.wait_gone()
             assert call.gone_at - left < 0.5
@@ -118,9 +118,9 @@ async def test_a_page_that_leaves_before_the_first_token_ends_it(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     async with running(valkey_url, upstream, disconnect_grace=0) as broker:
-        async with broker.stream(await broker.prepare()) as line:
+        async with broker.stream(await broker.prepare()) as connection:
             call = await upstream.call()
-            line.cut()
+            connection.cut()
             await call.wait_gone()
 
 
@@ -129,17 +129,17 @@ async def test_a_page_that_comes_back_in_time_goes_on_where_it_was(
 ) -> None:
     async with running(valkey_url, upstream, disconnect_grace=1) as broker:
         session = await broker.prepare()
-        async with broker.stream(session) as line:
+        async with broker.stream(session) as connection:
             call = (await upstream.call()).open()
             call.chunk("one")
-            await line.take(1)
+            await connection.take(1)
         call.chunk("two")
-        async with broker.stream(session, line.last_id) as line:
-            assert [event.id for event in await line.take(1)] == ["1-2"]
-        async with broker.stream(session, line.last_id) as line:
+        async with broker.stream(session, connection.last_id) as connection:
+            assert [event.id for event in await connection.take(1)] == ["1-2"]
+        async with broker.stream(session, connection.last_id) as connection:
             call.chunk("three", finish="stop")
             call.done()
-            assert [event.id for event in await line.rest()] == ["1-3", "1-4.end"]
+            assert [event.id for event in await connection.rest()] == ["1-3", "1-4.end"]
     assert len(upstream.calls) == 1
 
 
@@ -147,10 +147,10 @@ async def test_an_answer_that_ends_in_the_grace_can_be_read_later(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     session = await broker.prepare()
-    async with broker.stream(session) as line:
+    async with broker.stream(session) as connection:
         call = (await upstream.call()).open()
         call.chunk("one")
-        await line.take(1)
+        await connection.take(1)
     call.chunk("two", finish="stop")
     call.done()
     assert [event.id for event in await follow(broker, session)] == ["1-1", "1-2", "1-3.end"]
@@ -182,9 +182,12 @@ async def test_a_broker_that_crashes_leaves_no_connection_open(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     async def fall_over() -> None:
-        async with running(valkey_url, upstream) as broker, broker.stream(await broker.prepare()) as line:
+        async with (
+            running(valkey_url, upstream) as broker,
+            broker.stream(await broker.prepare()) as connection,
+        ):
             (await upstream.call()).open().chunk("one")
-            await line.take(1)
+            await connection.take(1)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
