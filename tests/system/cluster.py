@@ -19,6 +19,7 @@ from urllib.parse import urlencode
 import aiohttp
 import redis.asyncio
 
+from broker.store.connection import SCHEMA
 from tests import responses
 from tests.events import Broken, Connection, Event, opened
 from tests.scripted import NOTHING, PATIENCE, Call, ScriptedUpstream, chunk, scripted_upstream
@@ -313,7 +314,7 @@ class Cluster:
     async def journaled(self, session: Session, n: int) -> None:
         """Wait until event number ``n`` of a session is in the journal."""
         async with self.redis() as client:
-            while int(await client.hget(f"broker:1:session:{{{session.id}}}", "last") or 0) < n:  # noqa: ASYNC110 - likewise
+            while int(await client.hget(f"broker:{SCHEMA}:session:{{{session.id}}}", "last") or 0) < n:  # noqa: ASYNC110 - likewise
                 await asyncio.sleep(POLL_INTERVAL)
 
     async def keys_without_ttl(self) -> list[str]:

@@ -42,6 +42,7 @@ class Spender:
     session: Session | None = None
     prompt: int = 0
     refused: int = 0
+    waited: int = 0
 
     async def run(self) -> None:
         try:
@@ -88,6 +89,7 @@ class Spender:
                         if event.kind == "done" or (event.kind == "error" and event.json["final"]):
                             return
                         self.refused += event.kind == "error"
+                        self.waited += event.kind == "queued"
                     cursor = line.last_id or cursor
             except AWAY:
                 pass
@@ -256,8 +258,10 @@ class Spenders:
     def summary(self, account: Ledger) -> str:
         """Return one line on what happened."""
         refused = sum(page.refused for page in self.pages)
+        waited = sum(page.waited for page in self.pages)
         return (
-            f"{len(self.pages)} pages, {refused} refusals, {self.estimates} estimates left, {account},"
+            f"{len(self.pages)} pages, {refused} refusals, {waited} waits in line, "
+            f"{self.estimates} estimates left, {account},"
             f" {dict(self.troubles)}, at most {self.highest}"
         )
 

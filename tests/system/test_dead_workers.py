@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from broker.store.connection import SCHEMA
 from tests.events import Broken
 from tests.system.cluster import BURIED, LEASE, Script, check_chunks, check_whole, number_of, running_cluster
 
@@ -235,7 +236,7 @@ async def test_new_workers_send_the_end_after_all_others_died() -> None:
 async def entries(cluster: Cluster, session: Session) -> AsyncIterator[int]:
     """Return the numbers of the events in the journal's entries in Redis."""
     async with cluster.redis() as client:
-        found: Any = await client.xrange(f"broker:1:events:{{{session.id}}}", "1-0", "1")
+        found: Any = await client.xrange(f"broker:{SCHEMA}:events:{{{session.id}}}", "1-0", "1")
         for entry_id, fields in found:
             for n in range(int(fields[b"first"]), int(entry_id.partition(b"-")[2]) + 1):
                 yield n

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from broker.store.connection import SCHEMA
 from tests.system.cluster import Script, came_again, check_chunks, check_whole, running_cluster
 from tests.system.harness import POLL_INTERVAL
 
@@ -148,7 +149,7 @@ async def test_a_worker_started_after_a_loss_learns_of_it() -> None:
 async def until_wiped(cluster: Cluster) -> None:
     """Wait until somebody has found that Redis came back empty."""
     async with asyncio.timeout(10), cluster.redis() as client:
-        while not await client.exists("broker:1:{workers}:wiped"):  # noqa: ASYNC110 - it happens in another process
+        while not await client.exists(f"broker:{SCHEMA}:{{workers}}:wiped"):  # noqa: ASYNC110 - it happens in another process
             await asyncio.sleep(POLL_INTERVAL)
 
 

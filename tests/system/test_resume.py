@@ -224,10 +224,10 @@ async def test_a_journal_follows_a_fast_answer(cluster: Cluster) -> None:
     session = await cluster.prepare(cluster.workers[0])
     async with session.stream(cluster.workers[0]) as line:
         call = await session.call()
-        call.chunks(1000, size=3000)
-        await line.take(1000)
-        async with asyncio.timeout(2):  # at one write an interval it would be 2.4
-            await cluster.journaled(session, 1000)
+        call.chunks(2500, size=3000)
+        await line.take(2500)
+        async with asyncio.timeout(10):  # at one write an interval it would be 15
+            await cluster.journaled(session, 2500)
         call.done()
         await line.rest()
 

@@ -45,6 +45,9 @@ LATE = 15.0
 SESSIONS = 40
 """Sessions at once."""
 
+SLOTS = 15
+"""Slots of the one client, so that now and then pages wait in line."""
+
 GRACE = 4
 """Seconds of the workers' disconnect grace."""
 
@@ -103,7 +106,12 @@ async def walk(seconds: float, seed: int, *, rounds: int | None = None) -> Repor
 
 async def _round(random: Random, profile: Profile, report: Report) -> None:
     async with running_cluster(
-        3, disconnect_grace=GRACE, idle_timeout=12, first_data_timeout=12, drain_timeout=20
+        3,
+        disconnect_grace=GRACE,
+        idle_timeout=12,
+        first_data_timeout=12,
+        drain_timeout=20,
+        max_concurrent_streams=SLOTS,
     ) as cluster:
         faults = Faults(cluster, random)
         walks: list[Walk] = []

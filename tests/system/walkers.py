@@ -58,6 +58,7 @@ class Page:
     Attributes:
         seen: number of the last chunk; in the short form, of the last that said anything.
         text: what the chunks said.
+        waits: how often it was told its place in line.
         end: the event that ended it.
         ended_short: it came in the short form.
         ended_at: when, by the loop's clock.
@@ -67,6 +68,7 @@ class Page:
 
     seen: int = 0
     text: str = ""
+    waits: int = 0
     last_id: str | None = None
     end: Event | None = None
     ended_short: bool = False
@@ -116,27 +118,36 @@ class Page:
             self._take(event, session.marker, short=short)
 
     def _take(self, event: Event, marker: str, *, short: bool) -> None:
-        if short and event.kind == "start":
-            if self.seen or event.id is not None:
-                self.findings.append(f"a start with the id {event.id} after 1-{self.seen}")
-        elif short and event.kind == "token":
-            if number_of(event) <= self.seen:
-                self.findings.append(f"{event.id} after 1-{self.seen}")
-            self.seen = number_of(event)
-            self.text += event.json["text"]
-        elif not short and event.kind == "chunk":
-            if event.id != f"1-{self.seen + 1}":
-                self.findings.append(f"{event.id} after 1-{self.seen}")
-            self.seen = number_of(event)
-            if event.json["number"] != self.seen or event.json["marker"] != marker:
-                self.findings.append(f"chunk {event.json['number']} of {event.json['marker']} as {event.id}")
-            self.text += _text_in(event.json)
-        elif event.kind not in ("done", "error"):
-            self.findings.append(f"an event of kind {event.kind}")
-        elif event.kind == "done" or event.json["final"]:
-            self.end, self.ended_short = event, short
-            self.ended_at = asyncio.get_running_loop().time()
+        match event.kind:
+            case "start" | "queued":  # what comes before the first chunk, and is no part of the session
+                if self.seen or event.id is not None or (event.kind == "start" and not short):
+                    self.findings.append(f"{event.kind} with the id {event.id} after 1-{self.seen}")
+                self.waits += event.kind == "queued"
+            case "token" if short:
+                self._take_token(event)
+            case "chunk" if not short:
+                self._take_chunk(event, marker)
+            case "done" | "error":
+                if event.kind == "done" or event.json["final"]:
+                    self.end, self.ended_short = event, short
+                    self.ended_at = asyncio.get_running_loop().time()
+            case _:
+                self.findings.append(f"an event of kind {event.kind}")
         self.last_id = event.id or self.last_id
+
+    def _take_token(self, event: Event) -> None:
+        if number_of(event) <= self.seen:
+            self.findings.append(f"{event.id} after 1-{self.seen}")
+        self.seen = number_of(event)
+        self.text += event.json["text"]
+
+    def _take_chunk(self, event: Event, marker: str) -> None:
+        if event.id != f"1-{self.seen + 1}":
+            self.findings.append(f"{event.id} after 1-{self.seen}")
+        self.seen = number_of(event)
+        if event.json["number"] != self.seen or event.json["marker"] != marker:
+            self.findings.append(f"chunk {event.json['number']} of {event.json['marker']} as {event.id}")
+        self.text += _text_in(event.json)
 
     async def _come_back(self, session: Session, worker: Worker) -> None:
         try:
