@@ -115,6 +115,7 @@ async def build(
             session_ttl=settings.session_ttl,
             running_ttl=running_ttl,
             resume_ttl=settings.resume_ttl,
+            confirm_by=settings.redis_wait,
         )
         worker_id = secrets.token_hex(8)
         journal = JournalStore(store, worker=worker_id, running_ttl=running_ttl)

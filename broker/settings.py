@@ -72,6 +72,7 @@ class Settings(BaseSettings):
 
     redis_url: kinds.RedisUrl | None = Field(default=None, repr=False)
     key_prefix: kinds.Prefix = "broker"
+    redis_wait: kinds.CountOrNone = 0
 
     port: kinds.Port = 3000
     host: kinds.Host = "127.0.0.1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from redis.asyncio import Redis
 
@@ -46,6 +46,13 @@ class StableName:
         """From now on the replica misses what is written: those are the last writes, which a failover forgets."""
         async with Redis.from_url(self._replica.url) as replica:
             await replica.replicaof("NO", "ONE")
+
+    async def state_in_replica(self, session_id: str) -> str:
+        """What the replica knows of a session."""
+        async with Redis.from_url(self._replica.url) as replica:
+            [key] = await replica.keys(f"*:session:{{{session_id}}}")
+            state: Any = await replica.hget(key, "state")
+            return str(state.decode())
 
     def fail_over(self) -> None:
         """The primary is gone, and the name leads to the replica."""

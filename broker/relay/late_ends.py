@@ -6,6 +6,7 @@ The viewers have been sent the end already. Until it is in Redis as well, this w
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -13,6 +14,7 @@ import structlog
 from broker.core.errors import StoreUnavailable
 from broker.core.lifecycle import CANCELLED
 from broker.core.session import short
+from broker.relay.retries import until_stored
 from broker.store.accounts import RECORD
 from broker.store.sessions import EndConflict
 
@@ -83,38 +85,44 @@ class LateEnds:
         try:
             await generation.ended()
             self._journal.keep_pending(generation)
-            give_up_at = self._clock() + TRIED_FOR
-            while not await self._try(generation, end):
-                if self._clock() >= give_up_at:
-                    log.error("end given up", session=short(generation.session_id))
-                    return
-                await self._pause(RETRY)
+            await until_stored(
+                partial(self._try, generation, end),
+                give_up_after=TRIED_FOR,
+                retry=RETRY,
+                clock=self._clock,
+                pause=self._pause,
+            )
+        except StoreUnavailable:
+            log.exception("end given up", session=short(generation.session_id))
         finally:
             self._journal.release_pending(generation)
             self._unsettled.pop(generation.claim_id, None)
 
-    async def _try(self, generation: Generation, end: Terminal) -> bool:
-        """Return True if the end is written and booked now."""
+    async def _try(self, generation: Generation, end: Terminal) -> None:
+        """Write the end, and book what it took.
+
+        Raises:
+            StoreUnavailable: not now.
+        """
         try:
-            return await self._write(generation, end)
+            await self._write(generation, end)
         except StoreUnavailable:
-            return False
-        except Exception:
+            raise
+        except Exception as error:
             log.exception("late end cannot be written", session=short(generation.session_id))
             # The usage is booked all the same. Repeated settlements of one reservation are booked once.
             await generation.finishing.settle_in_time(end.state)
-            return False
+            raise StoreUnavailable from error
 
-    async def _write(self, generation: Generation, end: Terminal) -> bool:
+    async def _write(self, generation: Generation, end: Terminal) -> None:
         stored = await generation.finishing.store(end)
         if isinstance(stored, EndConflict):
             # A cancel was accepted meanwhile, so the end that later readers get is that of a cancel.
             stored = await generation.finishing.store(generation.finishing.terminal(CANCELLED))
         if isinstance(stored, EndConflict):
-            return False
+            raise StoreUnavailable
         if stored is None and not await self._redis.is_gone():
-            return False  # the session may just be written again as running
+            raise StoreUnavailable  # the session may just be written again as running
         await generation.finishing.settle((stored or end).state)
         if stored not in (None, end):
             self._finished.drop(generation.session_id)  # later readers get the end that Redis has
-        return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import structlog
 from pydantic import TypeAdapter
 
 from broker.core.accounts import WorstCase  # noqa: TC001 - pydantic reads it
@@ -17,10 +18,15 @@ from broker.core.events import cancelled_before_start
 from broker.core.replay import Batch
 from broker.core.session import State, Terminal, parse_cursor
 from broker.core.tokens import Size  # noqa: TC001 - pydantic reads it
-from broker.store.connection import CALL_TIMEOUT, Call, Store, bounded_call
+from broker.store.connection import CALL_TIMEOUT, Call, Store, bounded_call, command_call
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+log = structlog.get_logger(__name__)
+
+CONFIRM_MS = 300
+"""Milliseconds that a claim waits for replicas. One that none confirms counts all the same."""
 
 REMEMBERED = 4096
 """Sessions prepared here that are remembered without their prompts, until they are claimed or crowded out."""
@@ -126,10 +132,14 @@ class SessionStore:
         session_ttl: seconds that a prepared session waits.
         running_ttl: seconds that the keys of a running one are kept.
         resume_ttl: seconds that an ended one is kept; 0 where resuming is off.
+        confirm_by: replicas that should have a claim before its generation starts.
     """
 
-    def __init__(self, store: Store, *, session_ttl: int, running_ttl: int, resume_ttl: int) -> None:
+    def __init__(
+        self, store: Store, *, session_ttl: int, running_ttl: int, resume_ttl: int, confirm_by: int = 0
+    ) -> None:
         self._store = store
+        self._confirm_by = confirm_by
         self._prepared_here: dict[str, SessionRecord] = {}
         end: dict[str, int | str] = {
             "KEEP_S": max(resume_ttl, MIN_KEPT),
@@ -174,7 +184,11 @@ class SessionStore:
             also: what is run behind the claim in the same round trip.
         """
         claim = self._claim.call(session=self._key(session_id), claim_id=claim_id, worker=worker)
-        reply, *_ = await self._store.run([claim, *also])
+        # On the connection of the claim: WAIT waits for what was written there.
+        wait = [command_call("WAIT", self._confirm_by, CONFIRM_MS)] if self._confirm_by else []
+        reply, *others = await self._store.run([claim, *also, *wait])
+        if wait and reply[0] == b"won" and others[-1] < self._confirm_by:
+            log.warning("claim not confirmed by a replica; a failover could forget it")
         if reply[0] == b"cancel":
             ended = await self.end(session_id, claim_id, cancelled_before_start(), Batch(1, 0, b""))
             if isinstance(ended, EndConflict):  # a cancel is never refused by the script

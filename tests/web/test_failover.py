@@ -72,6 +72,26 @@ async def test_an_end_that_was_forgotten_is_told(upstream: ScriptedUpstream) -> 
         assert len(upstream.calls) == 1
 
 
+async def test_a_claim_that_a_replica_confirmed_is_not_forgotten(upstream: ScriptedUpstream) -> None:
+    async with primary_and_replica() as redis, running(redis.url, upstream, redis_wait=1) as owner:
+        session = await owner.prepare()
+        async with owner.stream(session):
+            await upstream.call()  # comes after the confirmation
+            await redis.stop_replicating()
+            assert await redis.state_in_replica(session) == "running"
+
+
+async def test_a_claim_that_nobody_confirms_counts_with_a_warning(
+    upstream: ScriptedUpstream, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with primary_and_replica() as redis, running(redis.url, upstream, redis_wait=1) as owner:
+        await redis.stop_replicating()
+        session = await owner.prepare()
+        async with owner.stream(session):
+            await upstream.call()
+        assert "claim not confirmed by a replica" in capsys.readouterr().out
+
+
 async def test_other_sessions_are_claimed_again_afterwards(upstream: ScriptedUpstream) -> None:
     async with primary_and_replica() as redis, running(redis.url, upstream) as broker:
         session = await broker.prepare()
