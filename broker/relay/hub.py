@@ -152,8 +152,8 @@ class Hub:
                 raise Draining
             if len(self._worker.running) + len(self._claiming) >= self._config.max_streams:
                 raise Overloaded
-            if not await self._worker.redis.may_claim():
-                raise StoreUnavailable  # it may run already, and its owner is about to write that
+            if not await self._may_claim(session_id):
+                return None
         outcome = await self._claiming.claim(session_id, may_wait=may_wait)
         if isinstance(outcome, Generation):
             if outcome.was_watched:  # by another viewer that waited for the same claim
@@ -162,6 +162,23 @@ class Hub:
         if outcome.state is State.GONE:
             await self._raise_gone(None)
         return None
+
+    async def _may_claim(self, session_id: str) -> bool:
+        """Return False for a session that runs or has ended.
+
+        Raises:
+            StoreUnavailable: Redis is a new server, which may have forgotten that the session runs. Its owner is about
+                to write that.
+        """
+        since = await self._worker.redis.claims_paused_since()
+        if since is None:
+            return True
+        record = await self._sessions.describe(session_id)
+        if record is not None and record.state is not State.PREPARED:
+            return False
+        if record is None or record.prepared_ms < since:
+            raise StoreUnavailable
+        return True
 
     async def _mirror(self, session_id: str, cursor: Cursor | None) -> Mirror:
         mirrors = self._worker.mirrors

@@ -27,7 +27,7 @@ LOOK = 0.5
 """Seconds between two looks. One that fails takes a second at most, and is tried again."""
 
 CLAIMS_PAUSE = 5.0
-"""Seconds after a new server was seen in which no session is claimed, while owners write what they know."""
+"""Seconds after a new server was seen in which no older session is claimed, while owners write what they know."""
 
 
 class RedisWatch:
@@ -51,6 +51,7 @@ class RedisWatch:
         self._wiped_here_at = float("-inf")
         self._wiped_elsewhere = False
         self._claims_paused_until = float("-inf")
+        self._new_since_ms = 0
         self._connections_seen = -1
 
     async def is_gone(self) -> bool:
@@ -62,17 +63,18 @@ class RedisWatch:
         await self.look()
         return not self._wiped_elsewhere and self._clock() - self._wiped_here_at >= WIPED_FOR
 
-    async def may_claim(self) -> bool:
-        """Returns False while a claim might start a session that runs already, but which Redis has forgotten.
+    async def claims_paused_since(self) -> int | None:
+        """Return since when the server is new, in ms by its clock, while claims are paused; else None.
 
-        A server that is new can only be reached by a new connection, so it is seen before the first claim there.
+        What was prepared before may run already, although the server says that it does not. A server that is new can
+        only be reached by a new connection, so it is seen before the first claim there.
 
         Raises:
             StoreUnavailable: Redis cannot be reached.
         """
         if self._connections_seen != self._workers.connections_made:
             await self.look()
-        return self._clock() >= self._claims_paused_until
+        return self._new_since_ms if self._clock() < self._claims_paused_until else None
 
     async def look(self) -> None:
         """Find out whether Redis came back empty, or is another server than before.
@@ -82,7 +84,7 @@ class RedisWatch:
         """
         connections = self._workers.connections_made
         try:
-            marker, wiped, server = await self._workers.marker()
+            marker, wiped, server, now_ms = await self._workers.marker()
         except StoreUnavailable:
             self._started_without_redis = self._started_without_redis or self._marker is None
             raise
@@ -95,7 +97,8 @@ class RedisWatch:
             await self._workers.tell_wiped()
             log.warning("redis came back empty")
             self.to_rewrite.set()
-        if self._server not in (None, server):
+        elif self._server not in (None, server):
+            self._new_since_ms = now_ms
             self._claims_paused_until = self._clock() + CLAIMS_PAUSE
             log.warning("redis is another server than before", claims_paused_s=CLAIMS_PAUSE)
             self.to_rewrite.set()

@@ -5,7 +5,7 @@ The steps are Lua scripts. `core.lifecycle.SESSION` says what each of them does 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
@@ -90,6 +90,7 @@ class SessionRecord:
         worker: its owner, empty before the claim.
         spec: what /prepare stored of it.
         end_data: JSON of its end, once it has one.
+        prepared_ms: when it was prepared, in ms by the clock of Redis; 0 where that is not known.
     """
 
     state: State
@@ -97,6 +98,7 @@ class SessionRecord:
     worker: str
     spec: Spec
     end_data: bytes = b""
+    prepared_ms: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +214,7 @@ class SessionStore:
 
     async def describe_many(self, session_ids: Sequence[str]) -> list[SessionRecord | None]:
         """`describe` for several sessions, in one round trip."""
-        names = ("state", "claim_id", "worker", "spec", "end_data")
+        names = ("state", "claim_id", "worker", "spec", "end_data", "prepared_at")
         replies = await self._store.commands([("HMGET", self._key(each), *names) for each in session_ids])
         return [_record(reply) for reply in replies]
 
@@ -346,11 +348,13 @@ class SessionStore:
 def _record(reply: list[bytes | None] | Exception) -> SessionRecord | None:
     if isinstance(reply, Exception):
         raise StoreRefused from reply
-    state, claim_id, worker, spec, end_data = (field or b"" for field in reply)
+    state, claim_id, worker, spec, end_data, prepared_at = (value or b"" for value in reply)
     if not state:
         return None
     stored = _SPEC.validate_json(spec)
-    return SessionRecord(State(state.decode()), claim_id.decode(), worker.decode(), stored, end_data)
+    return SessionRecord(
+        State(state.decode()), claim_id.decode(), worker.decode(), stored, end_data, int(prepared_at or 0)
+    )
 
 
 def _ending(end: Terminal) -> dict[str, Any]:

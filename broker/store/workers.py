@@ -60,11 +60,13 @@ class MarkerStatus(NamedTuple):
         marker: the word that all workers know, until Redis loses it.
         wiped: some worker has found lately that Redis came back empty.
         server: names the process of the server; empty where it does not tell.
+        now_ms: the clock of Redis, in ms.
     """
 
     marker: str
     wiped: bool
     server: str
+    now_ms: int
 
 
 class WorkerStore:
@@ -93,17 +95,17 @@ class WorkerStore:
             marker=self._key("marker"), wiped=self._key("wiped"), new_marker=secrets.token_hex(8)
         )
         if not self._names_server:
-            [(marker, wiped)] = await self._store.run([read])
-            return MarkerStatus(marker.decode(), bool(wiped), "")
+            [found] = await self._store.run([read])
+            return _marker_status(found, "")
         found, info = await self._store.run_each([read, command_call("INFO", "server")])
         if isinstance(found, StoreRefused):
             raise found
         if isinstance(info, StoreRefused):  # a user without the right to INFO
             log.warning("redis does not tell which server it is; a failover is not noticed")
             self._names_server = False
-            return MarkerStatus(found[0].decode(), bool(found[1]), "")
+            return _marker_status(found, "")
         run_id = re.search(rb"run_id:(\w+)", info)
-        return MarkerStatus(found[0].decode(), bool(found[1]), run_id[1].decode() if run_id else "")
+        return _marker_status(found, run_id[1].decode() if run_id else "")
 
     async def tell_wiped(self) -> None:
         """Tell all workers, those too that are only starting, that Redis came back empty."""
@@ -148,6 +150,11 @@ async def _messages(pubsub: PubSub) -> AsyncIterator[bytes]:
             asked = False
             if message["type"] == "message":
                 yield message["data"]
+
+
+def _marker_status(reply: list[Any], server: str) -> MarkerStatus:
+    marker, wiped, now_ms = reply
+    return MarkerStatus(marker.decode(), bool(wiped), server, int(now_ms))
 
 
 def _notification(data: bytes) -> Notification:

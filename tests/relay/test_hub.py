@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
@@ -212,3 +212,41 @@ async def test_a_viewer_that_leaves_does_not_stop_the_claim(here: FakeWorker) ->
         await leaving
     assert isinstance(await here.hub.find(session, None), Generation)
     assert len(here.upstream.requests) == 1
+
+
+# Redis is another server than before
+
+
+async def test_while_claims_pause_a_prepared_session_is_asked_to_come_again(
+    here: FakeWorker, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = await here.prepare()
+    seconds, micros = await store.redis.time()
+    monkeypatch.setattr(here.worker.redis, "claims_paused_since", _since(seconds * 1000 + micros // 1000 + 1))
+    with pytest.raises(StoreUnavailable):
+        await here.hub.find(before, None)
+    assert here.upstream.requests == []
+
+
+async def test_while_claims_pause_a_session_prepared_since_is_claimed(
+    here: FakeWorker, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot have been claimed on the server of before."""
+    seconds, _ = await store.redis.time()
+    monkeypatch.setattr(here.worker.redis, "claims_paused_since", _since(seconds * 1000))
+    assert isinstance(await here.hub.find(await here.prepare(), None), Generation)
+
+
+async def test_while_claims_pause_a_running_session_is_followed(
+    here: FakeWorker, elsewhere: FakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generation = await elsewhere.start()
+    monkeypatch.setattr(here.worker.redis, "claims_paused_since", _since(2**53))
+    assert isinstance(await here.hub.find(generation.session_id, None), Mirror)
+
+
+def _since(ms: int) -> Callable[[], Awaitable[int]]:
+    async def paused_since() -> int:
+        return ms
+
+    return paused_since

@@ -28,7 +28,7 @@ class FakeRedis:
         self.looks += 1
         if self.away:
             raise StoreUnavailable
-        return MarkerStatus(self.marker_now, self.wiped, self.server)
+        return MarkerStatus(self.marker_now, self.wiped, self.server, 5_000)
 
     async def tell_wiped(self) -> None:
         self.wiped = True
@@ -52,15 +52,16 @@ async def test_in_ordinary_operation_nothing_is_written_again(watching: Watching
     await watching.watch.look()
     assert not watching.watch.to_rewrite.is_set()
     assert await watching.watch.is_gone()
-    assert await watching.watch.may_claim()
+    assert await watching.watch.claims_paused_since() is None
 
 
 async def test_an_empty_redis_is_told_to_all_and_has_sessions_written_again(watching: Watching) -> None:
-    watching.redis.marker_now = "second"
+    watching.redis.marker_now, watching.redis.server = "second", "two"
     await watching.watch.look()
     assert watching.watch.to_rewrite.is_set()
     assert watching.redis.wiped
     assert not await watching.watch.is_gone()
+    assert await watching.watch.claims_paused_since() is None, "nothing in it was prepared before"
 
 
 async def test_an_unknown_session_is_gone_again_after_its_time(watching: Watching) -> None:
@@ -88,26 +89,26 @@ async def test_another_server_pauses_claims_while_owners_write(watching: Watchin
     watching.redis.server = "two"
     await watching.watch.look()
     assert watching.watch.to_rewrite.is_set()
-    assert not await watching.watch.may_claim()
+    assert await watching.watch.claims_paused_since() == 5_000
     watching.clock.now += CLAIMS_PAUSE
-    assert await watching.watch.may_claim()
+    assert await watching.watch.claims_paused_since() is None
     assert await watching.watch.is_gone(), "its marker is the same, so it is not empty"
 
 
 async def test_a_new_connection_is_looked_at_before_the_next_claim(watching: Watching) -> None:
     looks = watching.redis.looks
-    assert await watching.watch.may_claim()
+    assert await watching.watch.claims_paused_since() is None
     assert watching.redis.looks == looks, "a known connection leads to the known server"
     watching.redis.connections_made += 1
     watching.redis.server = "two"
-    assert not await watching.watch.may_claim()
+    assert await watching.watch.claims_paused_since() is not None
 
 
 async def test_no_claim_is_made_where_the_server_cannot_be_asked(watching: Watching) -> None:
     watching.redis.connections_made += 1
     watching.redis.away = True
     with pytest.raises(StoreUnavailable):
-        await watching.watch.may_claim()
+        await watching.watch.claims_paused_since()
 
 
 async def test_a_server_without_a_name_pauses_nothing(watching: Watching) -> None:
@@ -115,7 +116,7 @@ async def test_a_server_without_a_name_pauses_nothing(watching: Watching) -> Non
     nameless.redis.server = ""
     await nameless.watch.look()
     await nameless.watch.look()
-    assert await nameless.watch.may_claim()
+    assert await nameless.watch.claims_paused_since() is None
 
 
 async def test_looking_goes_on_through_an_outage(watching: Watching) -> None:

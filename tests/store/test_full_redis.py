@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
@@ -68,10 +68,17 @@ class Stage:
         assert answer is not None
         return answer
 
-    async def everything(self) -> dict[object, object]:
+    async def everything(self) -> dict[bytes, object]:
         """All that Redis holds."""
-        redis = self.store.redis
-        return {key: await redis.dump(key) for key in await redis.keys("*")}
+        redis: Any = self.store.redis
+        read = {
+            b"hash": redis.hgetall,
+            b"set": redis.smembers,
+            b"string": redis.get,
+            b"zset": lambda key: redis.zrange(key, 0, -1, withscores=True),
+            b"stream": redis.xrange,
+        }
+        return {key: await read[await redis.type(key)](key) for key in await redis.keys("*")}
 
 
 @pytest_asyncio.fixture
@@ -137,6 +144,11 @@ async def test_a_session_that_waits_is_cancelled(full: Stage) -> None:
     assert (await full.elsewhere.look("waiting")).end == CANCELLED
 
 
+async def test_an_end_without_events_is_written(full: Stage) -> None:
+    ended = await full.sessions.end("running", "token", DONE, NOTHING)
+    assert (await full.elsewhere.look("running")) == ended
+
+
 async def test_a_dead_workers_session_is_ended(full: Stage) -> None:
     lost = await full.sessions.mark_lost("running", "token", error=b'{"lost":1}', cancelled=b"{}")
     assert lost.end == Terminal(State.LOST, "error", Cursor(2, 1, end=True), b'{"lost":1}')
@@ -144,8 +156,8 @@ async def test_a_dead_workers_session_is_ended(full: Stage) -> None:
 
 
 async def test_the_marker_is_kept(full: Stage) -> None:
-    marker = await full.workers.marker()
-    assert await full.workers.marker() == marker
+    marker = (await full.workers.marker()).marker
+    assert (await full.workers.marker()).marker == marker
 
 
 async def test_a_reservation_is_renewed_also_one_whose_lease_has_lapsed(full: Stage) -> None:

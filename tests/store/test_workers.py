@@ -26,8 +26,8 @@ def worker(store: Store, name: str = "one") -> WorkerStore:
 async def test_all_workers_know_the_same_marker(store: Store) -> None:
     status = await worker(store).marker()
     assert not status.wiped
-    assert await worker(store, "two").marker() == status
-    assert await worker(store).marker() == status
+    for name in ("two", "one"):
+        assert (await worker(store, name).marker())._replace(now_ms=status.now_ms) == status
 
 
 async def test_a_redis_that_came_back_empty_has_another_marker(store: Store) -> None:
@@ -36,7 +36,7 @@ async def test_a_redis_that_came_back_empty_has_another_marker(store: Store) -> 
     after = await worker(store, "two").marker()
     assert after.marker != before.marker
     assert after.server == before.server
-    assert await worker(store).marker() == after
+    assert (await worker(store).marker()).marker == after.marker
 
 
 async def test_the_server_is_named_by_its_process(store: Store) -> None:

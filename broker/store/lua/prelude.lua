@@ -38,9 +38,9 @@ end
 
 -- Write the end of a session, and tell those who watch it. Its journal is kept for replay_s, the end for keep_s.
 local function write_end(session, events, viewers, ending, keep_s, replay_s, channels)
+  redis.call('HDEL', session, 'request') -- first: behind a write that a full Redis accepts, it accepts the others
   redis.call('HSET', session, 'state', ending.state, 'end_event', ending.event, 'end_id', ending.id,
     'end_data', ending.data)
-  redis.call('HDEL', session, 'request')
   redis.call('EXPIRE', session, keep_s)
   if redis.call('EXPIRE', events, replay_s) == 1 then
     redis.call('HSET', session, 'replayed', '1') -- for as long as its journal is there

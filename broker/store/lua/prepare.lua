@@ -6,7 +6,8 @@
 if redis.call('EXISTS', session) == 1 then
   return 0
 end
-redis.call('HSET', session, 'state', 'prepared', 'until', whole(now_ms() + SESSION_S * 1000), 'request', request,
-  'spec', spec)
+local now = now_ms()
+redis.call('HSET', session, 'state', 'prepared', 'prepared_at', whole(now), 'until', whole(now + SESSION_S * 1000),
+  'request', request, 'spec', spec)
 redis.call('EXPIRE', session, SESSION_S)
 return 1

@@ -26,26 +26,37 @@ day = tonumber(running_since) or 0
 if day == 0 then
   day = today
 end
--- Where the session stands in line, or would, and for how many in front of it a slot is kept.
-local function place()
+-- Places whose pages have not come back are given up. Not before the first write that a full Redis would refuse: behind
+-- another write it refuses nothing.
+local function drop_gone()
   for _, gone in ipairs(redis.call('ZRANGEBYSCORE', due, '-inf', now - PLACE_MS)) do
     redis.call('ZREM', line, gone)
     redis.call('ZREM', due, gone)
   end
-  local before = redis.call('ZRANK', line, session) or redis.call('ZCARD', line)
-  local kept = 0
+end
+local function due_at(other)
+  return tonumber(redis.call('ZSCORE', due, other) or 0)
+end
+-- Where the session stands in line, or would, and for how many in front of it a slot is kept.
+local function place()
+  local before = due_at(session) >= now - PLACE_MS and redis.call('ZRANK', line, session) or redis.call('ZCARD', line)
+  local position, kept = 1, 0
   for _, other in ipairs(before > 0 and redis.call('ZRANGE', line, 0, before - 1) or {}) do
-    if tonumber(redis.call('ZSCORE', due, other) or 0) >= now then
-      kept = kept + 1
+    if other ~= session and due_at(other) >= now - PLACE_MS then
+      position = position + 1
+      kept = kept + (due_at(other) >= now and 1 or 0)
     end
   end
-  return before + 1, kept
+  return position, kept
 end
 local function wait_in_line(position)
-  local last = redis.call('ZREVRANGE', line, 0, 0, 'WITHSCORES')[2]
-  redis.call('ZADD', line, 'NX', whole(math.max(now, (last or 0) + 1)), session)
+  if due_at(session) < now - PLACE_MS then -- new, or given up
+    local last = redis.call('ZREVRANGE', line, 0, 0, 'WITHSCORES')[2]
+    redis.call('ZADD', line, whole(math.max(now, (last or 0) + 1)), session)
+  end
   local retry = math.min(MAX_RETRY_MS, MIN_RETRY_MS + RETRY_STEP_MS * math.max(0, position - NEAR))
   redis.call('ZADD', due, whole(now + retry + LATE_MS), session)
+  drop_gone()
   for _, key in ipairs({line, due}) do
     redis.call('PEXPIRE', key, MAX_RETRY_MS + LATE_MS + PLACE_MS)
   end
@@ -78,10 +89,11 @@ if running_since == '' then
     end
   end
 end
-redis.call('ZREM', line, session)
-redis.call('ZREM', due, session)
 redis.call('HSET', reservation, 'state', 'open', 'session', session, 'spec', spec, 'tokens', whole(tokens),
   'cost', whole(cost), 'day', day)
+redis.call('ZREM', line, session)
+redis.call('ZREM', due, session)
+drop_gone()
 change(account, day, 'reserved_tokens', tokens)
 change(account, day, 'reserved_cost', cost)
 redis.call('SADD', slots, claim_id)
