@@ -18,8 +18,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 _A_YEAR = 366 * 24 * 3600
 _UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 24 * 3600}
 _SIZES = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-# A public key is no secret: whoever knows it could sign tokens with it. Public keys are published in PEM armour, as one
-# line, as JSON, or as bare base64 of DER: a long one for RSA, else those of curves.
+# A public key is not a secret: anybody who knows it could sign tokens with it. Public keys are published in PEM
+# armour, as one line, as JSON, or as bare base64 of DER: a long one for RSA, else those of curves.
 _PUBLIC = re.compile(
     r"""-----BEGIN\ | ^(ssh|ecdsa)- | "kty" | ^https?://
     | ^MI[IG][A-Za-z0-9+/=\s]{180,}$ | ^M(FkwEwYHKoZIzj|HYwEAYHKoZIzj|CowBQYDK2Vw)""",

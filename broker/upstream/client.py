@@ -1,7 +1,7 @@
 """The client of the upstream service: one OpenAI client for the process, and answers as raw bytes.
 
 The SDK provides the address, the headers and the connections. A request for an answer is a copy of one that is built at
-the start, because building each one anew takes the SDK 0.4 ms of CPU, half of the cost of a request (measured). The
+the start, because building each one again takes the SDK 0.4 ms of CPU, half of the cost of a request (measured). The
 answer is read as bytes: parsed chunks cost 148 µs each on this client and raw bytes 5 to 7 µs (measured), and pages get
 the upstream's JSON unchanged anyway.
 

@@ -263,7 +263,7 @@ def test_usage_that_is_nested_without_end_loses_its_depths() -> None:
     assert answer.usage == {"total_tokens": 3}
 
 
-def test_usage_beside_an_error_is_kept() -> None:
+def test_usage_beside_an_error_counts() -> None:
     answer = ChatAnswer()
     with pytest.raises(UpstreamFailed):
         answer.read(b'{"error": {"message": "x"}, "usage": {"cost": 0.1}}')
@@ -449,7 +449,7 @@ def test_a_large_text_in_one_chunk_is_read() -> None:
 
 
 @pytest.mark.parametrize("before", [10, 20_000])
-def test_counts_are_kept_of_a_usage_that_is_too_large(before: int) -> None:
+def test_a_usage_that_is_too_large_keeps_its_counts(before: int) -> None:
     usage = {f"k{n}": "x" * 100 for n in range(before)} | {"huge": "y" * 70_000, **USAGE}
     answer = ChatAnswer()
     answer.read(orjson.dumps({"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": usage}))

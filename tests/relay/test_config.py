@@ -34,7 +34,7 @@ def test_the_limits_of_a_generation_cannot_be_changed() -> None:
         limits.deadline = 1000  # type: ignore[misc]
 
 
-def test_without_resuming_there_is_no_grace() -> None:
+def test_the_grace_is_zero_without_resuming() -> None:
     assert _generation_limits(SETTINGS.model_copy(update={"resume_ttl": 0})).grace == 0
 
 

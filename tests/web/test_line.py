@@ -23,7 +23,7 @@ def quick(call: Call) -> None:
     call.done()
 
 
-async def test_a_waiting_page_is_told_its_place_and_when_to_come_back(
+async def test_a_waiting_page_gets_its_place_and_a_retry_time(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     async with running(valkey_url, upstream, max_concurrent_streams=1) as broker:

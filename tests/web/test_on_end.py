@@ -181,7 +181,7 @@ async def test_an_application_that_hangs_delays_nobody(valkey_url: str, upstream
         assert called.is_set()
 
 
-async def test_nothing_is_gathered_where_nobody_is_told(broker: Broker, upstream: ScriptedUpstream) -> None:
+async def test_nothing_is_collected_without_on_end(broker: Broker, upstream: ScriptedUpstream) -> None:
     session = await broker.prepare()
     async with broker.stream(session) as connection:
         (await upstream.call()).open().chunk("Hello")

@@ -67,7 +67,7 @@ async def test_a_refusal_says_when_to_come_again(
             assert refused.headers["RateLimit-Policy"] == '"prepare";q=1;w=60'
 
 
-async def test_a_request_that_another_limit_refuses_tells_the_rate(
+async def test_a_request_refused_by_another_limit_has_the_rate(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     async with running(valkey_url, upstream, rate_limit="9/minute", max_prepared=1) as broker:

@@ -15,7 +15,7 @@ const ADVICE = {
   body_too_large: "Shorten the message, or start a new chat.",
   prompt_too_long: "Shorten the message, start a new chat, or choose a model with a larger context.",
   rate_limited: "You have asked a lot in a short time.",
-  budget_exceeded: "The budget starts anew at midnight UTC. A cheaper model may still fit.",
+  budget_exceeded: "The budget starts again at midnight UTC. A cheaper model may still fit.",
   too_many_streams: "Let another answer end first.",
   internal_error: TRY_LATER,
   upstream_unauthorized: "Whoever runs this broker has to look at its key.",

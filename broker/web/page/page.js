@@ -111,7 +111,7 @@ function putBack(turn) {
   save();
 }
 
-function anew() {
+function newChat() {
   for (const turn of state.turns.filter((turn) => !underWay(turn))) {
     views.get(turn)?.root.remove();
     views.delete(turn);
@@ -219,7 +219,7 @@ function controls() {
   $("stop").disabled = stream === null;
   $("conversation").setAttribute("aria-busy", String(stream !== null));
   $("welcome").hidden = state.turns.length > 0;
-  $("anew").hidden = state.turns.every(underWay);
+  $("newChat").hidden = state.turns.every(underWay);
   put($("total"), total(state.turns));
 }
 
@@ -282,7 +282,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && stream && !$("stop").disabled && event.target !== $("filter")) stop();
 });
 $("stop").addEventListener("click", stop);
-$("anew").addEventListener("click", anew);
+$("newChat").addEventListener("click", newChat);
 $("filter").addEventListener("input", narrow);
 $("filter").addEventListener("keydown", (event) => {
   if (event.key === "Enter") event.preventDefault();
