@@ -7,6 +7,7 @@ back empty, or lost its last writes, this worker knows more, and writes its sess
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,6 +16,7 @@ import structlog
 from broker.core.errors import StoreRefused, StoreUnavailable
 from broker.core.session import State, short
 from broker.relay.finishing import ALL, NOTHING
+from broker.relay.rounds import for_each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
@@ -43,6 +45,9 @@ REWRITE_PAUSE = 0.5
 
 CHECK_AT_ONCE = 256
 """Sessions that one round trip asks for."""
+
+SETTLE_AT_ONCE = 32
+"""Sessions that are settled again at the same time; connections must be left for everything else."""
 
 WRITE_AT_ONCE = 64
 WRITE_BYTES = 4 * 1024 * 1024
@@ -158,11 +163,27 @@ class Ownership:
         self._writes.suspend_watch_expiry()
         running = [each for each in generations if each.state is State.RUNNING]
         await self._accounts.reserve_again([each.reservation for each in running])
+        if ended := [each for each in generations if each.state is not State.RUNNING]:
+            self._spawn(self._settle_again(ended))
         refused: list[Generation] = []
         for part in self._parts(generations):
             refused += await self._write(part)
         log.warning("sessions written again", count=len(generations) - len(refused), refused=len(refused))
         return refused
+
+    async def _settle_again(self, ended: list[Generation]) -> None:
+        """Book what these have used: Redis may have lost that with their ends. What it still has stays as it is."""
+
+        async def settle(generation: Generation) -> None:
+            await generation.finishing.settle(generation.state)
+
+        left = ended
+        for _ in range(REWRITE_TRIES):
+            with suppress(StoreUnavailable):  # all of them are tried again
+                left = await for_each(left, settle, doing="settle again", together=SETTLE_AT_ONCE)
+            if not left:
+                return
+            await asyncio.sleep(REWRITE_PAUSE)
 
     def _parts(self, generations: list[Generation]) -> Iterator[list[Generation]]:
         part: list[Generation] = []

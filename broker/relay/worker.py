@@ -43,6 +43,10 @@ log = structlog.get_logger(__name__)
 LISTEN_AGAIN = 0.5
 """Seconds before a broken subscription is made again."""
 
+FINISHED_FOR = 10.0
+"""Seconds that a finished session is known here where resuming is off: a failover of Redis may forget its claim, and it
+must not be claimed again."""
+
 SHUTDOWN_TIMEOUT = 3.0
 """Seconds for stopped generations to write their ends."""
 
@@ -90,7 +94,7 @@ class Worker:
     ) -> None:
         self.draining = False
         self.running: dict[str, Generation] = {}
-        self.finished = FinishedCache(config.resume_ttl)
+        self.finished = FinishedCache(config.resume_ttl or FINISHED_FOR)
         self.viewers: set[Viewer] = set()
         self.tasks = Tasks()
         self.config = config

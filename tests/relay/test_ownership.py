@@ -22,7 +22,7 @@ from broker.store.connection import Store
 from broker.store.journal import JournalStore
 from broker.store.sessions import Prepared, SessionStore
 from tests.money import Ledger, ledger, open_reservations, until
-from tests.relay.fakes import DONE, FINISH, HELLO, PREPARED, WORST
+from tests.relay.fakes import DONE, FINISH, HELLO, PREPARED, TOLD_USAGE, WORST
 from tests.relay.workers import FREE, RUNNING_TTL, FakeWorker, running_worker
 from tests.wire import wire_to
 
@@ -105,6 +105,37 @@ async def test_a_lost_end_is_written_again(store: Store, owner: FakeWorker) -> N
     await owner.worker._ownership.rewrite_sessions()
     assert await owner.journal.look(generation.session_id) == ended
     assert await journal_of(owner, generation.session_id) == whole
+
+
+@pytest.mark.parametrize("resume_ttl", [300, 0])
+async def test_a_session_that_redis_forgot_from_claim_to_end_is_paid_once(
+    store: Store, resume_ttl: int
+) -> None:
+    async with running_worker(store, resume_ttl=resume_ttl) as owner:
+        session_id = await owner.prepare()
+        before = await Snapshot(store, session_id).take()
+        generation = cast("Generation", await owner.hub.find(session_id, None))
+        owner.streams[0].send(HELLO, FINISH, TOLD_USAGE, DONE, None)
+        assert await generation.ended() is State.DONE
+        booked = await ledger(store.redis)
+        assert (booked.requests, booked.spent_tokens) == (1, 15)
+
+        async def is_paid() -> bool:
+            return await ledger(store.redis) == booked
+
+        for _ in range(2):
+            await store.redis.flushall()
+            await before.restore()
+            await owner.worker._ownership.rewrite_sessions()
+            await until(is_paid)
+            record = await owner.sessions.describe(session_id)
+            assert record is not None
+            assert record.state is State.DONE
+        await before.restore()  # the settlement is in Redis, the session is not
+        await owner.worker._ownership.rewrite_sessions()
+        await owner.worker.tasks.finish(10)
+        assert await is_paid()
+        assert len(owner.upstream.requests) == 1
 
 
 async def test_lost_events_are_written_again(store: Store, owner: FakeWorker) -> None:

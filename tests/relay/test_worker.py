@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from broker.core.errors import AlreadyClaimed
 from broker.core.session import State
 from broker.relay.generation import Generation
+from broker.relay.worker import FINISHED_FOR
 from broker.store.connection import Store
 from broker.store.workers import Notification
 from tests.clock import run_ready_tasks
@@ -58,12 +60,15 @@ async def test_a_generation_runs_and_can_then_be_replayed(worker: FakeWorker, st
     assert await is_settled(store)
 
 
-async def test_nothing_is_cached_or_journaled_without_resuming(store: Store) -> None:
+async def test_without_resuming_nothing_is_journaled_or_kept_long(store: Store) -> None:
     async with running_worker(store, resume_ttl=0) as worker:
         generation = await worker.start()
         await finish(worker, generation)
-        assert worker.worker.finished.values() == []
         assert await store.redis.keys("*events*") == []
+        with pytest.raises(AlreadyClaimed):
+            await worker.hub.find(generation.session_id, None)
+        worker.worker.check(asyncio.get_running_loop().time() + FINISHED_FOR)
+        assert worker.worker.finished.values() == []
 
 
 async def test_a_fenced_session_is_not_cached(worker: FakeWorker) -> None:
