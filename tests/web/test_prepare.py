@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.broker import KEY, QUESTION, Broker, running
-from tests.scripted import Call, ScriptedUpstream
+from tests.scripted import PATIENCE, Call, ScriptedUpstream
 
 
 def plain(call: Call) -> None:
@@ -364,7 +364,7 @@ async def test_the_key_of_a_session_that_is_gone_is_free(
 ) -> None:
     async with running(valkey_url, upstream, session_ttl=1) as broker:
         first = await broker.post(headers={"Idempotency-Key": "k"})
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while (await broker.ask("DELETE", f"/stream/{uuid.uuid4()}")).status == 404:
                 looked = await broker.ask("GET", f"/stream/{first.json['sessionId']}?lastEventId=1-0")
                 if looked.status == 404:

@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from tests.broker import Broker, running
-from tests.scripted import ScriptedUpstream
+from tests.scripted import PATIENCE, ScriptedUpstream
 from tests.system.harness import ValkeyProcess, healed
 from tests.wire import wire_to
 
@@ -141,7 +141,7 @@ async def test_a_pursued_claim_can_be_cancelled_without_redis(
 
 async def wait_until_back(broker: Broker) -> None:
     """Wait until the broker has reached Redis again, and has done all that it still wanted there."""
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(PATIENCE):
         while (await broker.post()).status != 201:
             pass
     await asyncio.sleep(1.0)  # there is no event for something that does not happen
@@ -208,7 +208,7 @@ async def test_events_of_an_outage_are_written_when_redis_returns(
     valkey.thaw()
     async with running(valkey.url, upstream) as other:
         seen: list[object] = []
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(PATIENCE):
             while seen != events:
                 async with other.stream(session) as there:
                     seen = list(await there.rest())
@@ -281,6 +281,6 @@ async def test_redis_may_come_back_empty(
         assert [event.id for event in events] == ["1-1", "1-2", "1-3.end"]
     async with broker.stream(session) as connection:
         assert await connection.rest() == events
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(PATIENCE):
         while (await broker.post()).status != 201:
             pass

@@ -9,7 +9,7 @@ import redis.asyncio
 
 from tests.broker import running
 from tests.replies import plain
-from tests.scripted import ScriptedUpstream
+from tests.scripted import PATIENCE, ScriptedUpstream
 from tests.system.harness import running_valkey
 from tests.wire import wire_to
 
@@ -90,7 +90,7 @@ async def test_workers_leave_a_primary_that_became_a_replica(
                 assert (answer.status, answer.json["status"]) == (200, "degraded")
                 assert answer.json["reason"] == "redis refuses to write"
                 ports[0] = new.port  # the stable name leads to the new primary; old connections stay open
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(PATIENCE):
                     while (await broker.ask("GET", "/health/ready")).json["status"] != "ok":  # noqa: ASYNC110
                         await asyncio.sleep(0.05)
                     while (await broker.post()).status != 201:  # noqa: ASYNC110

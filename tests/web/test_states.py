@@ -9,7 +9,7 @@ import pytest
 from tests.broker import Broker, running
 from tests.events import Connection, Event
 from tests.replies import plain
-from tests.scripted import ScriptedUpstream
+from tests.scripted import PATIENCE, ScriptedUpstream
 from tests.web.outcomes import ids, started, text
 
 UNKNOWN = "00000000-1111-4222-8333-444444444444"
@@ -236,7 +236,7 @@ async def test_an_unknown_session_is_forgotten_after_its_time(
 ) -> None:
     async with running(valkey_url, upstream, session_ttl=1) as broker:
         session = await broker.prepare()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while (await broker.ask("HEAD", f"/stream/{session}")).status == 204:
                 answer = await broker.ask("GET", f"/stream/{session}?lastEventId=1-0")
                 if answer.status == 404:
