@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import re
-import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.system.browser import README, readme_lines
 from tests.system.harness import running_broker
+from tests.system.npm import BROWSER, STRICT, TYPESCRIPT, installed, ran
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-TYPESCRIPT = "typescript@5.9"
-NO_NPM = "there is no npm on this machine"
-NO_TYPESCRIPT = "npm could not install typescript"
 
 # The code of a page around the lines, with the types of its own functions.
 AROUND = """
@@ -30,8 +24,6 @@ declare function finish(result: {finishReason: string | null; cost: number | nul
 declare function fail(error: {message: string; code?: string}): void;
 export {};
 """
-STRICT = ("--strict", "--noEmit", "--noUnusedLocals", "--noImplicitReturns", "--noUncheckedIndexedAccess")
-BROWSER = ("--target", "es2022", "--module", "esnext", "--lib", "es2022,dom")
 
 
 @pytest.mark.slow
@@ -78,32 +70,5 @@ def test_the_first_two_commands_are_the_whole_setup() -> None:
 
 @pytest.fixture
 async def typescript(tmp_path: Path) -> Path:
-    """Its compiler, from the npm registry. Where that cannot be, the test is skipped, but fails in CI."""
-    npm = shutil.which("npm")
-    if npm is None:
-        missing(NO_NPM)
-    quietly = ("--no-audit", "--no-fund", "--no-save", "--prefer-offline", "--prefix", str(tmp_path))
-    status, told = await ran(str(npm), "install", *quietly, TYPESCRIPT)
-    if status != 0:
-        missing(f"{NO_TYPESCRIPT}: {told[-500:]}")
-    return tmp_path / "node_modules" / ".bin" / "tsc"
-
-
-def missing(what: str) -> None:
-    pytest.fail(what) if os.environ.get("CI") else pytest.skip(what)
-
-
-async def ran(*command: str) -> tuple[int, str]:
-    """Run a program to its end and give its status and what it said."""
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
-    try:
-        async with asyncio.timeout(100):
-            told, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert process.returncode is not None
-    return process.returncode, told.decode()
+    """Its compiler, from the npm registry."""
+    return (await installed(tmp_path, TYPESCRIPT)) / "tsc"
