@@ -1,4 +1,4 @@
-"""The chat page at ``/`` and its files, read once and answered from memory.
+"""The chat page at ``/``, its files, and the browser client, read once and answered from memory.
 
 These are only files: the page uses the same routes as any other page.
 """
@@ -25,6 +25,11 @@ PATHS = {
     "/favicon.ico": ("icon.svg", "image/svg+xml"),
 }
 
+CLIENT_PATHS = {
+    "/client.js": ("client.js", "text/javascript; charset=utf-8"),
+    "/client.d.ts": ("client.d.ts", "application/typescript; charset=utf-8"),
+}
+
 # The page shows what models write. If any of it were taken for markup, it still could not run or fetch anything.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -38,13 +43,30 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
+CLIENT_HEADERS = {
+    "Cache-Control": "no-cache",
+    "X-Content-Type-Options": "nosniff",
+    "X-TypeScript-Types": "./client.d.ts",  # for Deno, which loads modules by their address
+}
+
 
 def page_routes() -> list[web.RouteDef]:
     """Return the routes of the page, with its files read from the package now."""
-    folder = files(__package__) / "page"
+    return _file_routes("page", PATHS, HEADERS)
+
+
+def client_routes() -> list[web.RouteDef]:
+    """Return the routes of the browser client, which pages of any allowed origin import."""
+    return _file_routes("client", CLIENT_PATHS, CLIENT_HEADERS)
+
+
+def _file_routes(
+    folder: str, paths: Mapping[str, tuple[str, str]], headers: Mapping[str, str]
+) -> list[web.RouteDef]:
+    directory = files(__package__) / folder
     return [
-        web.get(path, _answering((folder / name).read_bytes(), {**HEADERS, "Content-Type": content_type}))
-        for path, (name, content_type) in PATHS.items()
+        web.get(path, _answering((directory / name).read_bytes(), {**headers, "Content-Type": content_type}))
+        for path, (name, content_type) in paths.items()
     ]
 
 

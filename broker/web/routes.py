@@ -11,7 +11,7 @@ from broker.web.health import live, ready
 from broker.web.middleware import add_headers, guard
 from broker.web.models import get_models
 from broker.web.not_served import routes_not_served
-from broker.web.page import page_routes, to_page
+from broker.web.page import client_routes, page_routes, to_page
 from broker.web.prepare import prepare
 from broker.web.stream import cancel, stream
 from broker.web.usage import get_usage
@@ -42,6 +42,7 @@ def add_web(app: web.Application, settings: Settings, *, prefix: str = "") -> No
             web.get("/usage", get_usage),
             web.get("/health/live", live),
             web.get("/health/ready", ready),
+            *client_routes(),
             *routes_not_served(),
         ]
     )

@@ -1,0 +1,541 @@
+"""The browser client on a page of another origin, in a real Chromium, and in Node."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from playwright.async_api import Browser, Page, Request, Response, Route
+
+from tests.system.browser import README, foreign_site, laid_cable, launched_chromium
+from tests.system.harness import RunningBroker, running_broker
+from tests.system.npm import BROWSER, STRICT, TYPESCRIPT, installed, npm, ran
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+CLIENT = Path(__file__).parents[2] / "broker" / "web" / "client"
+ROOM = {"BROKER_RATE_LIMIT": "1000/minute", "BROKER_MAX_CONCURRENT_STREAMS": "50", "BROKER_RETRY_MS": "500"}
+KEYS = {**ROOM, "BROKER_API_KEYS": "reader:a-key-for-the-reader"}
+ONE = {**ROOM, "BROKER_MAX_CONCURRENT_STREAMS": "1"}
+PATIENCE = 30_000
+LONG = " ".join(f"word{n}" for n in range(500))  # the echo of it takes about five seconds
+UNDER_WAY = "window.text?.includes('word40 ')"
+
+# The lines of the README, with what their page has around them.
+AROUND = """
+declare const model: string;
+declare const messages: {role: "user" | "assistant"; content: string}[];
+declare function show(text: string): void;
+"""
+TYPED = """
+import {BrokerError, chat, resume, type Chat, type Done} from "./client.js";
+
+declare const controller: AbortController;
+const answer: Chat = chat({model: "m", messages: [{role: "user", content: "Hello"}], temperature: 1}, {
+  base: "", token: async () => "t", signal: controller.signal, EventSource, remember: sessionStorage, keep: true,
+  onstate: (state, place) => console.log(state, place?.position, place?.of),
+});
+for await (const event of answer.events()) {
+  if (event.type === "chunk") console.log(event.data.choices?.[0]?.delta?.content);
+  else if (event.type === "queued") console.log(event.data.position + event.data.of);
+  else if (event.type === "error") console.log(event.data.final, event.data.retryAfter);
+}
+try {
+  const end: Done = await answer.result;
+  console.log(end.cost?.toFixed(4), (await answer.stop()).finishReason);
+} catch (error) {
+  if (error instanceof BrokerError) console.log(error.code, error.retryAfter, error.status);
+}
+const known: Chat | null = resume(null, null, {remember: localStorage});
+const other: Chat = resume(answer.sessionId ?? "", answer.lastEventId);
+// @ts-expect-error - a request has messages or an input
+chat({model: "m"});
+// @ts-expect-error - nothing can be remembered without a storage
+resume(null, null, {});
+console.log(known?.state === "queued", other.state);
+"""
+
+IN_NODE = """
+import { EventSource } from "eventsource";
+import { chat } from "./client.mjs";
+
+const ask = (model, content) =>
+  chat({ model, messages: [{ role: "user", content }] }, { base: process.argv[2], EventSource });
+const answer = ask("rehearsal/echo", "From Node");
+for await (const text of answer) process.stdout.write(text);
+console.log("", (await answer.result).finishReason);
+console.log(await ask("rehearsal/mid-stream-error", "Hello").result.catch(error => error.code));
+const left = ask("rehearsal/stall", "Hello");
+for await (const text of left) break;
+console.log((await left.result).finishReason);
+"""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def broker() -> AsyncIterator[RunningBroker]:
+    async with running_broker(env={**ROOM, "BROKER_PAGE": "false"}) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def chromium() -> AsyncIterator[Browser]:
+    async with launched_chromium() as browser:
+        yield browser
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def site() -> AsyncIterator[str]:
+    async with foreign_site() as url:
+        yield url
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def page(chromium: Browser) -> AsyncIterator[Page]:
+    """A page without exceptions: neither uncaught ones nor rejections that nobody handles."""
+    context = await chromium.new_context()
+    context.set_default_timeout(PATIENCE)
+    page = await context.new_page()
+    exceptions: list[str] = []
+    page.on("pageerror", lambda error: exceptions.append(error.message))
+    yield page
+    await context.close()
+    assert exceptions == []
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def client(page: Page, site: str, broker: RunningBroker) -> Page:
+    """The page, with the client that the broker serves."""
+    return await visit(page, site, broker.url)
+
+
+async def visit(page: Page, site: str, base: str) -> Page:
+    await page.goto(f"{site}/client.html?{urlencode({'base': base})}")
+    await page.wait_for_function("!!window.ask")
+    return page
+
+
+class Requests(list[str]):
+    """What a page has sent to a broker, as `POST /prepare`."""
+
+    def __init__(self, page: Page) -> None:
+        super().__init__()
+        page.on("request", self._sent)
+
+    def _sent(self, request: Request) -> None:
+        if "/prepare" in request.url or "/stream/" in request.url:
+            self.append(f"{request.method} /{request.url.split('/')[3]}")
+
+
+def is_stop(response: Response) -> bool:
+    return response.request.method == "DELETE"
+
+
+def states(told: list[list[Any]]) -> list[str]:
+    return [state for state, *_ in told]
+
+
+@asynccontextmanager
+async def held_slot(broker: RunningBroker) -> AsyncIterator[str]:
+    """Take a slot of the broker until the block ends; gives the URL that frees it earlier by DELETE."""
+    async with aiohttp.ClientSession() as other:
+        asked = {"model": "rehearsal/stall", "messages": [{"role": "user", "content": "Hold the line."}]}
+        async with other.post(f"{broker.url}/prepare", json=asked) as prepared:
+            holding = f"{broker.url}/stream/{(await prepared.json())['sessionId']}"
+        async with other.get(holding, headers={"Accept": "text/event-stream"}) as held:
+            await held.content.readuntil(b"event: chunk")
+            yield holding
+            await other.delete(holding)
+
+
+# Reading
+
+
+async def test_a_loop_reads_the_text_of_an_answer(client: Page) -> None:
+    told = await client.evaluate("""async () => {
+      const chat = ask("Say this back to me.");
+      const before = [chat.state, chat.sessionId, chat.lastEventId];
+      const text = await read(chat);
+      return {before, text, result: await chat.result, after: [chat.state, chat.sessionId, chat.lastEventId], states};
+    }""")
+    assert told["before"] == ["preparing", None, ""]
+    assert told["text"] == "Say this back to me."
+    assert told["result"]["finishReason"] == "stop"
+    assert told["result"]["cost"] > 0
+    state, session, cursor = told["after"]
+    assert (state, len(session), cursor.endswith(".end")) == ("ended", 36, True)
+    assert states(told["states"]) == ["preparing", "connecting", "streaming", "ended"]
+
+
+async def test_events_are_told_with_their_types(client: Page) -> None:
+    events = await client.evaluate("""async () => {
+      const events = [];
+      for await (const event of ask("One two three").events()) events.push(event);
+      return events;
+    }""")
+    types = [event["type"] for event in events]
+    assert set(types) == {"chunk", "done"}
+    assert types[-1] == "done"
+    deltas = [event["data"]["choices"] for event in events[:-1]]
+    assert (
+        "".join(choices[0]["delta"].get("content") or "" for choices in deltas if choices) == "One two three"
+    )
+
+
+async def test_a_later_loop_reads_the_whole_answer_again(client: Page) -> None:
+    texts = await client.evaluate("""async () => {
+      const chat = ask("Twice, please");
+      await chat.result;
+      return [await read(chat), await read(chat)];
+    }""")
+    assert texts == ["Twice, please", "Twice, pleaseTwice, please"]
+
+
+async def test_a_responses_request_gives_text_as_well(client: Page) -> None:
+    text = await client.evaluate("read(chat({model: 'rehearsal/echo', input: 'In the other dialect'}))")
+    assert text == "In the other dialect"
+
+
+# Failures
+
+
+async def test_a_refused_request_is_an_error_with_its_details(client: Page) -> None:
+    told = await client.evaluate("read(chat({model: 'rehearsal/echo', messages: []})).catch(told)")
+    assert (told["name"], told["ours"], told["code"]) == ("BrokerError", True, "invalid_request")
+    assert (told["status"], told["retryable"]) == (422, False)
+    assert told["details"][0]["field"] == "messages"
+
+
+async def test_an_html_page_of_a_proxy_is_an_error(client: Page) -> None:
+    async def answer(route: Route) -> None:
+        headers = {"Access-Control-Allow-Origin": "*", "Retry-After": "7"}
+        headers["Access-Control-Expose-Headers"] = "Retry-After"
+        await route.fulfill(
+            status=502, content_type="text/html", body="<h1>Bad gateway</h1>", headers=headers
+        )
+
+    await client.route("**/prepare", answer)
+    told = await client.evaluate("ask('Hello').result.catch(told)")
+    assert (told["ours"], told["code"], told["status"]) == (True, "status_502", 502)
+    assert (told["retryable"], told["retryAfter"]) == (True, 7)
+
+
+async def test_an_unreachable_broker_is_an_error(client: Page) -> None:
+    await client.route("**/prepare", lambda route: route.abort())
+    told = await client.evaluate("ask('Hello').result.catch(told)")
+    assert (told["ours"], told["code"], told["retryable"]) == (True, "unreachable", True)
+
+
+async def test_a_failed_answer_is_an_error_behind_its_text(client: Page) -> None:
+    told = await client.evaluate("""async () => {
+      const chat = ask("Hello", {}, "rehearsal/mid-stream-error");
+      return [await read(chat).catch(told), await chat.result.catch(told), window.text];
+    }""")
+    read, result, text = told
+    assert read == result
+    assert (read["ours"], read["code"], read["retryable"]) == (True, "upstream_error", True)
+    assert text
+
+
+async def test_a_result_that_nobody_uses_is_no_unhandled_rejection(client: Page) -> None:
+    await client.evaluate("{ ask('Hello', {}, 'rehearsal/rejected'); }")
+    await client.wait_for_function("window.states.at(-1)[0] === 'ended'")  # the fixture checks for exceptions
+
+
+# Access
+
+
+@pytest.mark.slow
+async def test_a_token_is_asked_again_after_a_401(page: Page, site: str) -> None:
+    async with running_broker(env=KEYS) as broker:
+        await visit(page, site, broker.url)
+        told = await page.evaluate("""async () => {
+          const tokens = ["an-old-key", "a-key-for-the-reader", "never"];
+          const text = await read(ask("Let me in", {token: async () => tokens.shift()}));
+          const refused = await ask("Me too", {token: "an-old-key"}).result.catch(told);
+          const often = await ask("Me too", {token: () => "an-old-key"}).result.catch(told);
+          return {text, left: tokens, refused, often};
+        }""")
+    assert (told["text"], told["left"]) == ("Let me in", ["never"])
+    for refused in (told["refused"], told["often"]):
+        assert (refused["code"], refused["status"], refused["retryable"]) == ("unauthorized", 401, False)
+
+
+# Leaving
+
+
+async def test_stop_while_preparing_is_a_cancelled_end(client: Page) -> None:
+    async with client.expect_response(is_stop) as stopped:
+        told = await client.evaluate("""async () => {
+          const chat = ask("Never mind");
+          chat.stop();
+          return {result: await chat.result, text: await read(chat), state: chat.state};
+        }""")
+    assert told["result"]["finishReason"] == "cancelled"
+    assert (told["text"], told["state"]) == ("", "ended")
+    assert (await stopped.value).status == 202
+
+
+@pytest.mark.slow
+async def test_stop_while_queued_gives_the_place_back(page: Page, site: str) -> None:
+    async with running_broker(env=ONE) as broker, held_slot(broker):
+        await visit(page, site, broker.url)
+        await page.evaluate("{ window.waiting = ask('My turn yet?'); }")
+        await page.wait_for_function("window.waiting.state === 'queued'")
+        async with page.expect_response(is_stop) as stopped:
+            result = await page.evaluate("waiting.stop()")
+        assert (await stopped.value).status == 202
+        assert (result["finishReason"], result["cost"]) == ("cancelled", 0)
+
+
+@pytest.mark.parametrize("leaving", ["break", "stop", "signal"])
+async def test_leaving_an_answer_stops_it_at_the_broker(client: Page, leaving: str) -> None:
+    async with client.expect_response(is_stop) as stopped:
+        result = await client.evaluate(
+            """async ([question, leaving]) => {
+              const controller = new AbortController();
+              const chat = ask(question, {signal: controller.signal});
+              for await (const text of chat) {
+                if (leaving === "break") break;
+                if (leaving === "stop") chat.stop();
+                else controller.abort();
+              }
+              return chat.result;
+            }""",
+            [LONG, leaving],
+        )
+    assert (await stopped.value).status == 202
+    assert result["finishReason"] == "cancelled"
+    assert result["model"]  # the broker's own end
+
+
+async def test_an_aborted_signal_stops_before_anything_streams(client: Page) -> None:
+    requests = Requests(client)
+    async with client.expect_response(is_stop):
+        result = await client.evaluate("ask('Never mind', {signal: AbortSignal.abort()}).result")
+    assert result["finishReason"] == "cancelled"
+    assert "GET /stream" not in requests
+
+
+@pytest.mark.slow
+async def test_keep_leaves_the_session_to_be_resumed(client: Page) -> None:
+    requests = Requests(client)
+    told = await client.evaluate(
+        """async question => {
+          const left = ask(question, {keep: true});
+          let text = "";
+          for await (const more of left) {
+            text += more;
+            if (text.includes("word20 ")) break;
+          }
+          const {code} = await left.result.catch(told);
+          text += await read(resume(left.sessionId, left.lastEventId));
+          return {code, text};
+        }""",
+        LONG,
+    )
+    assert told == {"code": "left", "text": LONG}
+    assert "DELETE /stream" not in requests
+
+
+async def test_a_resume_behind_the_end_tells_it_again(client: Page) -> None:
+    told = await client.evaluate("""async () => {
+      const first = ask("All of it");
+      const result = await first.result;
+      const again = resume(first.sessionId, first.lastEventId);
+      return {same: JSON.stringify(await again.result) === JSON.stringify(result), text: await read(again)};
+    }""")
+    assert told == {"same": True, "text": ""}
+
+
+# Called twice
+
+
+async def test_a_chat_that_is_left_and_asked_again_at_once_goes_on(client: Page) -> None:
+    """As React does in its StrictMode with an effect and its cleanup."""
+    requests = Requests(client)
+    told = await client.evaluate("""async () => {
+      const first = ask("Only once", {idempotencyKey: "key-of-a-mount"});
+      first.stop();
+      const second = ask("Only once", {idempotencyKey: "key-of-a-mount"});
+      return [(await first.result).finishReason, await read(second), (await second.result).finishReason];
+    }""")
+    assert told == ["cancelled", "Only once", "stop"]
+    assert requests == ["POST /prepare", "GET /stream"]
+
+
+@pytest.mark.slow
+async def test_two_chats_with_one_key_share_one_session(client: Page) -> None:
+    requests = Requests(client)
+    told = await client.evaluate(
+        """async question => {
+          const first = ask(question, {idempotencyKey: "key-for-two"});
+          const second = ask(question, {idempotencyKey: "key-for-two"});
+          for await (const text of first) break;
+          const left = (await first.result).finishReason;
+          return {left, text: await read(second), same: first.sessionId === second.sessionId};
+        }""",
+        LONG,
+    )
+    assert told == {"left": "cancelled", "text": LONG, "same": True}
+    assert requests.count("POST /prepare") == 1
+    assert "DELETE /stream" not in requests
+
+
+# Waiting
+
+
+@pytest.mark.slow
+async def test_a_queued_chat_tells_its_place_and_gets_its_turn(page: Page, site: str) -> None:
+    async with running_broker(env=ONE) as broker, held_slot(broker) as holding:
+        await visit(page, site, broker.url)
+        await page.evaluate("{ window.waiting = ask('My turn yet?'); }")
+        await page.wait_for_function("window.waiting.state === 'queued'")
+        async with aiohttp.ClientSession() as other, other.delete(holding):
+            assert await page.evaluate("read(waiting)") == "My turn yet?"
+        told = await page.evaluate("states")
+    assert told[:3] == [["preparing"], ["connecting"], ["queued", {"position": 1, "of": 1}]]
+    assert states(told)[-2:] == ["streaming", "ended"]
+
+
+async def test_a_silent_answer_is_told_to_be_stalled(client: Page) -> None:
+    await client.evaluate("{ window.silent = ask('Hello', {stallAfter: 0.5}, 'rehearsal/silence'); }")
+    await client.wait_for_function("window.silent.state === 'stalled'")
+    assert (await client.evaluate("silent.stop()"))["finishReason"] == "cancelled"
+    assert "streaming" in states(await client.evaluate("states"))
+
+
+async def test_onstate_may_be_set_later_and_may_throw(
+    chromium: Browser, site: str, broker: RunningBroker
+) -> None:
+    async with await chromium.new_context() as context:
+        page = await visit(await context.new_page(), site, broker.url)
+        async with page.expect_event("pageerror") as thrown:
+            text = await page.evaluate("""() => {
+              const chat = ask("Go on");
+              chat.onstate = state => { if (state === "streaming") throw new Error("a bug of the page"); };
+              return read(chat);
+            }""")
+    assert text == "Go on"
+    assert (await thrown.value).message == "a bug of the page"
+
+
+# Bad connections
+
+
+@pytest.mark.slow
+async def test_an_answer_survives_a_cut_and_a_502_of_a_proxy(
+    page: Page, site: str, broker: RunningBroker
+) -> None:
+    async with laid_cable(broker.port) as (cable, base):
+        await visit(page, site, base)
+        await page.evaluate("question => { window.reading = read(window.chatting = ask(question)); }", LONG)
+        await page.wait_for_function(UNDER_WAY)
+        cable.cut()
+        await page.wait_for_function("window.text.includes('word100 ')")
+        cable.down = True
+        cable.cut()
+        await cable.refused.wait()
+        await page.wait_for_function("window.chatting.state === 'reconnecting'")
+        cable.down = False
+        assert await page.evaluate("reading") == LONG
+    assert "reconnecting" in states(await page.evaluate("states"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "event",
+    ["window.dispatchEvent(new Event('online'))", "document.dispatchEvent(new Event('resume'))"],
+    ids=["online", "resume"],
+)
+async def test_a_page_that_is_back_reconnects_at_once(client: Page, event: str) -> None:
+    await client.evaluate("question => { window.reading = read(ask(question)); }", LONG)
+    await client.wait_for_function(UNDER_WAY)
+    async with client.expect_request("**/stream/*lastEventId=*"):
+        await client.evaluate(event)
+    assert await client.evaluate("reading") == LONG
+
+
+async def test_a_silent_chat_reconnects_when_its_page_is_looked_at(client: Page) -> None:
+    await client.evaluate("{ window.silent = ask('Hello', {stallAfter: 0.5}, 'rehearsal/silence'); }")
+    await client.wait_for_function("window.silent.state === 'stalled'")
+    async with client.expect_request("**/stream/*lastEventId=*"):
+        await client.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    assert (await client.evaluate("silent.stop()"))["finishReason"] == "cancelled"
+
+
+@pytest.mark.slow
+async def test_a_reloaded_page_goes_on_where_it_was(client: Page) -> None:
+    requests = Requests(client)
+    await client.evaluate("question => { read(ask(question, {remember: sessionStorage})); }", LONG)
+    await client.wait_for_function(UNDER_WAY)
+    await client.evaluate("addEventListener('pagehide', () => { sessionStorage.text = window.text; })")
+    await client.reload()
+    await client.wait_for_function("!!window.ask")
+    told = await client.evaluate("""async () => {
+      window.text = sessionStorage.text;
+      const options = {remember: sessionStorage};
+      const text = await read(resume(null, null, options));
+      return {text, after: resume(null, null, options)};
+    }""")
+    assert told == {"text": LONG, "after": None}
+    assert requests == ["POST /prepare", "GET /stream", "GET /stream"]
+
+
+# The package
+
+
+async def test_the_package_holds_the_client_and_its_types() -> None:
+    status, told = await ran(npm(), "pack", "--dry-run", "--json", "--offline", cwd=CLIENT)
+    assert status == 0, told
+    (package,) = json.loads(told[told.index("[") :])
+    assert package["name"] == "session-broker-client"
+    files = {file["path"] for file in package["files"]}
+    assert files == {"LICENSE", "client.d.ts", "client.js", "package.json"}
+    assert (CLIENT / "LICENSE").read_text() == (README.parent / "LICENSE").read_text()
+
+
+@pytest.mark.slow
+async def test_the_client_is_the_build_of_its_source(tmp_path: Path) -> None:
+    package = json.loads((CLIENT / "package.json").read_text())
+    programs = await installed(tmp_path, f"esbuild@{package['devDependencies']['esbuild']}")
+    program, *options = package["scripts"]["build"].replace("=client.js", f"={tmp_path}/client.js").split()
+    status, told = await ran(str(programs / program), *options, cwd=CLIENT)
+    assert status == 0, told
+    assert (tmp_path / "client.js").read_text() == (CLIENT / "client.js").read_text()
+
+
+@pytest.mark.slow
+async def test_the_types_are_strict_typescript(tmp_path: Path) -> None:
+    compiler = (await installed(tmp_path, TYPESCRIPT)) / "tsc"
+    for name in ("client.js", "client.d.ts"):
+        shutil.copy(CLIENT / name, tmp_path)
+    (lines,) = re.findall(r"^```ts\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "lines.ts").write_text(AROUND + lines.replace("https://broker.example", "."))
+    (tmp_path / "typed.ts").write_text(TYPED)
+    sources = [str(tmp_path / name) for name in ("lines.ts", "typed.ts")]
+    exact = ("--exactOptionalPropertyTypes", "--moduleResolution", "bundler")
+    status, told = await ran(str(compiler), *STRICT, *BROWSER, *exact, *sources)
+    assert (status, told) == (0, "")
+
+
+@pytest.mark.slow
+async def test_the_client_runs_in_node(tmp_path: Path, broker: RunningBroker) -> None:
+    await installed(tmp_path, "eventsource@4")
+    shutil.copy(CLIENT / "client.js", tmp_path / "client.mjs")
+    (tmp_path / "page.mjs").write_text(IN_NODE)
+    node = shutil.which("node") or "node"
+    assert await ran(node, str(tmp_path / "page.mjs"), broker.url) == (
+        0,
+        "From Node stop\nupstream_error\ncancelled\n",
+    )
