@@ -122,6 +122,13 @@ class Day(NamedTuple):
     estimated: int
 
 
+class _Booked(NamedTuple):
+    """What counts in an account: the cost in nano-USD, and the upstream's id of the generation behind an estimate."""
+
+    cost: int
+    generation_id: str
+
+
 class AccountStore:
     """Takes, gives back and settles. Every method raises `StoreUnavailable` where Redis cannot be reached.
 
@@ -287,10 +294,12 @@ class AccountStore:
         row = await self._ledger.row_name(day, reservation.client, reservation.model)
         if self._total is not None:
             # The total first: as long as the client's is open, it is found by the reaper. What another worker has
-            # booked for this claim meanwhile counts, so that both accounts tell the same.
-            counted = await self._book_in(self._total, reservation, spent, outcome, "", generation_id)
-            if counted != (spent.cost or 0):
-                spent = spent._replace(cost=counted)
+            # booked for this claim meanwhile counts, so that both accounts tell the same, and the name by which it
+            # could ask for the final usage: without that, what it left reserved in the total would stay reserved.
+            booked = await self._book_in(self._total, reservation, spent, outcome, "", generation_id)
+            if booked.cost != (spent.cost or 0):
+                spent = spent._replace(cost=booked.cost)
+            generation_id = generation_id or booked.generation_id
         await self._book_in(
             self._account(reservation.client), reservation, spent, outcome, row, generation_id
         )
@@ -303,9 +312,9 @@ class AccountStore:
         outcome: str,
         row: str,
         generation_id: str,
-    ) -> int:
-        """Book in one account. Returns the cost that counts there, in nano-USD."""
-        _, cost = await self._settle(
+    ) -> _Booked:
+        """Book in one account."""
+        _, cost, known = await self._settle(
             **account.keys_of(reservation.claim_id),
             ledger=UsageLedger.key_in(account.tagged, _date(reservation.day)),
             estimates=account.shared("estimates"),
@@ -322,7 +331,7 @@ class AccountStore:
             estimated=int(spent.estimated),
             unpriced=int(spent.cost is None),
         )
-        return int(cost)
+        return _Booked(int(cost), known.decode())
 
     async def accept_estimate(self, reservation: Reservation) -> None:
         """Let an estimate stand: its final usage cannot be learned. What was reserved above it is given back."""

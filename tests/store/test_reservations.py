@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from broker.core.accounts import Quotas, Usage, WorstCase
-from broker.core.errors import BudgetExceeded, Overloaded, TooManyStreams
+from broker.core.errors import BudgetExceeded, Overloaded, StoreUnavailable, TooManyStreams
 from broker.core.session import State
 from broker.store.accounts import AccountStore, Reservation
-from broker.store.buckets import account_of, total_account
-from tests.money import Ledger, due_estimates, ledger, let_time_pass, open_reservations, slots
+from broker.store.buckets import Account, account_of, total_account
+from tests.money import TOTAL, Ledger, due_estimates, ledger, let_time_pass, open_reservations, slots
 
 if TYPE_CHECKING:
     from broker.store.connection import Store
@@ -284,3 +284,48 @@ async def test_an_estimate_is_one_workers_until_its_time_is_over(store: Store) -
     await due(store)
     await accounts.ask_later(wanted("1"), 30)
     assert await due_estimates(accounts) == []
+
+
+class Dying(AccountStore):
+    """Of a worker that is killed after it has settled in the total, and before it has in the account of the client."""
+
+    async def _book_in(self, account: Account, *args: Any) -> Any:
+        if account is not self._total:
+            raise StoreUnavailable
+        return await super()._book_in(account, *args)
+
+
+OTHER_GUESS = GUESS._replace(cost=9)
+TRUTH = Usage(2, 3, cost=50)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize(
+    ("first", "first_id", "second", "second_id"),
+    [
+        (GUESS, "gen", OTHER_GUESS, None),
+        (GUESS, "gen", OTHER_GUESS, "gen"),
+        (GUESS, None, OTHER_GUESS, "gen"),
+        (GUESS, None, OTHER_GUESS, None),
+        (GUESS, "gen", TRUTH, None),
+        (TRUTH, None, GUESS, "gen"),
+    ],
+)
+async def test_a_worker_that_dies_between_two_accounts_leaves_nothing_reserved(
+    store: Store, learned: bool, first: Usage, first_id: str | None, second: Usage, second_id: str | None
+) -> None:
+    quotas = replace(FREE, total_daily_cost=10**9)
+    accounts, dying = AccountStore(store, quotas), Dying(store, quotas)
+    reservation = await reserved(accounts, "1")
+    with pytest.raises(StoreUnavailable):
+        await dying.settle(reservation, first, State.FAILED, generation_id=first_id)
+    await accounts.settle(reservation, second, State.LOST, generation_id=second_id)
+    await due(store)
+    for estimate in await due_estimates(accounts):
+        if learned:
+            await accounts.correct(estimate.reservation, TRUTH)
+        else:
+            await accounts.accept_estimate(estimate.reservation)
+    client, total = await ledger(store.redis), await ledger(store.redis, TOTAL)
+    assert (client.spent_cost, client.reserved_cost, client.requests) == (total.spent_cost, 0, 1)
+    assert (total.reserved_cost, total.reserved_tokens, total.requests) == (0, 0, 1)

@@ -9,11 +9,11 @@
 -- outcome is 'done', 'cancelled' or 'failed', or '' to correct an estimate and nothing else. row is '<client>\31<model>'
 -- as the usage ledger names them, or '' for an account without rows. generation is the upstream's id of the generation
 -- where it can be asked for the final usage, else ''; after ASK_MS any worker may ask, which is noted beside rows alone.
--- Returns {1 where it changed something, the cost that counts}.
+-- Returns {1 where it changed something, the cost that counts, the generation that an estimate is noted with, or ''}.
 local METRICS = {'prompt', 'completion', 'cached', 'reasoning', 'cost', 'estimated', 'unpriced'}
 local used = {prompt, completion, cached, reasoning, cost, estimated, unpriced}
 local record = {}
-local fields = {'state', 'day', 'tokens', 'cost', 'kept_tokens', 'kept_cost', 'booked', 'row'}
+local fields = {'state', 'day', 'tokens', 'cost', 'kept_tokens', 'kept_cost', 'booked', 'row', 'generation'}
 for i, value in ipairs(redis.call('HMGET', reservation, unpack(fields))) do
   record[fields[i]] = value
 end
@@ -29,20 +29,23 @@ end
 local function note_estimate()
   if estimated == 0 then
     redis.call('ZREM', estimates, claim_id)
-  elseif generation ~= '' and row ~= '' then
+  elseif generation ~= '' then
+    record.generation = generation
     redis.call('HSET', reservation, 'generation', generation)
     redis.call('HSETNX', reservation, 'ended', whole(now_ms()))
-    redis.call('ZADD', estimates, 'NX', now_ms() + ASK_MS, claim_id)
-    redis.call('EXPIRE', estimates, RECORD_S)
+    if row ~= '' then
+      redis.call('ZADD', estimates, 'NX', now_ms() + ASK_MS, claim_id)
+      redis.call('EXPIRE', estimates, RECORD_S)
+    end
   end
 end
 if settled and (before[6] == 0 or estimated == 1) then
   if before[6] == 1 then
     note_estimate() -- the worker that settled it first may not have known by which id to ask
   end
-  return {0, before[5]}
+  return {0, before[5], record.generation or ''}
 elseif not settled and outcome == '' then
-  return {0, cost}
+  return {0, cost, ''}
 end
 day = tonumber(record.day) or day
 -- What is reserved now, and what stays reserved.
@@ -98,4 +101,4 @@ redis.call('EXPIRE', reservation, RECORD_S)
 redis.call('SREM', slots, claim_id)
 redis.call('ZREM', open, claim_id)
 note_estimate()
-return {1, cost}
+return {1, cost, record.generation or ''}
