@@ -22,7 +22,7 @@ from broker.relay.rounds import for_each
 from broker.store.journal import Append, Appended, JournalStore
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Awaitable, Callable, Collection
 
     from broker.core.replay import Batch
     from broker.relay.generation import Generation
@@ -66,15 +66,26 @@ class JournalWriter:
     Args:
         store: writes to Redis.
         interval: seconds that a journal may lag.
+        clock: seconds that only go forward; by default the event loop's.
+        pause: waits for so many seconds.
     """
 
-    def __init__(self, store: JournalStore, *, interval: float) -> None:
+    def __init__(
+        self,
+        store: JournalStore,
+        *,
+        interval: float,
+        clock: Callable[[], float] | None = None,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self._store = store
-        interval = min(
-            interval, ASK_AFTER
-        )  # a cancel must be found in time, even if events are rarely written
-        self._pause = min(SLOT, interval)
-        self._slots: list[dict[Generation, None]] = [{} for _ in range(max(1, round(interval / self._pause)))]
+        self._clock = clock or asyncio.get_running_loop().time
+        self._pause = pause
+        # A cancel must be found in time, even if events are rarely written.
+        interval = min(interval, ASK_AFTER)
+        self._slot_seconds = min(SLOT, interval)
+        slots = max(1, round(interval / self._slot_seconds))
+        self._slots: list[dict[Generation, None]] = [{} for _ in range(slots)]
         self._slot_of: dict[Generation, int] = {}
         self._asked_at: dict[Generation, float] = {}
         self._urgent: set[Generation] = set()
@@ -82,7 +93,6 @@ class JournalWriter:
         self._added = 0
         self._watch_expiry_suspended_until = float("-inf")
         self._wanted = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
 
     def add(self, generation: Generation) -> None:
         """Start writing the journal of this generation."""
@@ -90,7 +100,7 @@ class JournalWriter:
         slot = self._added % len(self._slots)
         self._slots[slot][generation] = None
         self._slot_of[generation] = slot
-        self._asked_at[generation] = self._loop.time() - ASK_AFTER  # so that the prompt leaves Redis soon
+        self._asked_at[generation] = self._clock() - ASK_AFTER  # so that the prompt leaves Redis soon
         self._wanted.set()
 
     def remove(self, generation: Generation) -> None:
@@ -113,10 +123,10 @@ class JournalWriter:
             if not self._slot_of:
                 self._wanted.clear()
                 await self._wanted.wait()
-            await asyncio.sleep(TICK)
+            await self._pause(TICK)
             slot: Collection[Generation] = ()
-            if self._loop.time() >= slot_at:
-                slot_at = self._loop.time() + self._pause
+            if self._clock() >= slot_at:
+                slot_at = self._clock() + self._slot_seconds
                 at = (at + 1) % len(self._slots)
                 slot = self._slots[at]
             due = self._due(slot)
@@ -129,10 +139,10 @@ class JournalWriter:
 
     def suspend_watch_expiry(self) -> None:
         """Count all viewers elsewhere as present for a while, because Redis was away or came back empty."""
-        self._watch_expiry_suspended_until = self._loop.time() + REGISTER_AGAIN
+        self._watch_expiry_suspended_until = self._clock() + REGISTER_AGAIN
 
     def _due(self, slot: Collection[Generation]) -> list[Generation]:
-        now = self._loop.time()
+        now = self._clock()
         urgent, self._urgent = self._urgent, set()
         due = list(urgent)
         for generation in slot:
@@ -148,9 +158,9 @@ class JournalWriter:
         except StoreUnavailable:
             self.suspend_watch_expiry()
             self.limit_pending()
-            await asyncio.sleep(TICK)
+            await self._pause(TICK)
             return False
-        now = self._loop.time()
+        now = self._clock()
         refused = None in answers
         if refused:
             self.suspend_watch_expiry()
@@ -173,7 +183,7 @@ class JournalWriter:
             return
         generation.saved = answer.last
         generation.feed.trim(answer.last)
-        if answer.watched > 0 or self._loop.time() >= self._watch_expiry_suspended_until:
+        if answer.watched > 0 or self._clock() >= self._watch_expiry_suspended_until:
             generation.note_elsewhere(watched=answer.watched > 0)
         if answer.cancel:
             generation.cancel()

@@ -107,7 +107,7 @@ class Worker:
         self._learn, self._learn_speed = money.learn, money.learn_speed
         self._settlement = Settlement(accounts, money, spawn=self.tasks.spawn_extra, clock=self.clock)
         self.redis = RedisWatch(workers)
-        self._journal = JournalWriter(journal, interval=config.journal_interval)
+        self._journal = JournalWriter(journal, interval=config.journal_interval, clock=self.clock)
         self._late_ends = LateEnds(
             self.finished, self.redis, self._journal, spawn=self.tasks.spawn, clock=self.clock
         )
