@@ -152,7 +152,13 @@ class Admission:
             raise _rate_limited(status)
 
     async def admit(
-        self, body: bytes, *, client: Client, referer: str, idempotency_key: str | None
+        self,
+        body: bytes,
+        *,
+        client: Client,
+        referer: str,
+        idempotency_key: str | None,
+        request_id: str = "",
     ) -> Admitted:
         """Make a session of a request, or find the one that its Idempotency-Key made.
 
@@ -161,6 +167,7 @@ class Admission:
             client: the client that pays.
             referer: the origin of the page, or empty.
             idempotency_key: the key in the request's header, or None.
+            request_id: the id of the request, for the log lines of the session.
 
         Raises:
             RequestError: the body is not a valid request.
@@ -190,7 +197,7 @@ class Admission:
                 raise
             session_id = str(uuid.uuid4())
             rate = await self._admit(session_id, ready, rate)
-            answer = await self._store_session(session_id, ready, referer)
+            answer = await self._store_session(session_id, ready, referer, request_id)
             if idempotency_key is None:
                 return Admitted(answer, True, rate)
             return (await self._bind(body, client, answer, idempotency_key, bound))._replace(rate=rate)
@@ -335,7 +342,9 @@ class Admission:
             raise
         return rate
 
-    async def _store_session(self, session_id: str, ready: ReadyRequest, referer: str) -> dict[str, Any]:
+    async def _store_session(
+        self, session_id: str, ready: ReadyRequest, referer: str, request_id: str
+    ) -> dict[str, Any]:
         """Store an admitted session, and return the body of the answer."""
         fitted, settings = ready.fitted, self._settings
         prepared = Prepared(
@@ -347,6 +356,7 @@ class Admission:
             worst=ready.worst,
             calibration_sample=fitted.calibration_sample,
             dialect=fitted.dialect,
+            request_id=request_id,
         )
         try:
             await self._sessions.prepare(session_id, prepared)

@@ -32,6 +32,7 @@ from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal, short
 from broker.relay.feed import Feed
 from broker.relay.finishing import ALL, DECIDE_TIMEOUT, NOTHING, Finishing
+from broker.relay.reports import report_end
 from broker.relay.upstream_reader import UpstreamReader
 from broker.store.sessions import EndConflict
 
@@ -87,6 +88,7 @@ class Generation:
         write_later: takes over an end that could not be written to Redis in time.
         transcript: gathers what is said; None where nobody wants to know.
         clock: seconds that only go forward; by default the event loop's.
+        report: is called once the end is sent to the viewers.
 
     Attributes:
         feed: its events.
@@ -94,6 +96,8 @@ class Generation:
         saved: number of the last event in the journal.
         watched_elsewhere: a viewer on another worker was registered when Redis was last asked.
         was_watched: a viewer of this worker has come.
+        seen_viewers: viewers of this worker that came so far.
+        resumes: those of them that came with a cursor.
         finishing: counts its usage and finds out which end stands.
         transcript: as given.
         clock: as given.
@@ -115,6 +119,7 @@ class Generation:
         write_later: Callable[[Generation, Terminal], None],
         transcript: Transcript | None = None,
         clock: Callable[[], float] | None = None,
+        report: Callable[[Generation], None] = report_end,
     ) -> None:
         self.session_id = session_id
         self.reservation = reservation
@@ -126,6 +131,8 @@ class Generation:
         self.saved = 0
         self.watched_elsewhere = False
         self.was_watched = False
+        self.seen_viewers = self.resumes = 0
+        self._report = report
         self._sessions = sessions
         self._limits = limits
         self._journal = journal
@@ -179,6 +186,26 @@ class Generation:
         """When the first chunk came, by the clock."""
         return self._reader.first_chunk_at
 
+    @property
+    def prepared_by(self) -> str:
+        """The id of the request that prepared the session."""
+        return self.prepared.request_id
+
+    @property
+    def upstream_status(self) -> int | None:
+        """HTTP status of the upstream's last answer; None where there was none."""
+        return self._reader.status
+
+    @property
+    def relayed(self) -> int:
+        """Bytes of all chunks."""
+        return self._reader.relayed
+
+    @property
+    def retries(self) -> int:
+        """How often the upstream was asked again."""
+        return self._reader.retries
+
     def cancel(self) -> bool:
         """Stop on request. Returns True if the end will be `CANCELLED`, as far as this worker knows."""
         in_time = self.feed.end is None
@@ -213,9 +240,11 @@ class Generation:
         return end is not None and end.id.epoch == 1 and end != self.lifecycle.fence
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Count a viewer for as long as the block runs."""
+    def watched(self, *, resumed: bool = False) -> Iterator[None]:
+        """Count a viewer for as long as the block runs. `resumed`: it came with a cursor."""
         self._viewers += 1
+        self.seen_viewers += 1
+        self.resumes += resumed
         self.was_watched = True
         self._unwatched_since = None
         try:
@@ -404,10 +433,12 @@ class Generation:
             ):
                 self._write_later(self, end)
             if Action.SEND_END in actions:
-                self.feed.finish(end)
-                log.info(
-                    "session ended", session=short(self.session_id), state=end.state, events=self.feed.last
-                )
+                self._finish(end)
+
+    def _finish(self, end: Terminal) -> None:
+        """Send the end to the viewers."""
+        self.feed.finish(end)
+        self._report(self)
 
     def _break(self, error: Exception) -> None:
         """End after an unexpected exception, and have end and usage written to Redis in the background.
@@ -420,7 +451,7 @@ class Generation:
         failed = Proposal(Step.FAIL, GenerationFailed())
         self._handle(Event.BROKE, failed)
         end = self.lifecycle.standing or self.finishing.terminal(self.lifecycle.proposal or failed)
-        self.feed.finish(end)
+        self._finish(end)
         self._to_decide.set()  # `_run` may wait for it, and finds that there is an end
         self._write_later(self, end)
 

@@ -99,9 +99,15 @@ class Hub:
         return await self._mirror(session_id, cursor)
 
     @contextmanager
-    def watching(self, source: Source, viewer: Viewer) -> Iterator[None]:
-        """Count a viewer, and send it heartbeats, for as long as the block runs."""
-        with source.watched():
+    def watching(self, source: Source, viewer: Viewer, *, resumed: bool = False) -> Iterator[None]:
+        """Count a viewer, and send it heartbeats, for as long as the block runs.
+
+        Args:
+            source: of its events.
+            viewer: the viewer.
+            resumed: it came with a cursor.
+        """
+        with source.watched(resumed=resumed):
             self._worker.viewers.add(viewer)
             try:
                 yield

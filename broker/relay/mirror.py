@@ -45,17 +45,19 @@ class Mirror:
 
     Attributes:
         feed: its events since it was first watched here; earlier ones are in the journal.
+        prepared_by: empty: a journal does not say which request prepared the session.
     """
 
     def __init__(self, session_id: str, worker: str, last: int, unwatched: Callable[[Mirror], None]) -> None:
         self.session_id = session_id
         self.worker = worker
+        self.prepared_by = ""
         self.feed = Feed(last)
         self._unwatched = unwatched
         self._viewers = 0
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self, *, resumed: bool = False) -> Iterator[None]:  # noqa: ARG002 - as of a `Source`
         """Count a viewer for as long as the block runs."""
         self._viewers += 1
         try:

@@ -24,6 +24,7 @@ from broker.core.pricing import to_nano
 from broker.core.responses_answer import in_chat_names
 from broker.core.session import ENDED, State, short
 from broker.core.sse import Decoder, EventTooLarge
+from broker.relay.reports import report_of_lost, write_line
 from broker.relay.rounds import for_each
 from broker.relay.settlement import has_counts
 from broker.store.accounts import LEASE
@@ -161,6 +162,7 @@ class Reaper:
             cancelled=cancelled_unseen(None),
         )
         log.warning("worker lost", session=short(orphan.session_id), worker=session.worker, state=lost.state)
+        write_line(report_of_lost(orphan.session_id, session, lost.state))
         return replace(session, state=lost.state)
 
     async def _ask(self) -> None:

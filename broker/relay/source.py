@@ -16,5 +16,13 @@ class Source(Protocol):
     def feed(self) -> Feed:
         """The events in memory, and the end once there is one."""
 
-    def watched(self) -> AbstractContextManager[None]:
-        """Count a viewer for as long as the block runs, so that the session is not abandoned."""
+    @property
+    def prepared_by(self) -> str:
+        """The id of the request that prepared the session; empty where this worker does not know it."""
+
+    def watched(self, *, resumed: bool = False) -> AbstractContextManager[None]:
+        """Count a viewer for as long as the block runs, so that the session is not abandoned.
+
+        Args:
+            resumed: it came with a cursor.
+        """

@@ -59,6 +59,9 @@ class UpstreamReader:
         first_chunk_at: time of the first chunk.
         asked: the upstream may have begun to generate.
         asked_at: time of the last request.
+        retries: how often the request was sent again.
+        status: HTTP status of the last answer; None where there was none.
+        relayed: bytes of the chunks so far.
     """
 
     def __init__(
@@ -77,9 +80,13 @@ class UpstreamReader:
         self.first_chunk_at: float | None = None
         self.asked = False
         self.asked_at: float | None = None
+        self.retries = 0
+        self.status: int | None = None
+        self.relayed = 0
         self._dialect = dialect
         self._request = prepared.request
         self._model = prepared.model
+        self._request_id = prepared.request_id
         self._referer = prepared.referer
         self._upstream = upstream
         self._limits = limits
@@ -88,7 +95,6 @@ class UpstreamReader:
         self._pause = pause
         self._jitter = jitter
         self._decoder = Decoder(limits.max_response, error_lines=True)
-        self._relayed = 0
         self._failed = False  # by what an event said, not by the connection
         self._failed_at = 0.0
         self._stream: UpstreamStream | None = None
@@ -102,6 +108,7 @@ class UpstreamReader:
             SessionError: the answer is not complete. Chunks that came before have been taken.
         """
         self._stream = await self._open()
+        self.status = self._stream.status
         self.answer.generation_id = self._stream.generation_id
         self._blocks = self._stream.blocks(self._limits.max_response)
         async for block in self._blocks:
@@ -165,7 +172,6 @@ class UpstreamReader:
                 await stream.aclose()
 
     async def _open(self) -> UpstreamStream:
-        attempt = 0
         while True:
             self.asked, self.asked_at = True, self._clock()
             self.data_due = self.asked_at + self._limits.first_data_timeout
@@ -174,14 +180,18 @@ class UpstreamReader:
                     self._request, referer=self._referer, model=self._model, dialect=self._dialect
                 )
             except UpstreamError as error:
-                self.asked = may_have_generated(error)
-                delay = retry_delay(error, attempt, self._jitter())
-                if delay is None or attempt >= self._limits.max_retries:
+                self.asked, self.status = may_have_generated(error), error.upstream_status
+                delay = retry_delay(error, self.retries, self._jitter())
+                if delay is None or self.retries >= self._limits.max_retries:
                     raise
                 log.info(
-                    "asking the upstream again", code=error.code, status=error.upstream_status, delay=delay
+                    "asking the upstream again",
+                    code=error.code,
+                    status=error.upstream_status,
+                    delay=delay,
+                    request_id=self._request_id,
                 )
-            attempt += 1
+            self.retries += 1
             self.data_due = float("inf")  # the delay of a retry has a bound of its own
             await self._pause(delay)
 
@@ -210,8 +220,8 @@ class UpstreamReader:
             for frame in rest:
                 chunk = read(frame.data, frame.event)
                 if chunk is not None:
-                    self._relayed += len(chunk)
-                    if self._relayed > self._limits.max_response:
+                    self.relayed += len(chunk)
+                    if self.relayed > self._limits.max_response:
                         raise ResponseTooLarge
                     chunks.append(chunk)
                 elif not over and not says_nothing(frame.data):
@@ -244,4 +254,5 @@ class UpstreamReader:
             raise UpstreamInvalid
         if len(chunk) > self._limits.max_response:
             raise ResponseTooLarge
+        self.relayed = len(chunk)
         self._hand_on([chunk], self._clock())

@@ -50,6 +50,7 @@ class Spec:
         worst: the most that it may take.
         calibration_sample: size of the prompt, where what comes back can teach of the model's tokenizer.
         dialect: in which the upstream is asked and answers.
+        request_id: of the /prepare, for log lines.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Spec:
     worst: WorstCase
     calibration_sample: Size | None = None
     dialect: DialectName = "chat"
+    request_id: str = ""
 
     @property
     def spec(self) -> Spec:

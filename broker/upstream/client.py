@@ -203,12 +203,14 @@ class UpstreamStream:
     Attributes:
         generation_id: the upstream's id of this generation, known before its first byte; may be None.
         whole: the complete answer, if it came as one JSON document in place of a stream.
+        status: its HTTP status.
     """
 
     def __init__(self, response: httpx2.Response, dialect: Dialect, secrets: tuple[str, ...]) -> None:
         named: str | None = response.headers.get("x-generation-id")
         self.generation_id = bounded_text(named) if named else None
         self.whole: dict[str, Any] | None = None
+        self.status: int = response.status_code
         self._response = response
         self._dialect = dialect
         self._secrets = secrets

@@ -42,3 +42,5 @@ RESULTS = web.AppKey("results", Results)
 UPSTREAM = web.AppKey("upstream", UpstreamClient)
 
 REQUEST_ID = web.RequestKey("request_id", str)
+LOGGED = web.RequestKey("logged", dict[str, str])
+"""Further fields of the log line of a request."""

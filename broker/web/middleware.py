@@ -15,7 +15,7 @@ from broker.core.errors import BrokerError, HostNotAllowed, InternalError, Origi
 from broker.core.origins import Verdict
 from broker.core.session import short
 from broker.web.errors import error_response, http_error_response
-from broker.web.keys import ORIGINS, REFUSED_ORIGINS, REQUEST_ID, WORKER
+from broker.web.keys import LOGGED, ORIGINS, REFUSED_ORIGINS, REQUEST_ID, WORKER
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
@@ -48,6 +48,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
             status=response.status,
             ms=round((time.monotonic() - started) * 1000, 1),
             request_id=request[REQUEST_ID],
+            **request.get(LOGGED, {}),
         )
     return response
 

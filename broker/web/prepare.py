@@ -8,8 +8,9 @@ import re
 from aiohttp import hdrs, web
 
 from broker.core.errors import BodyTooLarge, InvalidJson, InvalidRequest, UnsupportedMediaType
+from broker.core.session import short
 from broker.web.errors import json_response
-from broker.web.keys import ADMISSION, IDENTIFIER, SETTINGS
+from broker.web.keys import ADMISSION, IDENTIFIER, LOGGED, REQUEST_ID, SETTINGS
 from broker.web.rates import rate_headers
 
 BODY_TIMEOUT = 30.0
@@ -30,12 +31,15 @@ async def prepare(request: web.Request) -> web.Response:
         client=client,
         referer=request.headers.get(hdrs.ORIGIN, ""),
         idempotency_key=key,
+        request_id=request[REQUEST_ID],
     )
+    session_id = admitted.answer["sessionId"]
+    request[LOGGED] = {"session": short(session_id)}
     return json_response(
         admitted.answer,
         status=201 if admitted.created else 200,
         headers={
-            hdrs.LOCATION: f"{_prefix(request)}/stream/{admitted.answer['sessionId']}",
+            hdrs.LOCATION: f"{_prefix(request)}/stream/{session_id}",
             **rate_headers(admitted.rate),
         },
     )

@@ -18,13 +18,13 @@ from broker.core.errors import (
     SessionNotFound,
 )
 from broker.core.events import queued_event, refusal_event
-from broker.core.session import Cursor, is_session_id, parse_cursor
+from broker.core.session import Cursor, is_session_id, parse_cursor, short
 from broker.relay.token_viewer import TokenViewer
 from broker.relay.viewer import Viewer
 from broker.store.accounts import BUDGET_RETRY, STREAMS_RETRY
 from broker.web.errors import json_response, may_come_again
 from broker.web.eventstream import EventStream, jitter
-from broker.web.keys import HUB, IDENTIFIER, OCCUPANCY, SETTINGS
+from broker.web.keys import HUB, IDENTIFIER, LOGGED, OCCUPANCY, SETTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,6 +58,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
             form = _form(request)
             address = request.app[IDENTIFIER].network(request)
             places.enter_context(request.app[OCCUPANCY].taken(session_id, address))
+            request[LOGGED] = {"session": short(session_id)}
             found = await request.app[HUB].find(session_id, cursor, may_wait=_wants_events(request))
         except BrokerError as error:
             if not _wants_events(request):
@@ -83,7 +84,9 @@ async def _show(
     response = EventStream(send_timeout=settings.send_timeout)
     read_journal = partial(hub.read_journal, session_id)
     viewer = form(source.feed, read_journal, response, cursor, asyncio.get_running_loop().time())
-    with hub.watching(source, viewer):
+    if source.prepared_by:
+        request[LOGGED]["prepared_by"] = source.prepared_by
+    with hub.watching(source, viewer, resumed=cursor is not None):
         await response.open(request, jitter(settings.retry_ms))
         async with response:
             await viewer.follow()

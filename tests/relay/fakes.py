@@ -71,6 +71,7 @@ class FakeStream:
 
     def __init__(self, *reads: bytes | Exception | None, whole: dict[str, Any] | None = None) -> None:
         self.generation_id = "gen-1"
+        self.status = 200
         self.whole = whole
         self.closed = asyncio.Event()
         self.blocks_closed = False

@@ -56,6 +56,7 @@ class World:
 
     secrets = ()
     generation_id = None
+    status = 200
     whole: dict[str, Any] | None = None
 
     def __init__(self, **breaks: int) -> None:

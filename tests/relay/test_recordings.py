@@ -41,6 +41,7 @@ class Pieces:
     """An upstream whose answer comes in these reads; the stream of it as well."""
 
     generation_id = None
+    status = 200
     whole = None
     secrets = ("sk-or-v1-0123456789abcdef",)
 

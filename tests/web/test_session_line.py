@@ -1,0 +1,113 @@
+"""The log lines of a session: that of its end, and how lines of its requests are found by it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.broker import Broker
+from tests.replies import plain, refuse
+from tests.scripted import PATIENCE, ScriptedUpstream
+
+
+async def found(log: io.StringIO, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Wait for the first line that is wanted."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            for line in map(json.loads, log.getvalue().splitlines()):
+                if wanted(line):
+                    return dict(line)
+            await asyncio.sleep(0.01)
+
+
+async def end_of(log: io.StringIO, session: str) -> dict[str, Any]:
+    return await found(log, lambda line: line["event"] == "session ended" and line["session"] == session[:8])
+
+
+async def test_a_session_that_ends_well_is_told_whole(
+    log: io.StringIO, broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    upstream.replies = [plain]
+    session = await broker.prepare(model="scripted/asked")
+    await broker.read(session)
+    await broker.read(session, "1-1")  # after the end: the line does not count it
+    line = await end_of(log, session)
+    assert line["level"] == "info"
+    assert (line["model"], line["answered_by"], line["provider"]) == (
+        "scripted/asked",
+        "scripted/model-1",
+        "Scripted",
+    )
+    assert (line["state"], line["code"], line["finish_reason"]) == ("done", None, "stop")
+    assert (line["upstream_status"], line["generation_id"]) == (200, "gen-chunk")
+    assert (line["prompt_tokens"], line["completion_tokens"]) == (10, 5)
+    assert (line["cost"], line["estimated"]) == (0.00123, False)
+    assert (line["chunks"], line["viewers"], line["resumes"], line["retries"]) == (4, 1, 0, 0)
+    assert line["bytes"] > 400
+    assert 0 <= line["ttft_ms"] <= line["duration_ms"]
+    assert line["client"]
+
+
+async def test_a_failed_session_is_told_as_a_warning(
+    log: io.StringIO, broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    upstream.replies = [refuse(503, headers={"Retry-After": "0"}), refuse(400)]
+    session = await broker.prepare()
+    await broker.read(session)
+    line = await end_of(log, session)
+    assert (line["level"], line["state"], line["code"]) == ("warning", "failed", "upstream_rejected")
+    assert (line["upstream_status"], line["retries"], line["chunks"]) == (400, 1, 0)
+    assert "Secret words" not in str(line)
+
+
+async def test_a_line_counts_viewers_and_resumes(
+    log: io.StringIO, broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    session = await broker.prepare()
+    async with broker.stream(session) as first:
+        call = await upstream.call()
+        call.open().chunk("Hello")
+        await first.event()
+        async with broker.stream(session, "1-1") as second:
+            call.chunk("", finish="stop")
+            call.done()
+            await second.rest()
+    line = await end_of(log, session)
+    assert (line["viewers"], line["resumes"]) == (2, 1)
+
+
+async def test_all_lines_of_a_session_have_one_request_id(
+    log: io.StringIO, broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    upstream.replies = [plain]
+    answer = await broker.post(headers={"X-Request-Id": "from-the-page"})
+    session = answer.json["sessionId"]
+    await broker.read(session)
+    prepare = await found(log, lambda line: line.get("path") == "/prepare")
+    stream = await found(log, lambda line: line.get("path") == f"/stream/{session[:8]}")
+    end = await end_of(log, session)
+    ids = prepare["request_id"], stream["prepared_by"], end["request_id"]
+    assert ids == ("from-the-page",) * 3
+    assert prepare["session"] == stream["session"] == end["session"] == session[:8]
+
+
+@pytest.mark.parametrize("how", ["before the first chunk", "after it"])
+async def test_a_cancelled_session_is_told(
+    how: str, log: io.StringIO, broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    session = await broker.prepare()
+    async with broker.stream(session) as viewer:
+        call = await upstream.call()
+        if how == "after it":
+            call.open().chunk("Hello")
+            await viewer.event()
+        await broker.cancel(session)
+        await viewer.rest()
+    line = await end_of(log, session)
+    assert (line["level"], line["state"], line["finish_reason"]) == ("info", "cancelled", "cancelled")
+    assert (line["ttft_ms"] is None) is (how != "after it")
