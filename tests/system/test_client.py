@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -319,6 +320,23 @@ async def test_leaving_an_answer_stops_it_at_the_broker(client: Page, leaving: s
     assert result["model"]  # the broker's own end
 
 
+async def test_a_stop_that_a_proxy_refuses_is_sent_again(client: Page) -> None:
+    attempts = 0
+
+    async def refuse_once(route: Route) -> None:
+        nonlocal attempts
+        attempts += route.request.method == "DELETE"
+        await (route.abort() if route.request.method == "DELETE" and attempts == 1 else route.continue_())
+
+    await client.route("**/stream/*", refuse_once)
+    async with client.expect_response(is_stop) as stopped:
+        await client.evaluate("question => { window.chatting = ask(question); }", LONG)
+        await client.wait_for_function("window.chatting.state === 'streaming'")
+        result = await client.evaluate("chatting.stop()")
+    assert ((await stopped.value).status, attempts) == (202, 2)
+    assert result["finishReason"] == "cancelled"
+
+
 async def test_an_aborted_signal_stops_before_anything_streams(client: Page) -> None:
     requests = Requests(client)
     async with client.expect_response(is_stop):
@@ -450,6 +468,45 @@ async def test_an_answer_survives_a_cut_and_a_502_of_a_proxy(
         cable.down = False
         assert await page.evaluate("reading") == LONG
     assert "reconnecting" in states(await page.evaluate("states"))
+
+
+async def test_pauses_grow_until_no_session_can_be_there(client: Page) -> None:
+    await client.clock.install()
+    await client.evaluate("""() => {
+      window.attempts = [];
+      class Refused extends EventTarget {
+        readyState = 2;
+        constructor() {
+          super();
+          attempts.push(Date.now());
+          queueMicrotask(() => this.dispatchEvent(new Event("error")));
+        }
+        close() {}
+      }
+      window.failing = ask("Hello", {EventSource: Refused}).result.catch(told);
+    }""")
+    await client.wait_for_function("attempts.length > 0")
+    await client.clock.run_for("20:00")
+    told, attempts = await client.evaluate("failing.then(told => [told, attempts])")
+    assert (told["ours"], told["code"], told["retryable"]) == (True, "unreachable", True)
+    pauses = [(later - earlier) / 1000 for earlier, later in pairwise(attempts)]
+    assert pauses[0] < 1 < pauses[3]
+    assert 10 < max(pauses) < 20
+    assert 15 * 60 < sum(pauses) < 16 * 60
+
+
+@pytest.mark.slow
+async def test_pings_are_events_too(page: Page, site: str) -> None:
+    async with running_broker(
+        env={**ROOM, "BROKER_PING_EVENTS": "true", "BROKER_HEARTBEAT": "0.5"}
+    ) as broker:
+        await visit(page, site, broker.url)
+        data = await page.evaluate("""async () => {
+          const chat = ask("Hello", {}, "rehearsal/silence");
+          for await (const {type, data} of chat.events()) if (type === "ping") return data;
+        }""")
+        assert data == {}
+        await page.wait_for_function("window.states.at(-1)[0] === 'ended'")
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@
 
 const LIFE = 15 * 60_000; // how long a session can live without its page, by the default settings
 const PREPARE_TIMEOUT = 60_000;
-const STOP_TIMEOUT = 5_000; // the longest wait for the broker's own end of a stopped session
+const STOP_TIMEOUT = 10_000; // the longest wait for the broker's own end of a stopped session
 const CANCEL_ATTEMPTS = 5;
 const LONGEST_PAUSE = 15_000;
 
