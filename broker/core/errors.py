@@ -207,9 +207,9 @@ class Queued(TooManyStreams):
     """A session waits in line for a slot of its client.
 
     Attributes:
-        position: its place, from 1.
-        of: the sessions of the client that wait.
-        retry_ms: milliseconds after which its page should come back to keep the place.
+        position: its place in the line, from 1.
+        of: the number of waiting sessions of the client.
+        retry_ms: milliseconds after which its page should reconnect to keep the place.
     """
 
     def __init__(self, position: int, of: int, retry_ms: int) -> None:

@@ -44,7 +44,7 @@ def refusal_event(error: BrokerError, cursor: Cursor | None, *, final: bool = Tr
 
 
 def queued_event(position: int, of: int) -> bytes:
-    """Return the event of a page that waits in line. It has no id: it is no part of the session."""
+    """Return the event of a page that waits in line. It has no id, because it is not part of the session."""
     return encode_event("queued", orjson.dumps({"position": position, "of": of}))
 
 

@@ -123,7 +123,7 @@ GENERATION: Mapping[Phase, Mapping[Event, Row]] = {
         **dict.fromkeys(_STOPS, _STOPPED),
         Event.FROZE: Row(Phase.CONFIRMING, (Action.EXTEND_TIMERS, Action.CONFIRM)),
         Event.CONFIRMED: Row(Phase.RELAYING, (Action.SHOW,)),
-        # Whether anybody watches is not known for sure just after a freeze. The timer finds it again.
+        # Just after a freeze it is not certain whether anybody watches. The timer will find out again.
         Event.GRACE_OVER: Row(Phase.CONFIRMING),
         Event.BROKE: _BROKEN_READING,
     },
@@ -251,7 +251,7 @@ class Lifecycle:
     Attributes:
         phase: where it stands.
         proposal: the end that this worker proposes. The first one counts, but an accepted cancel replaces it.
-        standing: the end that stands, where that is known: Redis holds it already, or may write it yet.
+        standing: the end that stands, if it is known: Redis has it already, or may still write it.
         fence: the end by which the session was taken from this worker.
     """
 

@@ -382,7 +382,7 @@ def _rates(prices: Prices, applies: Callable[[Override], bool | None]) -> Rates:
 def _settle(listed: Listed) -> Rates:
     """Replace missing prices by those that apply instead.
 
-    A special price of zero besides a real one means that there is no special price: lists have
+    A special price of zero next to a real price means that there is no special price: lists have
     ``"internal_reasoning": "0"`` for models whose reasoning is billed as output.
     """
     prompt, completion = listed["prompt"], listed["completion"]

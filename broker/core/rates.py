@@ -1,4 +1,4 @@
-"""How often a client may prepare: what became of one hit. No I/O."""
+"""The rate of a client: the result of one hit. No I/O."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 
 class RateStatus(NamedTuple):
-    """What became of a hit, and how the client stands after it.
+    """The result of a hit, and the state of the client after it.
 
     Attributes:
-        allowed: it passed, and was counted. A refused one is not counted.
+        allowed: the hit passed and was counted. A refused hit is not counted.
         limit: hits that may pass in a window.
-        window: its length in seconds.
+        window: the length of the window in seconds.
         remaining: hits that would pass now.
         reset: seconds until the oldest hit leaves the window, which frees one more.
     """
