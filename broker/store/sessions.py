@@ -185,13 +185,17 @@ class SessionStore:
             session_id: of the session.
             claim_id: of the claim.
             worker: who claims.
-            also: what is run behind the claim in the same round trip.
+            also: what is run behind the claim in the same round trip, and may fail.
         """
         claim = self._claim.call(session=self._key(session_id), claim_id=claim_id, worker=worker)
         # On the connection of the claim: WAIT waits for what was written there.
         wait = [command_call("WAIT", self._confirm_by, CONFIRM_MS)] if self._confirm_by else []
-        reply, *others = await self._store.run([claim, *also, *wait])
-        if wait and reply[0] == b"won" and others[-1] < self._confirm_by:
+        # Where the claim has won, nothing behind it may hide that: the session would run nowhere. A refusal is logged.
+        reply, *others = await self._store.run_each([claim, *also, *wait])
+        if isinstance(reply, StoreRefused):
+            raise reply
+        confirmed = not wait or (isinstance(others[-1], int) and others[-1] >= self._confirm_by)
+        if reply[0] == b"won" and not confirmed:
             log.warning("claim not confirmed by a replica; a failover could forget it")
         if reply[0] == b"cancel":
             ended = await self.end(session_id, claim_id, cancelled_before_start(), Batch(1, 0, b""))

@@ -14,7 +14,7 @@ from broker.core.errors import StoreUnavailable
 from broker.core.events import cancelled_before_start
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
-from broker.store.connection import CALL_TIMEOUT, MAX_CONNECTIONS, SCHEMA, Store
+from broker.store.connection import CALL_TIMEOUT, MAX_CONNECTIONS, SCHEMA, Store, command_call
 from broker.store.sessions import MIN_KEPT, REMEMBERED, EndConflict, Prepared, SessionStatus, SessionStore
 from tests.system.harness import running_valkey
 
@@ -347,3 +347,18 @@ async def test_a_call_that_is_given_up_leaves_its_connection_in_order(
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert 590 <= (await sessions.remaining(prepared) or 0) <= 600
+
+
+async def test_a_claim_wins_although_what_runs_behind_it_is_refused(store: Store, valkey_url: str) -> None:
+    """A hosted Redis may forbid WAIT; and one key of an account may be damaged."""
+    await store.redis.acl_setuser("small", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-wait"])
+    small = Store(f"{valkey_url}?username=small&password=any", "test")
+    try:
+        sessions = SessionStore(small, session_ttl=600, running_ttl=960, resume_ttl=300, confirm_by=1)
+        session = str(uuid4())
+        await sessions.prepare(session, PREPARED)
+        damaged = command_call("LPUSH", small.session_keys(session)["session"], "x")
+        assert await sessions.claim(session, "claim", "worker", also=[damaged]) == PREPARED
+    finally:
+        await small.close()
+        await store.redis.acl_deluser("small")
