@@ -78,13 +78,13 @@ class ReadyRequest(NamedTuple):
 
     Attributes:
         client: who asks, and pays.
-        body: for the upstream.
+        body: for the upstream, JSON.
         fitted: how it fits to its models.
         worst: the most that it can take.
     """
 
     client: Client
-    body: dict[str, Any]
+    body: bytes
     fitted: FittedRequest
     worst: WorstCase
 
@@ -248,7 +248,8 @@ class Admission:
             worst = _worst_of(fitted, priced, demand)
             if faults := beyond_limits(worst, self._quotas, request.caps[0]):
                 raise InvalidRequest(details=faults)
-            return ReadyRequest(client, self._with_max_price(fitted.body, priced, demand), fitted, worst)
+            body_to_send = orjson.dumps(self._with_max_price(fitted.body, priced, demand))
+            return ReadyRequest(client, body_to_send, fitted, worst)
 
     @asynccontextmanager
     async def _turn_of(self, body: bytes) -> AsyncIterator[None]:
@@ -325,8 +326,7 @@ class Admission:
             RateLimited, TooManyStreams, Overloaded, BudgetExceeded, StoreUnavailable: as `admit`. No place is taken.
         """
         client = ready.client.name
-        stored = len(orjson.dumps(ready.body))
-        calls = self._pending.admitting(client, session_id, ready.worst, stored=stored)
+        calls = self._pending.admitting(client, session_id, ready.worst, stored=len(ready.body))
         if rate is None:
             calls = [*calls, self._rates.hitting(client)]
         try:
@@ -348,7 +348,7 @@ class Admission:
         """Store an admitted session, and return the body of the answer."""
         fitted, settings = ready.fitted, self._settings
         prepared = Prepared(
-            request=orjson.dumps(ready.body),
+            request=ready.body,
             model=fitted.model,
             prompt_tokens=fitted.reserved_prompt_tokens,
             referer=settings.referer or referer,
