@@ -451,9 +451,11 @@ class Generation:
         failed = Proposal(Step.FAIL, GenerationFailed())
         self._handle(Event.BROKE, failed)
         end = self.lifecycle.standing or self.finishing.terminal(self.lifecycle.proposal or failed)
-        self._finish(end)
-        self._to_decide.set()  # `_run` may wait for it, and finds that there is an end
-        self._write_later(self, end)
+        try:
+            self._finish(end)
+        finally:
+            self._to_decide.set()  # `_run` may wait for it, and finds that there is an end
+            self._write_later(self, end)
 
     def _take(self, chunks: list[bytes], now: float) -> None:
         self._ownership.check_for_freeze(now)

@@ -529,6 +529,26 @@ async def test_a_bug_while_the_end_is_decided_still_ends_the_session(monkeypatch
         assert run.later == [run.feed.end]
 
 
+async def test_a_viewer_that_breaks_at_the_end_prevents_no_settlement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Broken(LiveViewer):
+        def wake(self) -> None:
+            raise BugError
+
+    async with running() as run:
+
+        async def broken(*_: object) -> None:
+            raise BugError
+
+        monkeypatch.setattr(run.generation.finishing, "decide", broken)
+        run.feed.go_live(Broken())
+        await run.read(FINISH, DONE, None)
+        async with asyncio.timeout(20):
+            await run.generation.ended()
+        assert run.later == [run.feed.end]
+
+
 async def test_a_bug_while_abandoning_is_an_internal_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
