@@ -19,6 +19,7 @@ from broker.core.origins import Origins
 from broker.core.pricing import to_nano
 from broker.core.speed import estimate_speed
 from broker.core.upstream_kind import UpstreamKind
+from broker.metrics import Metrics
 from broker.naming import Naming
 from broker.prepare import Admission
 from broker.relay.config import GenerationLimits, Money, WorkerConfig
@@ -95,7 +96,8 @@ async def build(
     """
     async with AsyncExitStack() as stack:
         upstream_url = settings.upstream_url
-        store = app[keys.STORE] = Store(redis_url, settings.key_prefix)
+        metrics = app[keys.METRICS] = Metrics()
+        store = app[keys.STORE] = Store(redis_url, settings.key_prefix, observe=metrics.asked_redis)
         stack.push_async_callback(store.close)
         kind = UpstreamKind(settings.upstream_kind, upstream_url)
         upstream = app[keys.UPSTREAM] = _upstream(settings, upstream_url, kind)
@@ -133,10 +135,13 @@ async def build(
             money=_money(catalog, upstream, bytes_per_token, speeds),
             config=_worker_config(settings, running_ttl),
             results=results,
+            count=metrics.session_ended,
+            note_gap=metrics.gaps.observe,
         )
         pending = PendingStore(store, quotas, session_ttl=settings.session_ttl)
         app[keys.HUB] = Hub(worker, sessions=sessions, journal=journal, accounts=accounts, pending=pending)
         stack.push_async_callback(worker.close)
+        metrics.watch(worker, sessions, store, upstream)
         worker.start()
         app[keys.SETTINGS] = settings
         app[keys.STORE_SEEN] = asyncio.Event()
@@ -161,7 +166,7 @@ async def build(
             system=system,
         )
         stack.push_async_callback(admission.close)
-        await stack.enter_async_context(_timers(settings, worker))
+        await stack.enter_async_context(_timers(settings, worker, metrics))
         await _prepare_redis(store)
         yield
 
@@ -278,8 +283,14 @@ async def _naming(settings: Settings, store: Store) -> AsyncIterator[Naming]:
 
 
 @asynccontextmanager
-async def _timers(settings: Settings, worker: Worker) -> AsyncIterator[None]:
-    work = partial(tick, worker, heartbeat=settings.heartbeat, ping_events=settings.ping_events)
+async def _timers(settings: Settings, worker: Worker, metrics: Metrics) -> AsyncIterator[None]:
+    work = partial(
+        tick,
+        worker,
+        heartbeat=settings.heartbeat,
+        ping_events=settings.ping_events,
+        lagged=metrics.loop_lagged,
+    )
     task = asyncio.create_task(keep_running("timers", work))
     try:
         yield

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 DOTENV = Path(".env")
 _WITHOUT_PREFIX = frozenset({"openrouter_api_key", "referer", "x_title", "redis_url", "port"})
-_SECRETS = frozenset({"openrouter_api_key", "redis_url", "api_keys", "jwt_secret", "name_secret"})
+_SECRETS = frozenset(
+    {"openrouter_api_key", "redis_url", "api_keys", "jwt_secret", "metrics_token", "name_secret"}
+)
 # URLs may hold a password, in a wrong place too.
 _NEVER_SHOWN = _SECRETS | {"upstream_url", "jwks_url"}
 # Without one of these, the broker would allow more people or more. So a blank value is an error there, and not unset.
@@ -125,6 +127,7 @@ class Settings(BaseSettings):
     total_daily_cost: kinds.Money = Decimal(0)
     unpriced_models: kinds.Flag = False
 
+    metrics_token: kinds.Secret | None = None
     models_ttl: kinds.WholeSeconds = 600
     drain_timeout: kinds.SecondsOrNone = 25.0
     page: kinds.Flag = True
@@ -207,6 +210,7 @@ class Settings(BaseSettings):
             self.openrouter_api_key,
             self.jwt_secret,
             self.name_secret,
+            self.metrics_token,
             *(key for _, key in self.api_keys),
         ]
         found = [secret.get_secret_value() for secret in secrets if secret is not None]

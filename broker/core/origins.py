@@ -74,6 +74,11 @@ class Origins:
         return name == own_name and (port or default) == (own_port or default)
 
 
+def names_this_machine(host: str | None) -> bool:
+    """Return True if a ``Host`` header names the loopback."""
+    return host is not None and _split_host(host)[0] in LOCAL_NAMES
+
+
 def _name_and_port(origin: str) -> tuple[str | None, int | None]:
     try:
         parts = urlsplit(origin)

@@ -32,7 +32,7 @@ from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal, short
 from broker.relay.feed import Feed
 from broker.relay.finishing import ALL, DECIDE_TIMEOUT, NOTHING, Finishing
-from broker.relay.reports import report_end
+from broker.relay.reports import ignore, report_end
 from broker.relay.upstream_reader import UpstreamReader
 from broker.store.sessions import EndConflict
 
@@ -89,6 +89,7 @@ class Generation:
         transcript: gathers what is said; None where nobody wants to know.
         clock: seconds that only go forward; by default the event loop's.
         report: is called once the end is sent to the viewers.
+        note_gap: is called with the seconds between two reads of chunks.
 
     Attributes:
         feed: its events.
@@ -120,6 +121,7 @@ class Generation:
         transcript: Transcript | None = None,
         clock: Callable[[], float] | None = None,
         report: Callable[[Generation], None] = report_end,
+        note_gap: Callable[[float], None] = ignore,
     ) -> None:
         self.session_id = session_id
         self.reservation = reservation
@@ -133,6 +135,8 @@ class Generation:
         self.was_watched = False
         self.seen_viewers = self.resumes = 0
         self._report = report
+        self._note_gap = note_gap
+        self._taken_at: float | None = None
         self._sessions = sessions
         self._limits = limits
         self._journal = journal
@@ -459,6 +463,9 @@ class Generation:
 
     def _take(self, chunks: list[bytes], now: float) -> None:
         self._ownership.check_for_freeze(now)
+        if self._taken_at is not None:
+            self._note_gap(now - self._taken_at)
+        self._taken_at = now
         first = self.feed.last + 1
         if self.watched_elsewhere and self._journal is not None:
             self._journal.flush_soon(self)

@@ -205,6 +205,16 @@ class JournalWriter:
         """Stop counting the events of this ended generation: Redis has its end."""
         self._ended.discard(generation)
 
+    def lag(self) -> float:
+        """Return the most seconds that an event may have waited for Redis; 0 where none waits."""
+        now = self._clock()
+        waits = (now - max(at, g.started_at) for g, at in self._asked_at.items() if g.has_unsaved())
+        return max(waits, default=0.0)
+
+    def pending_bytes(self) -> int:
+        """Return the bytes of events in memory of which Redis may lack some."""
+        return sum(generation.feed.size for generation in {*self._slot_of, *self._ended})
+
     def limit_pending(self) -> None:
         """Drop events that wait for Redis until their limit is met, from the largest feeds first."""
         by_size = sorted({*self._slot_of, *self._ended}, key=lambda generation: generation.feed.size)

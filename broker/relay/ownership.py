@@ -68,6 +68,9 @@ class Ownership:
         redis: tells whether Redis has lost something.
         resuming: events are journaled.
         spawn: runs work in the background and owns its task.
+
+    Attributes:
+        lost: sessions that turned out to belong to another worker.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Ownership:
         self._resuming = resuming
         self._spawn = spawn
         self._ticked_at = asyncio.get_running_loop().time()
+        self.lost = 0
         self._unconfirmed: set[Generation] = set()
         self._asked_in: dict[Generation, object] = {}
 
@@ -114,6 +118,7 @@ class Ownership:
         except StoreUnavailable:
             return  # asked again with the next write
         log.warning("fenced", session=short(generation.session_id), state=status.state)
+        self.lost += 1
         generation.fence(status.end)
 
     async def run_rewriting(self) -> NoReturn:

@@ -24,7 +24,7 @@ from broker.core.pricing import to_nano
 from broker.core.responses_answer import in_chat_names
 from broker.core.session import ENDED, State, short
 from broker.core.sse import Decoder, EventTooLarge
-from broker.relay.reports import report_of_lost, write_line
+from broker.relay.reports import ignore, report_of_lost, write_line
 from broker.relay.rounds import for_each
 from broker.relay.settlement import has_counts
 from broker.store.accounts import LEASE
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from broker.core.accounts import Usage, WorstCase
     from broker.core.answer import Answer
     from broker.core.dialect import Dialect
+    from broker.core.session_report import SessionReport
     from broker.relay.settlement import Settlement
     from broker.store.accounts import AccountStore, Reservation
     from broker.store.journal import JournalStore
@@ -76,6 +77,7 @@ class Reaper:
         journal: what was relayed.
         settlement: counts and books.
         clock: seconds that only go forward.
+        count: is called with the report of every session that was ended for a dead worker.
     """
 
     def __init__(
@@ -85,12 +87,14 @@ class Reaper:
         journal: JournalStore,
         settlement: Settlement,
         clock: Callable[[], float] = time.monotonic,
+        count: Callable[[SessionReport], None] = ignore,
     ) -> None:
         self._accounts = accounts
         self._sessions = sessions
         self._journal = journal
         self._settlement = settlement
         self._clock = clock
+        self._count = count
         self._answered_since = float("-inf")
 
     async def run_renewals(self, running: Callable[[], Sequence[Reservation]]) -> NoReturn:
@@ -162,7 +166,9 @@ class Reaper:
             cancelled=cancelled_unseen(None),
         )
         log.warning("worker lost", session=short(orphan.session_id), worker=session.worker, state=lost.state)
-        write_line(report_of_lost(orphan.session_id, session, lost.state))
+        report = report_of_lost(orphan.session_id, session, lost.state)
+        write_line(report)
+        self._count(report)
         return replace(session, state=lost.state)
 
     async def _ask(self) -> None:

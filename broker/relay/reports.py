@@ -1,4 +1,4 @@
-"""Report each session at its end: one line in the log."""
+"""Report each session at its end: one line in the log, and to whoever counts."""
 
 from __future__ import annotations
 
@@ -12,20 +12,31 @@ from broker.core.session import State, short
 from broker.core.session_report import SessionReport, session_line
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from broker.relay.generation import Generation
     from broker.store.sessions import SessionRecord
 
 log = structlog.get_logger(__name__)
 
 
-def report_end(generation: Generation) -> None:
-    """Write the line of a generation whose end was just sent to its viewers. Does not raise."""
+def ignore(_: object) -> None:
+    """Count nothing."""
+
+
+def report_end(generation: Generation, count: Callable[[SessionReport], None] = ignore) -> None:
+    """Write the line of a generation whose end was just sent to its viewers, and count it. Does not raise.
+
+    An end that another worker wrote is counted there.
+    """
     try:
         report = report_of(generation)
     except Exception:  # the objects of an upstream may be odd
         log.exception("session cannot be reported", session=short(generation.session_id))
         return
     write_line(report)
+    if generation.wrote_its_end:
+        count(report)
 
 
 def write_line(report: SessionReport) -> None:

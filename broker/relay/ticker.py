@@ -9,6 +9,7 @@ import asyncio
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from broker.core.sse import encode_comment, encode_event
+from broker.relay.reports import ignore
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
@@ -37,6 +38,7 @@ async def tick(
     ping_events: bool,
     clock: Callable[[], float] | None = None,
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    lagged: Callable[[float], None] = ignore,
 ) -> NoReturn:
     """Check all limits and send heartbeats until cancelled.
 
@@ -46,12 +48,15 @@ async def tick(
         ping_events: send a `ping` event as well, for pages that want to see it.
         clock: seconds that only go forward; by default the event loop's.
         pause: waits for so many seconds.
+        lagged: is called with the seconds by which each pause was too long.
     """
     clock = clock or asyncio.get_running_loop().time
     beat = encode_comment("heartbeat") + (encode_event("ping", b"{}") if ping_events else b"")
     while True:
+        wanted = clock() + TICK
         await pause(TICK)
         now = clock()
+        lagged(max(0.0, now - wanted))
         worker.check(now)
         for viewer in tuple(worker.viewers):
             viewer.check()

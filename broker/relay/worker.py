@@ -23,12 +23,14 @@ from broker.relay.mirror import Mirrors
 from broker.relay.ownership import Ownership
 from broker.relay.reaper import Reaper
 from broker.relay.redis_watch import RedisWatch
+from broker.relay.reports import ignore, report_end
 from broker.relay.settlement import Settlement
 from broker.relay.tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from broker.core.session_report import SessionReport
     from broker.relay.config import GenerationLimits, Money, WorkerConfig
     from broker.relay.results import Results
     from broker.relay.viewer import Viewer
@@ -64,6 +66,8 @@ class Worker:
         money: functions that know about money.
         config: the limits of this worker.
         results: passes the result of each answer to an application; None where it wants none.
+        count: is called with the report of every session that ended.
+        note_gap: is called with the seconds between two reads of chunks of one answer.
         clock: seconds that only go forward; by default the event loop's.
 
     Attributes:
@@ -90,6 +94,8 @@ class Worker:
         money: Money,
         config: WorkerConfig,
         results: Results | None = None,
+        count: Callable[[SessionReport], None] = ignore,
+        note_gap: Callable[[float], None] = ignore,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.draining = False
@@ -104,6 +110,8 @@ class Worker:
         self._upstream = upstream
         self._limits = limits
         self._results = results
+        self._report = partial(report_end, count=count)
+        self._note_gap = note_gap
         self._learn, self._learn_speed = money.learn, money.learn_speed
         self._settlement = Settlement(accounts, money, spawn=self.tasks.spawn_extra, clock=self.clock)
         self.redis = RedisWatch(workers)
@@ -123,13 +131,23 @@ class Worker:
             resuming=config.resume_ttl > 0,
             spawn=self.tasks.spawn,
         )
-        self._reaper = Reaper(accounts, sessions, journal, self._settlement)
+        self._reaper = Reaper(accounts, sessions, journal, self._settlement, count=count)
         self.mirrors = Mirrors(journal, self.redis.is_gone, self.viewers)
 
     @property
     def id(self) -> str:
         """The id of this worker in Redis."""
         return self._workers.worker
+
+    @property
+    def journal(self) -> JournalWriter:
+        """Writes the journals of this worker."""
+        return self._journal
+
+    @property
+    def leases_lost(self) -> int:
+        """Sessions that were taken from this worker so far."""
+        return self._ownership.lost
 
     def start(self) -> None:
         """Start the background tasks of this worker."""
@@ -160,6 +178,8 @@ class Worker:
             write_later=self._late_ends.add,
             clock=self.clock,
             transcript=Transcript() if self._results is not None else None,
+            report=self._report,
+            note_gap=self._note_gap,
         )
         self.running[session_id] = generation
         self._journal.add(generation)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import time
 from contextlib import asynccontextmanager, contextmanager
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -91,13 +92,17 @@ class Store:
         prefix: what every key begins with: the configured prefix and the schema's version.
         channels: what the name of a worker's channel begins with.
         connections_made: connections that were made so far, each time that one was lost and made again included.
+        errors: calls of scripts that Redis refused or did not answer in time.
     """
 
-    def __init__(self, url: str, key_prefix: str) -> None:
+    def __init__(
+        self, url: str, key_prefix: str, *, observe: Callable[[str, float], None] | None = None
+    ) -> None:
         self.prefix = f"{key_prefix}:{SCHEMA}"
         self.channels = f"{self.prefix}:notifications:"
         self._texts: dict[str, None] = {}
-        self.connections_made = 0
+        self.connections_made = self.errors = 0
+        self._observe = observe
         self._pool = _CountingPool.from_url(
             url,
             on_connect=self._on_connect,
@@ -133,7 +138,7 @@ class Store:
             constants: what its header names under "Constants".
             before: Lua that stands before it.
         """
-        return Script(self, script_text(name, constants or {}, before=before))
+        return Script(self, script_text(name, constants or {}, before=before), name)
 
     async def run(self, calls: Sequence[Call], *, timeout: float = CALL_TIMEOUT) -> list[Any]:
         """Run scripts in one round trip, in this order; returns their replies.
@@ -143,13 +148,26 @@ class Store:
                 yet run.
         """
         # As `bounded_call`, written out: its two context managers were a twentieth of a /prepare (measured).
-        with store_errors():
-            async with asyncio.timeout(timeout):
-                replies = await self._answers(calls)
-            for reply in replies:
-                if isinstance(reply, ResponseError):
-                    raise reply
+        began = time.monotonic()
+        try:
+            with store_errors():
+                async with asyncio.timeout(timeout):
+                    replies = await self._answers(calls)
+                for reply in replies:
+                    if isinstance(reply, ResponseError):
+                        raise reply
+        except StoreUnavailable:
+            self.errors += 1
+            raise
+        finally:
+            self._observe_trip(calls, began)
         return replies
+
+    def _observe_trip(self, calls: Sequence[Call], began: float) -> None:
+        if self._observe is not None:
+            seconds = time.monotonic() - began
+            for name in {call.name for call in calls}:
+                self._observe(name, seconds)
 
     async def run_each(self, calls: Sequence[Call], *, timeout: float = CALL_TIMEOUT) -> list[Any]:
         """As `run`, but where Redis refuses one call, that one's reply is a `StoreRefused` and the others count.
@@ -158,13 +176,21 @@ class Store:
             StoreRefused: Redis refused all of them.
             StoreUnavailable: Redis is away, or took longer than ``timeout`` seconds.
         """
-        with store_errors():
-            async with asyncio.timeout(timeout):
-                replies = await self._answers(calls)
-            refused = [reply for reply in replies if isinstance(reply, ResponseError)]
-            if refused and len(refused) == len(replies):
-                raise refused[0]
+        began = time.monotonic()
+        try:
+            with store_errors():
+                async with asyncio.timeout(timeout):
+                    replies = await self._answers(calls)
+                refused = [reply for reply in replies if isinstance(reply, ResponseError)]
+                if refused and len(refused) == len(replies):
+                    raise refused[0]
+        except StoreUnavailable:
+            self.errors += 1
+            raise
+        finally:
+            self._observe_trip(calls, began)
         if refused:
+            self.errors += len(refused)
             log.warning("redis refused", calls=len(refused), error=str(refused[0])[:300])
         return [StoreRefused() if isinstance(reply, ResponseError) else reply for reply in replies]
 
@@ -359,10 +385,12 @@ class Script:
     Args:
         store: where it runs.
         text: the source.
+        name: for the metrics.
     """
 
-    def __init__(self, store: Store, text: ScriptText) -> None:
+    def __init__(self, store: Store, text: ScriptText, name: str = "script") -> None:
         self.text = text
+        self._name = name
         self._store = store
         self._names = frozenset(name.removesuffix("...") for name in (*text.keys, *text.args))
         store.register(text.lua)
@@ -398,7 +426,7 @@ class Script:
         words = [b"%d" % len(keys), *keys, *_in_order(self.text.args, values)]
         # https://valkey.io/topics/protocol/
         packed = b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
-        return Call(b"*%d\r\n%b%b" % (len(words) + 2, self._head, packed))
+        return Call(b"*%d\r\n%b%b" % (len(words) + 2, self._head, packed), self._name)
 
 
 def _in_order(names: Sequence[str], values: Mapping[str, Any]) -> list[bytes]:
@@ -419,6 +447,7 @@ class Call(NamedTuple):
     """A script or command with its arguments, in the words of the protocol."""
 
     packed: bytes
+    name: str = "command"
 
 
 def command_call(*words: Any) -> Call:

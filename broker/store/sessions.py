@@ -141,12 +141,16 @@ class SessionStore:
         running_ttl: seconds that the keys of a running one are kept.
         resume_ttl: seconds that an ended one is kept; 0 where resuming is off.
         confirm_by: replicas that should have a claim before its generation starts.
+
+    Attributes:
+        claims_unconfirmed: claims that too few replicas confirmed in time.
     """
 
     def __init__(
         self, store: Store, *, session_ttl: int, running_ttl: int, resume_ttl: int, confirm_by: int = 0
     ) -> None:
         self._store = store
+        self.claims_unconfirmed = 0
         self._confirm_by = confirm_by
         self._prepared_here: dict[str, SessionRecord] = {}
         end: dict[str, int | str] = {
@@ -201,6 +205,7 @@ class SessionStore:
             raise reply
         confirmed = not wait or (isinstance(others[-1], int) and others[-1] >= self._confirm_by)
         if reply[0] == b"won" and not confirmed:
+            self.claims_unconfirmed += 1
             log.warning("claim not confirmed by a replica; a failover could forget it")
         if reply[0] == b"cancel":
             ended = await self.end(session_id, claim_id, cancelled_before_start(), Batch(1, 0, b""))

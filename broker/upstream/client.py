@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,7 @@ class UpstreamClient:
 
     Attributes:
         secrets: texts that no message may contain.
+        statuses: how often each HTTP status answered a request; ``none`` where there was no answer.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class UpstreamClient:
         proxy: str | None = None,
     ) -> None:
         self.secrets: tuple[str, ...] = (api_key,)
+        self.statuses: Counter[str] = Counter()
         self._speaks_openrouter = speaks_openrouter
         self._attribution = {"X-Title": title, "X-OpenRouter-Title": title}
         self._cap_names: dict[str, str] = {}
@@ -172,8 +175,14 @@ class UpstreamClient:
             request.headers.update(self._attribution)
             if referer:
                 request.headers["HTTP-Referer"] = referer
-        with map_errors(self.secrets):
-            return await self._http.send(request, stream=True)
+        try:
+            with map_errors(self.secrets):
+                response = await self._http.send(request, stream=True)
+        except UpstreamError:
+            self.statuses["none"] += 1
+            raise
+        self.statuses[str(response.status_code)] += 1
+        return response
 
     async def _refusal(
         self, response: httpx2.Response, cap_names: tuple[str, ...] = ()

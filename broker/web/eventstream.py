@@ -38,6 +38,7 @@ class EventStream(EventSourceResponse):
         self._transport: asyncio.Transport | None = None
         self._writer: AbstractStreamWriter | None = None
         self._chunks = False
+        self.written = 0
 
     async def open(self, request: web.Request, retry_ms: int) -> None:
         """Send the headers, the reconnection time and a comment, at once and in one write.
@@ -62,6 +63,7 @@ class EventStream(EventSourceResponse):
         """
         transport = self._transport
         if transport is not None and not transport.is_closing():
+            self.written += len(block)
             transport.write(b"%x\r\n%b\r\n" % (len(block), block) if self._chunks else block)
 
     def backlog(self) -> int:

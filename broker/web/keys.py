@@ -9,6 +9,7 @@ from aiohttp import web
 from broker.catalog import Catalog
 from broker.core.accounts import Quotas
 from broker.core.origins import Origins
+from broker.metrics import Metrics
 from broker.prepare import Admission
 from broker.relay.hub import Hub
 from broker.relay.results import Results
@@ -39,6 +40,7 @@ HUB = web.AppKey("hub", Hub)
 WORKER = web.AppKey("worker", Worker)
 RESULTS = web.AppKey("results", Results)
 """Only present where an application wants the results."""
+METRICS = web.AppKey("metrics", Metrics)
 UPSTREAM = web.AppKey("upstream", UpstreamClient)
 
 REQUEST_ID = web.RequestKey("request_id", str)

@@ -15,7 +15,7 @@ from broker.core.errors import BrokerError, HostNotAllowed, InternalError, Origi
 from broker.core.origins import Verdict
 from broker.core.session import short
 from broker.web.errors import error_response, http_error_response
-from broker.web.keys import LOGGED, ORIGINS, REFUSED_ORIGINS, REQUEST_ID, WORKER
+from broker.web.keys import LOGGED, METRICS, ORIGINS, REFUSED_ORIGINS, REQUEST_ID, WORKER
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
@@ -67,6 +67,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
                 request_id=request[REQUEST_ID],
                 cause=type(error.__cause__).__name__,
             )
+        request.app[METRICS].refused(error.code)
         return error_response(error)
     except web.HTTPException as error:
         return http_error_response(error)
@@ -75,6 +76,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         return web.Response(status=499, reason="Client Closed Request")
     except Exception:
         log.exception("internal error", request_id=request[REQUEST_ID])
+        request.app[METRICS].refused(InternalError.code)
         return error_response(
             InternalError(f"Something went wrong on our side (request {request[REQUEST_ID]}).")
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from broker.web.health import live, ready
+from broker.web.metrics import get_metrics
 from broker.web.middleware import add_headers, guard
 from broker.web.models import get_models
 from broker.web.not_served import routes_not_served
@@ -40,6 +41,7 @@ def add_web(app: web.Application, settings: Settings, *, prefix: str = "") -> No
             web.post("/stream/{session_id}/cancel", cancel),
             web.get("/models", get_models),
             web.get("/usage", get_usage),
+            web.get("/metrics", get_metrics),
             web.get("/health/live", live),
             web.get("/health/ready", ready),
             *client_routes(),

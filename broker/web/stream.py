@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,16 +16,18 @@ from broker.core.errors import (
     InvalidRequest,
     LimitError,
     Queued,
+    SessionExpired,
     SessionNotFound,
 )
 from broker.core.events import queued_event, refusal_event
 from broker.core.session import Cursor, is_session_id, parse_cursor, short
+from broker.relay.mirror import Mirror
 from broker.relay.token_viewer import TokenViewer
 from broker.relay.viewer import Viewer
 from broker.store.accounts import BUDGET_RETRY, STREAMS_RETRY
 from broker.web.errors import json_response, may_come_again
 from broker.web.eventstream import EventStream, jitter
-from broker.web.keys import HUB, IDENTIFIER, LOGGED, OCCUPANCY, SETTINGS
+from broker.web.keys import HUB, IDENTIFIER, LOGGED, METRICS, OCCUPANCY, SETTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,10 +50,12 @@ async def stream(request: web.Request) -> web.StreamResponse:
     if _is_prefetch(request):
         return _nothing(hdrs.CACHE_CONTROL)
     cursor: Cursor | None = None
+    metrics = request.app[METRICS]
     with ExitStack() as places:
         try:
             cursor = _cursor(request)
             if cursor is not None and cursor.end:
+                metrics.resumed("ended")
                 return _nothing()
             session_id = request.match_info["session_id"]
             if not is_session_id(session_id):
@@ -61,9 +66,13 @@ async def stream(request: web.Request) -> web.StreamResponse:
             request[LOGGED] = {"session": short(session_id)}
             found = await request.app[HUB].find(session_id, cursor, may_wait=_wants_events(request))
         except BrokerError as error:
+            if cursor is not None:
+                metrics.resumed("expired" if isinstance(error, SessionExpired) else "refused")
             if not _wants_events(request):
                 raise
             return await _refuse(request, error, cursor)
+        if cursor is not None:
+            metrics.resumed("elsewhere" if isinstance(found, Mirror) else "here")
         return await _show(request, session_id, found, cursor, form)
 
 
@@ -72,7 +81,9 @@ async def cancel(request: web.Request) -> web.Response:
     session_id = request.match_info["session_id"]
     if not is_session_id(session_id):
         raise SessionNotFound
+    began = time.monotonic()
     before = await request.app[HUB].cancel(session_id)
+    request.app[METRICS].cancelled(time.monotonic() - began, accepted=before.accepted)
     return json_response({"state": before.state}, status=202 if before.accepted else 200)
 
 
@@ -86,14 +97,22 @@ async def _show(
     viewer = form(source.feed, read_journal, response, cursor, asyncio.get_running_loop().time())
     if source.prepared_by:
         request[LOGGED]["prepared_by"] = source.prepared_by
-    with hub.watching(source, viewer, resumed=cursor is not None):
-        await response.open(request, jitter(settings.retry_ms))
-        async with response:
-            await viewer.follow()
+    try:
+        with hub.watching(source, viewer, resumed=cursor is not None):
+            await response.open(request, jitter(settings.retry_ms))
+            async with response:
+                await viewer.follow()
+    finally:
+        request.app[METRICS].stream_closed(response.written)
     return response
 
 
 async def _refuse(request: web.Request, error: BrokerError, cursor: Cursor | None) -> web.StreamResponse:
+    metrics = request.app[METRICS]
+    if isinstance(error, Queued):
+        metrics.queued()
+    else:
+        metrics.refused(error.code)
     if may_come_again(error):
         return await _say(request, b"", jitter(COME_AGAIN_MS))
     if isinstance(error, Queued):

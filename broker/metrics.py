@@ -1,0 +1,257 @@
+"""The metrics of one broker, as Prometheus reads them at `/metrics`. Each is defined here, once.
+
+Every broker has a registry of its own, since several can run in one process. What happens seldom is counted when it
+happens. What happens at every chunk is counted by plain integers, which `watch` has read at each scrape. Labels have
+few values: no client, session or model is one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from broker.core.session import State
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from prometheus_client.metrics_core import Metric
+
+    from broker.core.session_report import SessionReport
+    from broker.relay.worker import Worker
+    from broker.store.connection import Store
+    from broker.store.sessions import SessionStore
+    from broker.upstream.client import UpstreamClient
+
+FIRST_CHUNK = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120)
+CHUNK_GAP = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
+SESSION = (0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+QUICK = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.3, 1)
+LAG = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+CANCEL = (0.005, 0.01, 0.05, 0.1, 0.3, 1, 3)
+"""Upper bounds of histograms, in seconds."""
+
+
+class Gaps:
+    """A histogram of plain integers, for values that come at every read of an answer: a tenth of the library's cost."""
+
+    __slots__ = ("_counts", "_sum")
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(CHUNK_GAP) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count a value."""
+        self._counts[bisect_left(CHUNK_GAP, seconds)] += 1
+        self._sum += seconds
+
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """Return the buckets as Prometheus has them, each with all smaller values, and the sum of the values."""
+        total, buckets = 0, []
+        for bound, count in zip((*CHUNK_GAP, "+Inf"), self._counts, strict=True):
+            total += count
+            buckets.append((str(bound), float(total)))
+        return buckets, self._sum
+
+
+class Metrics:
+    """The metrics of one broker.
+
+    Attributes:
+        registry: has all metrics of this broker and no others.
+        gaps: seconds between two reads of an answer.
+    """
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.gaps = Gaps()
+        self._sessions = Counter(
+            "broker_sessions",
+            "Sessions that ended, by state and error.",
+            ["state", "code"],
+            registry=registry,
+        )
+        self._first_chunk = Histogram(
+            "broker_time_to_first_chunk_seconds",
+            "From the claim of a session to its first chunk.",
+            buckets=FIRST_CHUNK,
+            registry=registry,
+        )
+        self._session = Histogram(
+            "broker_session_seconds",
+            "From the claim of a session to its end.",
+            buckets=SESSION,
+            registry=registry,
+        )
+        self._chunks = Counter("broker_chunks", "Chunks of sessions that ended.", registry=registry)
+        self._bytes = Counter(
+            "broker_bytes",
+            "Bytes of chunks of ended sessions (in), and of closed streams to pages (out).",
+            ["direction"],
+            registry=registry,
+        )
+        self._tokens = Counter(
+            "broker_tokens", "Tokens as booked at the end of sessions.", ["kind"], registry=registry
+        )
+        self._cost = Counter(
+            "broker_cost_usd", "USD as booked at the end of sessions, where known.", registry=registry
+        )
+        self._abandoned = Counter(
+            "broker_abandoned", "Sessions that ended because nobody watched.", registry=registry
+        )
+        self._retries = Counter(
+            "broker_upstream_retries", "Requests that were sent again.", registry=registry
+        )
+        self._resumes = Counter(
+            "broker_resumes",
+            "Streams asked for with a cursor, by what was found.",
+            ["result"],
+            registry=registry,
+        )
+        self._cancels = Counter("broker_cancels", "Cancels that were accepted.", registry=registry)
+        self._cancel = Histogram(
+            "broker_cancel_seconds",
+            "From a request to cancel to its answer.",
+            buckets=CANCEL,
+            registry=registry,
+        )
+        self._refused = Counter(
+            "broker_refused", "Requests and streams that were refused, by code.", ["code"], registry=registry
+        )
+        self._queued = Gauge(
+            "broker_queued",
+            "Times that a page was told its place in line, since the start.",
+            registry=registry,
+        )
+        self._redis = Histogram(
+            "broker_redis_seconds",
+            "Round trips to Redis, by the scripts in them.",
+            ["script"],
+            buckets=QUICK,
+            registry=registry,
+        )
+        self._lag = Histogram(
+            "broker_event_loop_lag_seconds",
+            "How much later than wanted a timer of the event loop ran.",
+            buckets=LAG,
+            registry=registry,
+        )
+
+    def session_ended(self, report: SessionReport) -> None:
+        """Count a session that ended."""
+        self._sessions.labels(report.state.value, report.code or "").inc()
+        self._chunks.inc(report.chunks)
+        self._bytes.labels("in").inc(report.bytes)
+        self._tokens.labels("prompt").inc(report.prompt_tokens or 0)
+        self._tokens.labels("completion").inc(report.completion_tokens or 0)
+        self._cost.inc(max(0.0, report.cost or 0.0))
+        self._retries.inc(report.retries)
+        if report.ttft_ms is not None:
+            self._first_chunk.observe(report.ttft_ms / 1000)
+        if report.duration_ms is not None:
+            self._session.observe(report.duration_ms / 1000)
+        if report.state is State.ABANDONED:
+            self._abandoned.inc()
+
+    def stream_closed(self, size: int) -> None:
+        """Count the bytes of a stream to a page."""
+        self._bytes.labels("out").inc(size)
+
+    def resumed(self, result: str) -> None:
+        """Count a stream that was asked for with a cursor."""
+        self._resumes.labels(result).inc()
+
+    def cancelled(self, seconds: float, *, accepted: bool) -> None:
+        """Count a request to cancel."""
+        self._cancel.observe(seconds)
+        if accepted:
+            self._cancels.inc()
+
+    def refused(self, code: str) -> None:
+        """Count a refusal."""
+        self._refused.labels(code).inc()
+
+    def queued(self) -> None:
+        """Count a page that was told its place in line."""
+        self._queued.inc()
+
+    def asked_redis(self, script: str, seconds: float) -> None:
+        """Count a round trip to Redis."""
+        self._redis.labels(script).observe(seconds)
+
+    def loop_lagged(self, seconds: float) -> None:
+        """Count a delay of the event loop."""
+        self._lag.observe(seconds)
+
+    def watch(self, worker: Worker, sessions: SessionStore, store: Store, upstream: UpstreamClient) -> None:
+        """Read these at every scrape."""
+        self.registry.register(_Watched(worker, sessions, store, upstream, self.gaps))
+
+    def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _Watched(Collector):
+    """Reads the plain integers of the parts of a broker."""
+
+    def __init__(
+        self, worker: Worker, sessions: SessionStore, store: Store, upstream: UpstreamClient, gaps: Gaps
+    ) -> None:
+        self._worker = worker
+        self._sessions = sessions
+        self._store = store
+        self._upstream = upstream
+        self._gaps = gaps
+
+    def describe(self) -> Iterable[Metric]:
+        """Return nothing: the registry need not read the parts to know the names."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the values of now."""
+        worker, store = self._worker, self._store
+        gauge, count = GaugeMetricFamily, CounterMetricFamily
+        yield gauge("broker_sessions_running", "Sessions that run here.", value=len(worker.running))
+        yield gauge("broker_viewers", "Streams that are open to pages.", value=len(worker.viewers))
+        yield gauge(
+            "broker_journal_lag_seconds",
+            "How long the oldest journal with unwritten events has waited for Redis.",
+            value=worker.journal.lag(),
+        )
+        yield gauge(
+            "broker_journal_bytes",
+            "Bytes of events in memory, which Redis may lack.",
+            value=worker.journal.pending_bytes(),
+        )
+        yield count(
+            "broker_leases_lost", "Sessions that were taken from this worker.", value=worker.leases_lost
+        )
+        yield count(
+            "broker_claims_unconfirmed",
+            "Claims that not enough replicas of Redis confirmed in time.",
+            value=self._sessions.claims_unconfirmed,
+        )
+        yield count(
+            "broker_redis_errors", "Calls that Redis refused or did not answer in time.", value=store.errors
+        )
+        asked = CounterMetricFamily(
+            "broker_upstream_requests",
+            "Requests for answers, by HTTP status; none: no answer.",
+            labels=["status"],
+        )
+        for status, times in self._upstream.statuses.items():
+            asked.add_metric([status], times)
+        yield asked
+        buckets, total = self._gaps.buckets()
+        yield HistogramMetricFamily(
+            "broker_chunk_gap_seconds",
+            "Between two reads of chunks of one answer.",
+            buckets=buckets,
+            sum_value=total,
+        )

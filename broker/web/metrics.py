@@ -1,0 +1,56 @@
+"""GET /metrics, for whoever has the token; without one, for this machine only."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from typing import TYPE_CHECKING
+
+from aiohttp import hdrs, web
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from broker.core.errors import Unauthorized
+from broker.core.identity import bearer
+from broker.core.origins import names_this_machine
+from broker.web.keys import METRICS, SETTINGS
+
+if TYPE_CHECKING:
+    from pydantic import SecretStr
+
+_OF_PROXIES = (hdrs.FORWARDED, hdrs.X_FORWARDED_FOR, "X-Real-IP", hdrs.VIA)
+
+
+async def get_metrics(request: web.Request) -> web.Response:
+    """Answer with all metrics as text.
+
+    Raises:
+        Unauthorized: a token is set, and the request has another one, or none.
+        HTTPNotFound: no token is set, and the request may come from another machine.
+    """
+    token = request.app[SETTINGS].metrics_token
+    if token is not None:
+        _check_token(request, token)
+    elif not _is_from_this_machine(request):
+        raise web.HTTPNotFound
+    headers = {hdrs.CONTENT_TYPE: CONTENT_TYPE_LATEST, hdrs.CACHE_CONTROL: "no-store"}
+    return web.Response(body=request.app[METRICS].text(), headers=headers)
+
+
+def _check_token(request: web.Request, token: SecretStr) -> None:
+    shown = bearer(request.headers.getall(hdrs.AUTHORIZATION, ()))
+    if shown is None or not hmac.compare_digest(
+        shown.encode("utf-8", "surrogateescape"), token.get_secret_value().encode()
+    ):
+        raise Unauthorized
+
+
+def _is_from_this_machine(request: web.Request) -> bool:
+    """Return True if the request came directly from a program of this machine: a proxy here speaks for others."""
+    if any(name in request.headers for name in _OF_PROXIES):
+        return False
+    try:
+        peer = ipaddress.ip_address(request.remote or "")
+    except ValueError:  # a unix socket, or no connection any more
+        return False
+    mapped = peer.ipv4_mapped if isinstance(peer, ipaddress.IPv6Address) else None
+    return (mapped or peer).is_loopback and names_this_machine(request.headers.get(hdrs.HOST))
