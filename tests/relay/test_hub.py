@@ -217,7 +217,7 @@ async def test_a_viewer_that_leaves_does_not_stop_the_claim(here: FakeWorker) ->
 # Redis is another server than before
 
 
-async def test_while_claims_pause_a_prepared_session_is_asked_to_come_again(
+async def test_a_prepared_session_is_retried_while_claims_pause(
     here: FakeWorker, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = await here.prepare()
