@@ -59,9 +59,9 @@ def shorten(events: bytes, deltas: bool | None) -> Short:
     return Short(b"".join(short), deltas)
 
 
-def begins_with_deltas(events: bytes) -> bool:
-    """Return True if an answer that begins with these events has deltas."""
-    return bool(shorten(events, False).deltas)
+def begins_with_deltas(events: bytes, count: int) -> bool:
+    """Return True if there is a delta among the first ``count`` events of an answer that begins with these."""
+    return bool(shorten(b"\n\n".join(events.split(b"\n\n", count)[:count]), False).deltas)
 
 
 def portions(events: bytes, size: int) -> Iterator[bytes]:

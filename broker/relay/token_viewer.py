@@ -85,11 +85,12 @@ class TokenViewer(Viewer):
             return shorten(events, await self._began_with_deltas())
 
     async def _began_with_deltas(self) -> bool:
-        """Find out whether the answer began with deltas. Only answers in another shape need this.
+        """Find out whether the answer began with deltas, up to the cursor. Only answers in another shape need this.
 
         Raises:
             StoreUnavailable: the beginning of the answer cannot be read now.
         """
         feed = self.feed
         beginning = [feed.after(0, MAX_PARSED)] if feed.first == 1 else await self._read_journal(0)
-        return any(begins_with_deltas(batch.events) for batch in beginning)
+        seen = [batch for batch in beginning if batch.first <= self._n]
+        return any(begins_with_deltas(batch.events, self._n + 1 - batch.first) for batch in seen)

@@ -103,8 +103,9 @@ def test_a_message_after_a_cursor_needs_to_know_what_came_before() -> None:
 
 
 def test_the_first_events_tell_whether_an_answer_comes_in_deltas() -> None:
-    assert begins_with_deltas(chunk_events([b'{"choices":[]}', delta(content="a")], 1))
-    assert not begins_with_deltas(chunk_events([message("a"), message("b")], 1))
+    assert begins_with_deltas(chunk_events([b'{"choices":[]}', delta(content="a")], 1), 2)
+    assert not begins_with_deltas(chunk_events([message("a"), message("b")], 1), 2)
+    assert not begins_with_deltas(chunk_events([message("a"), delta(content="b")], 1), 1)
 
 
 def test_events_of_a_response_become_token_events_too() -> None:

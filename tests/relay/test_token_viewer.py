@@ -104,6 +104,19 @@ async def test_a_cursor_is_continued_from_without_a_start(seen: int) -> None:
     assert connection.ids == [*(f"1-{n}" for n in range(seen + 1, 5)), "1-5.end"]
 
 
+@pytest.mark.parametrize("seen", range(1, 5))
+async def test_deltas_behind_a_cursor_change_nothing_in_front_of_them(seen: int) -> None:
+    """An answer that comes in messages, and ends in a delta."""
+    whole = [b'{"choices":[{"message":{"content":"%d"}}]}' % n for n in range(1, 4)]
+    feed = filled(batch(1, *whole, said("4")))
+    feed.finish(end(5))
+    first, later = QuickConnection(), QuickConnection()
+    await viewer(feed, first).follow()
+    await viewer(feed, later, f"1-{seen}").follow()
+    assert text(first) == "1234"
+    assert text(later) == "1234"[seen:]
+
+
 async def test_a_cursor_ahead_waits_for_its_turn() -> None:
     feed, connection = filled(words(1, 1)), QuickConnection()
     async with following(viewer(feed, connection, "1-4")) as task:
