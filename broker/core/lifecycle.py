@@ -188,7 +188,6 @@ class Step(StrEnum):
     RESTORE_DONE = "restore done"
     """The same for a session that has ended as done; likewise for every other end."""
     REFUSE = "refuse"
-    KEEP = "keep"
     JOURNAL = "journal"
     FOLLOW = "follow"
     EXPIRE = "expire"
@@ -210,7 +209,6 @@ SESSION: Mapping[Step, Mapping[State, State]] = {
         (State.GONE, State.PREPARED, State.RUNNING, State.CANCELLING), State.DONE
     ),
     Step.REFUSE: {},
-    Step.KEEP: {},
     Step.JOURNAL: {},
     Step.FOLLOW: {},
     Step.EXPIRE: {state: State.GONE for state in State if state is not State.GONE},

@@ -18,7 +18,6 @@ from broker.core.errors import (
     InternalError,
     LimitError,
     Overloaded,
-    Queued,
     StoreRefused,
     StoreUnavailable,
 )
@@ -218,10 +217,6 @@ class Claiming:
             if isinstance(refused, LimitError) or described is None:
                 break
             await asyncio.sleep(ELSEWHERE_PAUSE)
-        if isinstance(refused, Queued) and pursuit.reservation is not None:
-            # It stays prepared for as long as its page waits, however long the line is.
-            keeping = self._sessions.keeping(pursuit.session_id)
-            await self._pending.keep(pursuit.reservation.client, pursuit.session_id, also=keeping)
         if isinstance(refused, BudgetExceeded) and refused.final:
             left = await self._sessions.remaining(pursuit.session_id)
             if left is not None and left > (refused.retry_after or 0):  # a new day begins before it ends

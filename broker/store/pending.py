@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from broker.core.errors import BrokerError, BudgetExceeded, Overloaded, TooManyStreams
 from broker.store.accounts import STREAMS_RETRY, UNLIMITED
 from broker.store.buckets import Account, account_of, total_account
-from broker.store.sessions import KEPT_IN_LINE
 
 if TYPE_CHECKING:
     from broker.core.accounts import Quotas, WorstCase
@@ -47,7 +46,6 @@ class PendingStore:
         self._admit = store.script("admit", {"SESSION_S": session_ttl, **own})
         self._admit_in_total = store.script("admit", {"SESSION_S": session_ttl, **total})
         self._forget = store.script("forget")
-        self._keep = store.script("keep_pending", {"KEEP_S": KEPT_IN_LINE})
 
     async def admit(self, client: str, session_id: str, worst: WorstCase, *, stored: int = 0) -> None:
         """Note a session that is about to be prepared and takes ``stored`` bytes.
@@ -110,13 +108,6 @@ class PendingStore:
             self._forget.call(**_keys(account), **account.line_keys(), session=session_id)
             for account in accounts
         ]
-
-    async def keep(self, client: str, session_id: str, *, also: Call) -> None:
-        """Count a session as pending for as long as it is kept in line; ``also`` is run in the same round trip."""
-        accounts = (account_of(self._store, client), self._total)
-        await self._store.run(
-            [also, *(self._keep.call(**_keys(account), session=session_id) for account in accounts)]
-        )
 
 
 def _keys(account: Account) -> dict[str, str]:

@@ -31,10 +31,6 @@ CONFIRM_MS = 300
 REMEMBERED = 4096
 """Sessions prepared here that are remembered without their prompts, until they are claimed or crowded out."""
 
-KEPT_IN_LINE = 60
-"""Seconds that a session can be claimed at least after its page was told to wait: longer than the page may stay away
-without losing its place."""
-
 MIN_KEPT = 60
 """Seconds that an end is known at least, however soon it can no longer be replayed: a late GET without resuming learns
 that the session was streamed, and whoever settles for a dead worker, how it ended."""
@@ -161,7 +157,6 @@ class SessionStore:
         self._prepare = store.script("prepare", {"SESSION_S": session_ttl})
         self._claim = store.script("claim", {"RUNNING_S": running_ttl})
         self._refuse = store.script("refuse")
-        self._keep = store.script("keep", {"KEEP_S": KEPT_IN_LINE})
         self._cancel = store.script("cancel", end)
         self._end = store.script("end", end)
         self._mark_lost = store.script("mark_lost", end)
@@ -223,10 +218,6 @@ class SessionStore:
     async def refuse(self, session_id: str, claim_id: str) -> bool:
         """Let a claim win no more. Returns True if that is certain, False where it has won, or may have."""
         return bool(await self._refuse(session=self._key(session_id), claim_id=claim_id))
-
-    def keeping(self, session_id: str) -> Call:
-        """Return the call that lets a prepared session be claimed for `KEPT_IN_LINE` seconds more, if it is shorter."""
-        return self._keep.call(session=self._key(session_id))
 
     async def describe(self, session_id: str) -> SessionRecord | None:
         """Return what Redis has of a session, None where it has none."""

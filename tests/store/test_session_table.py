@@ -50,7 +50,6 @@ class Session:
             Step.RESTORE: lambda claim_id: self._restore(claim_id, None),
             Step.RESTORE_DONE: lambda claim_id: self._restore(claim_id, ending(State.DONE)),
             Step.REFUSE: lambda _: self._sessions.refuse(self.id, str(uuid4())),
-            Step.KEEP: lambda _: self._store.run([self._sessions.keeping(self.id)]),
             Step.JOURNAL: lambda claim_id: self._journal.append([Append(self.id, claim_id, NOTHING)]),
             Step.FOLLOW: lambda _: self._journal.follow(self.id, 0),
             Step.EXPIRE: lambda _: self._expire(),

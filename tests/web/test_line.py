@@ -6,11 +6,9 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
-from redis.asyncio import Redis
 
 from broker.store.accounts import LINE
 from tests.broker import Broker, running
-from tests.money import until
 
 if TYPE_CHECKING:
     from tests.scripted import Call, ScriptedUpstream
@@ -68,32 +66,6 @@ async def test_a_cancelled_page_gives_up_its_place(valkey_url: str, upstream: Sc
             assert (await broker.read(last))[0].json == {"position": 2, "of": 2}
             assert (await broker.cancel(waiting)).status == 202
             assert (await broker.read(last))[0].json == {"position": 1, "of": 1}
-
-
-async def test_a_session_lives_for_as_long_as_its_page_waits(
-    valkey_url: str, upstream: ScriptedUpstream
-) -> None:
-    async with (
-        running(valkey_url, upstream, max_concurrent_streams=1, max_prepared=1, session_ttl=1) as broker,
-        Redis.from_url(valkey_url) as redis,
-    ):
-        running_one = await broker.prepare()
-        async with broker.stream(running_one) as first:
-            call = await upstream.call()
-            waiting = await broker.prepare()
-            [event] = await broker.read(waiting)
-            assert event.kind == "queued"
-            told, _ = await redis.time()
-
-            async def is_later() -> bool:
-                return (await redis.time())[0] >= told + 3  # it would not live that long without a page
-
-            await until(is_later, within=30)
-            assert (await broker.post()).code == "too_many_streams", "it counts as pending all the time"
-            quick(call)
-            assert (await first.rest())[-1].kind == "done"
-        upstream.replies = [quick]
-        assert (await broker.read(waiting))[-1].kind == "done"
 
 
 class Page:
