@@ -176,6 +176,7 @@ class Claiming:
                 return SessionStatus(State.GONE)
             if described.state is not State.PREPARED:
                 return SessionStatus(described.state, described.worker)
+            pursuit.ends_ms = described.ends_ms
             pursuit.reservation = Reservation(
                 pursuit.claim_id,
                 pursuit.session_id,
@@ -229,7 +230,9 @@ class Claiming:
         if now < pursuit.reserved_at + LEASE / 2:
             return reservation
         try:
-            day = await self._accounts.reserve(reservation, may_wait=pursuit.may_wait)
+            day = await self._accounts.reserve(
+                reservation, may_wait=pursuit.may_wait, ends_ms=pursuit.ends_ms
+            )
         except BeingClaimed:
             raise
         except Overloaded:  # given back; but a claim whose reply was lost may have overtaken that
@@ -284,12 +287,14 @@ class _Pursuit:
     Attributes:
         sent: it may have reached Redis, and may yet take effect there.
         may_wait: without a free slot, the session waits in line.
+        ends_ms: when the session expires, in ms by the clock of Redis; 0 before that is known.
         withdrawn: somebody has cancelled the session: no generation begins.
     """
 
     __slots__ = (
         "attempt",
         "claim_id",
+        "ends_ms",
         "may_wait",
         "reservation",
         "reserved_at",
@@ -306,4 +311,5 @@ class _Pursuit:
         self.reserved_at = float("-inf")
         self.sent = False
         self.may_wait = False
+        self.ends_ms = 0
         self.withdrawn = False

@@ -170,12 +170,13 @@ class AccountStore:
     def _account(self, client: str) -> Account:
         return account_of(self._store, client)
 
-    async def reserve(self, reservation: Reservation, *, may_wait: bool = False) -> int:
+    async def reserve(self, reservation: Reservation, *, may_wait: bool = False, ends_ms: int = 0) -> int:
         """Take a slot and the worst case, from the client's account and the total, or nothing.
 
         Args:
             reservation: for what.
             may_wait: where no slot is free, the session takes a place in line, or keeps the one that it has.
+            ends_ms: when the session expires, by the clock of Redis; its place ends then.
 
         Returns:
             The day of the claim.
@@ -194,6 +195,7 @@ class AccountStore:
                 **_step(reservation),
                 running_since="",
                 may_wait=int(may_wait),
+                ends_ms=ends_ms,
             )
             if reply[0] == b"ok":
                 day = day or int(reply[1])
@@ -220,6 +222,7 @@ class AccountStore:
                     **_step(each),
                     running_since=each.day,
                     may_wait=0,
+                    ends_ms=0,
                 )
                 for each, script, account in steps
             ]

@@ -93,6 +93,7 @@ class SessionRecord:
         spec: what /prepare stored of it.
         end_data: JSON of its end, once it has one.
         prepared_ms: when it was prepared, in ms by the clock of Redis; 0 where that is not known.
+        ends_ms: until when it can be claimed, likewise.
     """
 
     state: State
@@ -101,6 +102,7 @@ class SessionRecord:
     spec: Spec
     end_data: bytes = b""
     prepared_ms: int = field(default=0, compare=False)
+    ends_ms: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +172,14 @@ class SessionStore:
 
     async def prepare(self, session_id: str, prepared: Prepared) -> None:
         """Store a session. It can be claimed for `session_ttl` seconds from now."""
-        await self._prepare(
+        ends_ms = await self._prepare(
             session=self._key(session_id), request=prepared.request, spec=_SPEC.dump_json(prepared.spec)
         )
         if len(self._prepared_here) >= REMEMBERED:
             del self._prepared_here[next(iter(self._prepared_here))]
-        self._prepared_here[session_id] = SessionRecord(State.PREPARED, "", "", prepared.spec)
+        self._prepared_here[session_id] = SessionRecord(
+            State.PREPARED, "", "", prepared.spec, ends_ms=int(ends_ms)
+        )
 
     async def claim(
         self, session_id: str, claim_id: str, worker: str, *, also: Sequence[Call] = ()
@@ -225,7 +229,7 @@ class SessionStore:
 
     async def describe_many(self, session_ids: Sequence[str]) -> list[SessionRecord | None]:
         """`describe` for several sessions, in one round trip."""
-        names = ("state", "claim_id", "worker", "spec", "end_data", "prepared_at")
+        names = ("state", "claim_id", "worker", "spec", "end_data", "prepared_at", "until")
         replies = await self._store.commands([("HMGET", self._key(each), *names) for each in session_ids])
         return [_record(reply) for reply in replies]
 
@@ -359,12 +363,18 @@ class SessionStore:
 def _record(reply: list[bytes | None] | Exception) -> SessionRecord | None:
     if isinstance(reply, Exception):
         raise StoreRefused from reply
-    state, claim_id, worker, spec, end_data, prepared_at = (value or b"" for value in reply)
+    state, claim_id, worker, spec, end_data, prepared_at, until = (value or b"" for value in reply)
     if not state:
         return None
     stored = _SPEC.validate_json(spec)
     return SessionRecord(
-        State(state.decode()), claim_id.decode(), worker.decode(), stored, end_data, int(prepared_at or 0)
+        State(state.decode()),
+        claim_id.decode(),
+        worker.decode(),
+        stored,
+        end_data,
+        prepared_ms=int(prepared_at or 0),
+        ends_ms=int(until or 0),
     )
 
 

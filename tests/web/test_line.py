@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from broker.store.accounts import LINE
+from broker.web import keys
 from tests.broker import Broker, running
+from tests.money import until
 
 if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
     from tests.scripted import Call, ScriptedUpstream
 
 PAGES, SLOTS = 200, 5
@@ -66,6 +70,29 @@ async def test_a_cancelled_page_gives_up_its_place(valkey_url: str, upstream: Sc
             assert (await broker.read(last))[0].json == {"position": 2, "of": 2}
             assert (await broker.cancel(waiting)).status == 202
             assert (await broker.read(last))[0].json == {"position": 1, "of": 1}
+
+
+async def test_a_session_that_expires_in_line_gives_up_its_place(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    async with (
+        running(valkey_url, upstream, max_concurrent_streams=1, session_ttl=2) as broker,
+        running(valkey_url, upstream, max_concurrent_streams=1) as other,
+    ):
+        async with broker.stream(await broker.prepare()):
+            await upstream.call()
+            first, second = await broker.prepare(), await other.prepare()
+            assert (await broker.read(first))[0].json == {"position": 1, "of": 1}
+            assert (await broker.read(second))[0].json == {"position": 2, "of": 2}
+            redis = broker.app[keys.STORE].redis
+            await until(lambda: _expired(redis, first), within=20)
+            [event] = await broker.read(first)
+            assert event.json["code"] == "session_not_found"
+            assert (await broker.read(second))[0].json == {"position": 1, "of": 1}
+
+
+async def _expired(redis: Redis, session: str) -> bool:
+    return not await redis.keys(f"*:session:{{{session}}}")
 
 
 class Page:

@@ -2,12 +2,13 @@
 -- Keys: session
 -- Args: request, spec
 -- Constants: SESSION_S
--- Returns 1, or 0 where there is such a session.
+-- Returns the ms until which it can be claimed, or 0 where there is such a session.
 if redis.call('EXISTS', session) == 1 then
   return 0
 end
 local now = now_ms()
-redis.call('HSET', session, 'state', 'prepared', 'prepared_at', whole(now), 'until', whole(now + SESSION_S * 1000),
-  'request', request, 'spec', spec)
+local ends_at = whole(now + SESSION_S * 1000)
+redis.call('HSET', session, 'state', 'prepared', 'prepared_at', whole(now), 'until', ends_at, 'request', request,
+  'spec', spec)
 redis.call('EXPIRE', session, SESSION_S)
-return 1
+return ends_at

@@ -1,11 +1,12 @@
 -- Takes a slot and the worst case of one generation from an account, or nothing. Asking again with the same claim gives
 -- the same answer, and renews the lease.
 -- Keys: reservation, account, slots, open, line, due
--- Args: claim_id, session, spec, tokens (int), cost (int), running_since, may_wait (int)
+-- Args: claim_id, session, spec, tokens (int), cost (int), running_since, may_wait (int), ends_ms (int)
 -- Constants: LEASE_MS, ACCOUNT_S, MAX_STREAMS, MAX_TOKENS, MAX_COST, PLACE_MS, LATE_MS, MIN_RETRY_MS, MAX_RETRY_MS,
 --     RETRY_STEP_MS, NEAR, ONE_CLIENT
 -- running_since is empty at a claim. For a generation that runs already it is the day of its claim, or 0 for today: then
 -- it is reserved whatever the limits say, and also where it was given back.
+-- ends_ms is when the session expires, and its place with it; 0 where that is not known.
 -- line has the sessions that wait for a slot of the client, in their order; due has the ms by which the page of each
 -- should have come back. A free slot is kept for each page in front that is not overdue.
 -- ONE_CLIENT is 0 for the total, which never answers 'claiming'.
@@ -55,7 +56,11 @@ local function wait_in_line(position)
     redis.call('ZADD', line, whole(math.max(now, (last or 0) + 1)), session)
   end
   local retry = math.min(MAX_RETRY_MS, MIN_RETRY_MS + RETRY_STEP_MS * math.max(0, position - NEAR))
-  redis.call('ZADD', due, whole(now + retry + LATE_MS), session)
+  local due_ms = now + retry + LATE_MS
+  if ends_ms > 0 then
+    due_ms = math.min(due_ms, ends_ms - PLACE_MS)
+  end
+  redis.call('ZADD', due, whole(due_ms), session)
   drop_gone()
   for _, key in ipairs({line, due}) do
     redis.call('PEXPIRE', key, MAX_RETRY_MS + LATE_MS + PLACE_MS)
