@@ -166,9 +166,12 @@ class Reaper:
             cancelled=cancelled_unseen(None),
         )
         log.warning("worker lost", session=short(orphan.session_id), worker=session.worker, state=lost.state)
-        report = report_of_lost(orphan.session_id, session, lost.state)
-        write_line(report)
-        self._count(report)
+        if (
+            lost.end is not None and lost.end.id.epoch == 2
+        ):  # else its own worker has ended it meanwhile, and told it
+            report = report_of_lost(orphan.session_id, session, lost.state)
+            write_line(report)
+            self._count(report)
         return replace(session, state=lost.state)
 
     async def _ask(self) -> None:

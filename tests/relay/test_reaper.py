@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import time
 from dataclasses import replace
 from typing import Any
@@ -14,6 +16,7 @@ from broker.core.errors import StoreUnavailable
 from broker.core.events import cancelled_before_start, chunk_events
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
+from broker.core.session_report import SessionReport
 from broker.relay.reaper import AT_ONCE, Reaper
 from broker.store.accounts import LEASE, AccountStore, Reservation
 from broker.store.buckets import account_of
@@ -94,6 +97,28 @@ class Dead:
         reaper: Reaper = reaper_of(self.store, self.accounts)
         for _ in range(rounds):
             assert await reaper._round(), "Redis could be reached"
+
+
+async def test_the_session_of_a_dead_worker_is_told_once(store: Store, log: io.StringIO) -> None:
+    dead = Dead(store)
+    await dead.said("claim", CHUNK)
+    await dead.found(rounds=2)
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    [line] = [line for line in lines if line["event"] == "session ended"]
+    assert (line["level"], line["state"], line["code"]) == ("warning", "lost", "worker_lost")
+    assert (line["session"], line["client"], line["model"]) == ("session-", "client", "model")
+
+
+async def test_the_session_of_a_dead_worker_is_counted(store: Store) -> None:
+    dead = Dead(store)
+    await dead.said("claim", CHUNK)
+    await dead.ended("ended", b"{}")  # by its own worker, which has counted it
+    await come(store, "open")
+    reaper = reaper_of(store, dead.accounts)
+    counted: list[SessionReport] = []
+    reaper._count = counted.append
+    assert await reaper._round()
+    assert [(report.session, report.state) for report in counted] == [("session-claim", State.LOST)]
 
 
 @pytest.mark.parametrize(
