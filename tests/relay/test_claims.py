@@ -158,7 +158,7 @@ async def test_one_viewer_that_stays_is_enough(wire: Wire, claimer: Claimer) -> 
     assert claimer.begun == ["session"]
 
 
-async def test_who_comes_while_a_claim_is_pursued_waits_for_its_outcome(wire: Wire, claimer: Claimer) -> None:
+async def test_a_later_viewer_waits_for_the_outcome_of_the_claim(wire: Wire, claimer: Claimer) -> None:
     wire.hold = CLAIM
     with pytest.raises(StoreUnavailable):
         await claimer.claims.claim("session")
@@ -198,7 +198,7 @@ async def test_a_claim_that_is_withdrawn_never_begins(
         assert (standing.state, standing.end) == (State.CANCELLED, cancelled_before_start())
 
 
-async def test_a_claim_that_won_and_was_cancelled_elsewhere_before_its_reply_came_ends_so(
+async def test_a_claim_with_a_lost_reply_that_is_cancelled_ends_so(
     store: Store, wire: Wire, claimer: Claimer
 ) -> None:
     elsewhere = SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300)
@@ -213,7 +213,7 @@ async def test_a_claim_that_won_and_was_cancelled_elsewhere_before_its_reply_cam
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
 
 
-async def test_what_is_not_being_claimed_cannot_be_withdrawn(claimer: Claimer) -> None:
+async def test_only_a_claim_under_way_can_be_withdrawn(claimer: Claimer) -> None:
     assert not claimer.claims.withdraw("session")
     await claimer.claims.claim("session")
     assert not claimer.claims.withdraw("session"), "it has begun"
@@ -225,7 +225,7 @@ async def test_what_is_not_being_claimed_cannot_be_withdrawn(claimer: Claimer) -
 @pytest.mark.parametrize(
     "limits", [{"streams": 1}, {"daily_tokens": 15}, {"daily_cost": 150}, {"total_daily_cost": 150}]
 )
-async def test_who_asks_for_a_session_that_is_being_claimed_elsewhere_needs_no_slot_of_his_own(
+async def test_a_session_claimed_elsewhere_needs_no_second_slot(
     store: Store, valkey_url: str, wire: Wire, limits: dict[str, int]
 ) -> None:
     quotas = replace(FREE, **limits)
@@ -246,9 +246,7 @@ async def test_who_asks_for_a_session_that_is_being_claimed_elsewhere_needs_no_s
         await each.close()
 
 
-async def test_who_asks_for_a_session_that_is_not_claimed_in_time_comes_again(
-    valkey_url: str, wire: Wire
-) -> None:
+async def test_a_claim_elsewhere_that_takes_too_long_is_being_claimed(valkey_url: str, wire: Wire) -> None:
     quotas = replace(FREE, streams=1)
     one, other = Claimer(wire.url, quotas), Claimer(valkey_url, quotas)
     await one.prepare()

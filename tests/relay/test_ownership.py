@@ -108,9 +108,7 @@ async def test_a_lost_end_is_written_again(store: Store, owner: FakeWorker) -> N
 
 
 @pytest.mark.parametrize("resume_ttl", [300, 0])
-async def test_a_session_that_redis_forgot_from_claim_to_end_is_paid_once(
-    store: Store, resume_ttl: int
-) -> None:
+async def test_a_session_lost_from_claim_to_end_is_paid_once(store: Store, resume_ttl: int) -> None:
     async with running_worker(store, resume_ttl=resume_ttl) as owner:
         session_id = await owner.prepare()
         before = await Snapshot(store, session_id).take()
@@ -223,7 +221,7 @@ class NoWrites:
 
 
 @pytest.mark.slow
-async def test_two_thousand_sessions_are_written_again_within_their_ten_seconds(
+async def test_2000_sessions_are_written_again_within_ten_seconds(
     store: Store, valkey_url: str, record_property: Any
 ) -> None:
     """20 ms from Redis. Ten seconds is what others wait until an unknown session counts as gone."""
@@ -260,7 +258,7 @@ async def test_two_thousand_sessions_are_written_again_within_their_ten_seconds(
 # This process stood still
 
 
-async def test_after_a_freeze_nothing_is_shown_before_redis_has_confirmed(owner: FakeWorker) -> None:
+async def test_nothing_is_shown_after_a_freeze_until_redis_confirms(owner: FakeWorker) -> None:
     generation = await owner.start()
     await chunks(owner, generation, 1)
     ownership = owner.worker._ownership

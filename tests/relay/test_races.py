@@ -321,7 +321,7 @@ async def test_a_session_that_was_refused_keeps_no_prompt(broker: Broker, upstre
     assert (await broker.read(session))[-1].kind == "error", "it is kept all the same"
 
 
-async def test_a_session_that_broke_off_keeps_no_half_an_event(
+async def test_a_session_that_broke_off_keeps_no_partial_event(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
     def half(call: Call) -> None:

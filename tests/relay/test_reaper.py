@@ -132,7 +132,7 @@ async def test_the_session_of_a_dead_worker_is_counted(store: Store) -> None:
         (b"", WORST),
     ],
 )
-async def test_an_end_that_outlives_its_journal_is_booked_by_what_it_tells_or_at_its_worst(
+async def test_an_end_without_its_journal_is_booked_by_its_usage(
     store: Store, data: bytes, booked: Ledger
 ) -> None:
     assert MIN_KEPT > 1, "so that there is a time in between"
@@ -162,7 +162,7 @@ async def test_a_journal_is_counted_in_the_dialect_it_is_in(
     assert account._replace(reserved_tokens=0, reserved_cost=0) == booked
 
 
-async def test_an_error_that_outlives_its_journal_is_booked_at_its_worst(store: Store) -> None:
+async def test_an_error_without_its_journal_is_booked_at_its_worst(store: Store) -> None:
     dead = Dead(store)
     await dead.ended("1", b'{"code":"upstream_timeout"}', state=State.FAILED)
     await dead.forget_journal("1")
@@ -170,7 +170,7 @@ async def test_an_error_that_outlives_its_journal_is_booked_at_its_worst(store: 
     assert await ledger(store.redis) == WORST
 
 
-async def test_a_dead_workers_journal_that_is_gone_keeps_no_other_from_being_settled(store: Store) -> None:
+async def test_a_missing_journal_does_not_stop_other_settlements(store: Store) -> None:
     dead = Dead(store)
     for claim_id in ("1", "2", "3"):
         await dead.ended(claim_id, b"{}")
@@ -181,7 +181,7 @@ async def test_a_dead_workers_journal_that_is_gone_keeps_no_other_from_being_set
 
 
 @pytest.mark.parametrize("broken", ["session", "journal", "reservation", "fields"])
-async def test_one_that_cannot_be_read_keeps_no_other_from_being_settled(store: Store, broken: str) -> None:
+async def test_an_unreadable_record_does_not_stop_other_settlements(store: Store, broken: str) -> None:
     dead = Dead(store)
     for claim_id in ("a", "b", "c"):
         await dead.ended(claim_id, b"{}")
@@ -201,7 +201,7 @@ async def test_one_that_cannot_be_read_keeps_no_other_from_being_settled(store: 
     assert [await dead.is_open(claim_id) for claim_id in ("a", "b", "c")] == [True, False, False]
 
 
-async def test_many_that_cannot_be_read_do_not_stand_before_the_others_for_ever(store: Store) -> None:
+async def test_many_unreadable_sessions_do_not_block_the_others(store: Store) -> None:
     dead = Dead(store)
     for n in range(AT_ONCE):
         await reserved(dead.accounts, f"bad-{n}")
@@ -216,7 +216,7 @@ async def test_many_that_cannot_be_read_do_not_stand_before_the_others_for_ever(
     assert await open_reservations(store.redis) == AT_ONCE, "and none of them was just given back"
 
 
-async def test_a_reservation_that_cannot_be_renewed_keeps_no_other_from_being_renewed(store: Store) -> None:
+async def test_an_unreadable_reservation_does_not_stop_other_renewals(store: Store) -> None:
     dead = Dead(store)
     running = [await dead.claimed(claim_id) for claim_id in ("1", "2", "3")]
     record = account_of(store, CLIENT).reservation("1")
@@ -234,7 +234,7 @@ async def test_a_reservation_that_cannot_be_renewed_keeps_no_other_from_being_re
 # What may have been claimed
 
 
-async def test_what_nobody_can_tell_of_any_more_is_not_just_given_back(store: Store) -> None:
+async def test_a_reservation_of_an_expired_session_is_booked_at_worst(store: Store) -> None:
     """It was claimed, its worker died at once, and nobody came before its session had expired."""
     dead = Dead(store)
     reservation = await dead.claimed("1")
@@ -243,7 +243,7 @@ async def test_what_nobody_can_tell_of_any_more_is_not_just_given_back(store: St
     assert await ledger(store.redis) == WORST
 
 
-async def test_a_claim_that_is_on_its_way_as_its_reservation_is_given_back_does_not_win(store: Store) -> None:
+async def test_a_late_claim_without_its_reservation_does_not_win(store: Store) -> None:
     dead = Dead(store)
     await dead.sessions.prepare("session-1", PREPARED)
     await reserved(dead.accounts, "1")
@@ -278,7 +278,7 @@ async def test_a_claim_that_lost_is_given_back(store: Store, end: str) -> None:
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
 
 
-async def test_a_claim_asked_again_after_an_accepted_cancel_gets_that_end(store: Store) -> None:
+async def test_a_claim_repeated_after_a_cancel_gets_the_end(store: Store) -> None:
     dead = Dead(store)
     await dead.claimed("1")
     assert (await dead.sessions.cancel("session-1", cancelled_before_start())).state is State.RUNNING
@@ -311,7 +311,7 @@ async def test_an_orphan_is_ended_whoever_runs_it(store: Store) -> None:
     assert await open_reservations(store.redis) == 0
 
 
-async def test_after_an_outage_nobody_is_dead_before_everybody_could_renew(store: Store) -> None:
+async def test_after_an_outage_workers_have_time_to_renew(store: Store) -> None:
     dead, clock = Dead(store), Clock()
     await dead.claimed("1")
     await come(store, "open")
@@ -333,7 +333,7 @@ async def test_after_an_outage_nobody_is_dead_before_everybody_could_renew(store
 
 
 @pytest.mark.slow
-async def test_two_thousand_sessions_of_a_dead_worker_are_ended_in_one_round(
+async def test_2000_sessions_of_a_dead_worker_are_ended_in_one_round(
     store: Store, valkey_url: str, record_property: Any
 ) -> None:
     dead, many = Dead(store), 2000

@@ -48,14 +48,14 @@ async def watching() -> Watching:
     return watching
 
 
-async def test_in_ordinary_operation_nothing_is_written_again(watching: Watching) -> None:
+async def test_nothing_is_written_again_in_ordinary_operation(watching: Watching) -> None:
     await watching.watch.look()
     assert not watching.watch.to_rewrite.is_set()
     assert await watching.watch.is_gone()
     assert await watching.watch.claims_paused_since() is None
 
 
-async def test_an_empty_redis_is_told_to_all_and_has_sessions_written_again(watching: Watching) -> None:
+async def test_all_workers_are_told_that_redis_came_back_empty(watching: Watching) -> None:
     watching.redis.marker_now, watching.redis.server = "second", "two"
     await watching.watch.look()
     assert watching.watch.to_rewrite.is_set()
@@ -74,7 +74,7 @@ async def test_an_unknown_session_is_gone_again_after_its_time(watching: Watchin
     assert await watching.watch.is_gone()
 
 
-async def test_a_worker_that_started_without_redis_declares_nothing_gone() -> None:
+async def test_a_worker_started_without_redis_declares_nothing_gone() -> None:
     watching = Watching()
     watching.redis.away = True
     with pytest.raises(StoreUnavailable):

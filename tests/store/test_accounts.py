@@ -30,7 +30,7 @@ async def reserved(accounts: AccountStore, reservation: Reservation) -> Reservat
     return replace(reservation, day=await accounts.reserve(reservation))
 
 
-async def test_of_many_claims_at_once_as_many_run_as_there_is_room_for(store: Store) -> None:
+async def test_claims_at_once_win_while_there_is_room(store: Store) -> None:
     accounts = AccountStore(store, replace(FREE, total_daily_cost=37 * 100))
     at_once = asyncio.Semaphore(MAX_CONNECTIONS)  # more would only wait for a connection, which has a bound
 
@@ -63,14 +63,14 @@ async def test_every_way_out_gives_the_slot_back(store: Store) -> None:
     await accounts.reserve(wanted("3"))
 
 
-async def test_asking_again_with_a_token_takes_nothing_more(store: Store) -> None:
+async def test_a_repeated_claim_reserves_nothing_more(store: Store) -> None:
     accounts = AccountStore(store, replace(FREE, streams=1))
     for _ in range(3):
         await accounts.reserve(wanted("1"))
     assert (await ledger(store.redis)).reserved_tokens == 10
 
 
-async def test_a_reservation_that_was_given_back_is_not_taken_again_by_a_late_repeat(store: Store) -> None:
+async def test_a_late_repeat_does_not_reserve_again(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     await accounts.release(wanted("1"))  # overtakes the reserve that it belongs to
     with pytest.raises(Exception, match="given back"):
@@ -78,7 +78,7 @@ async def test_a_reservation_that_was_given_back_is_not_taken_again_by_a_late_re
     assert (await ledger(store.redis)).reserved_tokens == 0
 
 
-async def test_settling_happens_once_and_a_bill_above_its_reservation_is_booked_whole(store: Store) -> None:
+async def test_usage_is_booked_once_and_whole_above_its_reservation(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     reservation = await reserved(accounts, wanted("1", tokens=10, cost=100))
     for _ in range(3):
@@ -89,7 +89,7 @@ async def test_settling_happens_once_and_a_bill_above_its_reservation_is_booked_
     assert (total.spent_tokens, total.spent_cost, total.requests) == (50, 1234, 1)
 
 
-async def test_an_estimate_is_corrected_once_and_the_truth_is_not(store: Store) -> None:
+async def test_an_estimate_is_corrected_once_and_final_usage_is_not(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     guessed = await reserved(accounts, wanted("1"))
     await accounts.settle(guessed, Usage(10, 10, cost=50, estimated=True), State.CANCELLED)
@@ -105,7 +105,7 @@ async def test_an_estimate_is_corrected_once_and_the_truth_is_not(store: Store) 
     assert (line.counts["requests"], line.counts["cancelled"], line.counts["estimated"]) == (2, 1, 0)
 
 
-async def test_the_door_counts_what_is_spent_and_not_what_others_reserved(store: Store) -> None:
+async def test_prepare_counts_usage_and_not_reservations(store: Store) -> None:
     quotas = replace(FREE, daily_tokens=100)
     accounts, pending = AccountStore(store, quotas), PendingStore(store, quotas, session_ttl=600)
     reservation = await reserved(accounts, wanted("1", tokens=95))
@@ -118,7 +118,7 @@ async def test_the_door_counts_what_is_spent_and_not_what_others_reserved(store:
     await pending.admit("d", "s3", WorstCase(10, 0))
 
 
-async def test_so_many_sessions_of_a_client_may_wait(store: Store) -> None:
+async def test_the_pending_sessions_of_a_client_are_limited(store: Store) -> None:
     pending = PendingStore(store, replace(FREE, pending=2), session_ttl=600)
     await pending.admit("c", "s1", WorstCase(1, 0))
     await pending.admit("c", "s2", WorstCase(1, 0))
@@ -130,7 +130,7 @@ async def test_so_many_sessions_of_a_client_may_wait(store: Store) -> None:
     await pending.admit("c", "s4", WorstCase(1, 0))
 
 
-async def test_what_redis_lost_is_reserved_again_whatever_the_limits_say(store: Store) -> None:
+async def test_a_lost_reservation_is_made_again_despite_the_limits(store: Store) -> None:
     accounts = AccountStore(store, replace(FREE, streams=1))
     await accounts.reserve(wanted("1"))
     await accounts.reserve_again([wanted("2")])
@@ -180,7 +180,7 @@ async def test_spent_and_reserved_never_exceed_the_limit(store: Store, seed: int
     assert (await ledger(store.redis)).spent_cost == billed
 
 
-async def test_the_books_of_a_day_name_so_many_models_and_the_rest_is_other(
+async def test_the_ledger_names_a_bounded_number_of_models_a_day(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("broker.store.usage_ledger.MAX_MODELS", 3)
@@ -205,9 +205,7 @@ async def test_the_books_of_a_day_name_so_many_models_and_the_rest_is_other(
     assert (await ledger(store.redis)).spent_cost == 55
 
 
-async def test_the_truth_is_put_where_the_estimate_stands(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_final_usage_replaces_the_estimate(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("broker.store.usage_ledger.MAX_MODELS", 0)
     accounts = AccountStore(store, FREE)
     reservation = await reserved(accounts, wanted("1"))
@@ -224,7 +222,7 @@ async def commands_run(store: Store) -> int:
     return sum(each["calls"] for each in stats.values())
 
 
-async def test_what_a_refused_claim_costs_redis_does_not_grow_with_what_runs(store: Store) -> None:
+async def test_the_cost_of_a_refused_claim_does_not_grow_with_streams(store: Store) -> None:
     """The total has a slot for each stream of the service."""
     accounts = AccountStore(store, replace(FREE, total_daily_cost=100))
     await accounts.reserve(wanted("first", client="first"))
@@ -239,7 +237,7 @@ async def test_what_a_refused_claim_costs_redis_does_not_grow_with_what_runs(sto
     assert costs[1] <= costs[0] + 5
 
 
-async def test_the_total_is_refused_as_being_claimed_while_another_claim_has_it(store: Store) -> None:
+async def test_a_claim_waits_while_another_has_the_last_of_the_total(store: Store) -> None:
     """Two workers claim one session, and the total has room for one of them."""
     accounts = AccountStore(store, replace(FREE, total_daily_cost=150))
     first = wanted("first")

@@ -136,7 +136,7 @@ async def test_clients_are_told_apart_and_not_named(store: Store, density: Bytes
     assert b"ann" not in (await store.redis.dump(key) or b"")
 
 
-async def test_of_one_client_only_the_newest_are_kept(density: BytesPerTokenStore) -> None:
+async def test_only_the_newest_samples_of_one_client_are_kept(density: BytesPerTokenStore) -> None:
     for number in range(KEPT_OF_CLIENT + 5):
         kept = await density.learn(sample(1 + number / 10))
     assert len(kept) == KEPT_OF_CLIENT
@@ -144,7 +144,7 @@ async def test_of_one_client_only_the_newest_are_kept(density: BytesPerTokenStor
     assert kept[-1].value == pytest.approx(1.5)
 
 
-async def test_however_many_answers_one_client_sends_the_others_lose_a_quarter_at_most(
+async def test_one_client_takes_a_quarter_of_the_samples_at_most(
     density: BytesPerTokenStore,
 ) -> None:
     for number in range(KEPT_OF_MODEL):
@@ -162,7 +162,7 @@ async def test_no_sample_is_lost_among_many_at_once(density: BytesPerTokenStore)
     assert sorted(values(found["a/b"])) == pytest.approx(sorted(values(lessons)))
 
 
-async def test_the_model_that_was_not_heard_of_for_longest_goes(density: BytesPerTokenStore) -> None:
+async def test_the_model_with_the_oldest_sample_is_removed(density: BytesPerTokenStore) -> None:
     await density.learn(sample(4.0, model="first"))
     await density.learn(sample(4.0, model="second"))
     await density.learn(sample(4.0, model="first"))
@@ -175,7 +175,7 @@ async def test_the_model_that_was_not_heard_of_for_longest_goes(density: BytesPe
     assert await density._store.redis.zcard(density._heard_key) == MAX_MODELS
 
 
-async def test_a_model_goes_when_nobody_has_used_it_for_long(
+async def test_a_model_is_removed_after_a_long_time_without_use(
     store: Store, density: BytesPerTokenStore
 ) -> None:
     await density.learn(sample(4.0, model="old"))
@@ -186,9 +186,7 @@ async def test_a_model_goes_when_nobody_has_used_it_for_long(
     assert await store.redis.zcard(density._heard_key) == 2
 
 
-async def test_every_key_dies_by_itself_and_lives_on_while_it_is_used(
-    store: Store, density: BytesPerTokenStore
-) -> None:
+async def test_every_key_expires_unless_it_is_used(store: Store, density: BytesPerTokenStore) -> None:
     for _ in range(2):
         await density.learn(sample(4.0))
         keys = [key async for key in store.redis.scan_iter()]
@@ -208,7 +206,7 @@ async def test_upstreams_are_kept_apart_and_their_keys_in_one_slot(
     assert len(tags) == 1
 
 
-async def test_a_redis_that_is_away_is_told_as_such(away: Store) -> None:
+async def test_a_redis_that_is_away_is_reported(away: Store) -> None:
     density = BytesPerTokenStore(away, URL)
     with pytest.raises(StoreUnavailable):
         await density.learn(sample(4.0))
@@ -219,15 +217,15 @@ async def test_a_redis_that_is_away_is_told_as_such(away: Store) -> None:
 # The workers
 
 
-async def test_of_a_model_that_nobody_has_used_nothing_is_told(
-    density: BytesPerTokenStore, worker: Worker
-) -> None:
+async def test_nothing_is_known_of_an_unused_model(density: BytesPerTokenStore, worker: Worker) -> None:
     bytes_per_token = worker(density)
     assert await bytes_per_token.of(["a/b", "c/d:nitro"]) == {}
     assert await bytes_per_token.of([]) == {}
 
 
-async def test_who_learns_knows_at_once(density: BytesPerTokenStore, worker: Worker) -> None:
+async def test_a_worker_knows_at_once_what_it_has_learned(
+    density: BytesPerTokenStore, worker: Worker
+) -> None:
     bytes_per_token = worker(density)
     assert await bytes_per_token.of(["a/b"]) == {}
     for _ in range(20):
@@ -272,7 +270,9 @@ async def test_several_models_are_read_together_and_variants_once(gated: Gated, 
     assert gated.loads == [["a/b", "c/d", "e/f"]]
 
 
-async def test_nobody_waits_for_what_is_in_memory(gated: Gated, worker: Worker, clock: Clock) -> None:
+async def test_values_in_memory_are_returned_without_waiting(
+    gated: Gated, worker: Worker, clock: Clock
+) -> None:
     bytes_per_token = worker(gated)
     for _ in range(20):
         await bytes_per_token.learn(sample(5.0))
@@ -285,7 +285,7 @@ async def test_nobody_waits_for_what_is_in_memory(gated: Gated, worker: Worker, 
     assert len(bytes_per_token._reads) == 1
 
 
-async def test_who_asks_first_waits_a_moment_only(gated: Gated, worker: Worker) -> None:
+async def test_the_first_caller_waits_for_a_moment_only(gated: Gated, worker: Worker) -> None:
     gated.gate.clear()
     bytes_per_token = worker(gated)
     started = time.monotonic()
@@ -327,13 +327,13 @@ async def test_memory_is_bounded(gated: Gated, worker: Worker) -> None:
 # When Redis fails
 
 
-async def test_with_redis_away_nothing_is_known_and_nothing_raised(away: Store, worker: Worker) -> None:
+async def test_nothing_is_known_or_raised_while_redis_is_away(away: Store, worker: Worker) -> None:
     bytes_per_token = worker(BytesPerTokenStore(away, URL))
     assert await bytes_per_token.of(["a/b"]) == {}
     await bytes_per_token.learn(sample(5.0))
 
 
-async def test_with_redis_away_what_is_in_memory_stays(gated: Gated, worker: Worker, clock: Clock) -> None:
+async def test_values_in_memory_stay_while_redis_is_away(gated: Gated, worker: Worker, clock: Clock) -> None:
     bytes_per_token = worker(gated)
     for _ in range(20):
         await bytes_per_token.learn(sample(5.0))
@@ -362,7 +362,7 @@ async def test_after_a_failure_redis_is_left_alone_for_a_while(
     assert (gated.loads, gated.lessons) == ([["a/b"]] * 2, 1)
 
 
-async def test_a_lesson_that_fails_is_lost_and_pauses_too(gated: Gated, worker: Worker) -> None:
+async def test_a_failed_sample_is_lost_and_pauses_too(gated: Gated, worker: Worker) -> None:
     for failure in (StoreUnavailable(), RuntimeError("a bug")):
         bytes_per_token = worker(gated)
         gated.failure = failure
@@ -371,7 +371,7 @@ async def test_a_lesson_that_fails_is_lost_and_pauses_too(gated: Gated, worker: 
     assert gated.loads == []
 
 
-async def test_what_is_known_outlives_a_redis_that_comes_back_empty(
+async def test_values_in_memory_survive_a_redis_that_lost_them(
     store: Store, gated: Gated, worker: Worker, clock: Clock
 ) -> None:
     bytes_per_token = worker(gated)
@@ -403,7 +403,7 @@ async def test_a_caller_that_leaves_costs_the_others_nothing(gated: Gated, worke
     assert await bytes_per_token.of(["a/b"]) == {"a/b": 5.0}
 
 
-async def test_a_lesson_can_be_cancelled(gated: Gated, worker: Worker) -> None:
+async def test_learning_can_be_cancelled(gated: Gated, worker: Worker) -> None:
     gated.gate.clear()
     bytes_per_token = worker(gated)
     learning = asyncio.create_task(bytes_per_token.learn(sample(5.0)))
@@ -416,7 +416,7 @@ async def test_a_lesson_can_be_cancelled(gated: Gated, worker: Worker) -> None:
     assert gated.lessons == 2
 
 
-async def test_close_ends_what_is_being_read(gated: Gated, worker: Worker) -> None:
+async def test_close_cancels_reads(gated: Gated, worker: Worker) -> None:
     gated.gate.clear()
     bytes_per_token = worker(gated)
     await bytes_per_token.of(["a/b"])
@@ -444,7 +444,7 @@ async def test_after_twenty_answers_every_worker_is_near_the_truth(
 
 
 @pytest.mark.parametrize("odd", [1.0, 2.0, 6.0, 8.0])
-async def test_a_flood_of_one_odd_client_moves_the_estimate_of_others_by_little(
+async def test_many_odd_answers_of_one_client_change_estimates_little(
     density: BytesPerTokenStore, worker: Worker, odd: float
 ) -> None:
     bytes_per_token = worker(density)

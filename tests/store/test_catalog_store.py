@@ -180,7 +180,7 @@ async def test_a_list_is_kept_for_a_day(store: Store, pass_time: Pass) -> None:
     assert await catalog.load() is None
 
 
-async def test_every_key_dies_by_itself(store: Store) -> None:
+async def test_every_key_expires(store: Store) -> None:
     catalog = CatalogStore(store, URL)
     await catalog.save(b"list")
     await catalog.acquire("me")
@@ -196,7 +196,7 @@ async def test_upstreams_are_kept_apart_by_their_address(store: Store) -> None:
     assert await CatalogStore(store, URL + "/").load() is not None
 
 
-async def test_one_token_at_a_time_may_fetch(store: Store) -> None:
+async def test_one_holder_at_a_time_may_fetch(store: Store) -> None:
     catalog = CatalogStore(store, URL)
     assert await catalog.acquire("mine") is None
     busy = await catalog.acquire("yours")
@@ -208,7 +208,7 @@ async def test_one_token_at_a_time_may_fetch(store: Store) -> None:
     assert await catalog.acquire("yours") is None
 
 
-async def test_who_lost_the_right_cannot_tell_of_a_failure(store: Store) -> None:
+async def test_a_worker_without_the_lock_cannot_report_a_failure(store: Store) -> None:
     catalog = CatalogStore(store, URL)
     await catalog.acquire("mine")
     await catalog.release("late", failures=4, pause=60)
@@ -217,7 +217,7 @@ async def test_who_lost_the_right_cannot_tell_of_a_failure(store: Store) -> None
     assert busy.failures == 0
 
 
-async def test_word_of_a_failure_holds_everybody_off_until_its_time_is_over(store: Store) -> None:
+async def test_a_reported_failure_pauses_all_workers_for_its_time(store: Store) -> None:
     catalog = CatalogStore(store, URL)
     await catalog.acquire("mine")
     await catalog.release("mine", failures=3, pause=20)
@@ -230,7 +230,7 @@ async def test_word_of_a_failure_holds_everybody_off_until_its_time_is_over(stor
     assert await catalog.acquire("yours") is None
 
 
-async def test_a_redis_that_is_away_is_told_as_such(away: Store) -> None:
+async def test_a_redis_that_is_away_is_reported(away: Store) -> None:
     catalog = CatalogStore(away, URL)
     for call in (catalog.load(), catalog.save(b""), catalog.acquire("me"), catalog.release("me")):
         with pytest.raises(StoreUnavailable):
@@ -249,7 +249,7 @@ async def test_a_fetch_shows_the_key_and_returns_the_bytes_as_they_came(
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 429, 500, 502])
-async def test_a_refusal_is_told_without_what_was_asked(
+async def test_a_refusal_is_reported_without_the_request(
     client: AsyncOpenAI, upstream: Upstream, status: int
 ) -> None:
     upstream.status = status
@@ -282,7 +282,7 @@ async def test_a_body_that_cannot_be_unpacked_is_refused(client: AsyncOpenAI, up
         await fetch_models(client)
 
 
-async def test_nobody_listening_is_unavailable() -> None:
+async def test_an_upstream_that_does_not_listen_is_unavailable() -> None:
     async with AsyncOpenAI(
         api_key="k", base_url="http://127.0.0.1:1/v1", max_retries=0, http_client=DefaultAioHttpClient()
     ) as client:
@@ -434,7 +434,7 @@ async def test_an_upstream_that_recovers_is_forgiven(
     assert ids(await catalog.models()) == ["a", "b"]
 
 
-async def test_a_fetcher_that_died_holds_the_others_up_no_longer_than_its_lock(
+async def test_a_dead_fetcher_delays_the_others_until_its_lock_expires(
     worker: Worker, upstream: Upstream, store: Store
 ) -> None:
     await CatalogStore(store, URL).acquire("dead worker")
@@ -498,7 +498,7 @@ async def test_a_bug_in_a_refresh_is_paced_and_costs_only_the_list(worker: Worke
 # What /prepare asks
 
 
-async def test_what_is_known_is_told_and_the_rest_is_missing(worker: Worker) -> None:
+async def test_known_models_are_returned_and_the_rest_is_missing(worker: Worker) -> None:
     catalog = worker()
     known = await catalog.known(["a", "b:nitro", "c"])
     assert {name: model.id for name, model in known.items()} == {"a": "a", "b:nitro": "b"}
@@ -512,7 +512,7 @@ async def test_the_kind_of_upstream_is_told_by_its_list(worker: Worker, upstream
     assert catalog.openrouter
 
 
-async def test_a_hanging_upstream_holds_the_first_callers_up_no_longer_than_they_agreed(
+async def test_a_hanging_upstream_delays_first_callers_by_their_timeout(
     worker: Worker, upstream: Upstream
 ) -> None:
     upstream.gate.clear()
@@ -522,7 +522,7 @@ async def test_a_hanging_upstream_holds_the_first_callers_up_no_longer_than_they
     assert 0.2 < time.monotonic() - begun < 0.9
 
 
-async def test_who_comes_late_to_a_hanging_try_does_not_wait_at_all(
+async def test_a_late_caller_does_not_wait_for_a_hanging_fetch(
     worker: Worker, upstream: Upstream, clock: Clock
 ) -> None:
     upstream.gate.clear()
@@ -596,7 +596,7 @@ async def test_a_caller_that_leaves_does_not_end_the_fetch_for_others(
     assert upstream.fetches == 1
 
 
-async def test_closing_ends_a_fetch_and_gives_the_right_to_the_next_worker(
+async def test_closing_ends_a_fetch_and_releases_the_lock(
     worker: Worker, upstream: Upstream, store: Store
 ) -> None:
     upstream.gate.clear()

@@ -87,7 +87,7 @@ def test_it_answers_to_redis_py_and_keeps_nothing_on_disk() -> None:
         assert client.config_get("maxmemory-policy")["maxmemory-policy"] == "noeviction"
 
 
-def test_nobody_else_can_reach_it() -> None:
+def test_other_users_cannot_reach_it() -> None:
     with embedded_valkey() as url, redis.Redis.from_url(url) as client:
         assert client.config_get("port")["port"] == "0"
         assert stat.S_IMODE(path_of(url).parent.stat().st_mode) == 0o700
@@ -101,7 +101,7 @@ def test_process_and_directory_are_gone_after_the_block() -> None:
     assert not directory.exists()
 
 
-def test_process_and_directory_are_gone_after_an_error_in_the_block() -> None:
+def test_process_and_directory_are_gone_after_an_error() -> None:
     with contextlib.suppress(LookupError), embedded_valkey() as url:
         pid, directory = server_pid(url), path_of(url).parent
         raise LookupError
@@ -142,7 +142,7 @@ def test_signals_to_the_keeper_do_not_take_the_server_away(tmp_path: Path) -> No
     assert not path.parent.exists()
 
 
-def test_two_of_them_are_strangers() -> None:
+def test_two_servers_share_nothing() -> None:
     with (
         embedded_valkey() as one,
         embedded_valkey() as other,
@@ -184,7 +184,7 @@ def test_it_is_ready_in_a_fraction_of_a_second() -> None:
     assert min(seconds() for _ in range(3)) < 0.3
 
 
-def test_a_server_that_cannot_start_is_told_of_and_leaves_nothing(
+def test_a_server_that_cannot_start_is_reported_and_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))

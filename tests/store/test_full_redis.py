@@ -105,7 +105,7 @@ REFUSED: dict[str, Callable[[Stage], Awaitable[object]]] = {
 
 
 @pytest.mark.parametrize("step", REFUSED.values(), ids=REFUSED)
-async def test_what_takes_room_is_refused_and_nothing_of_it_is_done(
+async def test_a_step_that_takes_room_is_refused_and_changes_nothing(
     full: Stage, step: Callable[[Stage], Awaitable[object]]
 ) -> None:
     before = await full.everything()
@@ -114,7 +114,7 @@ async def test_what_takes_room_is_refused_and_nothing_of_it_is_done(
     assert await full.everything() == before
 
 
-async def test_what_was_refused_can_be_done_once_there_is_room(full: Stage) -> None:
+async def test_a_refused_step_can_be_repeated_once_there_is_room(full: Stage) -> None:
     for step in REFUSED.values():
         with pytest.raises(StoreUnavailable):
             await step(full)
@@ -139,7 +139,7 @@ async def test_the_owner_learns_what_others_want(full: Stage) -> None:
     assert (await full.ask()).cancel
 
 
-async def test_a_session_that_waits_is_cancelled(full: Stage) -> None:
+async def test_a_pending_session_is_cancelled(full: Stage) -> None:
     assert (await full.sessions.cancel("waiting", CANCELLED)).state is State.PREPARED
     assert (await full.elsewhere.look("waiting")).end == CANCELLED
 
@@ -166,7 +166,7 @@ async def test_a_reservation_is_renewed_also_one_whose_lease_has_lapsed(full: St
     assert await full.accounts.overdue(10) == []
 
 
-async def test_what_was_spent_is_booked(full: Stage) -> None:
+async def test_usage_is_booked(full: Stage) -> None:
     await full.accounts.settle(full.reservation, Usage(1, 2, cost=7), State.DONE)
     assert await ledger(full.store.redis) == Ledger(1, 0, 3, 7)
     assert await slots(full.store.redis) == await open_reservations(full.store.redis) == 0

@@ -46,7 +46,7 @@ async def test_the_first_binding_holds(keys: IdempotencyStore) -> None:
     assert [await bind(keys, session) for session in ("s1", "s2", "s3")] == ["s1"] * 3
 
 
-async def test_of_many_at_once_one_holds(keys: IdempotencyStore) -> None:
+async def test_one_of_many_bindings_at_once_counts(keys: IdempotencyStore) -> None:
     assert len(set(await asyncio.gather(*(bind(keys, f"s{n}") for n in range(30))))) == 1
 
 

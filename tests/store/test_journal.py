@@ -158,7 +158,7 @@ async def test_many_sessions_are_written_in_one_round_trip(store: Store) -> None
     assert [answer and answer.last for answer in answers] == [1 + n % 3 for n in range(70)]
 
 
-async def test_a_redis_that_has_forgotten_the_scripts_is_told_them_again(running: Running) -> None:
+async def test_scripts_that_redis_has_lost_are_loaded_again(running: Running) -> None:
     await running.append(batch(1, 1))
     await running.store.redis.script_flush()
     assert (await running.append(batch(2, 2))).last == 2
@@ -218,9 +218,7 @@ async def test_absent_refused_and_unreachable_are_three_results(store: Store, ru
     await away.close()
 
 
-async def test_a_session_that_redis_refuses_keeps_no_other_from_being_journaled_or_followed(
-    store: Store, running: Running
-) -> None:
+async def test_a_refused_session_does_not_stop_the_journals_of_others(store: Store, running: Running) -> None:
     await store.redis.set(store.session_keys("odd")["session"], "no hash")
     asked = [Append(session, "token", batch(1, 2)) for session in ("odd", running.id, "odd")]
     refused, answer, again = await running.journal.append(asked)
@@ -311,7 +309,7 @@ async def test_after_the_end_nothing_is_written(running: Running) -> None:
     assert await running.read() == (batch(1, 2).events, 2)
 
 
-async def test_an_end_behind_a_hole_is_refused_and_told_where_the_hole_begins(running: Running) -> None:
+async def test_an_end_behind_a_hole_is_refused_with_its_position(running: Running) -> None:
     await running.append(batch(1, 2))
     assert await running.finish(end(9), batch(5, 8)) == EndConflict("behind", 2)
     assert (await running.append()).state is State.RUNNING
@@ -421,7 +419,7 @@ async def test_a_session_without_events_is_written_again(running: Running) -> No
     assert await running.append(batch(1, 2)) == Appended(State.RUNNING, 2)
 
 
-async def test_what_is_there_is_not_written_over(running: Running) -> None:
+async def test_existing_events_are_not_overwritten(running: Running) -> None:
     await running.append(batch(1, 4))
     lost = (await running.mark_lost()).end
     await restore(running, batch(1, 6))
@@ -476,7 +474,7 @@ async def test_every_key_written_again_has_its_time(running: Running, ending: Te
     assert all(expected - 5 < ttl <= expected for ttl in ttls.values()), ttls
 
 
-async def test_the_end_of_a_session_that_was_restored_without_its_events_is_told(running: Running) -> None:
+async def test_the_end_of_a_session_restored_without_events_is_sent(running: Running) -> None:
     """They had left the owner's memory when Redis came back empty."""
     await running.append(batch(1, 2))
     await running.store.redis.flushall()

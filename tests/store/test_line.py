@@ -94,7 +94,7 @@ async def test_as_many_as_there_are_free_slots_may_run(line: Line) -> None:
     assert await line.place("c") == (1, 1)
 
 
-async def test_who_is_overdue_keeps_the_place_but_no_slot(line: Line) -> None:
+async def test_an_overdue_page_keeps_its_place_but_no_slot(line: Line) -> None:
     for session in ("a", "b", "c"):
         await line.place(session)
     await line.be_late("a", 1000)
@@ -128,7 +128,7 @@ async def test_pages_far_behind_come_back_less_often(line: Line) -> None:
     assert (retries[0], retries[-1]) == (2000, 10_000)
 
 
-async def test_a_caller_that_cannot_wait_takes_no_place_and_passes_nobody(line: Line) -> None:
+async def test_a_caller_that_cannot_wait_takes_no_place_in_line(line: Line) -> None:
     await line.place("a")
     for _ in range(2):
         with pytest.raises(TooManyStreams) as refused:

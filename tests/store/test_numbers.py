@@ -24,7 +24,7 @@ def wanted(worst: WorstCase) -> Reservation:
 
 
 @pytest.mark.parametrize("worst", WORSTS, ids=str)
-async def test_what_is_reserved_is_given_back_whole(store: Store, worst: WorstCase) -> None:
+async def test_a_large_reservation_is_given_back_exactly(store: Store, worst: WorstCase) -> None:
     accounts = AccountStore(store, FREE)
     await accounts.reserve(wanted(worst))
     assert await ledger(store.redis) == Ledger(reserved_tokens=worst.tokens, reserved_cost=worst.cost)
@@ -35,7 +35,7 @@ async def test_what_is_reserved_is_given_back_whole(store: Store, worst: WorstCa
 
 @pytest.mark.parametrize("worst", WORSTS, ids=str)
 @pytest.mark.parametrize("spent", [0, 1, 10**15], ids=str)
-async def test_what_is_reserved_is_settled_whole(store: Store, worst: WorstCase, spent: int) -> None:
+async def test_a_large_reservation_is_settled_exactly(store: Store, worst: WorstCase, spent: int) -> None:
     accounts = AccountStore(store, FREE)
     await accounts.reserve(wanted(worst))
     await accounts.settle(wanted(worst), Usage(spent, 0, cost=spent), State.DONE)

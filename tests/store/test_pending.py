@@ -139,7 +139,7 @@ async def test_small_requests_pass_while_large_ones_are_refused(store: Store) ->
         await wait(pending, "new", 100_000)
 
 
-async def test_of_many_at_once_as_many_pass_as_fit(store: Store) -> None:
+async def test_sessions_prepared_at_once_pass_while_there_is_room(store: Store) -> None:
     pending = pending_in(store, own=1000)
     outcomes = await asyncio.gather(*[wait(pending, "c", 100) for _ in range(50)], return_exceptions=True)
     assert sum(isinstance(outcome, str) for outcome in outcomes) == 10

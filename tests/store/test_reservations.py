@@ -64,7 +64,7 @@ async def test_reserving_again_renews(store: Store) -> None:
     assert await ledger(store.redis) == Ledger(reserved_tokens=10, reserved_cost=100)
 
 
-async def test_a_generation_whose_reservation_was_given_back_takes_it_again(store: Store) -> None:
+async def test_a_running_generation_reserves_again(store: Store) -> None:
     accounts = AccountStore(store, replace(FREE, streams=3, daily_cost=150))
     reservation = await reserved(accounts, "1")
     await accounts.release(wanted("1"))
@@ -81,7 +81,7 @@ async def test_a_generation_whose_reservation_was_given_back_takes_it_again(stor
     assert await ledger(store.redis) == Ledger(1, 0, 2, 7, 10, 100)
 
 
-async def test_what_is_settled_is_not_taken_again(store: Store) -> None:
+async def test_a_settled_reservation_is_not_reserved_again(store: Store) -> None:
     """Redis came back empty while a generation was ending: its end may be written before its reservation is."""
     accounts = AccountStore(store, FREE)
     reservation = await reserved(accounts, "1")
@@ -92,7 +92,7 @@ async def test_what_is_settled_is_not_taken_again(store: Store) -> None:
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
 
 
-async def test_what_ran_although_it_was_given_back_is_paid(store: Store) -> None:
+async def test_usage_after_a_release_is_booked(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     reservation = await reserved(accounts, "1")
     await accounts.release(wanted("1"))
@@ -101,7 +101,7 @@ async def test_what_ran_although_it_was_given_back_is_paid(store: Store) -> None
     assert await ledger(store.redis) == Ledger(1, 0, 2, 7)
 
 
-async def test_what_redis_forgot_is_taken_again_on_its_own_day(store: Store) -> None:
+async def test_a_lost_reservation_is_made_again_on_its_own_day(store: Store) -> None:
     """The day of the claim, though midnight has passed."""
     accounts = AccountStore(store, FREE)
     yesterday = await reserved(accounts, "1")
@@ -117,7 +117,7 @@ async def test_what_redis_forgot_is_taken_again_on_its_own_day(store: Store) -> 
     assert (await accounts.day("c")).requests == 0
 
 
-async def test_of_settling_giving_back_and_reserving_at_once_one_counts(store: Store) -> None:
+async def test_one_of_settle_release_and_reserve_at_once_counts(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     reservation = await reserved(accounts, "1")
     await asyncio.gather(
@@ -129,7 +129,7 @@ async def test_of_settling_giving_back_and_reserving_at_once_one_counts(store: S
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
 
 
-async def test_days_that_are_long_over_leave_an_account_that_is_used_every_day(store: Store) -> None:
+async def test_old_days_are_removed_from_an_account_in_daily_use(store: Store) -> None:
     accounts = AccountStore(store, replace(FREE, total_daily_cost=10**9))
     today = (await reserved(accounts, "now")).day
     await accounts.release(wanted("now"))
@@ -155,7 +155,7 @@ async def unasked(accounts: AccountStore) -> list[tuple[Reservation, str]]:
     return [(estimate.reservation, estimate.generation_id) for estimate in await due_estimates(accounts)]
 
 
-async def test_an_estimate_is_asked_for_by_anybody_once_its_worker_had_its_time(store: Store) -> None:
+async def test_other_workers_ask_for_a_record_after_its_workers_time(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     reservation = await reserved(accounts, "1")
     await accounts.settle(
@@ -170,7 +170,7 @@ async def test_an_estimate_is_asked_for_by_anybody_once_its_worker_had_its_time(
     assert await store.redis.ttl(account_of(store, "c").shared("estimates")) > 0
 
 
-async def test_an_estimate_that_was_corrected_or_asked_for_is_asked_for_no_more(store: Store) -> None:
+async def test_a_corrected_estimate_is_not_due_again(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     for claim_id in ("1", "2", "3"):
         reservation = await reserved(accounts, claim_id)
@@ -184,7 +184,7 @@ async def test_an_estimate_that_was_corrected_or_asked_for_is_asked_for_no_more(
     assert [reservation.claim_id for reservation, _ in await unasked(accounts)] == ["3"]
 
 
-async def test_whoever_knows_the_name_of_a_generation_adds_it_to_an_estimate(store: Store) -> None:
+async def test_a_later_worker_adds_the_generation_id_to_an_estimate(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     reservation = await reserved(accounts, "1")
     guess = Usage(1, 1, cost=7, estimated=True)
@@ -202,7 +202,7 @@ async def test_nothing_is_asked_where_the_truth_is_known_or_no_name_is(store: St
     assert await store.redis.keys("*:estimates") == []
 
 
-async def test_an_estimate_of_which_redis_had_lost_the_reservation_holds_up_no_other(store: Store) -> None:
+async def test_an_estimate_without_its_reservation_blocks_no_other(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     guess = Usage(1, 1, cost=7, estimated=True)
     await accounts.settle(wanted("lost"), guess, State.LOST, generation_id="gen-1")
@@ -225,7 +225,7 @@ async def estimated(accounts: AccountStore, claim_id: str, guess: Usage = GUESS)
     return reservation
 
 
-async def test_what_was_reserved_above_an_estimate_stays_reserved_and_the_slot_does_not(store: Store) -> None:
+async def test_the_rest_above_an_estimate_stays_reserved_without_a_slot(store: Store) -> None:
     accounts = AccountStore(store, replace(FREE, streams=1, daily_cost=250))
     await estimated(accounts, "1")
     assert await ledger(store.redis) == Ledger(1, 1, 2, 7, 8, 93)
@@ -250,7 +250,7 @@ async def test_the_truth_frees_what_stayed_reserved_once(store: Store, times: in
 
 
 @pytest.mark.parametrize("times", [1, 3])
-async def test_after_the_last_look_the_estimate_stands_and_the_rest_is_free(store: Store, times: int) -> None:
+async def test_an_accepted_estimate_stays_and_frees_the_rest(store: Store, times: int) -> None:
     accounts = AccountStore(store, FREE)
     reservation = await estimated(accounts, "1")
     for _ in range(times):
@@ -268,7 +268,7 @@ async def test_an_estimate_as_high_as_its_reservation_keeps_nothing(store: Store
     assert await ledger(store.redis) == Ledger(1, 1, 16, 120)
 
 
-async def test_an_estimate_without_a_name_keeps_nothing_for_a_truth_that_cannot_come(store: Store) -> None:
+async def test_an_estimate_without_a_generation_id_reserves_nothing(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     reservation = await reserved(accounts, "1")
     await accounts.settle(reservation, GUESS, State.CANCELLED)
@@ -311,7 +311,7 @@ TRUTH = Usage(2, 3, cost=50)
         (TRUTH, None, GUESS, "gen"),
     ],
 )
-async def test_a_worker_that_dies_between_two_accounts_leaves_nothing_reserved(
+async def test_a_death_between_two_accounts_leaves_nothing_reserved(
     store: Store, learned: bool, first: Usage, first_id: str | None, second: Usage, second_id: str | None
 ) -> None:
     quotas = replace(FREE, total_daily_cost=10**9)

@@ -75,7 +75,7 @@ async def test_a_key_carries_prefix_version_and_a_tag(store: Store, prepared: st
     assert await store.redis.keys("*") == [f"test:{SCHEMA}:session:{{{prepared}}}".encode()]
 
 
-async def test_what_a_claim_costs_is_known_where_it_was_prepared_and_asked_for_elsewhere(
+async def test_the_cost_of_a_claim_is_known_on_every_worker(
     store: Store, sessions: SessionStore, prepared: str
 ) -> None:
     described = await sessions.describe(prepared)
@@ -124,7 +124,7 @@ async def test_another_token_learns_who_has_it(sessions: SessionStore, prepared:
     assert await sessions.claim(prepared, "another", "w1") == SessionStatus(State.RUNNING, "w1")
 
 
-async def test_of_fifty_claims_at_once_one_wins(sessions: SessionStore, prepared: str) -> None:
+async def test_one_of_fifty_claims_at_once_wins(sessions: SessionStore, prepared: str) -> None:
     outcomes = await asyncio.gather(*(sessions.claim(prepared, f"t{n}", f"w{n}") for n in range(50)))
     winners = [n for n, outcome in enumerate(outcomes) if isinstance(outcome, Prepared)]
     assert len(winners) == 1
@@ -217,7 +217,7 @@ async def test_another_token_ends_nothing(sessions: SessionStore, prepared: str)
 
 
 @pytest.mark.parametrize("known", [True, False])
-async def test_what_does_not_run_cannot_end(
+async def test_only_a_running_session_can_end(
     store: Store, sessions: SessionStore, prepared: str, known: bool
 ) -> None:
     standing = await sessions.end(prepared if known else str(uuid4()), "token", DONE, NOTHING)
@@ -246,7 +246,7 @@ async def test_an_end_is_kept_for_as_long_as_it_can_be_resumed(store: Store) -> 
 # Redis itself
 
 
-async def test_what_of_its_settings_would_cost_sessions_is_known(redis_server: str) -> None:
+async def test_redis_settings_that_could_lose_sessions_are_found(redis_server: str) -> None:
     for keeps in (False, True):  # with an append-only file or without
         async with running_valkey(keeps=keeps) as valkey:
             store = Store(valkey.url, "test")
@@ -282,7 +282,7 @@ async def test_no_redis_is_told_as_that() -> None:
     await store.close()
 
 
-async def test_a_frozen_redis_costs_a_second_and_confuses_nobody_afterwards(redis_server: str) -> None:
+async def test_a_frozen_redis_fails_in_a_second_and_works_afterwards(redis_server: str) -> None:
     async with running_valkey() as valkey:
         store = Store(valkey.url, "test")
         sessions, session = sessions_in(store), str(uuid4())

@@ -68,7 +68,7 @@ async def test_connections_are_counted_also_those_made_again(store: Store) -> No
     assert one.connections_made > before
 
 
-async def test_that_it_came_back_empty_is_told_to_workers_that_could_not_know(store: Store) -> None:
+async def test_new_workers_are_told_that_redis_came_back_empty(store: Store) -> None:
     await worker(store).tell_wiped()
     assert (await worker(store, "two").marker()).wiped
     assert 9000 < await store.redis.pttl(f"{store.prefix}:{{workers}}:wiped") <= 10_000

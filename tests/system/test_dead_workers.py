@@ -140,7 +140,7 @@ async def test_a_short_freeze_does_not_make_a_worker_dead() -> None:
         assert session.calls == 1
 
 
-async def test_a_worker_that_wakes_after_its_funeral_is_fenced() -> None:
+async def test_a_worker_that_wakes_after_it_was_reaped_is_fenced() -> None:
     async with running_cluster(3) as cluster:
         owner, *_others = cluster.workers
         async with watched_from_afar(cluster) as (session, call, line, far):

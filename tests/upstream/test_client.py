@@ -219,7 +219,7 @@ async def test_a_body_without_an_end_is_read_so_far_and_no_further(
     await call.wait_gone()
 
 
-async def test_nobody_there_is_unreachable() -> None:
+async def test_an_upstream_that_does_not_listen_is_unreachable() -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         async with client_of("http://{}:{}".format(*nobody.getsockname())) as client:
