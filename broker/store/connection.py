@@ -321,6 +321,9 @@ class Store:
         await self._pool.aclose()
 
 
+_HEADERS = re.compile(r"^-- (Keys|Args|Constants): (.*(?:\n--     .*)*)", re.MULTILINE)
+
+
 class ScriptText(NamedTuple):
     """A Lua script as it is loaded, and the names of its keys and arguments in the order of the call.
 
@@ -362,8 +365,8 @@ def script_text(name: str, constants: Mapping[str, int | str], *, before: str = 
 
 def _names(source: str, header: str) -> tuple[str, ...]:
     """Return the names of one line of a script's header, which goes on in lines that are indented by four more."""
-    found = re.search(rf"^-- {header}: (.*(?:\n--     .*)*)", source, re.MULTILINE)
-    return tuple(word.strip() for word in found[1].replace("\n--", "").split(",")) if found else ()
+    lines = next((found[2] for found in _HEADERS.finditer(source) if found[1] == header), "")
+    return tuple(word.strip() for word in lines.replace("\n--", "").split(",")) if lines else ()
 
 
 def _local(name: str, table: str, at: int) -> str:

@@ -39,6 +39,9 @@ LISTEN_TIMEOUT = 5.0
 """Seconds of silence after which a subscription is asked whether it lives."""
 
 
+_RUN_ID = re.compile(r"run_id:(\w+)")
+
+
 class Notification(NamedTuple):
     """What a notification says.
 
@@ -104,8 +107,8 @@ class WorkerStore:
             log.warning("redis does not tell which server it is; a failover is not noticed")
             self._names_server = False
             return _marker_status(found, "")
-        run_id = re.search(rb"run_id:(\w+)", info)
-        return _marker_status(found, run_id[1].decode() if run_id else "")
+        run_id = _RUN_ID.search(info.decode())
+        return _marker_status(found, run_id[1] if run_id else "")
 
     async def tell_wiped(self) -> None:
         """Tell all workers, those too that are only starting, that Redis came back empty."""

@@ -52,7 +52,7 @@ export function resume(sessionId, lastEventId, options = {}) {
     lastEventId ??= known[1];
   }
   // Nothing follows a terminal cursor. At the event before it, the end is told again.
-  const cursor = (lastEventId ?? "").replace(/(\d+)\.end$/, (_, n) => n - 1);
+  const cursor = (lastEventId ?? "").replace(/^(\d-)(\d+)\.end$/, (_, epoch, n) => epoch + (n - 1));
   const shared = share(baseOf(options) + sessionId, async () => sessionId);
   return follow(options, shared, sessionId, cursor);
 }
