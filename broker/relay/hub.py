@@ -194,7 +194,7 @@ class Hub:
         if self._worker.draining:
             raise Draining
         # A viewer that is refused must not be registered. A session without an owner was never streamed.
-        if self._config.resume_ttl == 0 and (await self._journal.look(session_id)).worker:
+        if self._config.resume_ttl == 0 and (await self._journal.status(session_id)).worker:
             raise AlreadyClaimed
         opened = await mirrors.open(session_id, cursor.n if cursor is not None else 0)
         if opened is State.GONE:

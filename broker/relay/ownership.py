@@ -108,7 +108,7 @@ class Ownership:
         """Redis does not have a running session as ours: write it again if Redis lost it, else stop."""
         try:
             gone = await self._redis.is_gone()
-            status = await self._reads.look(generation.session_id)
+            status = await self._reads.status(generation.session_id)
             ours = status.worker == self._worker
             if ours and (status.end is None or status.end.id.epoch == 1):
                 return  # it is there, or has ended by our own word meanwhile

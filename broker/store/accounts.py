@@ -2,11 +2,11 @@
 
 A client's keys are in one of `BUCKETS` buckets, and share its tag, so that one script can change all of them and a
 Redis Cluster can spread the buckets. The total budget is an account like any other, with keys of its own: the same
-scripts run on it. It is asked second, and what was taken from the first is given back where it refuses. No script
-touches both, so every step can be asked for again, and happens once in each.
+scripts run on it. It is asked second, and if it refuses, what was taken from the first is given back. No script touches
+both, so every step can be repeated and takes effect once in each.
 
-A reservation is named after the claim of its generation. While it is open it is a lease: its worker renews it, and once
-that is dead others find it among the open ones of its bucket and settle it.
+A reservation is named after the claim of its generation. While it is open it is a lease, which its worker renews. If
+the worker dies, other workers find the reservation among the open ones of its bucket and settle it.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 LEASE = 8.0
-"""Seconds after which an open reservation that nobody renews is taken for a dead worker's."""
+"""Seconds without renewal after which an open reservation counts as that of a dead worker."""
 
 RECORD = 6 * 3600
-"""Seconds that a closed reservation is remembered, so that late repeats change nothing."""
+"""Seconds that the record of a closed reservation is stored, so that late repeats change nothing."""
 
 ACCOUNT_TTL = 3 * 86_400
-"""Seconds that an account is kept after its last change."""
+"""Seconds that an account is stored after its last change."""
 
 ASKED_AFTER = 16.0
-"""Seconds by which a worker may be late in asking for the final usage behind an estimate; then any worker asks."""
+"""Seconds by which a worker may be late to ask for the final usage of an estimate. After that, any worker asks."""
 
 UNREADABLE_MS = 600_000
-"""Milliseconds after which a record that cannot be read is looked at again."""
+"""Milliseconds after which a record that cannot be read is tried again."""
 
 BUDGET_RETRY = 30.0
-"""Seconds after which a page that waits for a budget comes again."""
+"""Seconds after which a page that waits for a budget tries again."""
 
 STREAMS_RETRY = 5.0
 """Seconds after which a caller that cannot wait in line may try again for a slot."""
@@ -62,18 +62,18 @@ LINE = {
     "RETRY_STEP_MS": 200,
     "NEAR": 10,
 }
-"""How pages wait for a slot: in milliseconds, for how long a place is kept for a page that has not come back in time,
-how late a page may be before it is overdue, and when pages come back: the first `NEAR` of the line after the shortest
-time, each further one a step later."""
+"""How pages wait for a slot. All times are in milliseconds. A place is held for `PLACE_MS` for a page that has not come
+back. A page that is `LATE_MS` late is overdue. The first `NEAR` pages of the line come back after `MIN_RETRY_MS`, each
+further page `RETRY_STEP_MS` later, up to `MAX_RETRY_MS`."""
 
 UNLIMITED = 10**9
 """More streams than there can be."""
 
 RESERVE_AT_ONCE = 200
-"""Reservations that one round trip makes again at most."""
+"""Maximum number of reservations that one round trip makes again."""
 
 ESTIMATE_BUCKETS = 16
-"""Buckets that one look for estimates covers; the next look covers the next ones."""
+"""Buckets that one search for estimates covers. The next search covers the next ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +81,12 @@ class Reservation:
     """What a generation has taken from the accounts.
 
     Attributes:
-        claim_id: of its claim.
-        session_id: whose generation.
-        client: who pays.
-        model: which it asked for.
-        worst: what is reserved.
-        day: days since 1970, of the claim.
+        claim_id: the id of its claim.
+        session_id: the id of its session.
+        client: the client that pays.
+        model: the model that was asked for.
+        worst: the reserved amount.
+        day: the day of the claim, in days since 1970.
     """
 
     claim_id: str
@@ -98,11 +98,11 @@ class Reservation:
 
 
 class Estimate(NamedTuple):
-    """A settlement whose final usage the upstream may still tell.
+    """A settlement whose final usage may still be asked from the upstream.
 
     Attributes:
-        reservation: that was settled.
-        generation_id: the upstream's name for its generation.
+        reservation: the reservation that was settled.
+        generation_id: the upstream's id of the generation.
         age: seconds since it was settled.
     """
 
@@ -112,7 +112,7 @@ class Estimate(NamedTuple):
 
 
 class Day(NamedTuple):
-    """A client's own day: totals, in tokens and nano-USD."""
+    """The totals of a client for one day, in tokens and nano-USD."""
 
     day: dt.date
     requests: int
@@ -123,18 +123,18 @@ class Day(NamedTuple):
 
 
 class _Booked(NamedTuple):
-    """What counts in an account: the cost in nano-USD, and the upstream's id of the generation behind an estimate."""
+    """The booked cost in nano-USD, and for an estimate the upstream's id of the generation."""
 
     cost: int
     generation_id: str
 
 
 class AccountStore:
-    """Takes, gives back and settles. Every method raises `StoreUnavailable` where Redis cannot be reached.
+    """Makes, releases and settles reservations. Every method raises `StoreUnavailable` if Redis cannot be reached.
 
     Args:
         store: the connection.
-        quotas: what a client may have.
+        quotas: the limits of clients.
     """
 
     def __init__(self, store: Store, quotas: Quotas) -> None:
@@ -171,21 +171,21 @@ class AccountStore:
         return account_of(self._store, client)
 
     async def reserve(self, reservation: Reservation, *, may_wait: bool = False, ends_ms: int = 0) -> int:
-        """Take a slot and the worst case, from the client's account and the total, or nothing.
+        """Reserve a slot and the worst case in the client's account and in the total, or in neither.
 
         Args:
-            reservation: for what.
-            may_wait: where no slot is free, the session takes a place in line, or keeps the one that it has.
-            ends_ms: when the session expires, by the clock of Redis; its place ends then.
+            reservation: the reservation.
+            may_wait: if no slot is free, give the session a place in line, or leave it the one that it has.
+            ends_ms: when the session and its place expire, by the clock of Redis.
 
         Returns:
             The day of the claim.
 
         Raises:
-            Queued: it waits in line.
-            TooManyStreams, BudgetExceeded: there is no room now; `final` where nothing could be given back for it.
-            BeingClaimed: there is none because another claim of the same session has taken it.
-            Overloaded: it was given back meanwhile.
+            Queued: the session waits in line.
+            TooManyStreams, BudgetExceeded: there is no room now; `final` if no release could make room for it.
+            BeingClaimed: another claim of the same session has taken the room.
+            Overloaded: the reservation was released meanwhile.
         """
         day = 0
         for script, account in self._accounts(reservation):
@@ -207,9 +207,9 @@ class AccountStore:
         return day
 
     async def reserve_again(self, reservations: Sequence[Reservation]) -> list[Reservation]:
-        """Reserve for generations that run already, whatever the limits say: Redis has lost it, or given it back.
+        """Reserve again for running generations whose reservations were lost or released, despite the limits.
 
-        Returns those that Redis refused.
+        Returns the reservations that Redis refused.
         """
         refused: list[Reservation] = []
         for start in range(0, len(reservations), RESERVE_AT_ONCE):
@@ -244,14 +244,14 @@ class AccountStore:
         return [own] if self._total is None else [own, (self._reserve_total, self._total)]
 
     async def release(self, reservation: Reservation) -> None:
-        """Give a reservation back: its claim came to nothing."""
-        # The total first: as long as the client's is open, it is found by the reaper.
+        """Release a reservation whose claim did not win."""
+        # The total first: while the client's is open, the reaper finds it.
         if self._total is not None:
             await self._give_back(self._total, reservation)
         await self._give_back(self._account(reservation.client), reservation)
 
     async def _give_back(self, account: Account, reservation: Reservation) -> bool:
-        """Give back to one account. Returns True if another claim of the session has a slot of it."""
+        """Release in one account. Returns True if another claim of the session has a slot there."""
         script = self._release_total if account is self._total else self._release
         reply = await script(
             **account.keys_of(reservation.claim_id),
@@ -269,14 +269,14 @@ class AccountStore:
         generation_id: str | None = None,
         model: str | None = None,
     ) -> None:
-        """Book what a generation took, once, or put the final usage in place of an estimate.
+        """Book the usage of a generation once, or replace an estimate by the final usage.
 
         Args:
-            reservation: which is settled.
-            spent: what it took.
-            state: how it ended.
-            generation_id: by which the upstream can be asked for the final usage behind an estimate.
-            model: the name for the usage ledger, where that is not the one of the reservation.
+            reservation: the reservation to settle.
+            spent: the usage.
+            state: the state in which the generation ended.
+            generation_id: the id by which the upstream can be asked for the final usage of an estimate.
+            model: the name for the usage ledger, if it differs from that of the reservation.
         """
         outcome = str(state) if state in (State.DONE, State.CANCELLED) else "failed"
         await self._book(
@@ -287,7 +287,7 @@ class AccountStore:
         )
 
     async def correct(self, reservation: Reservation, spent: Usage) -> None:
-        """Put the final usage in place of an estimate, and do nothing else."""
+        """Replace an estimate by the final usage, and do nothing else."""
         await self._book(reservation, spent, outcome="", generation_id="")
 
     async def _book(
@@ -296,9 +296,9 @@ class AccountStore:
         day = _date(reservation.day)
         row = await self._ledger.row_name(day, reservation.client, reservation.model)
         if self._total is not None:
-            # The total first: as long as the client's is open, it is found by the reaper. What another worker has
-            # booked for this claim meanwhile counts, so that both accounts tell the same, and the name by which it
-            # could ask for the final usage: without that, what it left reserved in the total would stay reserved.
+            # The total first: while the client's is open, the reaper finds it. If another worker has booked this claim
+            # meanwhile, its cost and generation id count: both accounts must have the same cost, and without the id the
+            # rest that it left reserved in the total would stay reserved.
             booked = await self._book_in(self._total, reservation, spent, outcome, "", generation_id)
             if booked.cost != (spent.cost or 0):
                 spent = spent._replace(cost=booked.cost)
@@ -337,7 +337,7 @@ class AccountStore:
         return _Booked(int(cost), known.decode())
 
     async def accept_estimate(self, reservation: Reservation) -> None:
-        """Let an estimate stand: its final usage cannot be learned. What was reserved above it is given back."""
+        """Accept an estimate whose final usage cannot be learned, and release the rest of its reservation."""
         for account in (self._total, self._account(reservation.client)):
             if account is not None:
                 await self._accept(
@@ -348,16 +348,16 @@ class AccountStore:
                 )
 
     async def ask_later(self, reservation: Reservation, seconds: float) -> None:
-        """Tell other workers that this one asks for the final usage behind an estimate in so many seconds."""
+        """Tell other workers that this one asks for the final usage of an estimate after ``seconds``."""
         later = await self._now() + round((seconds + ASKED_AFTER) * 1000)
         estimates = self._account(reservation.client).shared("estimates")
         async with bounded_call():
             await self._store.redis.zadd(estimates, {reservation.claim_id: later}, xx=True)
 
     async def due_estimates(self, limit: int) -> list[Estimate]:
-        """Return estimates for whose final usage nobody has asked in time, of some of the buckets.
+        """Return the estimates in some of the buckets whose final usage was not asked for in time.
 
-        A worker that gets one should ask; if that comes to nothing, another gets it a while later.
+        The caller should ask for it. If the caller fails, another worker gets the estimate later.
         """
         if limit <= 0:
             return []
@@ -378,7 +378,7 @@ class AccountStore:
         for (prefix, claim_id), fields in zip(found, await self._records(found), strict=True):
             if not _is_readable(claim_id.decode(), fields):
                 continue
-            # A record that was born with its settlement, after Redis had lost it, tells too little.
+            # A record that was first written by its settlement, because Redis had lost it, has too few fields.
             if {b"tokens", b"generation"} <= fields.keys() and _was_estimated(fields):
                 age = (now - int(fields.get(b"ended", now))) / 1000
                 reservation = _reservation(claim_id.decode(), fields)
@@ -389,7 +389,7 @@ class AccountStore:
         return estimates
 
     async def renew(self, reservations: Sequence[Reservation]) -> list[Reservation]:
-        """Renew the leases of generations that run here. Returns those that are not open (any more)."""
+        """Renew the leases of generations that run here. Returns the reservations that are not open."""
         by_bucket: dict[str, list[Reservation]] = defaultdict(list)
         for each in reservations:
             by_bucket[self._account(each.client).tagged].append(each)
@@ -412,7 +412,7 @@ class AccountStore:
         ]
 
     async def overdue(self, limit: int) -> list[Reservation]:
-        """Return open reservations that nobody has renewed in time, of all buckets."""
+        """Return the open reservations of all buckets that were not renewed in time."""
         now = await self._now()
         tagged = [bucket_prefix(self._store, bucket) for bucket in range(BUCKETS)]
         replies = await self._store.commands(
@@ -435,17 +435,17 @@ class AccountStore:
         await self._remove("open", closed)
         if unreadable:
             log.warning("reservations cannot be read", count=len(unreadable))
-            await self._look_again(unreadable, now + UNREADABLE_MS)
+            await self._try_later(unreadable, now + UNREADABLE_MS)
         return reservations
 
     async def put_off(self, reservations: Collection[Reservation]) -> None:
-        """Let others be found before these: they could not be settled, and would be found first each time."""
+        """Delay these, which could not be settled, so that the next search finds others first."""
         found = [(self._account(each.client).tagged, each.claim_id.encode()) for each in reservations]
         if found:
-            await self._look_again(found, await self._now() + round(LEASE * 1000))
+            await self._try_later(found, await self._now() + round(LEASE * 1000))
 
     async def day(self, client: str) -> Day:
-        """Return a client's day so far."""
+        """Return the totals of a client for today."""
         async with bounded_call():
             now, _ = await self._store.redis.time()
             day = int(now) // 86_400
@@ -455,7 +455,7 @@ class AccountStore:
             values: Any = await self._store.redis.hmget(self._account(client).key("account"), names)
         return Day(_date(day), *(int(value or 0) for value in values))
 
-    async def _look_again(self, found: Iterable[tuple[str, bytes]], at: int) -> None:
+    async def _try_later(self, found: Iterable[tuple[str, bytes]], at: int) -> None:
         await self._store.commands(
             [("ZADD", f"{tagged}:open", "XX", at, claim_id) for tagged, claim_id in found]
         )
@@ -464,7 +464,7 @@ class AccountStore:
         await self._store.commands([("ZREM", f"{tagged}:{kind}", claim_id) for tagged, claim_id in found])
 
     async def _records(self, found: Sequence[tuple[str, bytes]]) -> list[Any]:
-        """Return the fields of reservations, an exception in the place of one that cannot be read."""
+        """Return the fields of each reservation, or an exception if it cannot be read."""
         replies = await self._store.commands(
             [("HGETALL", f"{tagged}:reservation:{claim_id.decode()}") for tagged, claim_id in found]
         )
@@ -474,14 +474,14 @@ class AccountStore:
         ]
 
     async def _now(self) -> int:
-        """Return the milliseconds since 1970, by Redis's clock."""
+        """Return the time in milliseconds since 1970, by the clock of Redis."""
         async with bounded_call():
             seconds, micros = await self._store.redis.time()
         return int(seconds) * 1000 + int(micros) // 1000
 
 
 def _step(reservation: Reservation) -> dict[str, Any]:
-    """Return what `reserve.lua` is told of a reservation."""
+    """Return the arguments of `reserve.lua` for a reservation."""
     return {
         "claim_id": reservation.claim_id,
         "session": reservation.session_id,
@@ -492,7 +492,7 @@ def _step(reservation: Reservation) -> dict[str, Any]:
 
 
 def _raise_refusal(reply: list[Any], *, is_total: bool) -> NoReturn:
-    """Raise what the reply of `reserve.lua` says."""
+    """Raise the error that the reply of `reserve.lua` means."""
     kind = reply[0]
     if kind == b"claiming":
         raise BeingClaimed
@@ -514,13 +514,13 @@ def _reservation(claim_id: str, fields: dict[bytes, bytes]) -> Reservation:
 
 
 def _was_estimated(fields: dict[bytes, bytes]) -> bool:
-    """Whether what is booked is an estimate: the sixth of its figures, as `settle.lua` writes them."""
+    """Returns True if an estimate is booked. It is the sixth of the numbers that `settle.lua` writes."""
     booked = fields.get(b"booked", b"").split()
     return len(booked) > 5 and booked[5] == b"1"
 
 
 def _is_readable(claim_id: str, fields: dict[bytes, bytes] | Exception) -> bool:
-    """Returns True if a record can be read. One that is closed or missing needs no fields."""
+    """Returns True if a record can be read. A closed or missing record needs no fields."""
     if isinstance(fields, Exception):
         return False
     if fields.get(b"state") != b"open" and b"tokens" not in fields:

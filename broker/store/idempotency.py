@@ -1,4 +1,4 @@
-"""Idempotency keys in Redis: which session a client's key has made, and of which body."""
+"""Idempotency keys in Redis: the session that each key of a client has made, and the hash of its body."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Binding(NamedTuple):
-    """What a key stands for: its session's answer, the body's hash, and the bytes under which Redis holds it."""
+    """The answer that a key was given, the hash of its body, and the binding as Redis stores it."""
 
     answer: dict[str, Any]
     digest: str
@@ -22,16 +22,16 @@ class Binding(NamedTuple):
 
     @property
     def session_id(self) -> str:
-        """The session that the key has made."""
+        """Return the session that the key has made."""
         return str(self.answer["sessionId"])
 
 
 class IdempotencyStore:
-    """Bindings of keys to sessions.
+    """Stores the bindings of keys to sessions.
 
     Args:
         store: the connection.
-        ttl: seconds that a binding is kept: as long as a session can live.
+        ttl: seconds that a binding is stored: as long as a session can live.
     """
 
     def __init__(self, store: Store, *, ttl: int) -> None:
@@ -39,7 +39,7 @@ class IdempotencyStore:
         self._bind = store.script("bind_key", {"KEY_S": ttl})
 
     async def find(self, client: str, key: str) -> Binding | None:
-        """The binding of a key, if it has one; its session may be gone.
+        """Return the binding of a key, or None. Its session may be gone.
 
         Raises:
             StoreUnavailable: Redis cannot be reached.
@@ -51,14 +51,14 @@ class IdempotencyStore:
     async def bind(
         self, client: str, key: str, digest: str, answer: dict[str, Any], *, instead_of: Binding | None
     ) -> Binding:
-        """Bind a key, unless somebody else has just done so; returns the binding that holds.
+        """Bind a key, unless another request has just done so. Returns the binding that counts.
 
         Args:
-            client: whose key.
+            client: the client that sent the key.
             key: the key.
-            digest: hash of the body.
-            answer: what /prepare answers.
-            instead_of: a binding whose session is gone.
+            digest: the hash of the body.
+            answer: the answer of /prepare.
+            instead_of: a binding whose session is gone, to be replaced.
 
         Raises:
             StoreUnavailable: Redis cannot be reached.
@@ -73,5 +73,5 @@ class IdempotencyStore:
 
 
 def _read(raw: bytes) -> Binding:
-    held = orjson.loads(raw)
-    return Binding(held["answer"], held["body"], raw)
+    stored = orjson.loads(raw)
+    return Binding(stored["answer"], stored["body"], raw)

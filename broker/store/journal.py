@@ -1,8 +1,8 @@
-"""The journal of a session in Redis: its events in a stream, who watches it from where, and the steps around it.
+"""The journal of a session in Redis: its events in a stream, and the workers that watch it.
 
-An entry holds a batch of events, framed as viewers get them, under the id ``1-<number of the last>``. What the numbers
-mean is `core.replay`'s; here they are only stored. A session's `last` in its hash says how far its journal goes, so
-that a batch which would leave a hole is refused.
+An entry has a batch of events, framed as viewers get them, under the id ``1-<number of the last>``. The numbers are
+explained in `core.replay`; here they are only stored. The field `last` of a session's hash has the number of the last
+event in the journal, so that a batch that would leave a hole is refused.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 WATCH_MS = 5000
-"""Milliseconds for which a worker counts as watching a session after it last said so."""
+"""Milliseconds for which a worker counts as watching a session after its last registration."""
 
 READ_ENTRIES = 64
-"""Journal entries that one read returns at most."""
+"""Maximum number of journal entries that one read returns."""
 
 READ_BYTES = 256 * 1024
-"""Bytes of one journal after which a read stops: a reader that is far behind must not hold a whole answer."""
+"""Bytes after which a read of a journal stops: a reader that is far behind must not load a whole answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """Events to be journaled, or none, which only asks what others want of the session."""
+    """Events to be journaled. Without events, the call only asks for cancels and viewers."""
 
     session_id: str
     claim_id: str
@@ -39,13 +39,13 @@ class Append:
 
 
 class Appended(NamedTuple):
-    """What came of it.
+    """The result of an append.
 
     Attributes:
-        state: `RUNNING`, or what the session is instead: then it is no longer the caller's.
+        state: `RUNNING`; any other state means that the session is not the caller's any more.
         last: number of the last event in the journal.
-        cancel: somebody has cancelled the session.
-        watched: workers elsewhere that watch it.
+        cancel: True if the session was cancelled.
+        watched: number of other workers that watch it.
     """
 
     state: State
@@ -55,7 +55,7 @@ class Appended(NamedTuple):
 
 
 class Followed(NamedTuple):
-    """What a follower reads: where the session stands, how far its journal goes, and a part of it."""
+    """The result of a read: the status of the session, the number of its last event, and a part of the journal."""
 
     standing: SessionStatus
     last: int
@@ -63,12 +63,12 @@ class Followed(NamedTuple):
 
 
 class JournalStore:
-    """Reads and writes journals. Every method raises `StoreUnavailable` where Redis cannot be reached.
+    """Reads and writes journals. Every method raises `StoreUnavailable` if Redis cannot be reached.
 
     Args:
         store: the connection.
         worker: this worker's id.
-        running_ttl: seconds that the keys of a running session are kept.
+        running_ttl: seconds that the keys of a running session are stored.
     """
 
     def __init__(self, store: Store, *, worker: str, running_ttl: int) -> None:
@@ -80,9 +80,9 @@ class JournalStore:
         )
 
     async def append(self, appends: Sequence[Append]) -> list[Appended | None]:
-        """Journal events of several sessions in one round trip; the answers are in the order of the questions.
+        """Journal events of several sessions in one round trip. Returns a result for each, in the same order.
 
-        None where Redis refused that one.
+        The result is None if Redis refused that append.
         """
         calls = [
             self._append.call(
@@ -100,13 +100,13 @@ class JournalStore:
     async def follow(
         self, session_id: str, after: int, *, entries: int = READ_ENTRIES, register: bool = True
     ) -> Followed:
-        """Read a journal after event number ``after``, and say that this worker watches the session."""
+        """Read a journal after event number ``after``, and register this worker as watching the session."""
         return _followed(await self._follow(**self._read_from(session_id, after, entries, register)))
 
     async def follow_many(self, wanted: Sequence[tuple[str, int]]) -> list[Followed | None]:
-        """`follow` for several sessions, each with the number after which to read, in one round trip.
+        """Call `follow` for several sessions in one round trip, each with the number after which to read.
 
-        None where Redis refused that one.
+        The result is None if Redis refused that read.
         """
         calls = [
             self._follow.call(**self._read_from(session_id, after, READ_ENTRIES, True))
@@ -115,21 +115,21 @@ class JournalStore:
         replies = await self._store.run_each(calls)
         return [None if isinstance(reply, StoreRefused) else _followed(reply) for reply in replies]
 
-    async def look(self, session_id: str) -> SessionStatus:
-        """Where a session stands; changes nothing."""
+    async def status(self, session_id: str) -> SessionStatus:
+        """Return the status of a session, without changing anything."""
         return (await self.follow(session_id, 0, entries=0, register=False)).standing
 
     async def read(self, session_id: str, after: int) -> list[Batch] | None:
-        """A part of a journal after event number ``after``; empty where nothing follows.
+        """Return a part of a journal after event number ``after``, empty if nothing follows.
 
-        None where Redis does not have the journal: it has expired, or Redis has lost it and its owner may yet write
+        None if Redis does not have the journal: it has expired, or Redis has lost it and its owner may still write
         it again.
         """
         followed = await self.follow(session_id, after, register=False)
         return None if followed.standing.state is State.GONE else followed.batches
 
     async def leave(self, session_ids: Iterable[str]) -> None:
-        """Say that this worker no longer watches these sessions."""
+        """Unregister this worker as watching these sessions."""
         async with bounded_call():
             pipe = self._store.redis.pipeline(transaction=False)
             for session_id in session_ids:
@@ -158,5 +158,5 @@ def _followed(reply: list[Any]) -> Followed:
 
 
 def _batch(entry_id: bytes, fields: list[bytes]) -> Batch:
-    """An entry: its id is ``1-<last>``, its fields are ``first`` and ``events``, in this order."""
+    """Return the batch of an entry. Its id is ``1-<last>``, its fields are ``first`` and ``events``, in this order."""
     return Batch(int(fields[1]), int(entry_id.partition(b"-")[2]), fields[3])

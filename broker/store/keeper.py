@@ -1,7 +1,7 @@
-"""A program, not a module to import: keeps one Valkey server for as long as its standard input stays open.
+"""A program, not a module to import. It runs one Valkey server while its standard input is open.
 
-Prints one line, `ready <socket path>` or `failed <reason>`. It makes the private directory itself, so that at no
-moment there is one that nobody would remove. Standard library only, for it runs without site-packages.
+It prints one line, `ready <socket path>` or `failed <reason>`. It makes the private directory itself, so that the
+directory is always removed. It uses the standard library alone, because it runs without site-packages.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _START_TIMEOUT = 10.0
 _POLL_INTERVAL = 0.002
 
 
-class NotStarted(Exception):  # noqa: N818 - a name of this program alone, told in words
-    """The server did not come up; the text says why."""
+class NotStarted(Exception):  # noqa: N818 - used in this program alone
+    """The server did not start; the text says why."""
 
 
 def main(binary: str) -> int:
-    """Start, report, wait for the end of the input, and clear everything away."""
-    # Sent to whole groups of processes; the broker is told too and closes the pipe when it is done with us.
+    """Start the server, report, wait for the end of the input, and remove everything."""
+    # These are sent to whole groups of processes. The broker gets them too, and closes the pipe when it has finished.
     for unwanted in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(unwanted, signal.SIG_IGN)
     directory = _private_directory()

@@ -1,6 +1,6 @@
-"""The list of models in Redis: the last good one, for all workers of one upstream, and who may fetch the next.
+"""The last good list of models in Redis, for all workers of one upstream, and the lock to fetch the next one.
 
-What the list says is not known here: bytes go in and come out, as the upstream sent them.
+The list is not parsed here. It is stored as the upstream sent it.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any
 from broker.store.connection import Store, bounded_call
 
 KEPT = 24 * 3600
-"""Seconds that a list is kept and served while no newer one can be had."""
+"""Seconds that a list is stored and served while no newer one can be fetched."""
 
 LOCK_TTL = 15.0
-"""Seconds after which a fetcher that never came back loses its right. Longer than a fetch may take."""
+"""Seconds after which a fetcher that did not finish loses the lock. Longer than a fetch may take."""
 
 LIST_TIMEOUT = 5.0
-"""Seconds to read or write a list: it may be some MB. It is kept as it came, for to compress and expand it costs ten
-times the CPU of sending it, and it travels once a worker and refresh."""
+"""Seconds to read or write a list, which may be some MB. It is stored uncompressed: compression costs ten times the CPU
+of sending it, and it is sent once per worker and refresh."""
 
 _FAILED = b"failed:"
 
 
 @dataclass(frozen=True, slots=True)
 class StoredList:
-    """The upstream's answer and the seconds since it was stored, by Redis's clock."""
+    """The upstream's answer and the seconds since it was stored, by the clock of Redis."""
 
     body: bytes
     age: float
@@ -34,14 +34,19 @@ class StoredList:
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """Somebody is fetching (`failures` is 0), or the last `failures` fetches failed; for `seconds` yet at most."""
+    """Another worker is fetching (`failures` is 0), or the last `failures` fetches failed.
+
+    Attributes:
+        failures: number of failed fetches in a row.
+        seconds: maximum time until this may change.
+    """
 
     failures: int
     seconds: float
 
 
 class CatalogStore:
-    """The list of one upstream. Every method raises `StoreUnavailable` where Redis cannot be reached.
+    """Stores the list of one upstream. Every method raises `StoreUnavailable` if Redis cannot be reached.
 
     Args:
         store: the connection.
@@ -56,10 +61,10 @@ class CatalogStore:
         self._release = store.script("release_models")
 
     async def load(self) -> StoredList | None:
-        """The last good list.
+        """Return the last good list, or None.
 
-        Its age is read off the time to live that it was born with. That is asked for first, so that a list that is
-        replaced in between counts as older than it is, never as younger.
+        Its age is computed from its remaining time to live. That is read first, so that a list that is replaced in
+        between counts as older than it is, never as younger.
         """
         async with bounded_call(LIST_TIMEOUT):
             left = await self._store.redis.pttl(self._list_key)
@@ -67,23 +72,23 @@ class CatalogStore:
         return StoredList(body, max(0.0, KEPT - left / 1000)) if body is not None and left > 0 else None
 
     async def save(self, body: bytes) -> None:
-        """Keep a list for all workers."""
+        """Store a list for all workers."""
         async with bounded_call(LIST_TIMEOUT):
             await self._store.redis.set(self._list_key, body, ex=KEPT)
 
-    async def acquire(self, token: str) -> Busy | None:
-        """Take the right to fetch; None where it is ours now, to be given back with `release`."""
+    async def acquire(self, holder: str) -> Busy | None:
+        """Take the lock. Returns None if it is ours now, to be released with `release`, else why it is not."""
         redis = self._store.redis
         async with bounded_call():
-            if await redis.set(self._lock_key, token, nx=True, px=round(LOCK_TTL * 1000)):
+            if await redis.set(self._lock_key, holder, nx=True, px=round(LOCK_TTL * 1000)):
                 return None
-            holder: Any = await redis.get(self._lock_key) or b""
+            current: Any = await redis.get(self._lock_key) or b""
             left = await redis.pttl(self._lock_key)
-        failures = int(holder.removeprefix(_FAILED)) if holder.startswith(_FAILED) else 0
+        failures = int(current.removeprefix(_FAILED)) if current.startswith(_FAILED) else 0
         return Busy(failures, max(0.0, left / 1000))
 
-    async def release(self, token: str, *, failures: int = 0, pause: float = 0.0) -> None:
-        """Give the right back; after `failures` in a row nobody gets it for `pause` seconds."""
+    async def release(self, holder: str, *, failures: int = 0, pause: float = 0.0) -> None:
+        """Release the lock. After `failures` failures in a row, no worker gets it for `pause` seconds."""
         await self._release(
-            lock=self._lock_key, holder=token, failures=failures, pause_ms=round(pause * 1000)
+            lock=self._lock_key, holder=holder, failures=failures, pause_ms=round(pause * 1000)
         )

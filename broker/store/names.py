@@ -1,4 +1,4 @@
-"""The secret that clients are named with, in Redis: one for all workers, made by whoever comes first."""
+"""The secret from which the names of clients are made, in Redis. The first worker makes it for all workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class NameStore:
-    """Keeps the secret. It has no TTL: with a new one every client would have a new name, and a fresh budget.
+    """Stores the secret. It has no TTL: a new secret would give every client a new name and a new budget.
 
     Args:
         store: the connection.
@@ -21,10 +21,10 @@ class NameStore:
         self._key = f"{store.prefix}:{{workers}}:name-secret"
 
     async def agree(self, known: str | None) -> str:
-        """Return the secret that counts for all workers, and write it where Redis has lost it.
+        """Return the secret that counts for all workers, and write it if Redis has lost it.
 
         Args:
-            known: what this worker has been told before, if anything.
+            known: the secret that this worker knows, or None.
 
         Raises:
             StoreUnavailable: Redis cannot be reached.

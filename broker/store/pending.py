@@ -1,7 +1,7 @@
-"""Sessions that are prepared and not yet claimed, as the accounts count them: how many, and how many bytes.
+"""The number and bytes of pending sessions, which are prepared and not yet claimed, in the accounts.
 
-Like a budget, they are counted in the client's account and in the total of all clients, by the same script on other
-keys. A session is stored after both have admitted it.
+Like a budget, they are counted in the client's account and in the total of all clients, by the same script with
+different keys. A session is stored after both have admitted it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class PendingStore:
-    """Admits sessions. Every method raises `StoreUnavailable` where Redis cannot be reached.
+    """Admits pending sessions. Every method raises `StoreUnavailable` if Redis cannot be reached.
 
     Args:
         store: the connection.
-        quotas: what a client, and all together, may have.
+        quotas: the limits of one client, and of all together.
         session_ttl: seconds that a session is pending.
     """
 
@@ -48,12 +48,12 @@ class PendingStore:
         self._forget = store.script("forget")
 
     async def admit(self, client: str, session_id: str, worst: WorstCase, *, stored: int = 0) -> None:
-        """Note a session that is about to be prepared and takes ``stored`` bytes.
+        """Count a session that is about to be stored and takes ``stored`` bytes.
 
         Raises:
-            TooManyStreams: too many of the client's are pending, or they are too large together.
-            Overloaded: all that are pending are too large together.
-            BudgetExceeded: what is spent today leaves no room for it.
+            TooManyStreams: the client has too many pending sessions, or they are too large together.
+            Overloaded: the pending sessions of all clients are too large together.
+            BudgetExceeded: the usage of today leaves no room for it.
         """
         replies = await self._store.run(self.admitting(client, session_id, worst, stored=stored))
         try:
@@ -63,7 +63,7 @@ class PendingStore:
             raise
 
     def admitting(self, client: str, session_id: str, worst: WorstCase, *, stored: int) -> list[Call]:
-        """Return what `admit` does, to be run together with something else. The replies are for `check`."""
+        """Return the calls of `admit`, to be run together with others. Pass their replies to `check`."""
         request = {
             "session": session_id,
             "client": client,
@@ -79,7 +79,7 @@ class PendingStore:
 
     @staticmethod
     def check(replies: list[Any]) -> None:
-        """Take the replies of the calls of `admitting`.
+        """Check the replies to the calls of `admitting`.
 
         Raises:
             TooManyStreams, Overloaded, BudgetExceeded: as `admit`.
@@ -98,11 +98,11 @@ class PendingStore:
             raise BudgetExceeded(message, retry_after=float(total[1]))
 
     async def forget(self, client: str, session_id: str) -> None:
-        """Count a session as pending no more."""
+        """Stop counting a session as pending."""
         await self._store.run(self.forgetting(client, session_id))
 
     def forgetting(self, client: str, session_id: str) -> list[Call]:
-        """Return what `forget` does, to be run together with something else."""
+        """Return the calls of `forget`, to be run together with others."""
         accounts = (account_of(self._store, client), self._total)
         return [
             self._forget.call(**_keys(account), **account.line_keys(), session=session_id)

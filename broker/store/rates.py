@@ -1,13 +1,14 @@
-"""How often a client may prepare: a limit of hits in a window that slides, shared by all workers.
+"""The rate limit of /prepare: a number of hits in a sliding window, shared by all workers.
 
-The window is the moving one of `limits`: Redis keeps the time of each hit that passed, and one more passes while fewer
-than the limit lie within the window. That is exact. Its sliding window counter keeps two numbers in place of the times
-and costs the same, but takes the hits of the window before for evenly spread: of 30 allowed, 57 passed within one
-window after a burst at the end of the one before (measured). What exactness costs is memory, some 24 bytes a hit.
+This is the moving window of `limits`. Redis stores the time of each accepted hit, and accepts one more while fewer than
+the limit are within the window. That is exact. The sliding window counter of `limits` stores two numbers instead of the
+times and costs the same CPU, but assumes that the hits of the previous window were evenly spread: with a limit of 30,
+it accepted 57 within one window after a burst at the end of the previous one (measured). The exact window needs more
+memory, some 24 bytes a hit.
 
-`limits` itself sends one command to take a hit and another to look at the rest, and both carry the clock of the worker
-that asks. Here its two scripts run as one command by Redis's clock: workers whose clocks differ still share one window,
-and a hit costs one wait and half the CPU (65 µs in place of 130, measured under load).
+`limits` itself sends one command to take a hit and another to read the rest, both with the clock of the worker. Here
+its two scripts run as one command by the clock of Redis: workers whose clocks differ still share one window, and a hit
+costs one round trip and half the CPU (65 µs instead of 130, measured under load).
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
     from broker.store.connection import Call, Store
 
 MAX_REFUSED = 10_000
-"""Refused clients that a worker remembers."""
+"""Maximum number of refused clients that a worker remembers."""
 
 
 class Rates:
-    """The hits of every client. It has nothing to close: the connections are the store's.
+    """Counts the hits of every client. It has nothing to close: the store owns the connections.
 
     Args:
         store: the connection.
@@ -53,7 +54,7 @@ class Rates:
         self._hit = store.script("hit", before=take + look)
 
     async def hit(self, client: str) -> RateStatus:
-        """Count a hit, unless the client has had its limit.
+        """Count a hit, unless the client has reached its limit.
 
         Raises:
             StoreUnavailable: Redis cannot be reached. The hit may have been counted.
@@ -61,11 +62,11 @@ class Rates:
         return self.read(client, (await self._store.run([self.hitting(client)]))[0])
 
     def hitting(self, client: str) -> Call:
-        """What `hit` does, to be run together with something else."""
+        """Return the call of `hit`, to be run together with others."""
         return self._hit.call(hits=self._key(client), limit=self._rate.amount, window=self._rate.get_expiry())
 
     def read(self, client: str, reply: Sequence[int]) -> RateStatus:
-        """What became of a hit that was run by `hitting`."""
+        """Return the status of a client from the reply to the call of `hitting`."""
         taken, remaining, reset_ms = reply
         status = RateStatus(
             bool(taken), self._rate.amount, self._rate.get_expiry(), remaining, reset_ms / 1000
@@ -77,9 +78,9 @@ class Rates:
         return status
 
     def standing_refusal(self, client: str) -> RateStatus | None:
-        """The refusal of a client that has been refused here and has nothing to gain from asking again yet.
+        """Return the refusal of a client that was refused here and would still be refused, or None.
 
-        Until the oldest hit leaves the window nothing passes, so a flood costs neither a look into Redis nor at a body.
+        No hit is accepted until the oldest one leaves the window, so a flood costs no call to Redis and no body.
         """
         status, until = self._refused.get(client, (None, 0.0))
         if status is None:
@@ -96,5 +97,5 @@ class Rates:
 
 
 def _function(name: str, script: bytes) -> str:
-    """A script as a function of Lua: its globals become the parameters."""
+    """Return a script as a Lua function whose parameters replace the globals."""
     return f"local function {name}(KEYS, ARGV)\n{script.decode()}\nend\n"

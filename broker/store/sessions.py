@@ -1,6 +1,6 @@
 """Sessions in Redis: one hash for each session, with its state, its request until it runs, and its end.
 
-The steps are Lua scripts. `core.lifecycle.SESSION` says what each of them does in each state.
+The steps are Lua scripts. `core.lifecycle.SESSION` defines what each of them does in each state.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 CONFIRM_MS = 300
-"""Milliseconds that a claim waits for replicas. One that none confirms counts all the same."""
+"""Milliseconds that a claim waits for replicas. A claim that no replica confirms counts as well."""
 
 REMEMBERED = 4096
-"""Sessions prepared here that are remembered without their prompts, until they are claimed or crowded out."""
+"""Maximum number of sessions prepared here that are remembered without their prompts until they are claimed."""
 
 MIN_KEPT = 60
-"""Seconds that an end is known at least, however soon it can no longer be replayed: a late GET without resuming learns
-that the session was streamed, and whoever settles for a dead worker, how it ended."""
+"""Minimum seconds that an end is stored, even if it can be replayed for a shorter time or not at all. A late GET
+without resuming needs it to report that the session was streamed, and the reaper to know how the session ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """What is stored of a session besides its request, and which Lua never looks at.
+    """The stored values of a session besides its request. Lua never reads them.
 
-    A new stored value is a new attribute here, with a default, so that sessions of an older release can be read.
+    To store one more value, add an attribute with a default, so that sessions of an older release can be read.
 
     Attributes:
         model: the model asked for first.
-        prompt_tokens: our estimate.
+        prompt_tokens: our estimate of the prompt.
         referer: origin of the page, for the upstream's attribution; may be empty.
-        client: who pays.
-        worst: the most that it may take.
-        calibration_sample: size of the prompt, where what comes back can teach of the model's tokenizer.
-        dialect: in which the upstream is asked and answers.
-        request_id: of the /prepare, for log lines.
+        client: the client that pays.
+        worst: the most that it can use.
+        calibration_sample: size of the prompt, if the answer can calibrate the estimate of the model's tokens.
+        dialect: the dialect of the request and the answer.
+        request_id: the id of the /prepare, for log lines.
     """
 
     model: str
@@ -64,13 +64,13 @@ class Spec:
 
     @property
     def spec(self) -> Spec:
-        """Itself, without what a subclass adds."""
+        """Return these values without those that a subclass adds."""
         return Spec(**{each.name: getattr(self, each.name) for each in fields(Spec)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared(Spec):
-    """What /prepare leaves for the claim.
+    """A prepared session, as the claim gets it.
 
     Attributes:
         request: the body for the upstream, JSON.
@@ -84,16 +84,16 @@ _SPEC = TypeAdapter(Spec)
 
 @dataclass(frozen=True, slots=True)
 class SessionRecord:
-    """What Redis has of a session, except its request.
+    """The values of a session in Redis, except its request.
 
     Attributes:
-        state: where it stands.
-        claim_id: of the claim that it runs for, empty before.
+        state: its state.
+        claim_id: the id of its claim, empty before the claim.
         worker: its owner, empty before the claim.
-        spec: what /prepare stored of it.
-        end_data: JSON of its end, once it has one.
-        prepared_ms: when it was prepared, in ms by the clock of Redis; 0 where that is not known.
-        ends_ms: until when it can be claimed, likewise.
+        spec: the values that /prepare stored.
+        end_data: the JSON of its end, empty before the end.
+        prepared_ms: when it was prepared, in ms by the clock of Redis; 0 if not known.
+        ends_ms: until when it can be claimed, in ms by the clock of Redis; 0 if not known.
     """
 
     state: State
@@ -107,7 +107,7 @@ class SessionRecord:
 
 @dataclass(frozen=True, slots=True)
 class SessionStatus:
-    """Where a session stands in Redis: its state, its owner once it has one, its end once it has one."""
+    """The status of a session in Redis: its state, its owner after the claim, and its end once it has one."""
 
     state: State
     worker: str = ""
@@ -121,8 +121,8 @@ class EndConflict(NamedTuple):
     """Why an end was not written.
 
     Attributes:
-        kind: ``cancel``, a cancel was accepted before; ``watched``, somebody watches elsewhere; ``behind``, events
-            are missing between the journal and the batch.
+        kind: ``cancel``, a cancel was accepted before; ``watched``, another worker watches; ``behind``, events are
+            missing between the journal and the batch.
         last: number of the last event in the journal, for ``behind``.
     """
 
@@ -131,17 +131,17 @@ class EndConflict(NamedTuple):
 
 
 class SessionStore:
-    """The steps of a session in Redis. Every method raises `StoreUnavailable` where Redis cannot be reached.
+    """The steps of a session in Redis. Every method raises `StoreUnavailable` if Redis cannot be reached.
 
     Args:
         store: the connection.
-        session_ttl: seconds that a prepared session waits.
-        running_ttl: seconds that the keys of a running one are kept.
-        resume_ttl: seconds that an ended one is kept; 0 where resuming is off.
-        confirm_by: replicas that should have a claim before its generation starts.
+        session_ttl: seconds that a prepared session can be claimed.
+        running_ttl: seconds that the keys of a running session are stored.
+        resume_ttl: seconds that an ended session can be resumed; 0 if resuming is off.
+        confirm_by: number of replicas that should have a claim before its generation starts.
 
     Attributes:
-        claims_unconfirmed: claims that too few replicas confirmed in time.
+        claims_unconfirmed: number of claims that too few replicas confirmed in time.
     """
 
     def __init__(
@@ -184,21 +184,21 @@ class SessionStore:
     async def claim(
         self, session_id: str, claim_id: str, worker: str, *, also: Sequence[Call] = ()
     ) -> Prepared | SessionStatus:
-        """Claim a session. Returns its request for the one claim that wins, else where it stands.
+        """Claim a session. Returns its request if this claim wins, else the status of the session.
 
-        Asking again with the same id gives the same answer, so a claim whose reply was lost can be asked for again.
-        Where a cancel was accepted meanwhile, that is the end: nothing has begun, so it is written here.
+        A repeat with the same id gets the same answer, so a claim whose reply was lost can be repeated. If a cancel was
+        accepted meanwhile, no generation has begun, and its end is written here.
 
         Args:
-            session_id: of the session.
-            claim_id: of the claim.
-            worker: who claims.
-            also: what is run behind the claim in the same round trip, and may fail.
+            session_id: the id of the session.
+            claim_id: the id of the claim.
+            worker: the worker that claims.
+            also: calls to run after the claim in the same round trip; they may fail.
         """
         claim = self._claim.call(session=self._key(session_id), claim_id=claim_id, worker=worker)
-        # On the connection of the claim: WAIT waits for what was written there.
+        # On the connection of the claim: WAIT waits for the writes of its own connection.
         wait = [command_call("WAIT", self._confirm_by, CONFIRM_MS)] if self._confirm_by else []
-        # Where the claim has won, nothing behind it may hide that: the session would run nowhere. A refusal is logged.
+        # A failure of a later call must not hide that the claim has won: the session would run nowhere. It is logged.
         reply, *others = await self._store.run_each([claim, *also, *wait])
         if isinstance(reply, StoreRefused):
             raise reply
@@ -220,30 +220,31 @@ class SessionStore:
         )
 
     async def refuse(self, session_id: str, claim_id: str) -> bool:
-        """Let a claim win no more. Returns True if that is certain, False where it has won, or may have."""
+        """Prevent a claim from winning. Returns True if that is certain, False if it has won or may have won."""
         return bool(await self._refuse(session=self._key(session_id), claim_id=claim_id))
 
     async def describe(self, session_id: str) -> SessionRecord | None:
-        """Return what Redis has of a session, None where it has none."""
+        """Return the record of a session, None if Redis has none."""
         return (await self.describe_many([session_id]))[0]
 
     async def describe_many(self, session_ids: Sequence[str]) -> list[SessionRecord | None]:
-        """`describe` for several sessions, in one round trip."""
+        """Return the records of several sessions in one round trip, None for each that Redis does not have."""
         names = ("state", "claim_id", "worker", "spec", "end_data", "prepared_at", "until")
         replies = await self._store.commands([("HMGET", self._key(each), *names) for each in session_ids])
         return [_record(reply) for reply in replies]
 
     async def describe_for_claim(self, session_id: str) -> SessionRecord | None:
-        """`describe`, but of a session that was prepared here what it was then: what the claim costs never changes.
+        """Return the record of a session for its claim, from memory if it was prepared here.
 
-        That saves the claim a round trip, once. The claim itself finds out where the session stands by now.
+        The cost of a claim never changes, so this saves the first claim a round trip. The state may be old; the claim
+        itself checks it.
         """
         return self._prepared_here.pop(session_id, None) or await self.describe(session_id)
 
     async def cancel(self, session_id: str, end: Terminal) -> SessionStatus:
-        """Cancel a session and return where it stood before.
+        """Cancel a session and return its status before.
 
-        A prepared one ends in ``end``. A running one is marked, so that it can end in nothing but a cancel, and its
+        A prepared session ends with ``end``. A running session is marked, so that it can only end as cancelled, and its
         owner is notified.
         """
         reply = await self._cancel(
@@ -261,18 +262,18 @@ class SessionStore:
         timeout: float = CALL_TIMEOUT,
         only_if_unwatched: bool = False,
     ) -> SessionStatus | EndConflict:
-        """Write the end of a running session with the rest of its events, unless an end stands already.
+        """Write the end of a running session with the rest of its events, unless it has an end already.
 
         Args:
-            session_id: whose end.
-            claim_id: the claim's own; another's changes nothing.
-            end: what the owner proposes.
-            rest: the events not yet journaled, or none.
+            session_id: the id of the session.
+            claim_id: the id of the claim; with another claim's id nothing changes.
+            end: the end that the owner proposes.
+            rest: the events that are not journaled yet, or an empty batch.
             timeout: seconds to wait for Redis.
-            only_if_unwatched: refuse while a worker elsewhere watches.
+            only_if_unwatched: refuse while another worker watches.
 
         Returns:
-            Where the session now stands, with the end that counts; or why nothing was written.
+            The status of the session with the end that counts, or why nothing was written.
         """
         step = {
             **self._keys(session_id),
@@ -292,13 +293,13 @@ class SessionStore:
     async def mark_lost(
         self, session_id: str, claim_id: str, *, error: bytes, cancelled: bytes
     ) -> SessionStatus:
-        """End the session of a dead worker; as cancelled, where a cancel was accepted. Returns where it stands.
+        """End the session of a dead worker, as cancelled if a cancel was accepted. Returns its status.
 
         Args:
-            session_id: whose end.
-            claim_id: for which the dead worker ran it; a session of another claim stays as it is.
-            error: data of the error.
-            cancelled: data of the `done`, should it be that.
+            session_id: the id of the session.
+            claim_id: the claim of the dead worker; a session of another claim does not change.
+            error: data of the `error` event.
+            cancelled: data of the `done` event, if a cancel was accepted.
         """
         reply = await self._mark_lost(
             **self._keys(session_id), claim_id=claim_id, lost_data=error, cancelled_data=cancelled
@@ -308,16 +309,16 @@ class SessionStore:
     def restoring(
         self, session_id: str, claim_id: str, worker: str, spec: Spec, *, held: Batch, end: Terminal | None
     ) -> Call:
-        """Return the call that writes a session of this worker again, where Redis knows less of it.
+        """Return the call that writes a session of this worker again if Redis has lost some of it.
 
-        Its reply is 1, or 0 where the session has an end, or is another's.
+        Its reply is 1, or 0 if the session has an end or belongs to another claim.
 
         Args:
-            session_id: of the session.
-            claim_id: for which this worker runs it.
+            session_id: the id of the session.
+            claim_id: the claim of this worker.
             worker: this worker.
-            spec: what /prepare stored.
-            held: what this worker holds of its events.
+            spec: the values that /prepare stored.
+            held: the events that this worker has in memory.
             end: its end, or None while it runs.
         """
         no_end = {"end_state": "", "end_event": "", "end_id": "", "end_data": ""}
@@ -337,9 +338,9 @@ class SessionStore:
         return await self._store.run_each(calls)
 
     async def remaining(self, session_id: str) -> int | None:
-        """Whole seconds for which a session can still be claimed, 0 once it was.
+        """Return the whole seconds for which a session can still be claimed, 0 after its claim.
 
-        None where there is no session, or one that was cancelled before anybody claimed it.
+        None if there is no such session, or if it was cancelled before its claim.
         """
         async with bounded_call():
             pipe = self._store.redis.pipeline(transaction=False)
@@ -355,7 +356,7 @@ class SessionStore:
         )
 
     async def forget(self, session_id: str) -> None:
-        """Delete a session that nobody was told of."""
+        """Delete a session whose id was not returned to any client."""
         async with bounded_call():
             await self._store.redis.unlink(self._key(session_id))
 
@@ -388,10 +389,10 @@ def _ending(end: Terminal) -> dict[str, Any]:
 
 
 def read_status(reply: Sequence[bytes | None]) -> SessionStatus:
-    """Read {state, worker, end event, end id, end data}, or its beginning."""
+    """Parse {state, worker, end event, end id, end data}; the last ones may be missing."""
     state, worker, event, end_id, data = (*reply[:5], None, None, None, None)[:5]
-    standing = State((state or b"gone").decode())
+    current = State((state or b"gone").decode())
     end = None
     if event and end_id and (cursor := parse_cursor(end_id.decode())) is not None:
-        end = Terminal(standing, event.decode(), cursor, data or b"{}")
-    return SessionStatus(standing, (worker or b"").decode(), end)
+        end = Terminal(current, event.decode(), cursor, data or b"{}")
+    return SessionStatus(current, (worker or b"").decode(), end)

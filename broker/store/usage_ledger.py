@@ -1,7 +1,7 @@
-"""The usage ledger in Redis: what each client used of each model on each day, for the operator.
+"""The usage ledger in Redis: the usage of each client, model and day, for the operator.
 
-Rows are written by `settle.lua`, in the bucket of the client's account, in the same step that settles. A day names a
-bounded number of clients and models: clients come and go, and pages invent names of models.
+`settle.lua` writes the rows in the bucket of the client's account, in the same step that settles. The numbers of
+clients and models of a day are bounded, because clients change and pages may send any name of a model.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ if TYPE_CHECKING:
     from broker.store.connection import Store
 
 LEDGER_S = 35 * 86_400
-"""Seconds that a day is kept."""
+"""Seconds that a day is stored."""
 
 MAX_CLIENTS = 10_000
 MAX_MODELS = 500
-"""Names in the usage ledger of a day; the rest is `OTHER`."""
+"""Maximum numbers of names in the usage ledger of a day. All others are counted as `OTHER`."""
 
 MAX_KNOWN = 10_000
-"""Rows whose names a worker remembers."""
+"""Maximum number of row names that a worker remembers."""
 
 OTHER = "other"
-"""What the usage ledger calls clients and models that it does not name."""
+"""The name in the usage ledger for all clients or models beyond the maximum."""
 
 SEPARATOR = "\x1f"
-"""Stands between client, model and metric in the name of a field."""
+"""The separator between client, model and metric in the name of a field."""
 
 METRICS = (
     *("requests", "prompt", "completion", "cached", "reasoning"),
     *("cost", "estimated", "unpriced", "cancelled", "failed"),
 )
-"""What is counted of each client, model and day; ``cost`` is nano-USD, all else tokens or requests."""
+"""The metrics of each client, model and day. ``cost`` is in nano-USD; the others are tokens or requests."""
 
 
 class UsageRow(NamedTuple):
-    """A client's use of a model on a day; ``counts`` has `METRICS`."""
+    """The usage of one client and model on one day; ``counts`` has `METRICS`."""
 
     client: str
     model: str
@@ -47,7 +47,7 @@ class UsageRow(NamedTuple):
 
 
 class UsageLedger:
-    """Names and reads rows. Every method raises `StoreUnavailable` where Redis cannot be reached.
+    """Names and reads rows. Every method raises `StoreUnavailable` if Redis cannot be reached.
 
     Args:
         store: the connection.
@@ -65,15 +65,15 @@ class UsageLedger:
         """Return the key of a day's rows in a bucket.
 
         Args:
-            tagged: what the keys of the bucket begin with.
+            tagged: the prefix of the keys of the bucket.
             day: the day, UTC.
         """
         return f"{tagged}:ledger:{day.isoformat()}"
 
     async def row_name(self, day: dt.date, client: str, model: str) -> str:
-        """Return ``<client><SEPARATOR><model>`` as the ledger of a day names them.
+        """Return ``<client><SEPARATOR><model>`` with the names that the ledger of a day uses.
 
-        A name stays what it is, so it is asked for once.
+        The names of a day do not change, so they are remembered.
         """
         known = self._known.get((day, client, model))
         if known is not None:
@@ -90,7 +90,7 @@ class UsageLedger:
         return row
 
     async def rows(self, day: dt.date | None) -> tuple[dt.date, list[UsageRow]]:
-        """Return a day and its rows; today by Redis's clock, where no day is given."""
+        """Return a day and its rows. Without a day, it is today by the clock of Redis."""
         if day is None:
             async with bounded_call():
                 now, _ = await self._store.redis.time()

@@ -1,8 +1,8 @@
-"""Workers in Redis: the marker by which they know that Redis came back empty, and their notifications.
+"""The marker by which workers notice that Redis came back empty, and the notifications between workers.
 
-The marker is one random word for all workers. Where it is gone or another, Redis has lost everything that had been
-written. Notifications go to a pub/sub channel of one worker. They only make things faster: a subscription can die
-without a word, so everything that they tell can also be found by looking.
+The marker is one random word for all workers. If it is missing or has changed, Redis has lost all data. Notifications
+are sent to a pub/sub channel of one worker. They only save time: a subscription can break unnoticed, so workers also
+read everything that notifications say from Redis.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 LISTEN_AGAIN_WITHOUT_RIGHTS = 30.0
-"""Seconds until a Redis user without rights to channels, which is the default of Redis 7, is tried again."""
+"""Seconds until a worker listens again if the Redis user has no rights to channels, the default of Redis 7."""
 
 MARKER_TTL = 86_400
-"""Seconds that the marker is kept after any worker last looked at it."""
+"""Seconds that the marker is stored after a worker last read it."""
 
 WIPED_FOR = 10
-"""Seconds after Redis came back empty in which its owners may still be writing their sessions again."""
+"""Seconds after Redis came back empty in which owners may still be writing their sessions again."""
 
 LISTEN_TIMEOUT = 5.0
-"""Seconds of silence after which a subscription is asked whether it lives."""
+"""Seconds without a message after which a subscription is checked with a ping."""
 
 
 _RUN_ID = re.compile(r"run_id:(\w+)")
 
 
 class Notification(NamedTuple):
-    """What a notification says.
+    """One notification.
 
     Attributes:
         kind: ``events`` (with the batch), ``ended``, ``cancel``, ``watched``.
-        session_id: of which session.
-        batch: the events of ``events``.
+        session_id: the id of the session.
+        batch: the events, if the kind is ``events``.
     """
 
     kind: str
@@ -57,12 +57,12 @@ class Notification(NamedTuple):
 
 
 class MarkerStatus(NamedTuple):
-    """What Redis says of the marker.
+    """The marker and the server that has it.
 
     Attributes:
         marker: the word that all workers know, until Redis loses it.
-        wiped: some worker has found lately that Redis came back empty.
-        server: names the process of the server; empty where it does not tell.
+        wiped: True if a worker has noticed in the last seconds that Redis came back empty.
+        server: the run id of the server process; empty if Redis does not return it.
         now_ms: the clock of Redis, in ms.
     """
 
@@ -73,7 +73,7 @@ class MarkerStatus(NamedTuple):
 
 
 class WorkerStore:
-    """The marker and notifications. Methods raise `StoreUnavailable` where Redis cannot be reached.
+    """The marker and notifications. Methods raise `StoreUnavailable` if Redis cannot be reached.
 
     Args:
         store: the connection.
@@ -89,11 +89,11 @@ class WorkerStore:
 
     @property
     def connections_made(self) -> int:
-        """How many connections to Redis this worker has made so far."""
+        """Return the number of connections to Redis that this worker has made so far."""
         return self._store.connections_made
 
     async def marker(self) -> MarkerStatus:
-        """Return the marker, made where there was none, and the server that has it."""
+        """Return the marker and the server that has it. Make the marker if there is none."""
         read = self._read_marker.call(
             marker=self._key("marker"), wiped=self._key("wiped"), new_marker=secrets.token_hex(8)
         )
@@ -111,15 +111,15 @@ class WorkerStore:
         return _marker_status(found, run_id[1] if run_id else "")
 
     async def tell_wiped(self) -> None:
-        """Tell all workers, those too that are only starting, that Redis came back empty."""
+        """Report to all workers, including those that start later, that Redis came back empty."""
         async with bounded_call():
             await self._store.redis.set(self._key("wiped"), "1", ex=WIPED_FOR)
 
     async def listen(self) -> AsyncGenerator[Notification, None]:
-        """This worker's notifications, until the subscription breaks.
+        """Yield the notifications of this worker until the subscription breaks.
 
         Raises:
-            StoreUnavailable: it broke. Nothing says what was rung in between.
+            StoreUnavailable: it broke. Notifications sent until the next subscription are lost.
         """
         with store_errors():
             async with self._store.redis.pubsub() as pubsub:
@@ -136,7 +136,7 @@ class WorkerStore:
                     raise StoreUnavailable from error
 
     def _key(self, name: str) -> str:
-        """A key of the workers; the braces put all of them into one slot of a Redis Cluster."""
+        """Return a key of the workers. The braces put all of them into one slot of a Redis Cluster."""
         return f"{self._store.prefix}:{{workers}}:{name}"
 
 

@@ -99,11 +99,11 @@ async def test_a_lost_end_is_written_again(store: Store, owner: FakeWorker) -> N
     before = await Snapshot(store, generation.session_id).take()
     owner.streams[0].send(FINISH, DONE, None)
     await generation.ended()
-    ended = await owner.journal.look(generation.session_id)
+    ended = await owner.journal.status(generation.session_id)
     whole = await journal_of(owner, generation.session_id)
     await before.restore()
     await owner.worker._ownership.rewrite_sessions()
-    assert await owner.journal.look(generation.session_id) == ended
+    assert await owner.journal.status(generation.session_id) == ended
     assert await journal_of(owner, generation.session_id) == whole
 
 
@@ -184,13 +184,13 @@ async def test_an_emptied_redis_gets_sessions_and_reservations_back(
     if ended:
         owner.streams[0].send(FINISH, DONE, None)
         await generation.ended()
-    status = await owner.journal.look(generation.session_id)
+    status = await owner.journal.status(generation.session_id)
     whole = await journal_of(owner, generation.session_id)
     await store.redis.flushall()
     owner.worker.redis.to_rewrite.set()
 
     async def is_back() -> bool:
-        return await owner.journal.look(generation.session_id) == status
+        return await owner.journal.status(generation.session_id) == status
 
     await until(is_back)
     assert await journal_of(owner, generation.session_id) == whole

@@ -121,7 +121,7 @@ async def test_a_refused_step_can_be_repeated_once_there_is_room(full: Stage) ->
     await full.store.redis.config_set("maxmemory", 0)
     for step in REFUSED.values():
         await step(full)
-    assert (await full.elsewhere.look("running")).end == DONE
+    assert (await full.elsewhere.status("running")).end == DONE
     assert (await full.elsewhere.read("running", 0)) == [ONE]
 
 
@@ -141,18 +141,18 @@ async def test_the_owner_learns_what_others_want(full: Stage) -> None:
 
 async def test_a_pending_session_is_cancelled(full: Stage) -> None:
     assert (await full.sessions.cancel("waiting", CANCELLED)).state is State.PREPARED
-    assert (await full.elsewhere.look("waiting")).end == CANCELLED
+    assert (await full.elsewhere.status("waiting")).end == CANCELLED
 
 
 async def test_an_end_without_events_is_written(full: Stage) -> None:
     ended = await full.sessions.end("running", "token", DONE, NOTHING)
-    assert (await full.elsewhere.look("running")) == ended
+    assert (await full.elsewhere.status("running")) == ended
 
 
 async def test_a_dead_workers_session_is_ended(full: Stage) -> None:
     lost = await full.sessions.mark_lost("running", "token", error=b'{"lost":1}', cancelled=b"{}")
     assert lost.end == Terminal(State.LOST, "error", Cursor(2, 1, end=True), b'{"lost":1}')
-    assert (await full.elsewhere.look("running")).end == lost.end
+    assert (await full.elsewhere.status("running")).end == lost.end
 
 
 async def test_the_marker_is_kept(full: Stage) -> None:

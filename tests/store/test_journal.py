@@ -256,7 +256,7 @@ async def test_the_owner_learns_who_watches_and_that_they_have_left(running: Run
 
 
 async def test_a_look_registers_nobody(running: Running) -> None:
-    assert (await running.elsewhere.look(running.id)).state is State.RUNNING
+    assert (await running.elsewhere.status(running.id)).state is State.RUNNING
     await running.elsewhere.read(running.id, 0)
     assert (await running.append()).watched == 0
 
@@ -292,7 +292,7 @@ async def test_the_end_brings_what_was_not_yet_journaled(running: Running) -> No
     standing = await running.finish(end(6), batch(2, 5))
     assert standing == SessionStatus(State.DONE, "owner", end(6))
     assert await running.read() == (batch(1, 5).events, 5)
-    assert (await running.elsewhere.look(running.id)).end == end(6)
+    assert (await running.elsewhere.status(running.id)).end == end(6)
 
 
 async def test_the_first_end_stands(running: Running) -> None:
@@ -402,7 +402,7 @@ async def test_a_running_session_is_written_again_and_goes_on(running: Running) 
     await restore(running, batch(1, 6))
     assert await running.append(batch(7, 8)) == Appended(State.RUNNING, 8)
     assert await running.read() == (batch(1, 8).events, 8)
-    assert (await running.elsewhere.look(running.id)).worker == "owner"
+    assert (await running.elsewhere.status(running.id)).worker == "owner"
 
 
 async def test_an_ended_session_is_written_again_with_its_end(running: Running) -> None:
@@ -423,7 +423,7 @@ async def test_existing_events_are_not_overwritten(running: Running) -> None:
     await running.append(batch(1, 4))
     lost = (await running.mark_lost()).end
     await restore(running, batch(1, 6))
-    assert (await running.elsewhere.look(running.id)).end == lost
+    assert (await running.elsewhere.status(running.id)).end == lost
     assert await running.read() == (batch(1, 4).events, 4)
 
 

@@ -1,6 +1,5 @@
 #!lua flags=allow-oom
--- The final usage behind an estimate cannot be learned. The estimate stands, and what stayed reserved above it is given
--- back, once.
+-- Accepts an estimate whose final usage cannot be learned, and releases the rest of its reservation once.
 -- Keys: reservation, account, estimates
 -- Args: claim_id
 redis.call('ZREM', estimates, claim_id)

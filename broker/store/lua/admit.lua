@@ -1,12 +1,12 @@
--- An account may have one more pending session, by what is pending and by what is spent. What others have reserved does
--- not count here, only at the claim.
+-- Adds a pending session to an account, if its pending sessions and its usage leave room. Reservations count only at
+-- the claim.
 -- Keys: account, pending, sizes
 -- Args: session, client, size (int), tokens (int), cost (int)
 -- Constants: SESSION_S, MAX_TOKENS, MAX_COST, MAX_PENDING, MAX_BYTES, FAIR_FROM
--- pending has the sessions by the ms at which they expire. sizes has '<size> <client>' of each session, the bytes of each
--- client, and of all as 'total'. Of the bytes above FAIR_FROM, a client may take a sixteenth of what is left, so that a
--- few clients cannot lock out the rest. Limits of 0 are none, but for sessions and bytes.
--- Returns {'ok'}, or {'tokens' | 'cost' | 'pending' | 'full', seconds until that may change}.
+-- pending has the sessions by the ms at which they expire. sizes has '<size> <client>' of each session, the bytes of
+-- each client, and the bytes of all clients as 'total'. Above FAIR_FROM bytes, a client may take a sixteenth of the
+-- rest, so that a few clients cannot block all others. A limit of 0 means no limit, except for sessions and bytes.
+-- Returns {'ok'}, or {'tokens' | 'cost' | 'pending' | 'full', seconds until this may change}.
 local now = now_ms()
 local day = math.floor(now / 86400000)
 local function over(name, amount, limit)
@@ -19,7 +19,7 @@ elseif over('spent_cost', cost, MAX_COST) then
   return {'cost', until_tomorrow}
 end
 local expired = redis.call('ZRANGEBYSCORE', pending, '-inf', now, 'LIMIT', 0, 1000)
-for _, each in ipairs({session, unpack(expired)}) do -- the session itself, should it be asked for again
+for _, each in ipairs({session, unpack(expired)}) do -- the session itself, if this call is a repeat
   forget(pending, sizes, each)
 end
 if redis.call('ZCARD', pending) == 0 then
@@ -38,7 +38,7 @@ redis.call('HSET', sizes, session, whole(size) .. ' ' .. client)
 redis.call('HINCRBY', sizes, 'total', whole(size))
 redis.call('HINCRBY', sizes, 'of:' .. client, whole(size))
 for _, key in ipairs({pending, sizes}) do
-  if redis.call('TTL', key) < SESSION_S then -- a worker with an older setting may let its own be pending for longer
+  if redis.call('TTL', key) < SESSION_S then -- a worker with an older setting may have a longer SESSION_S
     redis.call('EXPIRE', key, SESSION_S)
   end
 end

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- Agrees with all workers on the secret that clients are named with. It has no TTL. Of two secrets, after Redis came
--- back empty, the older one stays: more has been named with it.
+-- Agrees with all workers on the secret from which the names of clients are made. It has no TTL. If there are two
+-- secrets after Redis came back empty, the older one counts, because more names were made from it.
 -- Keys: secret
 -- Args: known, random_word
 -- known is the secret that this worker knows, '' for none. A secret is the unix time in ms at which it was made, in 13

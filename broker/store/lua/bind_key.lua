@@ -3,7 +3,7 @@
 -- Args: binding, replaced
 -- Constants: KEY_S
 -- replaced is a binding that may be replaced, '' for none.
--- Returns the binding that holds now.
+-- Returns the binding that counts now.
 local bound = redis.call('GET', key)
 if not bound or bound == replaced then
   redis.call('SET', key, binding, 'EX', KEY_S)

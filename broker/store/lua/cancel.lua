@@ -1,9 +1,9 @@
 #!lua flags=allow-oom
--- prepared -> cancelled. A running session is marked, and its owner told, so that it can end in nothing else.
+-- prepared -> cancelled. Marks a running session, so that it can only end as cancelled, and notifies its owner.
 -- Keys: session, events, viewers
 -- Args: end_event, end_id, end_data
 -- Constants: KEEP_S, REPLAY_S, CHANNELS
--- Returns the status of the session before, with the end that it has now.
+-- Returns the status of the session before the cancel, with the end that it has now.
 local before = status(session)
 if before[1] == 'prepared' then
   local ending = {state = 'cancelled', event = end_event, id = end_id, data = end_data}

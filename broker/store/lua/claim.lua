@@ -1,9 +1,9 @@
--- prepared -> running. Exactly one claim wins, and asking again with its id gets the same answer; but not once a
--- cancel was accepted, nor where the claim was refused because its reservation was given back.
+-- prepared -> running. Exactly one claim wins. A repeat with its id gets the same answer, unless a cancel was accepted.
+-- A claim cannot win after it was refused because its reservation was released.
 -- Keys: session
 -- Args: claim_id, worker
 -- Constants: RUNNING_S
--- Returns {'won', request, spec}, {'cancel'} where it had won and was cancelled since, or the status of the session.
+-- Returns {'won', request, spec}, {'cancel'} if it has won and was cancelled since, or the status of the session.
 local state, owner, cancel = unpack(redis.call('HMGET', session, 'state', 'claim_id', 'cancel'))
 if state == 'prepared' and redis.call('HEXISTS', session, 'refused:' .. claim_id) == 0 then
   redis.call('HSET', session, 'state', 'running', 'claim_id', claim_id, 'worker', worker)

@@ -1,10 +1,10 @@
--- running -> done | failed | cancelled | abandoned, with every event not yet journaled, in one step. The first end that
--- is written decides.
+-- running -> done | failed | cancelled | abandoned. Writes the end and all events that are not journaled yet in one
+-- step. The first end that is written counts.
 -- Keys: session, events, viewers
 -- Args: claim_id, end_state, end_event, end_id, end_data, first (int), newest (int), batch, only_if_unwatched (int)
 -- Constants: KEEP_S, REPLAY_S, CHANNELS
--- Returns the status of the session, {'cancel'} where a cancel was accepted and another end proposed, {'watched'} where
--- somebody watches elsewhere, or {'behind', last journaled} where events are missing before the first.
+-- Returns the status of the session, {'cancel'} if a cancel was accepted and another end is proposed, {'watched'} if
+-- another worker watches, or {'behind', last journaled} if events are missing before the first.
 local state, owner, last, cancel = unpack(redis.call('HMGET', session, 'state', 'claim_id', 'last', 'cancel'))
 if state == 'running' and owner == claim_id then
   last = tonumber(last or 0)

@@ -1,14 +1,14 @@
 #!lua flags=allow-oom
--- Reads where a session stands and what its journal holds, and registers a worker whose viewers watch it.
+-- Reads the status of a session and a part of its journal, and registers a worker whose viewers watch it.
 -- Keys: session, events, viewers
 -- Args: worker, after (int), max_entries (int)
 -- Constants: WATCH_MS, MAX_BYTES, CHANNELS
--- An empty worker registers nobody. Events are read from after on.
+-- An empty worker registers none. The events after number after are read.
 -- Returns {state or 'gone', worker, end event, end id, end data, last journaled, entries}.
 local reply = status(session)
 local last, replayed = unpack(redis.call('HMGET', session, 'last', 'replayed'))
 if replayed and redis.call('EXISTS', events) == 0 then
-  return {'gone'} -- an end is known for longer than it can be replayed
+  return {'gone'} -- an end is stored for longer than it can be replayed
 end
 if reply[1] == 'running' and worker ~= '' then
   local is_new = redis.call('ZADD', viewers, now_ms() + WATCH_MS, worker)

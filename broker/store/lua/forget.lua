@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- A session of an account is not pending any more, and does not wait for a slot.
+-- Removes a session from the pending ones of an account, and from the line.
 -- Keys: pending, sizes, line, due
 -- Args: session
 -- Returns 1 if it was pending, else 0.

@@ -1,9 +1,9 @@
--- Keeps one more sample of a model. Run twice, it counts an answer twice, which does no harm.
+-- Stores one more sample of a model. A repeat counts an answer twice, which does no harm.
 -- Keys: samples, heard
 -- Args: model, client, value
 -- Constants: MAX_SAMPLES, MAX_SAMPLES_OF_CLIENT, MAX_MODELS, MODEL_S
--- heard has the models by the time of their last sample. A client that has as many samples as it may have loses its own
--- oldest, nobody else's.
+-- heard has the models by the time of their last sample. If a client has its maximum number of samples, its own
+-- oldest sample is removed.
 -- Returns the samples of the model, the newest first: 'client:value' and so on, with spaces between.
 local mine = client .. ':'
 local kept, own = {mine .. value}, 1
@@ -17,7 +17,7 @@ end
 local joined = table.concat(kept, ' ')
 redis.call('HSET', samples, model, joined)
 local clock = redis.call('TIME')
-local now = clock[1] + clock[2] / 1000000 -- finer than a millisecond: the order of two samples counts
+local now = clock[1] + clock[2] / 1000000 -- in microseconds, because the order of two samples counts
 redis.call('ZADD', heard, now, model)
 for _, gone in ipairs({
   redis.call('ZRANGEBYSCORE', heard, '-inf', now - MODEL_S),

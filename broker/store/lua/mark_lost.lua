@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- running -> lost, by another worker, for an owner that is dead; -> cancelled where a cancel was accepted before.
+-- running -> lost, or cancelled if a cancel was accepted before. Called by another worker when the owner is dead.
 -- Keys: session, events, viewers
 -- Args: claim_id, lost_data, cancelled_data
 -- Constants: KEEP_S, REPLAY_S, CHANNELS

@@ -1,5 +1,6 @@
 #!lua flags=allow-oom
--- Names a client and a model in the usage ledger of a day, which has a bounded number of names; the rest is 'other'.
+-- Returns the names of a client and a model in the usage ledger of a day. The number of names is bounded; all others
+-- are 'other'.
 -- Keys: clients, models
 -- Args: client, model
 -- Constants: MAX_CLIENTS, MAX_MODELS, LEDGER_S

@@ -2,7 +2,7 @@
 -- Keys: session
 -- Args: request, spec
 -- Constants: SESSION_S
--- Returns the ms until which it can be claimed, or 0 where there is such a session.
+-- Returns the time in ms until which it can be claimed, or 0 if the session exists already.
 if redis.call('EXISTS', session) == 1 then
   return 0
 end

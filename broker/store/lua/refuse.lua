@@ -1,7 +1,7 @@
--- prepared -> prepared. This claim must not win any more: its reservation is about to be given back.
+-- prepared -> prepared. Prevents a claim from winning, because its reservation is about to be released.
 -- Keys: session
 -- Args: claim_id
--- Returns 1, or 0 where it has won, or where the session is gone and nobody can tell.
+-- Returns 1, or 0 if the claim has won, or if the session is gone and so that is not known.
 local state, owner = unpack(redis.call('HMGET', session, 'state', 'claim_id'))
 if not state or owner == claim_id then
   return 0

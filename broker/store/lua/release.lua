@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
--- Gives an open reservation back; nothing was spent. The record stays, so that a late reserve changes nothing.
+-- Releases an open reservation without usage. The record stays, so that a late reserve changes nothing.
 -- Keys: reservation, account, slots, open
 -- Args: claim_id, session
 -- Constants: RECORD_S, ONE_CLIENT
 -- ONE_CLIENT is 0 for the total.
--- Returns 1 where another claim of the session has a slot, else 0; for the total always 0.
+-- Returns 1 if another claim of the session has a slot, else 0; for the total always 0.
 local state, tokens, cost, day = unpack(redis.call('HMGET', reservation, 'state', 'tokens', 'cost', 'day'))
 if state == 'open' then
   change(account, day, 'reserved_tokens', 0 - tokens)

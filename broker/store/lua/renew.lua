@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Renews the leases of reservations, expired ones as well: while Redis was away nobody could.
+-- Renews the leases of reservations, including expired ones: nothing could be renewed while Redis was away.
 -- Keys: open, reservations...
 -- Args: claim_ids...
 -- Constants: LEASE_MS, ACCOUNT_S
@@ -7,7 +7,7 @@
 local lease = now_ms() + LEASE_MS
 local closed = {}
 for i, reservation in ipairs(reservations) do
-  if redis.pcall('HGET', reservation, 'state') == 'open' then -- one that cannot be read stops no other
+  if redis.pcall('HGET', reservation, 'state') == 'open' then -- an unreadable record must not stop the others
     redis.call('ZADD', open, lease, claim_ids[i])
   else
     closed[#closed + 1] = i

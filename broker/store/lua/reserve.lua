@@ -1,18 +1,18 @@
--- Takes a slot and the worst case of one generation from an account, or nothing. Asking again with the same claim gives
--- the same answer, and renews the lease.
+-- Reserves a slot and the worst case of one generation in an account, or nothing. A repeat with the same claim gets the
+-- same answer, and renews the lease.
 -- Keys: reservation, account, slots, open, line, due
 -- Args: claim_id, session, spec, tokens (int), cost (int), running_since, may_wait (int), ends_ms (int)
 -- Constants: LEASE_MS, ACCOUNT_S, MAX_STREAMS, MAX_TOKENS, MAX_COST, PLACE_MS, LATE_MS, MIN_RETRY_MS, MAX_RETRY_MS,
 --     RETRY_STEP_MS, NEAR, ONE_CLIENT
--- running_since is empty at a claim. For a generation that runs already it is the day of its claim, or 0 for today: then
--- it is reserved whatever the limits say, and also where it was given back.
--- ends_ms is when the session expires, and its place with it; 0 where that is not known.
+-- running_since is empty at a claim. For a running generation it is the day of its claim, or 0 for today: then it is
+-- reserved despite the limits, and even if it was released.
+-- ends_ms is when the session and its place expire; 0 if not known.
 -- line has the sessions that wait for a slot of the client, in their order; due has the ms by which the page of each
--- should have come back. A free slot is kept for each page in front that is not overdue.
+-- should have come back. A free slot is left for each page in front that is not overdue.
 -- ONE_CLIENT is 0 for the total, which never answers 'claiming'.
--- Returns {'ok', day}, {'closed'} for a reservation that was given back or settled, {'claiming'} where another claim of
--- the session has taken what this one lacks, {'queued', position, length of the line, ms after which to come back}, or
--- {'streams' | 'tokens' | 'cost', seconds until that may change, 1 where it would not fit even if nothing was reserved}.
+-- Returns {'ok', day}, {'closed'} for a reservation that was released or settled, {'claiming'} if another claim of the
+-- session has taken the room, {'queued', position, length of the line, ms after which to come back}, or {'streams' |
+-- 'tokens' | 'cost', seconds until this may change, 1 if it would not fit even without reservations}.
 local now = now_ms()
 local state, day = unpack(redis.call('HMGET', reservation, 'state', 'day'))
 if state == 'open' then
@@ -27,8 +27,8 @@ day = tonumber(running_since) or 0
 if day == 0 then
   day = today
 end
--- Places whose pages have not come back are given up. Not before the first write that a full Redis would refuse: behind
--- another write it refuses nothing.
+-- Remove the places of pages that have not come back. This must come after the first write that a full Redis refuses:
+-- it refuses no write that comes after an accepted one.
 local function drop_gone()
   for _, gone in ipairs(redis.call('ZRANGEBYSCORE', due, '-inf', now - PLACE_MS)) do
     redis.call('ZREM', line, gone)
@@ -38,7 +38,7 @@ end
 local function due_at(other)
   return tonumber(redis.call('ZSCORE', due, other) or 0)
 end
--- Where the session stands in line, or would, and for how many in front of it a slot is kept.
+-- Return the position of the session in line (or the next one), and for how many pages in front a slot is left.
 local function place()
   local before = due_at(session) >= now - PLACE_MS and redis.call('ZRANK', line, session) or redis.call('ZCARD', line)
   local position, kept = 1, 0
@@ -51,7 +51,7 @@ local function place()
   return position, kept
 end
 local function wait_in_line(position)
-  if due_at(session) < now - PLACE_MS then -- new, or given up
+  if due_at(session) < now - PLACE_MS then -- new, or removed from the line
     local last = redis.call('ZREVRANGE', line, 0, 0, 'WITHSCORES')[2]
     redis.call('ZADD', line, whole(math.max(now, (last or 0) + 1)), session)
   end
@@ -71,8 +71,8 @@ local function is_claiming()
   return ONE_CLIENT == 1 and claimed_by_another(reservation, claim_id, slots, session)
 end
 if running_since == '' then
-  -- A slot whose lease ran out counts until its reservation is settled or given back: after an outage of Redis its
-  -- worker lives, and only had no Redis to renew it in.
+  -- A slot with an expired lease counts until its reservation is settled or released: after an outage of Redis its
+  -- worker may be alive and only could not renew it.
   local position, kept = place()
   if redis.call('SCARD', slots) + kept >= MAX_STREAMS then
     if is_claiming() then

@@ -1,15 +1,16 @@
 #!lua flags=allow-oom
--- Turns a reservation into what was used, exactly once; or puts the final usage in place of an estimate that was settled
--- before. What was given back by mistake and ran all the same is paid. While the final usage can still be learned, what
--- was reserved above the estimate stays reserved, so that what is admitted meanwhile leaves room for it.
+-- Replaces a reservation by its usage exactly once, or an estimate that was settled before by the final usage. A
+-- generation that ran although its reservation was released is booked as well. While the final usage can still be
+-- learned, the rest above the estimate stays reserved, so that later claims leave room for it.
 -- Keys: reservation, account, slots, open, ledger, estimates
 -- Args: claim_id, day (int), outcome, row, generation, prompt (int), completion (int), cached (int), reasoning (int),
 --     cost (int), estimated (int), unpriced (int)
 -- Constants: RECORD_S, ACCOUNT_S, LEDGER_S, ASK_MS
--- outcome is 'done', 'cancelled' or 'failed', or '' to correct an estimate and nothing else. row is '<client>\31<model>'
--- as the usage ledger names them, or '' for an account without rows. generation is the upstream's id of the generation
--- where it can be asked for the final usage, else ''; after ASK_MS any worker may ask, which is noted beside rows alone.
--- Returns {1 where it changed something, the cost that counts, the generation that an estimate is noted with, or ''}.
+-- outcome is 'done', 'cancelled' or 'failed', or '' to correct an estimate and nothing else. row is
+-- '<client>\31<model>' with the names of the usage ledger, or '' for an account without rows. generation is the
+-- upstream's id of the generation if it can be asked for the final usage, else ''. After ASK_MS any worker may ask;
+-- only accounts with rows note that.
+-- Returns {1 if it changed something, the cost that counts, the generation id that is noted with an estimate, or ''}.
 local METRICS = {'prompt', 'completion', 'cached', 'reasoning', 'cost', 'estimated', 'unpriced'}
 local used = {prompt, completion, cached, reasoning, cost, estimated, unpriced}
 local record = {}
@@ -48,7 +49,7 @@ elseif not settled and outcome == '' then
   return {0, cost, ''}
 end
 day = tonumber(record.day) or day
--- What is reserved now, and what stays reserved.
+-- The amounts that are reserved now, and those that stay reserved.
 local tokens_now, cost_now = tonumber(record.kept_tokens or 0), tonumber(record.kept_cost or 0)
 local tokens_kept, cost_kept = 0, 0
 if record.state == 'open' then

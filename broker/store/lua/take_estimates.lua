@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Finds estimates whose final usage should have been asked for by now, each for one caller alone for a while.
+-- Finds estimates whose final usage was not asked for in time, and gives each of them to one caller for a while.
 -- Keys: estimates
 -- Args: limit (int)
 -- Constants: ASK_MS
