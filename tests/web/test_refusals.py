@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
-from tests.broker import KEY, Broker, running
+from broker.core.dialect import RESPONSES
+from tests.broker import KEY, QUESTION, Broker, running
 from tests.recordings import LINE_ENDS, RECORDINGS, Recording, with_line_ends
 from tests.replies import plain, refuse, streaming
 from tests.scripted import NOTHING, Call, ScriptedUpstream, chunk
 from tests.web.outcomes import fields_of, outcome
 
+RESPONSES_QUESTION = {"model": QUESTION["model"], "input": "Say it."}
 LIMITED = {"code": 429, "message": "Rate limit exceeded"}
 DATES: dict[str, Callable[[float], str]] = {
     "IMF": lambda at: email.utils.formatdate(at, usegmt=True),
@@ -266,7 +268,9 @@ async def test_a_recording_arrives_whole_however_it_is_cut(
             loop.call_later(0.03, call.end)
 
         upstream.replies = [reply]
-        events = await broker.read(await broker.prepare())
+        asked = RESPONSES_QUESTION if recording.dialect is RESPONSES else QUESTION
+        answer = await broker.post(asked)
+        events = await broker.read(answer.json["sessionId"])
         assert events[-1].json.get("code") == recording.code, (ends, cut)
         assert events[-1].json.get("finishReason") == recording.reason, (ends, cut)
         if recording.code is None:
