@@ -50,13 +50,13 @@ if TYPE_CHECKING:
     from broker.system_message import SystemMessage
 
 CATALOG_TIMEOUT = 1.0
-"""Seconds that /prepare waits for the list of models; what is not known of a model does not bind."""
+"""Seconds that /prepare waits for the list of models. Unknown limits of a model are not enforced."""
 
 NO_LIST_RETRY = 10.0
-"""Seconds after which a caller comes again where a budget of money is on and no price is known yet."""
+"""Seconds after which a caller tries again if there is a budget in money and no prices are known yet."""
 
 TURN_TIMEOUT = 10.0
-"""Seconds that a large body waits for others to be read before it."""
+"""Seconds that a large body waits for other large bodies before it."""
 
 
 class Admitted(NamedTuple):
@@ -65,7 +65,7 @@ class Admitted(NamedTuple):
     Attributes:
         answer: the body of the answer, ready for JSON.
         created: True for a new session; False if an earlier request with the same Idempotency-Key made it.
-        rate: how its client stands, if this prepare was counted.
+        rate: the rate status of its client, if this prepare was counted.
     """
 
     answer: dict[str, Any]
@@ -74,13 +74,13 @@ class Admitted(NamedTuple):
 
 
 class ReadyRequest(NamedTuple):
-    """A request that may be stored, if its client may have it.
+    """A valid request that may be stored, if the limits of its client allow it.
 
     Attributes:
-        client: who asks, and pays.
-        body: for the upstream, JSON.
-        fitted: how it fits to its models.
-        worst: the most that it can take.
+        client: the client that pays.
+        body: the body for the upstream, JSON.
+        fitted: the request as fitted to its models.
+        worst: the most that it can use.
     """
 
     client: Client
@@ -141,10 +141,10 @@ class Admission:
     async def check_rate(self, client: Client, idempotency_key: str | None) -> None:
         """Refuse a client that was refused a moment ago, before its body is read.
 
-        A key that is known is answered all the same, and costs next to nothing.
+        A request with a known key is still answered, because that costs very little.
 
         Raises:
-            RateLimited: the client has had its limit, and nothing can have changed that yet.
+            RateLimited: the client has reached its limit, and that cannot have changed yet.
             StoreUnavailable: Redis cannot be reached.
         """
         status = self._rates.standing_refusal(client.name)
@@ -178,7 +178,7 @@ class Admission:
             BudgetExceeded: the budget of today does not cover this.
             StoreUnavailable: Redis cannot be reached.
 
-        Each of them says in `rate` how the client stands, once the prepare was counted.
+        Each of them has the rate status of the client in `rate`, if the prepare was counted.
         """
         bound = None
         if idempotency_key is not None:
@@ -209,17 +209,17 @@ class Admission:
         """Count a prepare by itself.
 
         Raises:
-            RateLimited: the client has had its limit.
+            RateLimited: the client has reached its limit.
         """
         return _allowed(await self._rates.hit(client.name))
 
     async def _knows(self, client: Client, idempotency_key: str) -> bool:
-        """Return True if a session is bound to this key of this client."""
+        """Returns True if a session is bound to this key of this client."""
         bound = await self._idempotency.find(client.name, idempotency_key)
         return bound is not None and await self._sessions.remaining(bound.session_id) is not None
 
     async def _make_ready(self, body: bytes, client: Client) -> ReadyRequest:
-        """Return the request as it would be sent, and what it may cost."""
+        """Return the request for the upstream and the most that it can use."""
         async with self._turn_of(body):
             request = await self._read(body)
         names = request.reachable_models
@@ -253,7 +253,7 @@ class Admission:
 
     @asynccontextmanager
     async def _turn_of(self, body: bytes) -> AsyncIterator[None]:
-        """Hold the turn of a large body; only one of them is worked on at a time.
+        """Wait until this large body may be handled. Only one of them is handled at a time.
 
         Raises:
             Overloaded: too many others came before it.
@@ -272,7 +272,7 @@ class Admission:
             self._turn.release()
 
     async def _read(self, body: bytes) -> Request:
-        """Count, parse, check and validate a body; between two steps of a large one, the event loop runs."""
+        """Count, parse, check and validate a body. Between two steps of a large body, the event loop runs."""
         found = outline(body)
         await _pause(body)
         document = read_json(body)
@@ -284,10 +284,10 @@ class Admission:
         return request.with_system(self._system.text)
 
     def _prices_to_reserve(self, prices: Sequence[Prices | None], demand: Demand) -> list[Prices]:
-        """Return the prices of which the dearest is reserved, none where nothing is known.
+        """Return the prices of which the highest is reserved, or none if no price is known.
 
-        Where one of the models has no known price, it is the dearest of the list: without a budget too, because one may
-        be switched on before the claim.
+        If the price of a model is not known, return the highest price of the list. This is done without a budget too,
+        because a budget may be switched on before the claim.
         """
         known = [each for each in prices if each is not None]
         if len(known) == len(prices) and None not in [worst_case(0, 0, each, demand) for each in known]:
@@ -296,7 +296,7 @@ class Admission:
         return [dearest] if dearest is not None else []
 
     def _with_max_price(self, body: dict[str, Any], prices: list[Prices], demand: Demand) -> dict[str, Any]:
-        """Return the body with the reserved price as its limit, where there is a budget in money."""
+        """Return the body with the reserved price as its limit, if there is a budget in money."""
         if not (self._quotas.limit_cost and prices and self._catalog.openrouter):
             return body
         provider = body.get("provider") or {}
@@ -304,11 +304,11 @@ class Admission:
         return {**body, "provider": {**provider, "max_price": limited}}
 
     def _check_priced(self, prices: Sequence[Prices | None], names: Sequence[str], demand: Demand) -> None:
-        """See that a budget of money can cover these models.
+        """Check that a budget in money can cover these models.
 
         Raises:
             Overloaded: there is no list of prices now.
-            ModelNotAllowed: the price of one is not known, and unpriced models are not allowed.
+            ModelNotAllowed: the price of a model is not known, and unpriced models are not allowed.
         """
         if not self._catalog.has_list:
             message = "The prices of the models are not known yet, so no budget can cover them."
@@ -320,10 +320,10 @@ class Admission:
                 raise ModelNotAllowed(f"The price of {name} is not known, so no budget can cover it.")
 
     async def _admit(self, session_id: str, ready: ReadyRequest, rate: RateStatus | None) -> RateStatus:
-        """Take a place among the pending sessions, and count the prepare unless that was done.
+        """Count the session as pending, and count the prepare unless that was done already.
 
         Raises:
-            RateLimited, TooManyStreams, Overloaded, BudgetExceeded, StoreUnavailable: as `admit`. No place is taken.
+            RateLimited, TooManyStreams, Overloaded, BudgetExceeded, StoreUnavailable: as `admit`. It is not counted.
         """
         client = ready.client.name
         calls = self._pending.admitting(client, session_id, ready.worst, stored=len(ready.body))
@@ -391,7 +391,7 @@ class Admission:
         await asyncio.gather(*self._forgetting)
 
     async def _known(self, bound: Binding, body: bytes) -> Admitted | None:
-        """Return the session that a key has made; None where it is gone, so that the key is free.
+        """Return the session that a key has made, None if it is gone, so that the key is free.
 
         Raises:
             IdempotencyConflict: the key was used with another body.
@@ -408,8 +408,8 @@ class Admission:
     ) -> Admitted:
         """Bind a key to a stored session, or remove that session if the key is bound to another one by now.
 
-        The session is stored before the key is bound to it, so that a key never leads to nothing. Two requests at the
-        same time both store one; one of them is bound, and the other is removed before it is returned to anybody.
+        The session is stored before the key is bound to it, so that a bound key always has a session. If two requests
+        come at the same time, both store a session; one is bound, the other is removed and never returned.
         """
         digest = _digest(body)
         try:
@@ -426,7 +426,7 @@ class Admission:
 
 
 def _worst_of(fitted: FittedRequest, prices: Sequence[Prices], demand: Demand) -> WorstCase:
-    """Return the most that a request can take at the dearest of these prices; without prices, its tokens alone."""
+    """Return the most that a request can use at the highest of these prices; without prices, its tokens alone."""
     prompt, output = fitted.reserved_prompt_tokens, fitted.max_output_tokens * fitted.answers
     costs = [worst_case(prompt, output, each, demand) or 0 for each in prices]
     return WorstCase(prompt + output, max(costs, default=0))

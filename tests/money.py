@@ -33,7 +33,7 @@ def price_list(**others: Any) -> bytes:
 
 
 class Ledger(NamedTuple):
-    """Accounts on all days together: tokens, and nano-USD."""
+    """The sums of accounts over all days, in tokens and nano-USD."""
 
     requests: int = 0
     estimated: int = 0
@@ -69,26 +69,26 @@ async def open_reservations(redis: Redis) -> int:
     return sum([await redis.zcard(key) for key in await redis.keys("*:{a*}:open")])
 
 
-async def unasked(redis: Redis) -> int:
+async def due_records(redis: Redis) -> int:
     """Return the number of estimates whose record is still to be fetched."""
     return sum([await redis.zcard(key) for key in await redis.keys("*:{a*}:estimates")])
 
 
 async def let_time_pass(redis: Redis, name: str) -> None:
-    """Let the time of every member of these sets have come: `open` or `estimates`, of all buckets."""
+    """Make every member of these sets due: `open` or `estimates`, in all buckets."""
     for key in await redis.keys(f"*:{{a*}}:{name}"):
         members: Any = await redis.zrange(key, 0, -1)
         await redis.zadd(key, dict.fromkeys(members, 1))
 
 
 async def due_estimates(accounts: AccountStore, limit: int = 10_000) -> list[Estimate]:
-    """The estimates that are due, of all buckets."""
-    looks = BUCKETS // ESTIMATE_BUCKETS
-    return [each for _ in range(looks) for each in await accounts.due_estimates(limit)]
+    """Return the estimates that are due, of all buckets."""
+    rounds = BUCKETS // ESTIMATE_BUCKETS
+    return [each for _ in range(rounds) for each in await accounts.due_estimates(limit)]
 
 
 async def until(happened: Callable[[], Awaitable[object]], within: float = 20.0) -> None:
-    """Wait until something has happened that only Redis knows."""
+    """Wait until a condition that only Redis knows is true."""
     async with asyncio.timeout(within):
-        while not await happened():  # noqa: ASYNC110 - nothing of ours tells when it happens
+        while not await happened():  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(0.02)

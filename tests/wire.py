@@ -1,4 +1,4 @@
-"""A proxy to Redis by which a test can delay, hold back and lose packets."""
+"""A proxy to Redis with which a test can delay, block and drop packets."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ class Wire:
     Attributes:
         url: its address.
         delay: seconds that every packet takes, in each direction.
-        hold: the packet to Redis with these bytes waits, and all later ones on its connection, until `let_go`.
+        block: a packet to Redis with these bytes waits, with all later ones on its connection, until `unblock`.
         drop: packets from Redis with these bytes are dropped.
-        held: set when a packet waits.
+        blocked: set when a packet waits.
         sent: all packets that have reached Redis.
     """
 
     def __init__(self, socket: str) -> None:
         self.url = ""
         self.delay = 0.0
-        self.hold = self.drop = b""
-        self.held = asyncio.Event()
+        self.block = self.drop = b""
+        self.blocked = asyncio.Event()
         self.sent: list[bytes] = []
         self._socket = socket
         self._free = asyncio.Event()
         self._connections: set[asyncio.Task[None]] = set()
 
-    def let_go(self) -> None:
+    def unblock(self) -> None:
         """Let all packets pass from now on."""
-        self.hold = b""
+        self.block = b""
         self._free.set()
 
-    async def caught(self) -> None:
-        """Wait until a packet waits."""
+    async def until_blocked(self) -> None:
+        """Wait until a packet is blocked."""
         async with asyncio.timeout(PATIENCE):
-            await self.held.wait()
+            await self.blocked.wait()
 
-    def told(self, session: str) -> int:
+    def count(self, session: str) -> int:
         """Return the number of packets about a session that have reached Redis."""
         return sum(session.encode() in packet for packet in self.sent)
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Carry one connection until it ends."""
+        """Forward one connection until it ends."""
         if (task := asyncio.current_task()) is not None:
             self._connections.add(task)
         far_reader, far_writer = await asyncio.open_unix_connection(self._socket)
@@ -54,8 +54,8 @@ class Wire:
 
     async def _up(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async for data in _packets(reader, writer, self.delay):
-            if self.hold and self.hold in data:
-                self.held.set()
+            if self.block and self.block in data:
+                self.blocked.set()
                 await self._free.wait()
             self.sent.append(data)
             writer.write(data)
@@ -67,7 +67,7 @@ class Wire:
 
     async def close(self) -> None:
         """Wait for the ends of all connections."""
-        self.let_go()
+        self.unblock()
         async with asyncio.timeout(PATIENCE):
             await asyncio.gather(*self._connections)
 

@@ -1,4 +1,4 @@
-"""Claiming sessions for this worker: exactly once each, with slot and budget, also where Redis does not answer."""
+"""Claims sessions for this worker exactly once, with a slot and a budget, even if Redis does not answer at times."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ RETRY = 0.3
 """Seconds between two tries to learn the outcome of a claim."""
 
 GIVE_BACK_FOR = LEASE
-"""Seconds for which a reservation is tried to be given back; after that others find that nobody renews it."""
+"""Seconds for which releasing a reservation is tried. After that, the reaper finds that it is not renewed."""
 
 ELSEWHERE_TRIES = 10
-"""Looks at a session that another worker is claiming, until a page is asked to come again."""
+"""Number of checks of a session that another worker is claiming, before the page is asked to try again."""
 
 ELSEWHERE_PAUSE = 0.1
-"""Seconds between them."""
+"""Seconds between these checks."""
 
 
 class Claiming:
     """The claims under way.
 
     Args:
-        sessions: where sessions are claimed.
-        accounts: where slots and budgets are taken.
-        pending: where a session that was claimed is counted no more.
-        worker: for whom.
+        sessions: stores the claims.
+        accounts: reserves slots and budgets.
+        pending: counts the pending sessions, from which a claimed one is removed.
+        worker: this worker's id.
         give_up_after: seconds for which the outcome of a claim is asked for: as long as it could still take effect.
-        begin: starts the generation of a session that was won.
+        begin: starts the generation of a claimed session.
         spawn: runs work in the background and owns its task.
     """
 
@@ -86,31 +86,31 @@ class Claiming:
         return len(self._under_way)
 
     def __contains__(self, session_id: str) -> bool:
-        """Whether a claim of this session is under way."""
+        """Returns True if a claim of this session is under way."""
         return session_id in self._under_way
 
     async def claim(self, session_id: str, *, may_wait: bool = False) -> Generation | SessionStatus:
-        """Claim for one viewer or several: those who ask while a claim is under way share its answer.
+        """Claim a session for one or more viewers: viewers that come while a claim is under way share its outcome.
 
         Raises:
             Queued: the session waits in line.
             TooManyStreams, BudgetExceeded: there is no room now; the session stays prepared.
-            BeingClaimed: another worker is claiming it, and has not done so in time.
-            StoreUnavailable: the outcome is not known. Where the claim was sent, its outcome is still asked for, and
-                a generation that turns out to be won starts without a viewer.
+            BeingClaimed: another worker is claiming it and did not finish in time.
+            StoreUnavailable: the outcome is not known. If the claim was sent, its outcome is still asked for, and if
+                it has won, its generation starts without a viewer.
         """
         pursuit = self._under_way.get(session_id)
         if pursuit is None:
             pursuit = self._under_way[session_id] = _Pursuit(session_id, str(uuid.uuid4()))
             self._spawn(self._pursue(pursuit))
         pursuit.may_wait = pursuit.may_wait or may_wait
-        # A viewer that leaves takes its own wait along and not the claim.
+        # A viewer that leaves cancels its own wait, not the claim.
         return await pursuit.attempt.wait()
 
     def withdraw(self, session_id: str) -> bool:
-        """Let no generation begin by a claim that is under way; returns True if one was.
+        """Prevent a claim under way from starting a generation. Returns True if there was a claim.
 
-        Where it has won, or may have, the session is given the end of a cancel, as soon as Redis can be told.
+        If it has won or may have won, the session ends as cancelled as soon as Redis can be reached.
         """
         pursuit = self._under_way.get(session_id)
         if pursuit is None:
@@ -119,9 +119,9 @@ class Claiming:
         return True
 
     async def _pursue(self, pursuit: _Pursuit) -> None:
-        """Ask with one token until the outcome is known: a claim whose reply was lost may have taken effect.
+        """Repeat with one claim id until the outcome is known: a claim whose reply was lost may have taken effect.
 
-        One that was never sent may not, and then nobody waits any more once it has failed.
+        A claim that was never sent cannot have taken effect, so it is not repeated after a failure.
         """
         give_up_at = self._loop.time() + self._give_up_after
         try:
@@ -135,11 +135,11 @@ class Claiming:
                     pursuit.attempt = _Attempt()
                     await asyncio.sleep(RETRY)
                 else:
-                    pursuit.attempt.tell(result)
+                    pursuit.attempt.succeed(result)
                     return
         except BrokerError as error:  # refused: no slot, no budget; or never sent
             pursuit.attempt.fail(error)
-            # What may have been reserved is given back: a claim that was never sent cannot win. A refusal took nothing.
+            # Release what may have been reserved: a claim that was never sent cannot win. A refusal reserves nothing.
             if isinstance(error, StoreUnavailable) and not pursuit.sent and pursuit.reservation is not None:
                 self._spawn(self._give_back(pursuit.reservation))
         except Exception as error:
@@ -147,10 +147,10 @@ class Claiming:
             pursuit.attempt.fail(InternalError())
         finally:
             del self._under_way[pursuit.session_id]
-            pursuit.attempt.fail(StoreUnavailable())  # unless they have been told already
+            pursuit.attempt.fail(StoreUnavailable())  # does nothing if it has an outcome already
 
     async def _try(self, pursuit: _Pursuit) -> Generation | SessionStatus:
-        """Take slot and budget first, then the session; each step can be asked for again with the same token."""
+        """Reserve slot and budget first, then claim the session. Each step can be repeated with the same claim id."""
         if not pursuit.withdrawn:
             outcome = await self._take(pursuit)
             if isinstance(outcome, Prepared) and pursuit.reservation is not None and not pursuit.withdrawn:
@@ -189,11 +189,11 @@ class Claiming:
         except (LimitError, BeingClaimed) as error:
             return await self._taken_elsewhere(pursuit, error)
         if self._loop.time() >= pursuit.reserved_at + LEASE / 2:
-            # This process stood still meanwhile, and others may have given it back.
+            # This process was frozen meanwhile, and others may have released the reservation.
             await self._reserve(pursuit, reservation)
         if not pursuit.sent:
             if not pursuit.attempt.waiting and not pursuit.withdrawn:
-                raise StoreUnavailable  # nobody wants it any more
+                raise StoreUnavailable  # all viewers have left
             if pursuit.withdrawn:
                 return SessionStatus(State.PREPARED)
         pursuit.sent = True
@@ -205,11 +205,11 @@ class Claiming:
         )
 
     async def _taken_elsewhere(self, pursuit: _Pursuit, refused: BrokerError) -> SessionStatus:
-        """Where a session stands for which there was no room: another worker may be claiming it, with the last slot.
+        """Return the status of a session for which there was no room: another worker may have claimed it.
 
         Raises:
-            LimitError: nobody else does.
-            BeingClaimed: whether that claim wins is not known in time; the page should come again.
+            LimitError: no other worker has claimed it.
+            BeingClaimed: the outcome of the other claim is not known in time; the page should try again.
         """
         for _ in range(ELSEWHERE_TRIES):
             described = await self._sessions.describe(pursuit.session_id)
@@ -225,7 +225,7 @@ class Claiming:
         raise refused
 
     async def _reserve(self, pursuit: _Pursuit, reservation: Reservation) -> Reservation:
-        """Reserve, and again when half the lease is over: others give back what nobody renews."""
+        """Reserve, and reserve again after half the lease: others release a reservation that is not renewed."""
         now = self._loop.time()
         if now < pursuit.reserved_at + LEASE / 2:
             return reservation
@@ -235,7 +235,7 @@ class Claiming:
             )
         except BeingClaimed:
             raise
-        except Overloaded:  # given back; but a claim whose reply was lost may have overtaken that
+        except Overloaded:  # released; but a claim whose reply was lost may have won before that
             described = await self._sessions.describe(pursuit.session_id)
             if described is None or described.claim_id != pursuit.claim_id:
                 raise
@@ -247,48 +247,48 @@ class Claiming:
         return pursuit.reservation
 
     async def _give_back(self, reservation: Reservation) -> None:
-        with suppress(StoreUnavailable):  # then it is found among those that nobody renews
+        with suppress(StoreUnavailable):  # then the reaper finds it
             await until_stored(
                 partial(self._accounts.release, reservation), give_up_after=GIVE_BACK_FOR, retry=RETRY
             )
 
 
 class _Attempt:
-    """One try of a claim, and those who wait for what comes of it."""
+    """One try of a claim, and the viewers that wait for its outcome."""
 
     __slots__ = ("_outcome", "waiting")
 
     def __init__(self) -> None:
         self._outcome: asyncio.Future[Generation | SessionStatus] = asyncio.get_running_loop().create_future()
-        self._outcome.add_done_callback(lambda done: done.exception())  # perhaps nobody asks any more
+        self._outcome.add_done_callback(lambda done: done.exception())  # all viewers may have left
         self.waiting = 0
 
     async def wait(self) -> Generation | SessionStatus:
-        """Wait for the outcome, or raise what it failed with."""
+        """Wait for the outcome and return it, or raise the error."""
         self.waiting += 1
         try:
             return await asyncio.shield(self._outcome)
         finally:
             self.waiting -= 1
 
-    def tell(self, outcome: Generation | SessionStatus) -> None:
-        """It has an outcome."""
+    def succeed(self, outcome: Generation | SessionStatus) -> None:
+        """Set the outcome."""
         self._outcome.set_result(outcome)
 
     def fail(self, error: BrokerError) -> None:
-        """It has failed, unless it has an outcome already."""
+        """Set an error, unless there is an outcome already."""
         if not self._outcome.done():
             self._outcome.set_exception(error)
 
 
 class _Pursuit:
-    """How far one claim has got.
+    """The progress of one claim.
 
     Attributes:
-        sent: it may have reached Redis, and may yet take effect there.
-        may_wait: without a free slot, the session waits in line.
+        sent: True if it may have reached Redis, so it may still take effect there.
+        may_wait: True if the session may wait in line for a slot.
         ends_ms: when the session expires, in ms by the clock of Redis; 0 before that is known.
-        withdrawn: somebody has cancelled the session: no generation begins.
+        withdrawn: True if the session was cancelled, so no generation may start.
     """
 
     __slots__ = (

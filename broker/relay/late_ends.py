@@ -34,9 +34,9 @@ RETRY = 1.0
 """Seconds between two tries."""
 
 TRIED_FOR = RECORD - 3600.0
-"""Seconds after which an end is given up. Shorter than a settled reservation is remembered, so that usage which another
-worker has booked meanwhile is not booked again. Without Redis no session starts, so the number of ends is bounded by
-the number of sessions that ran."""
+"""Seconds after which an end is given up. Shorter than the record of a settled reservation is stored, so that
+usage that another worker has booked meanwhile is not booked again. Without Redis no session starts, so the number of
+ends is bounded by the number of sessions that ran."""
 
 
 class LateEnds:
@@ -44,7 +44,7 @@ class LateEnds:
 
     Args:
         finished: this worker's finished sessions.
-        redis: knows whether Redis came back empty.
+        redis: notices that Redis came back empty.
         journal: bounds the events that wait for Redis in memory.
         spawn: runs work in the background and owns its task.
         clock: seconds that only go forward; by default the event loop's.
@@ -99,10 +99,10 @@ class LateEnds:
             self._unsettled.pop(generation.claim_id, None)
 
     async def _try(self, generation: Generation, end: Terminal) -> None:
-        """Write the end, and book what it took.
+        """Write the end, and book the usage.
 
         Raises:
-            StoreUnavailable: not now.
+            StoreUnavailable: Redis cannot do it now.
         """
         try:
             await self._write(generation, end)
@@ -122,7 +122,7 @@ class LateEnds:
         if isinstance(stored, EndConflict):
             raise StoreUnavailable
         if stored is None and not await self._redis.is_gone():
-            raise StoreUnavailable  # the session may just be written again as running
+            raise StoreUnavailable  # the session may be written again as running right now
         await generation.finishing.settle((stored or end).state)
         if stored not in (None, end):
             self._finished.drop(generation.session_id)  # later readers get the end that Redis has

@@ -1,7 +1,7 @@
-"""Makes sure that the sessions of this worker are still its own: after a freeze, and after Redis has lost something.
+"""Checks that the sessions of this worker are still its own after a freeze, and after Redis has lost data.
 
-Redis's word counts where it may know more than this worker: another worker can have ended a session. Where Redis came
-back empty, or lost its last writes, this worker knows more, and writes its sessions again.
+If Redis may know more than this worker, the state in Redis counts: another worker can have ended a session. If Redis
+came back empty or lost its last writes, this worker knows more and writes its sessions again.
 """
 
 from __future__ import annotations
@@ -32,45 +32,45 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 FREEZE = 1.5
-"""Seconds without a tick after which this process was frozen: others may have taken it for dead meanwhile."""
+"""Seconds without a tick that count as a freeze of this process: others may have marked its sessions lost."""
 
 CONFIRM_TIMEOUT = 0.3
-"""Seconds that viewers of a worker that was frozen wait for Redis to confirm it."""
+"""Seconds that viewers wait after a freeze for Redis to confirm that their sessions are still ours."""
 
 REWRITE_TRIES = 20
-"""Times that sessions are written again where Redis, which may be full, refuses some."""
+"""Number of tries to write sessions again if Redis refuses some, for example because it is full."""
 
 REWRITE_PAUSE = 0.5
-"""Seconds between them."""
+"""Seconds between these tries."""
 
 CHECK_AT_ONCE = 256
-"""Sessions that one round trip asks for."""
+"""Maximum number of sessions that one round trip reads."""
 
 SETTLE_AT_ONCE = 32
-"""Sessions that are settled again at the same time; connections must be left for everything else."""
+"""Maximum number of sessions settled again at the same time. Other work needs connections too."""
 
 WRITE_AT_ONCE = 64
 WRITE_BYTES = 4 * 1024 * 1024
-"""Sessions, and bytes of events, that one round trip writes at most."""
+"""Maximum numbers of sessions, and of bytes of events, that one round trip writes."""
 
 
 class Ownership:
-    """The sessions of this worker, and Redis's word on whose they are.
+    """Compares the sessions of this worker with Redis.
 
     Args:
-        running: what runs here.
-        finished: what has ended here.
+        running: the generations that run here.
+        finished: the finished cache of this worker.
         worker: this worker's id.
-        sessions: where they stand.
-        accounts: where their reservations are.
-        reads: tells where a session stands.
-        writes: this worker's journal, by which Redis confirms.
-        redis: tells whether Redis has lost something.
-        resuming: events are journaled.
+        sessions: stores the sessions.
+        accounts: stores their reservations.
+        reads: reads the status of a session.
+        writes: writes this worker's journal, and confirms sessions.
+        redis: notices that Redis has lost data.
+        resuming: True if events are journaled.
         spawn: runs work in the background and owns its task.
 
     Attributes:
-        lost: sessions that turned out to belong to another worker.
+        lost: number of sessions that turned out to belong to another worker.
     """
 
     def __init__(
@@ -102,27 +102,27 @@ class Ownership:
         self._unconfirmed: set[Generation] = set()
         self._asked_in: dict[Generation, object] = {}
 
-    # Redis has lost something
+    # Redis has lost data
 
     async def on_session_lost(self, generation: Generation) -> None:
-        """Redis does not have a running session as ours: write it again if Redis lost it, else stop."""
+        """Handle a running session that is not ours in Redis: write it again if Redis lost it, else stop it."""
         try:
             gone = await self._redis.is_gone()
             status = await self._reads.status(generation.session_id)
             ours = status.worker == self._worker
             if ours and (status.end is None or status.end.id.epoch == 1):
-                return  # it is there, or has ended by our own word meanwhile
+                return  # it is there, or this worker has ended it meanwhile
             if status.state is State.PREPARED or (status.state is State.GONE and not gone):
                 await self._rewrite([generation])
                 return
         except StoreUnavailable:
-            return  # asked again with the next write
+            return  # checked again with the next write
         log.warning("fenced", session=short(generation.session_id), state=status.state)
         self.lost += 1
         generation.fence(status.end)
 
     async def run_rewriting(self) -> NoReturn:
-        """Write sessions again each time that Redis may have lost something, until cancelled."""
+        """Write sessions again each time that Redis may have lost data, until cancelled."""
         while True:
             await self._redis.to_rewrite.wait()
             self._redis.to_rewrite.clear()
@@ -133,7 +133,7 @@ class Ownership:
                 await asyncio.sleep(REWRITE_PAUSE)
 
     async def rewrite_sessions(self) -> None:
-        """Write every session of which this worker knows more than Redis; those that are refused are tried again.
+        """Write every session of which this worker knows more than Redis. Refused ones are tried again.
 
         Raises:
             StoreUnavailable: Redis is away.
@@ -144,14 +144,14 @@ class Ownership:
             if not left:
                 return
             await asyncio.sleep(REWRITE_PAUSE)
-            left = [each for each in left if self._is_held(each)]
+            left = [each for each in left if self._is_in_memory(each)]
 
-    def _is_held(self, generation: Generation) -> bool:
+    def _is_in_memory(self, generation: Generation) -> bool:
         session_id = generation.session_id
         return generation in (self._running.get(session_id), self._finished.get(session_id))
 
     async def _forgotten(self, generations: Iterable[Generation]) -> list[Generation]:
-        """Return those of which Redis knows less than this worker."""
+        """Return the generations of which Redis knows less than this worker."""
         forgotten: list[Generation] = []
         rest = iter(generations)
         while part := list(islice(rest, CHECK_AT_ONCE)):
@@ -162,7 +162,7 @@ class Ownership:
         return forgotten
 
     async def _rewrite(self, generations: list[Generation]) -> list[Generation]:
-        """Write these again. Returns those that Redis refused."""
+        """Write these again. Returns the generations that Redis refused."""
         if not generations:
             return []
         self._writes.suspend_watch_expiry()
@@ -177,7 +177,7 @@ class Ownership:
         return refused
 
     async def _settle_again(self, ended: list[Generation]) -> None:
-        """Book what these have used: Redis may have lost that with their ends. What it still has stays as it is."""
+        """Book the usage of these again, because Redis may have lost it with their ends. Nothing is booked twice."""
 
         async def settle(generation: Generation) -> None:
             await generation.finishing.settle(generation.state)
@@ -204,15 +204,15 @@ class Ownership:
     async def _write(self, generations: list[Generation]) -> list[Generation]:
         calls, last_of = [], []
         for each in generations:
-            held = each.feed.unsaved(0, ALL) if self._resuming else NOTHING
-            last_of.append(held.last)
+            events = each.feed.unsaved(0, ALL) if self._resuming else NOTHING
+            last_of.append(events.last)
             calls.append(
                 self._sessions.restoring(
                     each.session_id,
                     each.claim_id,
                     self._worker,
                     each.prepared.spec,
-                    held=held,
+                    held=events,
                     end=each.feed.end,
                 )
             )
@@ -225,22 +225,22 @@ class Ownership:
                 generation.saved = last
         return refused
 
-    # This process stood still
+    # This process was frozen
 
     def check_for_freeze(self, now: float) -> None:
-        """Find out whether this process stood still; asked before anything is shown."""
+        """Check whether this process was frozen. Called before events are sent to viewers."""
         stood_still = now - self._ticked_at
         if stood_still > FREEZE:
             self._after_freeze(stood_still)
             self._ticked_at = now
 
     def tick(self, now: float) -> None:
-        """Note that this process runs. Called several times a second."""
+        """Record that this process runs. Called several times a second."""
         self.check_for_freeze(now)
         self._ticked_at = now
 
     def _after_freeze(self, stood_still: float) -> None:
-        """Show nothing until Redis has confirmed that the sessions are still ours."""
+        """Send no events until Redis has confirmed that the sessions are still ours."""
         frozen = list(self._running.values())
         if frozen:
             log.warning("was frozen", sessions=len(frozen), seconds=round(stood_still, 1))
@@ -248,7 +248,7 @@ class Ownership:
             generation.froze(stood_still)
 
     def confirm(self, generation: Generation) -> None:
-        """Ask Redis whether a session is still ours; all that are asked for at once share a round trip."""
+        """Ask Redis whether a session is still ours. Sessions asked for at the same time share a round trip."""
         if not self._unconfirmed:
             self._spawn(self._confirm())
         self._unconfirmed.add(generation)
@@ -273,8 +273,8 @@ class Ownership:
 def _knows_more(generation: Generation, record: SessionRecord | None) -> bool:
     """Returns True if this worker knows more of a session than Redis.
 
-    A session that is another claim's is not this worker's any more, and an end that Redis has stands. Events that are
-    missing in the journal are written by the journal writer.
+    If the session has another claim, it is not this worker's any more. If Redis has an end, that end counts. The
+    journal writer writes events that are missing in the journal.
     """
     if record is None or record.state is State.PREPARED:
         return True

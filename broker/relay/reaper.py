@@ -1,8 +1,8 @@
-"""One liveness for sessions and reservations: a session lives while its reservation is renewed.
+"""Renews the reservations of this worker, and ends and settles the sessions of dead workers.
 
-Every worker renews its own once a second, in a loop that does nothing else, and looks in another one for those that
-nobody renews. Their sessions are ended as lost, and what they took is settled from what was journaled. Two workers that
-find the same do no harm: an end is written once, and a reservation is settled once.
+A session is alive while its reservation is renewed. Every worker renews its own reservations once a second, in a loop
+that does nothing else. Another loop finds reservations that are not renewed any more, ends their sessions as lost, and
+settles their usage by the journal. Two workers may find the same one: an end is written once and settled once.
 """
 
 from __future__ import annotations
@@ -47,35 +47,35 @@ RENEW = 1.0
 """Seconds between two renewals."""
 
 RENEW_AT_ONCE = 1000
-"""Reservations that one round trip renews: what it costs Redis must not hold up others."""
+"""Maximum number of reservations that one round trip renews, so that Redis can serve others in between."""
 
 ROUND = 1.0
-"""Seconds between two looks for the dead; varied, so that workers do not all look at once."""
+"""Seconds between two searches for dead workers' reservations, with jitter, so that workers do not search at once."""
 
 AWAY = 0.5
 """Seconds between two tries while Redis is away."""
 
 AT_ONCE = 2000
-"""Reservations of the dead that one round looks at."""
+"""Maximum number of dead workers' reservations that one round handles."""
 
 TOGETHER = 32
-"""Of these, how many are worked on at the same time; connections must be left for everything else."""
+"""Maximum number of them handled at the same time. Other work needs connections too."""
 
 ASK_AT_ONCE = 100
-"""Estimates that one round takes on."""
+"""Maximum number of estimates that one round takes."""
 
 MAX_EVENT = 16 * 1024 * 1024
-"""Bytes of one journaled event; larger ones were never relayed."""
+"""Maximum bytes of one journaled event. Larger events are never relayed."""
 
 
 class Reaper:
-    """Keeps this worker's reservations alive, and ends and settles those of the dead.
+    """Renews this worker's reservations, and ends and settles those of dead workers.
 
     Args:
-        accounts: where the reservations are.
-        sessions: whose they are.
-        journal: what was relayed.
-        settlement: counts and books.
+        accounts: stores the reservations.
+        sessions: stores the sessions.
+        journal: stores the events.
+        settlement: counts usage and settles it.
         clock: seconds that only go forward.
         count: is called with the report of every session that was ended for a dead worker.
     """
@@ -111,32 +111,32 @@ class Reaper:
             await asyncio.sleep(pause)
 
     async def run(self) -> NoReturn:
-        """Look for the dead until cancelled."""
+        """Search for reservations of dead workers until cancelled."""
         while True:
             pause = ROUND if await self._round() else AWAY
             await asyncio.sleep(pause * random.uniform(0.75, 1.0))  # noqa: S311 - jitter is no secret
 
     async def _renew(self, running: Sequence[Reservation]) -> None:
         for start in range(0, len(running), RENEW_AT_ONCE):
-            # Lost by Redis, or given back while its claim was on the way. One that has just ended stays as it is.
+            # Redis lost it, or it was released while its claim was under way. One that has just ended does not change.
             closed = await self._accounts.renew(running[start : start + RENEW_AT_ONCE])
             await self._accounts.reserve_again(closed)
 
     async def _round(self) -> bool:
-        """Do all that there is to do. Returns True if Redis could be reached."""
+        """Run one round. Returns True if Redis could be reached."""
         for step in (self._reap, self._ask):
             try:
                 await step()
             except StoreRefused:
-                continue  # it was logged, and the other steps may pass
+                continue  # it was logged, and the other step may work
             except StoreUnavailable:
-                # Nobody could renew meanwhile. Only what is not renewed while Redis answers is lost.
+                # No worker could renew meanwhile. A reservation is lost only if it is not renewed while Redis answers.
                 self._answered_since = self._clock() + LEASE
                 return False
         return True
 
     async def _reap(self) -> None:
-        """End and settle what has not been renewed in time."""
+        """End and settle the reservations that were not renewed in time."""
         if self._clock() < self._answered_since:
             return
         orphans = await self._accounts.overdue(AT_ONCE)
@@ -155,7 +155,7 @@ class Reaper:
         await self._accounts.put_off(failed)
 
     async def _end(self, orphan: Reservation) -> SessionRecord | None:
-        """End the session of a reservation that nobody renews, and return what it is then."""
+        """End the session of a reservation that is not renewed any more, and return its record."""
         session = await self._sessions.describe(orphan.session_id)
         if session is None or session.claim_id != orphan.claim_id or session.state is not State.RUNNING:
             return session
@@ -166,9 +166,8 @@ class Reaper:
             cancelled=cancelled_unseen(None),
         )
         log.warning("worker lost", session=short(orphan.session_id), worker=session.worker, state=lost.state)
-        if (
-            lost.end is not None and lost.end.id.epoch == 2
-        ):  # else its own worker has ended it meanwhile, and told it
+        # With another epoch, its own worker has ended it meanwhile and has written the report.
+        if lost.end is not None and lost.end.id.epoch == 2:
             report = report_of_lost(orphan.session_id, session, lost.state)
             write_line(report)
             self._count(report)
@@ -180,11 +179,11 @@ class Reaper:
 
     async def _look_after(self, orphan: Reservation, session: SessionRecord | None) -> None:
         if session is None:
-            # All workers were away for longer than it is kept, and whether its claim had won nobody can tell any more.
-            # The most that it can have cost is safe.
+            # No worker was alive for longer than a session is stored, so it is not known whether its claim had won.
+            # Book the worst case, which is safe.
             await self._settlement.settle(orphan, usage_at_worst(orphan.worst), State.LOST, None)
         elif session.claim_id != orphan.claim_id:
-            # Its claim has not won so far. One that is still on its way must not win any more.
+            # Its claim has not won so far. If the claim is still under way, it must not win any more.
             if await self._sessions.refuse(orphan.session_id, orphan.claim_id):
                 await self._accounts.release(orphan)
         elif session.state in ENDED:
@@ -192,7 +191,7 @@ class Reaper:
 
     async def _settle(self, orphan: Reservation, session: SessionRecord, state: State) -> None:
         answer = await self._read(orphan.session_id, DIALECTS[session.spec.dialect])
-        if answer is None:  # an end is known for longer than what led to it
+        if answer is None:  # an end is stored for longer than its journal
             spent, generation_id = spent_in_end(session.end_data, orphan.worst), None
         else:
             spent = await self._settlement.count(
@@ -203,7 +202,7 @@ class Reaper:
         log.warning("settled for a dead worker", session=short(orphan.session_id), estimated=spent.estimated)
 
     async def _read(self, session_id: str, dialect: Dialect) -> Answer | None:
-        """What the journal tells of an answer; None where it has expired, or a part of it is not there."""
+        """Return the answer in a journal, None if the journal has expired or is incomplete."""
         answer, decoder, after = dialect.answer(), Decoder(MAX_EVENT), 0
         while True:
             followed = await self._journal.follow(session_id, after, register=False)
@@ -221,15 +220,15 @@ class Reaper:
 
 
 def spent_in_end(data: bytes, worst: WorstCase) -> Usage:
-    """What the end of a session tells that it took; else all that it may have taken.
+    """Return the usage in the end of a session, or the worst case if it has none.
 
     Args:
-        data: of its `done` event, JSON, or of another end, or empty.
-        worst: what is reserved.
+        data: the JSON of its `done` event or of another end, or empty.
+        worst: the reserved amount.
     """
-    told = orjson.loads(data) if data else {}
-    usage, cost = told.get("usage"), told.get("cost")
+    reported = orjson.loads(data) if data else {}
+    usage, cost = reported.get("usage"), reported.get("cost")
     counts = in_chat_names(usage) if isinstance(usage, dict) else None
     if counts is None or not has_counts(counts):
         return usage_at_worst(worst)
-    return usage_of(counts, to_nano(cost), estimated=bool(told.get("estimated")))
+    return usage_of(counts, to_nano(cost), estimated=bool(reported.get("estimated")))

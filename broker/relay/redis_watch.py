@@ -1,8 +1,8 @@
-"""What has become of Redis: whether it answers, came back empty, or is another server than before.
+"""Checks whether Redis answers, came back empty, or is another server than before.
 
-All workers know one marker, a random word in Redis. Where it is missing or another, Redis has lost everything. Where
-the server is another process, its last writes may be lost, as after a failover to a replica. In both cases owners write
-their sessions again where they know more than Redis (`relay.ownership`).
+All workers know one marker, a random word in Redis. If it is missing or has changed, Redis has lost all data. If the
+server is another process, its last writes may be lost, as after a failover to a replica. In both cases owners write
+their sessions again if they know more than Redis (`relay.ownership`).
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-LOOK = 0.5
-"""Seconds between two looks. One that fails takes a second at most, and is tried again."""
+CHECK = 0.5
+"""Seconds between two checks. A failed check takes a second at most, and is repeated."""
 
 CLAIMS_PAUSE = 5.0
-"""Seconds after a new server was seen in which no older session is claimed, while owners write what they know."""
+"""Seconds after the discovery of a new server in which no older session is claimed, so that owners can write first."""
 
 
 class RedisWatch:
-    """Looks at Redis twice a second.
+    """Checks Redis twice a second.
 
     Args:
-        workers: where the marker is.
+        workers: reads the marker.
         clock: seconds that only go forward.
 
     Attributes:
-        to_rewrite: set when Redis may have lost what the owners know.
+        to_rewrite: set when Redis may have lost data that the owners know.
     """
 
     def __init__(self, workers: WorkerStore, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -55,29 +55,29 @@ class RedisWatch:
         self._connections_seen = -1
 
     async def is_gone(self) -> bool:
-        """Returns True if a session that Redis does not know is gone, False while it may have to be written again.
+        """Returns True if a session that Redis does not have is gone, False while its owner may still write it again.
 
         Raises:
             StoreUnavailable: Redis cannot be reached.
         """
-        await self.look()
+        await self.check()
         return not self._wiped_elsewhere and self._clock() - self._wiped_here_at >= WIPED_FOR
 
     async def claims_paused_since(self) -> int | None:
-        """Return since when the server is new, in ms by its clock, while claims are paused; else None.
+        """While claims are paused, return the time of the new server's discovery, in ms by its clock; else None.
 
-        What was prepared before may run already, although the server says that it does not. A server that is new can
-        only be reached by a new connection, so it is seen before the first claim there.
+        Sessions prepared before that time may run already, although the server has no claim of them. A new server can
+        only be reached by a new connection, so it is discovered before the first claim there.
 
         Raises:
             StoreUnavailable: Redis cannot be reached.
         """
         if self._connections_seen != self._workers.connections_made:
-            await self.look()
+            await self.check()
         return self._new_since_ms if self._clock() < self._claims_paused_until else None
 
-    async def look(self) -> None:
-        """Find out whether Redis came back empty, or is another server than before.
+    async def check(self) -> None:
+        """Check whether Redis came back empty, or is another server than before.
 
         Raises:
             StoreUnavailable: Redis cannot be reached.
@@ -91,7 +91,9 @@ class RedisWatch:
         self._connections_seen = connections
         self._wiped_elsewhere = wiped
         if self._marker is None and self._started_without_redis:
-            self._wiped_here_at = self._clock()  # it may have come back empty, and who owns what will say so
+            self._wiped_here_at = (
+                self._clock()
+            )  # it may have come back empty, and owners may still write their sessions
         if self._marker not in (None, marker):
             self._wiped_here_at = self._clock()
             await self._workers.tell_wiped()
@@ -105,11 +107,11 @@ class RedisWatch:
         self._marker, self._server = marker, server
 
     async def run(self) -> NoReturn:
-        """Look until cancelled."""
+        """Check again and again until cancelled."""
         away = False
         while True:
             try:
-                await self.look()
+                await self.check()
             except StoreUnavailable:
                 if not away:
                     log.warning("redis cannot be reached")
@@ -118,4 +120,4 @@ class RedisWatch:
                 if away:
                     log.info("redis is back")
                 away = False
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(CHECK)

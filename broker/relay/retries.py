@@ -1,4 +1,4 @@
-"""Steps in Redis that are tried again until they are done: the one place for it."""
+"""Repeats a step in Redis until it succeeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RETRY = 1.0
-"""Seconds between two tries, where the caller does not say."""
+"""Default seconds between two tries."""
 
 
 async def until_stored(
@@ -25,10 +25,10 @@ async def until_stored(
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> T:
-    """Do ``step``, and again while Redis cannot be reached or refuses. Returns what it returned.
+    """Call ``step``, and repeat it while Redis cannot be reached or refuses. Returns its result.
 
     Args:
-        step: what is done. It must do no harm when it is done twice.
+        step: the step. It must do no harm if it is done twice.
         give_up_after: seconds after which a failed try is the last.
         retry: seconds between two tries.
         clock: seconds that only go forward.

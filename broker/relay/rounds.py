@@ -1,4 +1,4 @@
-"""Rounds over many sessions or reservations. An item that fails does not stop the work for the others."""
+"""Does work for many sessions or reservations. A failed item does not stop the others."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 MAX_UNREACHABLE = 3
-"""Items in a row for which Redis could not be reached. After so many it is away, and the round ends: each of the other
-items would wait for it as well."""
+"""Number of items in a row for which Redis could not be reached, after which the round ends. Each of the other items
+would wait for Redis as well."""
 
 
 async def for_each(

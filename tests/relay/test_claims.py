@@ -1,4 +1,4 @@
-"""Claims whose outcome is not known, that nobody wants any more, that are withdrawn, and that others wait for."""
+"""Claims with an unknown outcome, without viewers, withdrawn, and made by several workers at once."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ PREPARED = Prepared(
     request=b"{}", model="model", prompt_tokens=1, referer="", client="client", worst=WorstCase(10, 100)
 )
 CLAIM, RESERVE = b"claimer", b"total-claim"
-"""What only a claim, and only a reservation, has in its packet."""
+"""Bytes that only the packet of a claim, or of a reservation, contains."""
 
 
 class Claimer:
-    """A worker that claims, over a line of its own."""
+    """A worker that claims over a connection of its own."""
 
     def __init__(self, url: str, quotas: Quotas = FREE) -> None:
         self.store = Store(url, "test")
@@ -67,7 +67,7 @@ class Claimer:
         await self.sessions.prepare(session, replace(PREPARED, model="total-claim"))
 
     async def idle(self) -> None:
-        """Wait until nothing is pursued any more."""
+        """Wait until no claim is under way."""
         await until(lambda: asyncio.sleep(0, not self._tasks))
 
     async def close(self) -> None:
@@ -88,7 +88,7 @@ async def claimer(wire: Wire) -> AsyncIterator[Claimer]:
     claimer = Claimer(wire.url)
     await claimer.prepare()
     yield claimer
-    wire.let_go()
+    wire.unblock()
     await claimer.close()
 
 
@@ -98,35 +98,33 @@ async def state_of(store: Store, session: str = "session") -> State:
 
 
 def begun(outcome: object) -> bool:
-    """Whether a claim has won; a generation is nothing but its session's name here."""
+    """Returns True if a claim has won. A generation is only the name of its session here."""
     return outcome == "session"
 
 
-# Whether it is pursued
+# Pursued or not
 
 
 async def test_a_claim_that_was_never_sent_is_not_pursued(store: Store, wire: Wire, claimer: Claimer) -> None:
-    wire.hold = RESERVE
+    wire.block = RESERVE
     with pytest.raises(StoreUnavailable):
         await claimer.claims.claim("session")
     assert len(claimer.claims) == 0
-    wire.let_go()
+    wire.unblock()
     await claimer.idle()
-    await until(lambda: asyncio.sleep(0, wire.told("session") >= 1))
+    await until(lambda: asyncio.sleep(0, wire.count("session") >= 1))
     assert (claimer.begun, await state_of(store)) == ([], State.PREPARED)
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
     await claimer.claims.claim("session")  # as the page does that comes again
     assert claimer.begun == ["session"]
 
 
-async def test_a_claim_that_was_sent_is_pursued_though_nobody_waits(
-    store: Store, wire: Wire, claimer: Claimer
-) -> None:
-    wire.hold = CLAIM
+async def test_a_sent_claim_is_pursued_without_viewers(store: Store, wire: Wire, claimer: Claimer) -> None:
+    wire.block = CLAIM
     with pytest.raises(StoreUnavailable):
         await claimer.claims.claim("session")
     assert "session" in claimer.claims
-    wire.let_go()
+    wire.unblock()
     await claimer.idle()
     assert (claimer.begun, await state_of(store)) == (["session"], State.RUNNING)
     assert await slots(store.redis) == 1
@@ -135,36 +133,36 @@ async def test_a_claim_that_was_sent_is_pursued_though_nobody_waits(
 async def test_viewers_that_leave_before_a_claim_is_sent_take_it_along(
     store: Store, wire: Wire, claimer: Claimer
 ) -> None:
-    wire.hold = RESERVE
+    wire.block = RESERVE
     waiting = [asyncio.create_task(claimer.claims.claim("session")) for _ in range(3)]
-    await wire.caught()
+    await wire.until_blocked()
     for viewer in waiting:
         viewer.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
-    wire.let_go()
+    wire.unblock()
     await claimer.idle()
     assert (claimer.begun, await state_of(store)) == ([], State.PREPARED)
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
 
 
 async def test_one_viewer_that_stays_is_enough(wire: Wire, claimer: Claimer) -> None:
-    wire.hold = RESERVE
+    wire.block = RESERVE
     leaving, staying = [asyncio.create_task(claimer.claims.claim("session")) for _ in range(2)]
-    await wire.caught()
+    await wire.until_blocked()
     leaving.cancel()
     await asyncio.gather(leaving, return_exceptions=True)
-    wire.let_go()
+    wire.unblock()
     assert begun(await staying)
     assert claimer.begun == ["session"]
 
 
 async def test_a_later_viewer_waits_for_the_outcome_of_the_claim(wire: Wire, claimer: Claimer) -> None:
-    wire.hold = CLAIM
+    wire.block = CLAIM
     with pytest.raises(StoreUnavailable):
         await claimer.claims.claim("session")
     late = [asyncio.create_task(claimer.claims.claim("session")) for _ in range(3)]
     await asyncio.sleep(0)
-    wire.let_go()
+    wire.unblock()
     assert all(map(begun, await asyncio.gather(*late)))
     assert claimer.begun == ["session"]
 
@@ -177,15 +175,15 @@ async def test_a_later_viewer_waits_for_the_outcome_of_the_claim(wire: Wire, cla
 async def test_a_claim_that_is_withdrawn_never_begins(
     store: Store, wire: Wire, claimer: Claimer, held: bytes, in_time: bool
 ) -> None:
-    wire.hold = held
+    wire.block = held
     waiting = asyncio.create_task(claimer.claims.claim("session"))
-    await wire.caught()
+    await wire.until_blocked()
     if not in_time:
         with suppress(StoreUnavailable):
             await waiting
     withdrawn = claimer.claims.withdraw("session")
-    assert withdrawn or (held == RESERVE and not in_time), "what was never sent is over by itself"
-    wire.let_go()
+    assert withdrawn or (held == RESERVE and not in_time), "a claim that was never sent is over"
+    wire.unblock()
     outcome = await asyncio.gather(waiting, return_exceptions=True)
     await claimer.idle()
     assert claimer.begun == []
@@ -232,13 +230,13 @@ async def test_a_session_claimed_elsewhere_needs_no_second_slot(
     one, other = Claimer(wire.url, quotas), Claimer(valkey_url, quotas)
     await one.prepare()
     await one.prepare("next")
-    wire.hold = CLAIM
+    wire.block = CLAIM
     first = asyncio.create_task(one.claims.claim("session"))
-    await wire.caught()
+    await wire.until_blocked()
     second = asyncio.create_task(other.claims.claim("session"))
     with pytest.raises(TooManyStreams if "streams" in limits else BudgetExceeded):
         await other.claims.claim("next")
-    wire.let_go()
+    wire.unblock()
     assert begun(await first)
     assert await second == SessionStatus(State.RUNNING, "claimer")
     assert await slots(store.redis) == 1
@@ -250,12 +248,12 @@ async def test_a_claim_elsewhere_that_takes_too_long_is_being_claimed(valkey_url
     quotas = replace(FREE, streams=1)
     one, other = Claimer(wire.url, quotas), Claimer(valkey_url, quotas)
     await one.prepare()
-    wire.hold = CLAIM
+    wire.block = CLAIM
     first = asyncio.create_task(one.claims.claim("session"))
-    await wire.caught()
+    await wire.until_blocked()
     with pytest.raises(BeingClaimed):
         await other.claims.claim("session")
-    wire.let_go()
+    wire.unblock()
     await asyncio.gather(first, return_exceptions=True)
     for each in (one, other):
         await each.close()

@@ -35,24 +35,24 @@ def batch(first: int, last: int) -> Batch:
 
 
 class Late(JournalStore):
-    """Its answers to `follow` come when they are let."""
+    """Answers `follow` only after the test sets `let`."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store, worker="follower", running_ttl=500)
         self.answered = asyncio.Event()
         self.let = asyncio.Event()
-        self.looks = 0
+        self.reads = 0
 
     async def follow(self, *args: Any, **options: Any) -> Followed:
         followed = await super().follow(*args, **options)
-        self.looks += 1
+        self.reads += 1
         self.answered.set()
         await self.let.wait()
         return followed
 
 
 class Afar:
-    """A running session of another worker, and this one's follower."""
+    """A running session of another worker, and the mirrors of this worker."""
 
     def __init__(self, store: Store) -> None:
         self.id = str(uuid4())
@@ -68,9 +68,9 @@ class Afar:
     async def start(self, events: int) -> None:
         await self.sessions.prepare(self.id, PREPARED)
         await self.sessions.claim(self.id, "token", "owner")
-        await self.say(batch(1, events))
+        await self.append(batch(1, events))
 
-    async def say(self, events: Batch) -> None:
+    async def append(self, events: Batch) -> None:
         [answer] = await self.owner.append([Append(self.id, "token", events)])
         assert answer is not None
         assert answer.last == events.last
@@ -85,9 +85,9 @@ async def test_notifications_while_a_mirror_is_opened_are_in_it(
     await afar.start(2)
     opening = [asyncio.create_task(afar.follower.open(afar.id, after)) for _ in range(viewers)]
     await afar.late.answered.wait()
-    for news in (batch(3, 3), batch(4, 6)):
-        await afar.say(news)
-        afar.follower.on_notification(afar.id, news)
+    for added in (batch(3, 3), batch(4, 6)):
+        await afar.append(added)
+        afar.follower.on_notification(afar.id, added)
     afar.late.let.set()
     mirrors = await asyncio.gather(*opening)
     assert len(set(mirrors)) == 1
@@ -95,7 +95,7 @@ async def test_notifications_while_a_mirror_is_opened_are_in_it(
     assert isinstance(mirror, Mirror)
     assert mirror.feed.last == 6
     assert mirror.feed.after(max(after, mirror.feed.first - 1), 1 << 20).events.endswith(batch(4, 6).events)
-    assert afar.late.looks == viewers
+    assert afar.late.reads == viewers
     assert not afar.follower._opening
 
 
@@ -107,7 +107,7 @@ async def test_a_viewer_that_leaves_an_opening_mirror_leaves_nothing(store: Stor
     await afar.late.answered.wait()
     leaving.cancel()
     await asyncio.gather(leaving, return_exceptions=True)
-    await afar.say(batch(2, 2))
+    await afar.append(batch(2, 2))
     afar.follower.on_notification(afar.id, batch(2, 2))
     afar.late.let.set()
     mirror = await staying

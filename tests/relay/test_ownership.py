@@ -1,4 +1,4 @@
-"""A worker writes its sessions again where it knows more of them than Redis, and gives up what is another's."""
+"""A worker writes its sessions again if it knows more than Redis, and stops those of another worker."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def owner(store: Store) -> AsyncIterator[FakeWorker]:
 
 
 class Snapshot:
-    """What Redis has of one session at a moment, to go back to, as after a failover."""
+    """The state of one session in Redis, to be restored later, as after a failover."""
 
     def __init__(self, store: Store, session_id: str) -> None:
         self._redis: Any = store.redis
@@ -56,7 +56,7 @@ class Snapshot:
 
 
 async def chunks(worker: FakeWorker, generation: Generation, number: int, stream: int = 0) -> None:
-    """Let so many chunks come, and wait until they are in the journal."""
+    """Send this number of chunks, and wait until they are in the journal."""
     last = generation.feed.last + number
     for _ in range(number):
         worker.streams[stream].send(HELLO)
@@ -78,7 +78,7 @@ async def is_running_again(worker: FakeWorker, generation: Generation) -> bool:
 
 
 async def test_a_lost_claim_is_written_again_by_the_next_look(store: Store, owner: FakeWorker) -> None:
-    """Nothing tells that Redis has lost something; the journal's next write finds it."""
+    """Redis has lost data unnoticed; the next write of the journal finds it."""
     session_id = await owner.prepare()
     before = await Snapshot(store, session_id).take()
     found = await owner.hub.find(session_id, None)
@@ -198,7 +198,7 @@ async def test_an_emptied_redis_gets_sessions_and_reservations_back(
 
 
 class Stored:
-    """As much of a generation as is written again."""
+    """The parts of a generation that are written again."""
 
     def __init__(self, n: int, *, ended: bool) -> None:
         self.session_id, self.claim_id = str(uuid4()), str(uuid4())
@@ -255,7 +255,7 @@ async def test_2000_sessions_are_written_again_within_ten_seconds(
     assert len(keys) == 2000
 
 
-# This process stood still
+# This process was frozen
 
 
 async def test_nothing_is_shown_after_a_freeze_until_redis_confirms(owner: FakeWorker) -> None:

@@ -71,16 +71,16 @@ async def test_events_after_an_abandoning_end_are_not_in_the_session(
             call = (await upstream.call()).open()
             call.chunk("a")
             [first] = await connection.take(1)
-            wire.hold = b"abandoned"
-        await wire.caught()
-        generation, told = generation_of(owner, session), wire.told(session)
+            wire.block = b"abandoned"
+        await wire.until_blocked()
+        generation, told = generation_of(owner, session), wire.count(session)
         call.chunk("b")
         await until(lambda: asyncio.sleep(0, generation.feed.last == 2))
         if in_time:  # the journal has had its turn
-            await until(lambda: asyncio.sleep(0, wire.told(session) > told or call.gone.is_set()))
+            await until(lambda: asyncio.sleep(0, wire.count(session) > told or call.gone.is_set()))
         else:
             await generation.ended()
-        wire.let_go()
+        wire.unblock()
         await until(lambda: is_written(other.app[keys.STORE], session))
         seen = [await worker.read(session) for worker in (owner, other)]
         assert seen[0] == seen[1]
@@ -92,7 +92,7 @@ async def test_events_after_an_abandoning_end_are_not_in_the_session(
 async def test_a_cancel_accepted_elsewhere_is_the_end_for_all(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
-    """The owner's bell is dead, and what it writes once it knows is too late for its own viewers to wait for."""
+    """The owner gets no notification, and writes the end too late for its own viewers to wait for it."""
     async with (
         wire_to(valkey_url) as wire,
         running(wire.url, upstream) as owner,
@@ -104,15 +104,15 @@ async def test_a_cancel_accepted_elsewhere_is_the_end_for_all(
             call.chunk("a")
             await connection.take(1)
             await journaled(owner, session, 1)  # so that the owner does not ask again before the end
-            wire.drop, wire.hold = b"cancel " + session.encode(), b'"finishReason":"cancelled"'
+            wire.drop, wire.block = b"cancel " + session.encode(), b'"finishReason":"cancelled"'
             assert (await other.cancel(session)).status == 202
             call.chunk("b", finish="stop")
             call.usage()
             call.done()
             *_, end = await connection.rest()
-        assert wire.held.is_set()
+        assert wire.blocked.is_set()
         assert (end.kind, end.json["finishReason"]) == ("done", "cancelled")
-        wire.let_go()
+        wire.unblock()
         assert [(await worker.read(session))[-1] for worker in (owner, other)] == [end, end]
 
 
@@ -128,13 +128,13 @@ async def reserved(accounts: AccountStore, claim_id: str) -> Reservation:
 
 
 async def come(store: Store, name: str) -> None:
-    """Let the time of everything in a set have come."""
+    """Make every member of a set due."""
     await let_time_pass(store.redis, name)
 
 
 @asynccontextmanager
 async def far_accounts(valkey_url: str) -> AsyncIterator[AccountStore]:
-    """The accounts as a worker sees them whose packets take 10 ms to Redis and 10 ms back."""
+    """Yield the accounts of a worker whose packets take 10 ms to Redis and 10 ms back."""
     async with wire_to(valkey_url) as wire:
         wire.delay = 0.01
         store = Store(wire.url, "test")
@@ -216,11 +216,11 @@ async def test_an_orphan_that_never_ran_is_given_back(store: Store) -> None:
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
 
 
-# A worker that stood still
+# A worker that was frozen
 
 
 class StandingLoop(asyncio.SelectorEventLoop):
-    """A loop whose process can stand still: its clock goes on meanwhile, and nothing else does."""
+    """An event loop that can be frozen: only its clock goes on meanwhile."""
 
     stood_still = 0.0
 
@@ -318,7 +318,7 @@ async def test_a_session_that_was_refused_keeps_no_prompt(broker: Broker, upstre
     upstream.hang_up()
     upstream.calls.clear()
     await until(lambda: asyncio.sleep(0, bytes_with(b"prompt prompt") < ENOUGH))
-    assert (await broker.read(session))[-1].kind == "error", "it is kept all the same"
+    assert (await broker.read(session))[-1].kind == "error", "its end is stored all the same"
 
 
 async def test_a_session_that_broke_off_keeps_no_partial_event(
@@ -335,7 +335,7 @@ async def test_a_session_that_broke_off_keeps_no_partial_event(
     assert [event.kind for event in await broker.read(session)] == ["chunk", "error"]
     await until(lambda: asyncio.sleep(0, bytes_with(b"half half") < ENOUGH))
     assert [event.kind for event in await broker.read(session)] == ["chunk", "error"], (
-        "it is kept all the same"
+        "its end is stored all the same"
     )
 
 

@@ -1,4 +1,4 @@
-"""Settling for the dead: what cannot be read, what has expired and what may have been claimed, each on its own."""
+"""Settling for dead workers: unreadable records, expired sessions, and claims with an unknown outcome."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Dead:
         self.journal = JournalStore(store, worker="dead", running_ttl=960)
 
     async def claimed(self, claim_id: str, dialect: DialectName = "chat") -> Reservation:
-        """A session that has begun."""
+        """Prepare and claim a session."""
         session = f"session-{claim_id}"
         await self.sessions.prepare(session, replace(PREPARED, dialect=dialect))
         reservation = await reserved(self.accounts, claim_id)
@@ -60,14 +60,14 @@ class Dead:
         return reservation
 
     async def said(self, claim_id: str, *chunks: bytes, dialect: DialectName = "chat") -> Reservation:
-        """A session that has begun and said something."""
+        """Claim a session and journal some chunks."""
         reservation = await self.claimed(claim_id, dialect)
         batch = Batch(1, len(chunks), chunk_events(list(chunks), 1))
         await self.journal.append([Append(reservation.session_id, claim_id, batch)])
         return reservation
 
     async def ended(self, claim_id: str, data: bytes, *, state: State = State.DONE) -> Reservation:
-        """A session that has begun, said something, and ended, and is not settled."""
+        """Claim a session, journal a chunk and end it, without settling it."""
         reservation = await self.said(claim_id, CHUNK)
         session = reservation.session_id
         event = "done" if state is State.DONE else "error"
@@ -77,11 +77,11 @@ class Dead:
         return reservation
 
     async def forget_journal(self, claim_id: str) -> None:
-        """Its time to be replayed is over; its end is known a little longer."""
+        """Let the journal expire. The end is stored a little longer."""
         await self.store.redis.delete(self.store.session_keys(f"session-{claim_id}")["events"])
 
     async def break_session(self, claim_id: str) -> None:
-        """Leave something under its name that no script can read."""
+        """Replace the session by a value that no script can read."""
         key = self.store.session_keys(f"session-{claim_id}")["session"]
         await self.store.redis.delete(key)
         await self.store.redis.set(key, "no hash")
@@ -92,14 +92,14 @@ class Dead:
         )
 
     async def found(self, rounds: int = 1) -> None:
-        """Let all leases be over, and have another worker look."""
+        """Let all leases expire, and run the reaper of another worker."""
         await come(self.store, "open")
         reaper: Reaper = reaper_of(self.store, self.accounts)
         for _ in range(rounds):
             assert await reaper._round(), "Redis could be reached"
 
 
-async def test_the_session_of_a_dead_worker_is_told_once(store: Store, log: io.StringIO) -> None:
+async def test_the_session_of_a_dead_worker_is_reported_once(store: Store, log: io.StringIO) -> None:
     dead = Dead(store)
     await dead.said("claim", CHUNK)
     await dead.found(rounds=2)
@@ -135,7 +135,7 @@ async def test_the_session_of_a_dead_worker_is_counted(store: Store) -> None:
 async def test_an_end_without_its_journal_is_booked_by_its_usage(
     store: Store, data: bytes, booked: Ledger
 ) -> None:
-    assert MIN_KEPT > 1, "so that there is a time in between"
+    assert MIN_KEPT > 1, "an end must be stored for longer than its journal"
     dead = Dead(store)
     await dead.ended("1", data)
     await dead.forget_journal("1")
@@ -213,7 +213,7 @@ async def test_many_unreadable_sessions_do_not_block_the_others(store: Store) ->
     for _ in range(2):
         assert await reaper._round()
     assert not await dead.is_open("good")
-    assert await open_reservations(store.redis) == AT_ONCE, "and none of them was just given back"
+    assert await open_reservations(store.redis) == AT_ONCE, "none of them may be released"
 
 
 async def test_an_unreadable_reservation_does_not_stop_other_renewals(store: Store) -> None:
@@ -231,11 +231,11 @@ async def test_an_unreadable_reservation_does_not_stop_other_renewals(store: Sto
     assert {b"2", b"3"} <= renewed
 
 
-# What may have been claimed
+# Claims with an unknown outcome
 
 
 async def test_a_reservation_of_an_expired_session_is_booked_at_worst(store: Store) -> None:
-    """It was claimed, its worker died at once, and nobody came before its session had expired."""
+    """It was claimed, its worker died at once, and its session expired before another worker found it."""
     dead = Dead(store)
     reservation = await dead.claimed("1")
     await store.redis.delete(store.session_keys(reservation.session_id)["session"])
@@ -250,11 +250,11 @@ async def test_a_late_claim_without_its_reservation_does_not_win(store: Store) -
     await dead.found()
     assert await open_reservations(store.redis) == 0
     assert await dead.sessions.claim("session-1", "1", "dead") == SessionStatus(State.PREPARED)
-    assert isinstance(await dead.sessions.claim("session-1", "2", "another"), Prepared), "any other does"
+    assert isinstance(await dead.sessions.claim("session-1", "2", "another"), Prepared), "another claim wins"
 
 
 async def test_a_claim_that_has_won_meanwhile_is_not_given_back(store: Store) -> None:
-    """The session was looked at before its claim won; that it may be given back is asked behind it."""
+    """The session is read before its claim wins, and the reservation is released after that."""
     dead = Dead(store)
     reservation = await dead.claimed("1")
     before = await dead.sessions.describe(reservation.session_id)
@@ -300,8 +300,8 @@ class Clock:
         return self.now
 
 
-async def test_an_orphan_is_ended_whoever_runs_it(store: Store) -> None:
-    """Its worker may live: what nobody renews, nobody runs."""
+async def test_an_orphan_is_ended_even_if_its_worker_is_alive(store: Store) -> None:
+    """A session without renewal counts as lost, even if its worker is alive."""
     dead = Dead(store)
     reservation = await dead.claimed("1")
     await dead.found()

@@ -1,4 +1,4 @@
-"""What is found out of Redis: away, empty, another server."""
+"""Checks of Redis: it is away, came back empty, or is another server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.clock import Clock
 
 
 class FakeRedis:
-    """Tells what the test says: a marker and a server, or that it is away."""
+    """Returns the marker and the server of the test, or is away."""
 
     def __init__(self) -> None:
         self.marker_now = "first"
@@ -22,10 +22,10 @@ class FakeRedis:
         self.wiped = False
         self.away = False
         self.connections_made = 1
-        self.looks = 0
+        self.checks = 0
 
     async def marker(self) -> MarkerStatus:
-        self.looks += 1
+        self.checks += 1
         if self.away:
             raise StoreUnavailable
         return MarkerStatus(self.marker_now, self.wiped, self.server, 5_000)
@@ -44,12 +44,12 @@ class Watching:
 @pytest.fixture
 async def watching() -> Watching:
     watching = Watching()
-    await watching.watch.look()
+    await watching.watch.check()
     return watching
 
 
 async def test_nothing_is_written_again_in_ordinary_operation(watching: Watching) -> None:
-    await watching.watch.look()
+    await watching.watch.check()
     assert not watching.watch.to_rewrite.is_set()
     assert await watching.watch.is_gone()
     assert await watching.watch.claims_paused_since() is None
@@ -57,7 +57,7 @@ async def test_nothing_is_written_again_in_ordinary_operation(watching: Watching
 
 async def test_all_workers_are_told_that_redis_came_back_empty(watching: Watching) -> None:
     watching.redis.marker_now, watching.redis.server = "second", "two"
-    await watching.watch.look()
+    await watching.watch.check()
     assert watching.watch.to_rewrite.is_set()
     assert watching.redis.wiped
     assert not await watching.watch.is_gone()
@@ -66,7 +66,7 @@ async def test_all_workers_are_told_that_redis_came_back_empty(watching: Watchin
 
 async def test_an_unknown_session_is_gone_again_after_its_time(watching: Watching) -> None:
     watching.redis.marker_now = "second"
-    await watching.watch.look()
+    await watching.watch.check()
     watching.redis.wiped = False
     watching.clock.now += WIPED_FOR - 0.1
     assert not await watching.watch.is_gone()
@@ -78,7 +78,7 @@ async def test_a_worker_started_without_redis_declares_nothing_gone() -> None:
     watching = Watching()
     watching.redis.away = True
     with pytest.raises(StoreUnavailable):
-        await watching.watch.look()
+        await watching.watch.check()
     watching.redis.away = False
     assert not await watching.watch.is_gone()
     watching.clock.now += WIPED_FOR
@@ -87,7 +87,7 @@ async def test_a_worker_started_without_redis_declares_nothing_gone() -> None:
 
 async def test_another_server_pauses_claims_while_owners_write(watching: Watching) -> None:
     watching.redis.server = "two"
-    await watching.watch.look()
+    await watching.watch.check()
     assert watching.watch.to_rewrite.is_set()
     assert await watching.watch.claims_paused_since() == 5_000
     watching.clock.now += CLAIMS_PAUSE
@@ -95,16 +95,16 @@ async def test_another_server_pauses_claims_while_owners_write(watching: Watchin
     assert await watching.watch.is_gone(), "its marker is the same, so it is not empty"
 
 
-async def test_a_new_connection_is_looked_at_before_the_next_claim(watching: Watching) -> None:
-    looks = watching.redis.looks
+async def test_a_new_connection_is_checked_before_the_next_claim(watching: Watching) -> None:
+    checks = watching.redis.checks
     assert await watching.watch.claims_paused_since() is None
-    assert watching.redis.looks == looks, "a known connection leads to the known server"
+    assert watching.redis.checks == checks, "a known connection leads to the known server"
     watching.redis.connections_made += 1
     watching.redis.server = "two"
     assert await watching.watch.claims_paused_since() is not None
 
 
-async def test_no_claim_is_made_where_the_server_cannot_be_asked(watching: Watching) -> None:
+async def test_no_claim_is_made_if_the_server_cannot_be_reached(watching: Watching) -> None:
     watching.redis.connections_made += 1
     watching.redis.away = True
     with pytest.raises(StoreUnavailable):
@@ -114,12 +114,12 @@ async def test_no_claim_is_made_where_the_server_cannot_be_asked(watching: Watch
 async def test_a_server_without_a_name_pauses_nothing(watching: Watching) -> None:
     nameless = Watching()
     nameless.redis.server = ""
-    await nameless.watch.look()
-    await nameless.watch.look()
+    await nameless.watch.check()
+    await nameless.watch.check()
     assert await nameless.watch.claims_paused_since() is None
 
 
-async def test_looking_goes_on_through_an_outage(watching: Watching) -> None:
+async def test_checks_continue_through_an_outage(watching: Watching) -> None:
     watching.redis.away = True
     task = asyncio.create_task(watching.watch.run())
     await asyncio.sleep(0)

@@ -19,7 +19,7 @@ from broker.store.usage_ledger import UsageLedger
 from broker.web import keys
 from tests.broker import Broker, running
 from tests.clock import Clock, run_ready_tasks
-from tests.money import MODEL, PRICE, Ledger, ledger, open_reservations, price_list, slots, unasked, until
+from tests.money import MODEL, PRICE, Ledger, due_records, ledger, open_reservations, price_list, slots, until
 from tests.system.harness import ValkeyProcess, running_valkey
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ async def booked(broker: Broker) -> Ledger:
     """Return the spending of all clients; something is reserved only where an estimate may still be corrected."""
     redis = broker.app[keys.STORE].redis
     account = await ledger(redis)
-    if not await unasked(redis):
+    if not await due_records(redis):
         assert (account.reserved_tokens, account.reserved_cost) == (0, 0)
     assert await slots(redis) == await open_reservations(redis) == 0
     return account._replace(reserved_tokens=0, reserved_cost=0)

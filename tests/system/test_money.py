@@ -17,11 +17,11 @@ from tests.money import (
     PRICE,
     TOTAL,
     Ledger,
+    due_records,
     ledger,
     open_reservations,
     price_list,
     slots,
-    unasked,
     until,
 )
 from tests.system.biller import Biller
@@ -92,7 +92,7 @@ async def all_settled(redis: Redis) -> bool:
 
 
 async def all_asked(redis: Redis) -> bool:
-    return await unasked(redis) == 0
+    return await due_records(redis) == 0
 
 
 async def test_two_workers_admit_exactly_the_claims_with_room() -> None:
@@ -196,7 +196,7 @@ async def test_another_worker_asks_for_a_killed_ones_record() -> None:
             assert (await session.cancel(other)).status == 202
             assert (await connection.rest())[-1].kind == "done"
             await owner.kill()
-        assert (await ledger(redis)).estimated == await unasked(redis) == 1
+        assert (await ledger(redis)).estimated == await due_records(redis) == 1
         generations["gen-chunk"] = {
             "total_cost": 0.0007,
             "native_tokens_prompt": 4,
