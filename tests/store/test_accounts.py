@@ -1,4 +1,4 @@
-"""Slots, budgets and books against a real Valkey: the law of money is checked after every step."""
+"""Slots, budgets and the usage ledger in a real Valkey. The sums are checked after every step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ async def reserved(accounts: AccountStore, reservation: Reservation) -> Reservat
 
 async def test_claims_at_once_win_while_there_is_room(store: Store) -> None:
     accounts = AccountStore(store, replace(FREE, total_daily_cost=37 * 100))
-    at_once = asyncio.Semaphore(MAX_CONNECTIONS)  # more would only wait for a connection, which has a bound
+    at_once = asyncio.Semaphore(
+        MAX_CONNECTIONS
+    )  # more would only wait for a connection, which has a time limit
 
     async def claim(n: int) -> int:
         async with at_once:
@@ -72,7 +74,7 @@ async def test_a_repeated_claim_reserves_nothing_more(store: Store) -> None:
 
 async def test_a_late_repeat_does_not_reserve_again(store: Store) -> None:
     accounts = AccountStore(store, FREE)
-    await accounts.release(wanted("1"))  # overtakes the reserve that it belongs to
+    await accounts.release(wanted("1"))  # arrives before its reserve
     with pytest.raises(Exception, match="given back"):
         await accounts.reserve(wanted("1"))
     assert (await ledger(store.redis)).reserved_tokens == 0
@@ -176,7 +178,7 @@ async def test_spent_and_reserved_never_exceed_the_limit(store: Store, seed: int
         total = await ledger(store.redis, TOTAL)
         assert total.spent_cost + total.reserved_cost <= limit
         assert total.reserved_cost == sum(each.worst.cost for each in open_ones)
-        assert total == await ledger(store.redis), "the clients together are the total"
+        assert total == await ledger(store.redis), "the sum of the clients must be the total"
     assert (await ledger(store.redis)).spent_cost == billed
 
 
@@ -217,7 +219,7 @@ async def test_final_usage_replaces_the_estimate(store: Store, monkeypatch: pyte
 
 
 async def commands_run(store: Store) -> int:
-    """Commands that Redis has run so far, those of scripts included."""
+    """Return the number of commands that Redis has run so far, including those of scripts."""
     stats: Any = await store.redis.info("commandstats")
     return sum(each["calls"] for each in stats.values())
 

@@ -1,4 +1,4 @@
-"""Bytes per token among workers: samples kept in Redis within bounds, read now and then, and missed by nobody."""
+"""Bytes per token across workers: samples are stored in Redis within bounds and read at times."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def clock() -> Clock:
 
 @pytest_asyncio.fixture
 async def worker(clock: Clock) -> AsyncIterator[Worker]:
-    """Makes the densities of as many workers as the test wants."""
+    """Makes the values of any number of workers."""
     made: list[BytesPerToken] = []
 
     def make(store: BytesPerTokenStore) -> BytesPerToken:
@@ -103,7 +103,7 @@ async def worker(clock: Clock) -> AsyncIterator[Worker]:
 
 @pytest_asyncio.fixture
 async def away() -> AsyncIterator[Store]:
-    """The way to a Redis that is not there."""
+    """A store without a Redis."""
     store = Store("unix:///nonexistent/valkey", "test")
     yield store
     await store.close()
@@ -432,7 +432,7 @@ async def test_close_cancels_reads(gated: Gated, worker: Worker) -> None:
 
 @pytest.mark.parametrize("truth", [1.5, 3.0, 6.0])
 @pytest.mark.parametrize("clients", [1, 3, 20])
-async def test_after_twenty_answers_every_worker_is_near_the_truth(
+async def test_every_worker_estimates_well_after_twenty_answers(
     density: BytesPerTokenStore, worker: Worker, truth: float, clients: int
 ) -> None:
     noise = random.Random(7)

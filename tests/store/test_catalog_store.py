@@ -1,4 +1,4 @@
-"""The list of models among workers: kept in Redis, fetched once, outliving failures of either side."""
+"""The list of models across workers: stored in Redis, fetched once, served during failures."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ async def workers() -> AsyncIterator[list[Catalog]]:
 
 @pytest.fixture
 def worker(client: AsyncOpenAI, store: Store, clock: Clock, workers: list[Catalog]) -> Worker:
-    """Makes the catalogs of as many workers as the test wants."""
+    """Makes the catalogs of any number of workers."""
 
     def make(store: Store = store, fetch: Callable[[], Awaitable[bytes]] | None = None) -> Catalog:
         workers.append(
@@ -149,7 +149,7 @@ def pass_time(store: Store, clock: Clock, workers: list[Catalog]) -> Pass:
 
 @pytest_asyncio.fixture
 async def away() -> AsyncIterator[Store]:
-    """The way to a Redis that is not there."""
+    """A store without a Redis."""
     store = Store("unix:///nonexistent/valkey", "test")
     yield store
     await store.close()
@@ -464,7 +464,9 @@ async def test_without_redis_every_worker_fetches_for_itself(
     assert upstream.fetches == 2
 
 
-async def test_memory_serves_when_redis_dies(worker: Worker, upstream: Upstream, pass_time: Pass) -> None:
+async def test_the_list_in_memory_is_served_when_redis_is_gone(
+    worker: Worker, upstream: Upstream, pass_time: Pass
+) -> None:
     with embedded_valkey() as url:
         store = Store(url, "test")
         catalog = worker(store)
@@ -504,7 +506,7 @@ async def test_known_models_are_returned_and_the_rest_is_missing(worker: Worker)
     assert {name: model.id for name, model in known.items()} == {"a": "a", "b:nitro": "b"}
 
 
-async def test_the_kind_of_upstream_is_told_by_its_list(worker: Worker, upstream: Upstream) -> None:
+async def test_the_kind_of_upstream_is_known_by_its_list(worker: Worker, upstream: Upstream) -> None:
     upstream.body = b'{"data":[{"id":"llama3:8b","pricing":{"prompt":"0.1","completion":"0.1"}}]}'
     catalog = worker()
     assert not catalog.openrouter
@@ -538,7 +540,7 @@ async def test_a_late_caller_does_not_wait_for_a_hanging_fetch(
     assert list(await catalog.known(["a"])) == ["a"]
 
 
-async def test_after_a_failed_try_nobody_waits_for_the_next(
+async def test_callers_do_not_wait_again_after_a_failed_fetch(
     worker: Worker, upstream: Upstream, away: Store, clock: Clock
 ) -> None:
     upstream.status = 500

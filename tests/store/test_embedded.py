@@ -1,4 +1,4 @@
-"""The embedded Valkey: works, is private, and is gone when its owner is, however the owner went."""
+"""The embedded Valkey works, is private, and ends with its owner in every case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Redis that is full, against a real Valkey: nothing new begins, and what runs can be watched, ended and paid."""
+"""A full Valkey: nothing new begins, and running sessions can be watched, ended and settled."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ class Stage:
         await self.workers.marker()
 
     async def ask(self) -> Appended:
-        """What the owner asks that has nothing to journal."""
+        """Append no events, as an owner does that only asks for cancels and viewers."""
         [answer] = await self.journal.append([Append("running", "token", NOTHING)])
         assert answer is not None
         return answer
 
     async def everything(self) -> dict[bytes, object]:
-        """All that Redis holds."""
+        """Return all data in Redis."""
         redis: Any = self.store.redis
         read = {
             b"hash": redis.hgetall,

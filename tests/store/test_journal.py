@@ -1,4 +1,4 @@
-"""The journal in a real Valkey: what is written, what is refused, who watches, and that every key has its time."""
+"""The journal in a real Valkey: writes, refusals, watchers, and the time to live of every key."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def running(store: Store) -> Running:
 
 @pytest_asyncio.fixture
 async def notifications(store: Store) -> AsyncIterator[asyncio.Queue[bytes]]:
-    """What the following worker is notified of."""
+    """Yield the notifications of the following worker."""
     async with store.redis.pubsub() as pubsub:
         await pubsub.subscribe(f"{store.channels}follower")
         notified: asyncio.Queue[bytes] = asyncio.Queue()
@@ -141,9 +141,9 @@ async def test_the_prompt_leaves_redis_with_the_first_word_of_the_owner(running:
     assert not await running.store.redis.hexists(key, "request")
 
 
-async def test_another_token_writes_nothing(running: Running) -> None:
+async def test_another_claim_id_writes_nothing(running: Running) -> None:
     answer = await running.append(batch(1, 3), claim_id="another")
-    assert answer.state is not State.RUNNING, "and is told that the session is not its own"
+    assert answer.state is not State.RUNNING, "the session is not its own"
     assert await running.read() == (b"", 0)
 
 
@@ -255,7 +255,7 @@ async def test_the_owner_learns_who_watches_and_that_they_have_left(running: Run
     assert (await running.append()).watched == 0
 
 
-async def test_a_look_registers_nobody(running: Running) -> None:
+async def test_reading_the_status_registers_no_worker(running: Running) -> None:
     assert (await running.elsewhere.status(running.id)).state is State.RUNNING
     await running.elsewhere.read(running.id, 0)
     assert (await running.append()).watched == 0
@@ -341,7 +341,7 @@ async def test_a_cancel_after_the_end_changes_nothing(running: Running) -> None:
     )
 
 
-async def test_the_end_of_a_session_that_is_not_there_is_told_as_gone(running: Running) -> None:
+async def test_the_end_of_a_missing_session_is_gone(running: Running) -> None:
     await running.store.redis.flushall()
     assert await running.finish(end(1)) == SessionStatus(State.GONE)
 
@@ -354,7 +354,7 @@ async def test_a_dead_workers_session_ends_behind_its_journal(running: Running) 
     standing = await running.mark_lost()
     assert standing.end == Terminal(State.LOST, "error", Cursor(2, 5, end=True), b'{"lost":1}')
     assert await running.read() == (batch(1, 4).events, 4)
-    assert await running.mark_lost() == standing, "whoever comes second finds the same"
+    assert await running.mark_lost() == standing, "a second call gets the same"
 
 
 async def test_a_worker_that_wakes_writes_nothing_more(running: Running) -> None:
@@ -475,7 +475,7 @@ async def test_every_key_written_again_has_its_time(running: Running, ending: Te
 
 
 async def test_the_end_of_a_session_restored_without_events_is_sent(running: Running) -> None:
-    """They had left the owner's memory when Redis came back empty."""
+    """The owner had removed them from memory when Redis came back empty."""
     await running.append(batch(1, 2))
     await running.store.redis.flushall()
     await restore(running, Batch(3, 2, b""))

@@ -108,7 +108,7 @@ async def test_a_place_is_given_up_when_its_page_does_not_come_back(line: Line) 
     await line.place("b")
     await line.be_late("a", LINE["PLACE_MS"] + 2000)
     assert await line.place("b") == (1, 1)
-    assert await line.place("a") == (2, 2), "who comes later is the last"
+    assert await line.place("a") == (2, 2), "a later page is the last"
 
 
 async def test_a_cancel_frees_the_place(store: Store, line: Line) -> None:

@@ -1,4 +1,4 @@
-"""Numbers that Lua writes and Redis reads: nothing, much, and signs, on every server."""
+"""Numbers that Lua writes and Redis reads: zero, large and negative ones, on every server."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_a_large_reservation_is_settled_exactly(store: Store, worst: Worst
 
 @pytest.mark.parametrize("before", [0, 7, 10**15], ids=str)
 @pytest.mark.parametrize("after", [0, 7, 10**15], ids=str)
-async def test_an_estimate_becomes_the_truth_whichever_is_more(store: Store, before: int, after: int) -> None:
+async def test_final_usage_replaces_a_lower_or_higher_estimate(store: Store, before: int, after: int) -> None:
     accounts = AccountStore(store, FREE)
     reservation = replace(wanted(WorstCase(0, 0)), day=await accounts.reserve(wanted(WorstCase(0, 0))))
     await accounts.settle(reservation, Usage(before, 0, cost=before, estimated=True), State.DONE)

@@ -1,4 +1,4 @@
-"""The rate of a client: exact among workers, sliding, and honest about what is left."""
+"""The rate of a client: exact across workers, with a sliding window and the correct rest."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def redis_reaches(redis: Redis, moment: float) -> None:
 
 
 async def first_allowed(rates: Rates, client: str) -> RateStatus:
-    """Knock until one is let in."""
+    """Repeat hits until one is accepted."""
     statuses: list[RateStatus] = []
 
     async def let_in() -> bool:

@@ -1,4 +1,4 @@
-"""Reservations as leases: renewed, expired, taken again, and found by others, against a real Valkey."""
+"""Reservations as leases in a real Valkey: renewed, expired, made again, and found by other workers."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ async def reserved(accounts: AccountStore, claim_id: str) -> Reservation:
 
 
 async def expire(store: Store) -> None:
-    """Let every lease be over, as a long outage does."""
+    """Let every lease expire, as a long outage does."""
     await let_time_pass(store.redis, "open")
 
 
-async def test_only_what_nobody_renews_is_found(store: Store) -> None:
+async def test_only_reservations_without_renewal_are_found(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     kept, left = await reserved(accounts, "1"), await reserved(accounts, "2")
     assert await accounts.overdue(10) == []
@@ -43,7 +43,7 @@ async def test_only_what_nobody_renews_is_found(store: Store) -> None:
     assert await accounts.overdue(10) == [left]
 
 
-async def test_a_slot_whose_lease_ran_out_in_an_outage_is_nobody_elses(store: Store) -> None:
+async def test_a_slot_stays_taken_if_its_lease_expires_in_an_outage(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     running = [await reserved(accounts, "1"), await reserved(accounts, "2")]
     await expire(store)
@@ -102,7 +102,7 @@ async def test_usage_after_a_release_is_booked(store: Store) -> None:
 
 
 async def test_a_lost_reservation_is_made_again_on_its_own_day(store: Store) -> None:
-    """The day of the claim, though midnight has passed."""
+    """On the day of the claim, even after midnight."""
     accounts = AccountStore(store, FREE)
     yesterday = await reserved(accounts, "1")
     yesterday = replace(yesterday, day=yesterday.day - 1)
@@ -147,11 +147,11 @@ async def test_old_days_are_removed_from_an_account_in_daily_use(store: Store) -
 
 
 async def due(store: Store) -> None:
-    """Let the time of every estimate have come."""
+    """Make every estimate due."""
     await let_time_pass(store.redis, "estimates")
 
 
-async def unasked(accounts: AccountStore) -> list[tuple[Reservation, str]]:
+async def due_ids(accounts: AccountStore) -> list[tuple[Reservation, str]]:
     return [(estimate.reservation, estimate.generation_id) for estimate in await due_estimates(accounts)]
 
 
@@ -163,10 +163,10 @@ async def test_other_workers_ask_for_a_record_after_its_workers_time(store: Stor
     )
     assert await due_estimates(accounts) == []
     await due(store)
-    assert await unasked(accounts) == [(reservation, "gen-1")]
-    assert await due_estimates(accounts) == [], "who was told has its time, too"
+    assert await due_ids(accounts) == [(reservation, "gen-1")]
+    assert await due_estimates(accounts) == [], "the worker that got it has time to ask"
     await due(store)
-    assert await unasked(accounts) == [(reservation, "gen-1")]
+    assert await due_ids(accounts) == [(reservation, "gen-1")]
     assert await store.redis.ttl(account_of(store, "c").shared("estimates")) > 0
 
 
@@ -181,7 +181,7 @@ async def test_a_corrected_estimate_is_not_due_again(store: Store) -> None:
     await due(store)
     await accounts.correct(wanted("1"), Usage(1, 1, cost=8))
     await accounts.accept_estimate(wanted("2"))
-    assert [reservation.claim_id for reservation, _ in await unasked(accounts)] == ["3"]
+    assert [reservation.claim_id for reservation, _ in await due_ids(accounts)] == ["3"]
 
 
 async def test_a_later_worker_adds_the_generation_id_to_an_estimate(store: Store) -> None:
@@ -191,10 +191,10 @@ async def test_a_later_worker_adds_the_generation_id_to_an_estimate(store: Store
     await accounts.settle(reservation, guess, State.LOST)
     await accounts.settle(reservation, guess, State.LOST, generation_id="gen-1")
     await due(store)
-    assert await unasked(accounts) == [(reservation, "gen-1")]
+    assert await due_ids(accounts) == [(reservation, "gen-1")]
 
 
-async def test_nothing_is_asked_where_the_truth_is_known_or_no_name_is(store: Store) -> None:
+async def test_no_record_is_due_for_final_usage_or_without_an_id(store: Store) -> None:
     accounts = AccountStore(store, FREE)
     known, unnamed = await reserved(accounts, "1"), await reserved(accounts, "2")
     await accounts.settle(known, Usage(1, 1, cost=7), State.DONE, generation_id="gen")
@@ -209,9 +209,9 @@ async def test_an_estimate_without_its_reservation_blocks_no_other(store: Store)
     known = await reserved(accounts, "known")
     await accounts.settle(known, guess, State.LOST, generation_id="gen-2")
     await due(store)
-    assert await unasked(accounts) == [(known, "gen-2")]
+    assert await due_ids(accounts) == [(known, "gen-2")]
     await due(store)
-    assert await unasked(accounts) == [(known, "gen-2")]
+    assert await due_ids(accounts) == [(known, "gen-2")]
 
 
 GUESS = Usage(1, 1, cost=7, estimated=True)
@@ -237,7 +237,7 @@ async def test_the_rest_above_an_estimate_stays_reserved_without_a_slot(store: S
 
 
 @pytest.mark.parametrize("times", [1, 3])
-async def test_the_truth_frees_what_stayed_reserved_once(store: Store, times: int) -> None:
+async def test_final_usage_frees_the_rest_of_a_reservation_once(store: Store, times: int) -> None:
     accounts = AccountStore(store, FREE)
     reservation = await estimated(accounts, "1")
     other = await reserved(accounts, "2")
@@ -256,7 +256,7 @@ async def test_an_accepted_estimate_stays_and_frees_the_rest(store: Store, times
     for _ in range(times):
         await accounts.accept_estimate(reservation)
     assert await ledger(store.redis) == Ledger(1, 1, 2, 7)
-    await accounts.correct(reservation, Usage(2, 3, cost=50))  # the truth may still come later
+    await accounts.correct(reservation, Usage(2, 3, cost=50))  # the final usage may still come later
     assert await ledger(store.redis) == Ledger(1, 0, 5, 50)
 
 
@@ -287,7 +287,7 @@ async def test_an_estimate_is_one_workers_until_its_time_is_over(store: Store) -
 
 
 class Dying(AccountStore):
-    """Of a worker that is killed after it has settled in the total, and before it has in the account of the client."""
+    """The accounts of a worker that is killed after it has settled in the total, and before the client's account."""
 
     async def _book_in(self, account: Account, *args: Any) -> Any:
         if account is not self._total:

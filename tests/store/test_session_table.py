@@ -1,4 +1,4 @@
-"""The table of a session's life is true: every script, in every state, on every server."""
+"""Every script in every state does what the table of a session says, on every server."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class Session:
         }
 
     async def take(self, step: Step, claim_id: str = OWNER) -> None:
-        """Do one step, for this claim."""
+        """Run one step for this claim."""
         await self._steps[step](claim_id)
 
     async def state(self) -> State:
-        """Where Redis says that the session stands."""
+        """Return the state of the session in Redis."""
         key = self._store.session_keys(self.id)["session"]
         fields: Any = await self._store.redis.hmget(key, ["state", "cancel"])
         state, cancel = fields

@@ -1,4 +1,4 @@
-"""The steps of a session in a real Valkey: exactly one wins, prompts do not outlive their use, keys have their time."""
+"""The steps of a session in a real Valkey: one claim wins, prompts are deleted after their use, keys expire."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ async def sessions(store: Store) -> SessionStore:
 
 @pytest_asyncio.fixture
 async def prepared(sessions: SessionStore) -> str:
-    """A session that waits to be claimed."""
+    """Prepare a session, and return its id."""
     session = str(uuid4())
     await sessions.prepare(session, PREPARED)
     return session
 
 
 async def held(store: Store) -> dict[bytes, bytes]:
-    """All fields of the one session that Redis holds."""
+    """Return all fields of the one session in Redis."""
     [key] = await store.redis.keys("*session*")
     return cast("dict[bytes, bytes]", await store.redis.hgetall(key))
 
 
 async def times(store: Store) -> list[int]:
-    """Seconds that every key has to live."""
+    """Return the time to live of every key in seconds."""
     return [await store.redis.ttl(key) for key in await store.redis.keys("*")]
 
 
@@ -114,11 +114,11 @@ async def test_a_claim_gets_what_was_prepared(store: Store, sessions: SessionSto
     assert await sessions.remaining(prepared) == 0
 
 
-async def test_asking_again_with_the_same_token_gets_the_same(sessions: SessionStore, prepared: str) -> None:
+async def test_a_repeat_with_the_same_claim_id_gets_the_same(sessions: SessionStore, prepared: str) -> None:
     assert [await sessions.claim(prepared, "token", "w1") for _ in range(3)] == [PREPARED] * 3
 
 
-async def test_another_token_learns_who_has_it(sessions: SessionStore, prepared: str) -> None:
+async def test_another_claim_id_gets_the_owner(sessions: SessionStore, prepared: str) -> None:
     await sessions.claim(prepared, "token", "w1")
     assert await sessions.claim(prepared, "another", "w2") == SessionStatus(State.RUNNING, "w1")
     assert await sessions.claim(prepared, "another", "w1") == SessionStatus(State.RUNNING, "w1")
@@ -210,7 +210,7 @@ async def test_the_first_end_stands(sessions: SessionStore, prepared: str) -> No
     assert await sessions.cancel(prepared, CANCELLED) == SessionStatus(State.DONE, "w1", DONE)
 
 
-async def test_another_token_ends_nothing(sessions: SessionStore, prepared: str) -> None:
+async def test_another_claim_id_ends_nothing(sessions: SessionStore, prepared: str) -> None:
     await sessions.claim(prepared, "token", "w1")
     assert await sessions.end(prepared, "another", DONE, NOTHING) == SessionStatus(State.RUNNING, "w1")
     assert await sessions.end(prepared, "token", FAILED, NOTHING) == SessionStatus(State.FAILED, "w1", FAILED)
@@ -268,7 +268,7 @@ STEPS: list[Callable[[SessionStore], Awaitable[object]]] = [
 
 
 async def all_fail(sessions: SessionStore) -> None:
-    """Every step fails as it should, and in time."""
+    """Check that every step fails in time."""
     loop = asyncio.get_running_loop()
     asked = loop.time()
     outcomes = await asyncio.gather(*(step(sessions) for step in STEPS), return_exceptions=True)
@@ -276,7 +276,7 @@ async def all_fail(sessions: SessionStore) -> None:
     assert loop.time() - asked < CALL_TIMEOUT + 0.5
 
 
-async def test_no_redis_is_told_as_that() -> None:
+async def test_a_missing_redis_is_unavailable() -> None:
     store = Store("redis://127.0.0.1:1/0", "test")
     await all_fail(sessions_in(store))
     await store.close()
@@ -292,7 +292,7 @@ async def test_a_frozen_redis_fails_in_a_second_and_works_afterwards(redis_serve
         with pytest.raises(StoreUnavailable):
             await sessions.end(session, "token", DONE, NOTHING, timeout=0.1)
         valkey.thaw()
-        # An answer that came too late must not be taken for that of the next question.
+        # A late reply must not be read as the reply to the next command.
         for number in range(MAX_CONNECTIONS * 2):
             assert 590 <= (await sessions.remaining(session) or 0) <= 600
             assert await sessions.claim(str(uuid4()), f"t{number}", "w1") == SessionStatus(State.GONE)
@@ -313,7 +313,7 @@ async def test_a_redis_that_was_restarted_is_used_again_at_once(redis_server: st
         await store.close()
 
 
-async def test_a_full_redis_is_told_as_unavailable(redis_server: str, store: Store) -> None:
+async def test_a_full_redis_is_unavailable(redis_server: str, store: Store) -> None:
     async with running_valkey() as valkey:
         store = Store(valkey.url, "test")
         await store.redis.config_set("maxmemory", "1")
