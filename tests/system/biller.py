@@ -46,7 +46,7 @@ ENDINGS = (
     "hang",
     "refuse",
 )
-"""How answers end: with a bill; without one, which the books tell or do not tell; in all kinds of faults."""
+"""How answers end: with their usage; without it, with or without a record to be fetched; and with faults."""
 
 
 @dataclass
