@@ -270,12 +270,14 @@ class Ownership:
                     generation.confirmed()
 
 
-def _knows_more(generation: Generation, record: SessionRecord | None) -> bool:
+def _knows_more(generation: Generation, record: SessionRecord | StoreRefused | None) -> bool:
     """Returns True if this worker knows more of a session than Redis.
 
     If the session has another claim, it is not this worker's any more. If Redis has an end, that end counts. The
     journal writer writes events that are missing in the journal.
     """
+    if isinstance(record, StoreRefused):
+        return False
     if record is None or record.state is State.PREPARED:
         return True
     return (

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from broker.relay.settlement import Settlement
     from broker.store.accounts import AccountStore, Reservation
     from broker.store.journal import JournalStore
-    from broker.store.sessions import SessionRecord, SessionStore
+    from broker.store.sessions import SessionRecord, SessionStatus, SessionStore
 
 log = structlog.get_logger(__name__)
 
@@ -60,6 +60,9 @@ AT_ONCE = 2000
 
 TOGETHER = 32
 """Maximum number of them handled at the same time. Other work needs connections too."""
+
+END_AT_ONCE = 128
+"""Maximum number of dead workers' sessions that one round trip ends."""
 
 ASK_AT_ONCE = 100
 """Maximum number of estimates that one round takes."""
@@ -140,38 +143,64 @@ class Reaper:
         if self._clock() < self._answered_since:
             return
         orphans = await self._accounts.overdue(AT_ONCE)
+        # All ends first: viewers wait for them.
         found: list[tuple[Reservation, SessionRecord | None]] = []
-
-        async def end(orphan: Reservation) -> None:
-            found.append((orphan, await self._end(orphan)))
+        failed: list[Reservation] = []
+        for start in range(0, len(orphans), END_AT_ONCE):
+            part = orphans[start : start + END_AT_ONCE]
+            ended = await self._end(part)
+            found += [(orphan, ended[orphan.claim_id]) for orphan in part if orphan.claim_id in ended]
+            failed += [orphan for orphan in part if orphan.claim_id not in ended]
 
         async def settle(one: tuple[Reservation, SessionRecord | None]) -> None:
             await self._look_after(*one)
 
-        # All ends first: viewers wait for them.
-        failed = await for_each(orphans, end, doing="end sessions of the dead", together=TOGETHER)
         unsettled = await for_each(found, settle, doing="settle for the dead", together=TOGETHER)
         failed += [orphan for orphan, _ in unsettled]
         await self._accounts.put_off(failed)
 
-    async def _end(self, orphan: Reservation) -> SessionRecord | None:
-        """End the session of a reservation that is not renewed any more, and return its record."""
-        session = await self._sessions.describe(orphan.session_id)
-        if session is None or session.claim_id != orphan.claim_id or session.state is not State.RUNNING:
-            return session
-        lost = await self._sessions.mark_lost(
-            orphan.session_id,
-            orphan.claim_id,
-            error=error_data(WorkerLost()),
-            cancelled=cancelled_unseen(None),
-        )
+    async def _end(self, orphans: Sequence[Reservation]) -> dict[str, SessionRecord | None]:
+        """End the sessions of reservations that are not renewed any more, in two round trips.
+
+        Returns the record of each session by claim id, without those that Redis refuses to read or to end.
+        """
+        records = await self._sessions.describe_many([orphan.session_id for orphan in orphans])
+        ended: dict[str, SessionRecord | None] = {}
+        running: list[tuple[Reservation, SessionRecord]] = []
+        for orphan, record in zip(orphans, records, strict=True):
+            if isinstance(record, StoreRefused):
+                continue
+            if record is not None and record.claim_id == orphan.claim_id and record.state is State.RUNNING:
+                running.append((orphan, record))
+            else:
+                ended[orphan.claim_id] = record
+        for (orphan, record), status in zip(running, await self._mark_lost(running), strict=True):
+            if not isinstance(status, StoreRefused):
+                self._report(orphan, record, status)
+                ended[orphan.claim_id] = replace(record, state=status.state)
+        return ended
+
+    async def _mark_lost(
+        self, running: Sequence[tuple[Reservation, SessionRecord]]
+    ) -> list[SessionStatus | StoreRefused]:
+        if not running:
+            return []
+        try:
+            return await self._sessions.mark_lost_many(
+                [(orphan.session_id, orphan.claim_id) for orphan, _ in running],
+                error=error_data(WorkerLost()),
+                cancelled=cancelled_unseen(None),
+            )
+        except StoreRefused as refused:  # all of them
+            return [refused] * len(running)
+
+    def _report(self, orphan: Reservation, session: SessionRecord, lost: SessionStatus) -> None:
         log.warning("worker lost", session=short(orphan.session_id), worker=session.worker, state=lost.state)
         # With another epoch, its own worker has ended it meanwhile and has written the report.
         if lost.end is not None and lost.end.id.epoch == 2:
             report = report_of_lost(orphan.session_id, session, lost.state)
             write_line(report)
             self._count(report)
-        return replace(session, state=lost.state)
 
     async def _ask(self) -> None:
         for estimate in await self._accounts.due_estimates(min(ASK_AT_ONCE, self._settlement.room)):

@@ -225,10 +225,16 @@ class SessionStore:
 
     async def describe(self, session_id: str) -> SessionRecord | None:
         """Return the record of a session, None if Redis has none."""
-        return (await self.describe_many([session_id]))[0]
+        [record] = await self.describe_many([session_id])
+        if isinstance(record, StoreRefused):
+            raise record
+        return record
 
-    async def describe_many(self, session_ids: Sequence[str]) -> list[SessionRecord | None]:
-        """Return the records of several sessions in one round trip, None for each that Redis does not have."""
+    async def describe_many(self, session_ids: Sequence[str]) -> list[SessionRecord | StoreRefused | None]:
+        """Return the records of several sessions in one round trip.
+
+        None for each that Redis does not have, and a `StoreRefused` for each that cannot be read.
+        """
         names = ("state", "claim_id", "worker", "spec", "end_data", "prepared_at", "until")
         replies = await self._store.commands([("HMGET", self._key(each), *names) for each in session_ids])
         return [_record(reply) for reply in replies]
@@ -293,18 +299,34 @@ class SessionStore:
     async def mark_lost(
         self, session_id: str, claim_id: str, *, error: bytes, cancelled: bytes
     ) -> SessionStatus:
-        """End the session of a dead worker, as cancelled if a cancel was accepted. Returns its status.
+        """Do what `mark_lost_many` does for one session."""
+        [status] = await self.mark_lost_many([(session_id, claim_id)], error=error, cancelled=cancelled)
+        if isinstance(status, StoreRefused):
+            raise status
+        return status
+
+    async def mark_lost_many(
+        self, claims: Sequence[tuple[str, str]], *, error: bytes, cancelled: bytes
+    ) -> list[SessionStatus | StoreRefused]:
+        """End sessions of dead workers in one round trip; as cancelled, where a cancel was accepted.
 
         Args:
-            session_id: the id of the session.
-            claim_id: the claim of the dead worker; a session of another claim does not change.
-            error: data of the `error` event.
-            cancelled: data of the `done` event, if a cancel was accepted.
+            claims: of each session its id and the claim for which the dead worker ran it. A session of another claim
+                stays as it is.
+            error: data of the error.
+            cancelled: data of the `done`, should it be that.
+
+        Returns:
+            The status of each session, or a `StoreRefused`.
         """
-        reply = await self._mark_lost(
-            **self._keys(session_id), claim_id=claim_id, lost_data=error, cancelled_data=cancelled
-        )
-        return read_status(reply)
+        calls = [
+            self._mark_lost.call(
+                **self._keys(session_id), claim_id=claim_id, lost_data=error, cancelled_data=cancelled
+            )
+            for session_id, claim_id in claims
+        ]
+        replies = await self._store.run_each(calls)
+        return [reply if isinstance(reply, StoreRefused) else read_status(reply) for reply in replies]
 
     def restoring(
         self, session_id: str, claim_id: str, worker: str, spec: Spec, *, held: Batch, end: Terminal | None
@@ -361,13 +383,16 @@ class SessionStore:
             await self._store.redis.unlink(self._key(session_id))
 
 
-def _record(reply: list[bytes | None] | Exception) -> SessionRecord | None:
+def _record(reply: list[bytes | None] | Exception) -> SessionRecord | StoreRefused | None:
     if isinstance(reply, Exception):
-        raise StoreRefused from reply
+        return StoreRefused()
     state, claim_id, worker, spec, end_data, prepared_at, until = (value or b"" for value in reply)
     if not state:
         return None
-    stored = _SPEC.validate_json(spec)
+    try:
+        stored = _SPEC.validate_json(spec)
+    except ValueError:
+        return StoreRefused()
     return SessionRecord(
         State(state.decode()),
         claim_id.decode(),
