@@ -183,7 +183,7 @@ async def test_a_watched_notification_counts_a_viewer_elsewhere(worker: FakeWork
     assert generation.watched_elsewhere
 
 
-@pytest.mark.parametrize("kind", ["cancel", "watched", "news", "ended", "unknown"])
+@pytest.mark.parametrize("kind", ["cancel", "watched", "events", "ended", "unknown"])
 async def test_a_notification_of_an_unknown_session_does_nothing(worker: FakeWorker, kind: str) -> None:
     worker.worker._on_notification(Notification(kind, "unknown", None))
 
