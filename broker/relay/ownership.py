@@ -131,6 +131,11 @@ class Ownership:
             except StoreUnavailable:
                 self._redis.to_rewrite.set()
                 await asyncio.sleep(REWRITE_PAUSE)
+            except (
+                BaseException
+            ):  # a bug, after which this runs again; nothing that is to be written may be forgotten
+                self._redis.to_rewrite.set()
+                raise
 
     async def rewrite_sessions(self) -> None:
         """Write every session of which this worker knows more than Redis. Refused ones are tried again.

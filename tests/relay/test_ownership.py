@@ -22,7 +22,7 @@ from broker.store.connection import Store
 from broker.store.journal import JournalStore
 from broker.store.sessions import Prepared, SessionStore
 from tests.money import Ledger, ledger, open_reservations, until
-from tests.relay.fakes import DONE, FINISH, HELLO, PREPARED, TOLD_USAGE, WORST
+from tests.relay.fakes import DONE, FINISH, HELLO, PREPARED, TOLD_USAGE, WORST, BugError
 from tests.relay.workers import FREE, RUNNING_TTL, FakeWorker, running_worker
 from tests.wire import wire_to
 
@@ -271,3 +271,24 @@ async def test_a_tick_in_time_is_no_freeze(owner: FakeWorker) -> None:
     generation = await owner.start()
     owner.worker._ownership.tick(asyncio.get_running_loop().time() + FREEZE / 2)
     assert generation.lifecycle.shows
+
+
+async def test_a_bug_while_rewriting_forgets_nothing(
+    store: Store, owner: FakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ownership = owner.worker._ownership
+    failed = asyncio.Event()
+    rewrite = ownership.rewrite_sessions
+
+    async def broken() -> None:
+        monkeypatch.setattr(ownership, "rewrite_sessions", rewrite)
+        failed.set()
+        raise BugError
+
+    generation = await owner.start()
+    await chunks(owner, generation, 1)
+    monkeypatch.setattr(ownership, "rewrite_sessions", broken)
+    await store.redis.flushall()
+    owner.worker.redis.to_rewrite.set()
+    await failed.wait()
+    await until(lambda: is_running_again(owner, generation))
