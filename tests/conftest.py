@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
@@ -116,6 +117,16 @@ async def exposed_broker(valkey: harness.ValkeyProcess, upstream: ScriptedUpstre
     """A broker on `valkey`. Its server is back before the broker is stopped, which would wait for it."""
     async with running(valkey.url, upstream) as broker, harness.healed(valkey):
         yield broker
+
+
+@pytest.fixture(autouse=True)
+def _fresh_loggers() -> Iterator[None]:
+    """Let no test see the logging of the one before: a configured logger keeps its configuration once it was used."""
+    yield
+    structlog.reset_defaults()
+    for name, module in tuple(sys.modules.items()):
+        if name.startswith("broker.") and (log := vars(module).get("log")) is not None:
+            vars(log).pop("bind", None)
 
 
 @pytest.fixture

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-from contextlib import asynccontextmanager, suppress
-from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from broker.store.accounts import ASKED_AFTER, LEASE
+from broker.store.accounts import LEASE
 from tests.money import (
-    CLIENTS,
-    NANO,
     PRICE,
-    TOTAL,
     Ledger,
     due_records,
     ledger,
-    open_reservations,
-    price_list,
     slots,
     until,
 )
-from tests.system.biller import Biller
-from tests.system.cluster import Session, came_again, question, running_cluster
-from tests.system.spenders import Spenders
+from tests.system.bank import ASKED, SETTLED, all_asked, all_closed, running_bank
+from tests.system.cluster import Session, came_again, question
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from redis.asyncio import Redis
-
     from tests.system.cluster import Cluster, NumberedCall, Worker
 
 pytestmark = [
@@ -41,25 +28,6 @@ pytestmark = [
     pytest.mark.parametrize("redis_server", ["valkey", "redis"], indirect=True),
     pytest.mark.usefixtures("redis_server"),
 ]
-
-SETTLED = LEASE + 30
-"""Seconds within which the sessions of a dead worker are settled by another."""
-
-
-ASKED = 30 + ASKED_AFTER
-"""Seconds within which another worker has asked about an estimate: its third look is 30 s after the end."""
-
-
-@asynccontextmanager
-async def running_bank(
-    workers: int = 2, *, keeps: bool = False, **settings: object
-) -> AsyncIterator[tuple[Cluster, Redis]]:
-    """A cluster whose upstream has prices."""
-    async with (
-        running_cluster(workers, keeps=keeps, models=price_list(), **settings) as cluster,
-        cluster.redis() as redis,
-    ):
-        yield cluster, redis
 
 
 async def prepared(cluster: Cluster, worker: Worker, **fields: Any) -> tuple[Session, int]:
@@ -76,23 +44,6 @@ def bill(call: NumberedCall, cost: float) -> None:
     call.call.usage(cost=cost)
     call.call.done()
     call.over = True
-
-
-async def all_closed(redis: Redis) -> bool:
-    account = await ledger(redis)
-    return (
-        account.reserved_tokens == account.reserved_cost == 0
-        and await open_reservations(redis) == await slots(redis) == 0
-    )
-
-
-async def all_settled(redis: Redis) -> bool:
-    """Return True if no generation has a slot or an open reservation; estimates may keep a part of theirs."""
-    return await open_reservations(redis) == await slots(redis) == 0
-
-
-async def all_asked(redis: Redis) -> bool:
-    return await due_records(redis) == 0
 
 
 async def test_two_workers_admit_exactly_the_claims_with_room() -> None:
@@ -267,38 +218,3 @@ async def test_a_long_freeze_of_redis_frees_no_slot() -> None:
         assert late.calls == 1
         assert await all_closed(redis)
         assert await ledger(redis) == Ledger(5, 0, 75, 5_000_000)
-
-
-async def is_judged_well(spenders: Spenders, redis: Redis) -> bool:
-    return await spenders.judge(redis) == []
-
-
-async def test_no_account_exceeds_its_limit_under_faults() -> None:
-    """At no time more than the limit is spent and reserved; in the end each session has cost what it was billed."""
-    seed = secrets.randbelow(2**32)
-    print(f"seed {seed}")
-    random = Random(seed)
-    limit = NANO * 15 // 1000
-    async with running_bank(
-        keeps=True,
-        api_keys="ann:one,bob:two,cyd:three",
-        total_daily_cost=f"{limit / NANO}",
-        daily_cost=f"{limit * 0.4 / NANO}",
-        max_concurrent_streams=6,
-        disconnect_grace=1,
-        first_data_timeout=3,
-        idle_timeout=3,
-    ) as (cluster, redis):
-        biller = Biller(cluster.upstream.scripted, Random(random.random()))
-        spenders = Spenders(cluster, biller, random, {TOTAL: limit, CLIENTS: limit * 4 // 10})
-        try:
-            await spenders.run(50.0)
-            await until(lambda: all_settled(redis), within=SETTLED + 15)
-            with suppress(TimeoutError):
-                await until(lambda: is_judged_well(spenders, redis), within=ASKED)
-            findings = await spenders.judge(redis)
-        finally:
-            await biller.close()
-        print(spenders.summary(await ledger(redis)))
-        assert findings == [], f"seed {seed}"
-        assert len(biller.bills) > 100
