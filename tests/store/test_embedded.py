@@ -27,8 +27,8 @@ OWNER = """
 import redis, sys
 from broker.store.embedded import embedded_valkey
 with embedded_valkey() as url:
-    print(url, flush=True)
     try:
+        print(url, flush=True)  # the test may interrupt as soon as it has read this
         sys.stdin.read()
     except KeyboardInterrupt:
         with redis.Redis.from_url(url) as client:
