@@ -330,7 +330,7 @@ async def test_forgotten_scripts_are_loaded_again(
 
 
 async def test_more_calls_than_connections_wait_their_turn(store: Store, sessions: SessionStore) -> None:
-    ids = [str(uuid4()) for _ in range(MAX_CONNECTIONS * 2)]
+    ids = [str(uuid4()) for _ in range(MAX_CONNECTIONS + 16)]
     await asyncio.gather(*(sessions.prepare(session, PREPARED) for session in ids))
     outcomes = await asyncio.gather(*(sessions.claim(session, "token", "w1") for session in ids))
     assert outcomes == [PREPARED] * len(ids)
