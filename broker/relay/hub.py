@@ -153,13 +153,14 @@ class Hub:
 
     async def _claim(self, session_id: str, may_wait: bool) -> Generation | None:
         """Claim a session. Returns None if it cannot be claimed; `_mirror` finds the reason."""
+        if session_id not in self._claiming and not await self._may_claim(session_id):
+            return None
+        # Nothing is awaited between these checks and the claim, or more claims would pass than there is room for.
         if session_id not in self._claiming:
             if self._worker.draining:
                 raise Draining
             if len(self._worker.running) + len(self._claiming) >= self._config.max_streams:
                 raise Overloaded
-            if not await self._may_claim(session_id):
-                return None
         outcome = await self._claiming.claim(session_id, may_wait=may_wait)
         if isinstance(outcome, Generation):
             if outcome.was_watched:  # by another viewer that waited for the same claim

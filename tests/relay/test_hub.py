@@ -27,6 +27,7 @@ from broker.relay.hub import Cancelled
 from broker.relay.mirror import Mirror
 from broker.store.buckets import account_of
 from broker.store.connection import Store
+from tests.clock import run_ready_tasks
 from tests.money import open_reservations, slots, until
 from tests.relay.fakes import DONE, FINISH, HELLO, PREPARED, RESERVATION
 from tests.relay.workers import FakeWorker, running_worker
@@ -243,6 +244,26 @@ async def test_while_claims_pause_a_running_session_is_followed(
     generation = await elsewhere.start()
     monkeypatch.setattr(here.worker.redis, "claims_paused_since", _since(2**53))
     assert isinstance(await here.hub.find(generation.session_id, None), Mirror)
+
+
+async def test_claims_at_once_keep_to_the_streams_of_a_worker(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them may first have to find out whether the server is a new one."""
+    asked = asyncio.Event()
+
+    async def not_paused() -> None:
+        await asked.wait()
+
+    async with running_worker(store, max_streams=1) as worker:
+        monkeypatch.setattr(worker.worker.redis, "claims_paused_since", not_paused)
+        sessions = [await worker.prepare() for _ in range(3)]
+        finding = [asyncio.create_task(worker.hub.find(session, None)) for session in sessions]
+        await run_ready_tasks()
+        asked.set()
+        found = await asyncio.gather(*finding, return_exceptions=True)
+        assert sum(isinstance(source, Generation) for source in found) == 1
+        assert sum(isinstance(source, Overloaded) for source in found) == 2
 
 
 def _since(ms: int) -> Callable[[], Awaitable[int]]:
