@@ -18,6 +18,7 @@ from broker.core.errors import (
     InternalError,
     LimitError,
     Overloaded,
+    Queued,
     StoreRefused,
     StoreUnavailable,
 )
@@ -214,6 +215,8 @@ class Claiming:
         for _ in range(ELSEWHERE_TRIES):
             described = await self._sessions.describe(pursuit.session_id)
             if described is not None and described.state not in (State.PREPARED, State.GONE):
+                if isinstance(refused, Queued):  # it got a place in line that it does not need
+                    await self._pending.forget(described.spec.client, pursuit.session_id)
                 return SessionStatus(described.state, described.worker)
             if isinstance(refused, LimitError) or described is None:
                 break

@@ -17,6 +17,7 @@ from broker.core.events import cancelled_before_start
 from broker.core.session import State
 from broker.relay.claiming import Claiming
 from broker.store.accounts import AccountStore, Reservation
+from broker.store.buckets import account_of
 from broker.store.connection import Store
 from broker.store.pending import PendingStore
 from broker.store.sessions import Prepared, SessionStatus, SessionStore
@@ -257,3 +258,17 @@ async def test_a_claim_elsewhere_that_takes_too_long_is_being_claimed(valkey_url
     await asyncio.gather(first, return_exceptions=True)
     for each in (one, other):
         await each.close()
+
+
+async def test_a_session_that_runs_elsewhere_takes_no_place_in_line(store: Store, valkey_url: str) -> None:
+    """This worker prepared it and remembers it as prepared, and all slots of its client are taken."""
+    claimer = Claimer(valkey_url, replace(FREE, streams=1))
+    await claimer.prepare("other")
+    await claimer.claims.claim("other", may_wait=True)
+    await claimer.prepare()
+    await SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300).claim("session", "c", "w")
+    status = await claimer.claims.claim("session", may_wait=True)
+    assert isinstance(status, SessionStatus)
+    assert status.state is State.RUNNING
+    assert await store.redis.zcard(account_of(store, "client").line_keys()["line"]) == 0
+    await claimer.close()
