@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
@@ -34,7 +34,7 @@ from broker.core.request import parse_request
 from broker.store.sessions import Prepared
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Coroutine, Sequence
 
     from broker.bytes_per_token import BytesPerToken
     from broker.catalog import Catalog
@@ -120,7 +120,7 @@ class Admission:
         system: SystemMessage,
     ) -> None:
         self._store = store
-        self._forgetting: set[asyncio.Task[None]] = set()
+        self._removing: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Lock()
         self._settings = settings
         self._catalog = catalog
@@ -336,7 +336,7 @@ class Admission:
             rate = _allowed(rate)
             self._pending.check([own, total])
         except BaseException as error:
-            self._forget(client, session_id)
+            self._spawn(self._pending.forget(client, session_id))
             if isinstance(error, BrokerError):
                 error.rate = rate
             raise
@@ -373,22 +373,24 @@ class Admission:
         }
 
     def _forget(self, client: str, session_id: str) -> None:
-        """Remove a session that was not returned to anybody. In the background, because the caller may have left."""
+        """Remove a stored session that was not returned to anybody."""
+        self._spawn(self._sessions.forget(session_id))
+        self._spawn(self._pending.forget(client, session_id))
 
-        async def forget() -> None:
-            try:
-                await self._sessions.forget(session_id)
-                await self._pending.forget(client, session_id)
-            except StoreUnavailable:
-                pass  # both expire
+    def _spawn(self, removal: Coroutine[Any, Any, None]) -> None:
+        """Remove something in the background, because the caller may have left. Without Redis it expires."""
 
-        task = asyncio.create_task(forget())
-        self._forgetting.add(task)
-        task.add_done_callback(self._forgetting.discard)
+        async def remove() -> None:
+            with suppress(StoreUnavailable):
+                await removal
+
+        task = asyncio.create_task(remove())
+        self._removing.add(task)
+        task.add_done_callback(self._removing.discard)
 
     async def close(self) -> None:
         """Wait for the removals; the store limits their time."""
-        await asyncio.gather(*self._forgetting)
+        await asyncio.gather(*self._removing)
 
     async def _known(self, bound: Binding, body: bytes) -> Admitted | None:
         """Return the session that a key has made, None if it is gone, so that the key is free.
