@@ -139,7 +139,6 @@ class AccountStore:
 
     def __init__(self, store: Store, quotas: Quotas) -> None:
         self._store = store
-        self._quotas = quotas
         self._ledger = UsageLedger(store)
         self._total = total_account(store) if quotas.total_daily_cost else None
         leases = {"LEASE_MS": round(LEASE * 1000), "ACCOUNT_S": ACCOUNT_TTL}
