@@ -128,14 +128,11 @@ class Ownership:
             self._redis.to_rewrite.clear()
             try:
                 await self.rewrite_sessions()
-            except StoreUnavailable:
-                self._redis.to_rewrite.set()
+            except BaseException as error:
+                self._redis.to_rewrite.set()  # whatever the reason, nothing that is to be written is forgotten
+                if not isinstance(error, StoreUnavailable):
+                    raise
                 await asyncio.sleep(REWRITE_PAUSE)
-            except (
-                BaseException
-            ):  # a bug, after which this runs again; nothing that is to be written may be forgotten
-                self._redis.to_rewrite.set()
-                raise
 
     async def rewrite_sessions(self) -> None:
         """Write every session of which this worker knows more than Redis. Refused ones are tried again.

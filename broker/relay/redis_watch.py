@@ -91,15 +91,14 @@ class RedisWatch:
         self._connections_seen = connections
         self._wiped_elsewhere = wiped
         if self._marker is None and self._started_without_redis:
-            self._wiped_here_at = (
-                self._clock()
-            )  # it may have come back empty, and owners may still write their sessions
+            # It may have come back empty, and owners may still write their sessions.
+            self._wiped_here_at = self._clock()
         if self._marker not in (None, marker):
             self._wiped_here_at = self._clock()
             await self._workers.tell_wiped()
             log.warning("redis came back empty")
             self.to_rewrite.set()
-        elif self._server not in (None, server):
+        elif self._server and server and self._server != server:
             self._new_since_ms = now_ms
             self._claims_paused_until = self._clock() + CLAIMS_PAUSE
             log.warning("redis is another server than before", claims_paused_s=CLAIMS_PAUSE)

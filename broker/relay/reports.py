@@ -1,4 +1,4 @@
-"""Report each session at its end: one line in the log, and to whoever counts."""
+"""Report each session at its end: write one line to the log, and count it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GET /metrics, for whoever has the token; without one, for this machine only."""
+"""GET /metrics, for callers that have the token; without a token, for this machine only."""
 
 from __future__ import annotations
 

@@ -268,7 +268,7 @@ async def test_a_session_that_runs_elsewhere_takes_no_place_in_line(store: Store
     await claimer.prepare()
     await SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300).claim("session", "c", "w")
     status = await claimer.claims.claim("session", may_wait=True)
+    await claimer.close()
     assert isinstance(status, SessionStatus)
     assert status.state is State.RUNNING
     assert await store.redis.zcard(account_of(store, "client").line_keys()["line"]) == 0
-    await claimer.close()

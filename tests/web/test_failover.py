@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from tests.events import Event
     from tests.scripted import ScriptedUpstream
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.parametrize("redis_server", ["valkey", "redis"], indirect=True),
+    pytest.mark.usefixtures("redis_server"),
+]
 
 
 async def read_whole(broker: Broker, session: str, cursor: str | None = None) -> list[Event]:

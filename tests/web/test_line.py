@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from tests.scripted import Call, ScriptedUpstream
 
+pytestmark = pytest.mark.parametrize("redis_server", ["valkey", "redis"], indirect=True)
+
 PAGES, SLOTS = 200, 5
 
 
