@@ -135,6 +135,7 @@ class Metrics:
             buckets=QUICK,
             registry=registry,
         )
+        self._redis_of: dict[str, Histogram] = {}
         self._lag = Histogram(
             "broker_event_loop_lag_seconds",
             "How much later than wanted a timer of the event loop ran.",
@@ -182,7 +183,11 @@ class Metrics:
 
     def asked_redis(self, script: str, seconds: float) -> None:
         """Count a round trip to Redis."""
-        self._redis.labels(script).observe(seconds)
+        of_script = self._redis_of.get(script)
+        if of_script is None:
+            # Kept, because the library's search for it takes longer than the counting.
+            of_script = self._redis_of[script] = self._redis.labels(script)
+        of_script.observe(seconds)
 
     def loop_lagged(self, seconds: float) -> None:
         """Count a delay of the event loop."""
