@@ -144,7 +144,6 @@ async def build(
         metrics.watch(worker, sessions, store, upstream)
         worker.start()
         app[keys.SETTINGS] = settings
-        app[keys.STORE_SEEN] = asyncio.Event()
         app[keys.ORIGINS] = Origins(
             frozenset(origin.lower() for origin in settings.cors_origins), settings.told_of_loopback
         )

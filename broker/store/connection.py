@@ -93,6 +93,7 @@ class Store:
         channels: the prefix of the name of every worker's channel.
         connections_made: number of connections made so far, including those that replaced a lost one.
         errors: number of script calls that Redis refused or did not answer in time.
+        has_answered: True if Redis has answered a script or a command since the start of this worker.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Store:
         self.channels = f"{self.prefix}:notifications:"
         self._texts: dict[str, None] = {}
         self.connections_made = self.errors = 0
+        self.has_answered = False
         self._observe = observe
         self._pool = _CountingPool.from_url(
             url,
@@ -230,6 +232,7 @@ class Store:
         try:
             await connection.send_packed_command([b"".join(packed)])
             replies = [await _read_reply(connection) for _ in packed]
+            self.has_answered = True
             if any(isinstance(reply, ReadOnlyError | MasterDownError) for reply in replies):
                 await connection.disconnect()
                 await self._reconnect()
@@ -272,15 +275,8 @@ class Store:
         Raises:
             StoreUnavailable: Redis does not answer.
         """
-        async with bounded_call():
-            try:
-                await self.redis.set(f"{self.prefix}:written", "1", px=10_000)
-            except ReadOnlyError:
-                await self._reconnect()
-                return False
-            except ResponseError:
-                return False
-        return True
+        (reply,) = await self.commands([("SET", f"{self.prefix}:written", "1", "PX", 10_000)])
+        return not isinstance(reply, ResponseError)
 
     async def ping(self) -> None:
         """Check that Redis answers.

@@ -8,7 +8,7 @@ from aiohttp import hdrs
 
 from broker.core.errors import BrokerError, Draining, StoreUnavailable
 from broker.web.errors import RETRY_AFTER, json_response
-from broker.web.keys import STORE, STORE_SEEN, WORKER
+from broker.web.keys import STORE, WORKER
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -27,14 +27,13 @@ async def ready(request: web.Request) -> web.Response:
     """
     if request.app[WORKER].draining:
         return _not_ready("draining", Draining(), "shutting down")
-    seen = request.app[STORE_SEEN]
+    store = request.app[STORE]
     try:
-        writes = await request.app[STORE].takes_writes()
+        writes = await store.takes_writes()
     except StoreUnavailable:
-        if seen.is_set():
+        if store.has_answered:
             return json_response({"status": "degraded", "reason": "redis cannot be reached"})
         return _not_ready("starting", StoreUnavailable(), "redis has not answered yet")
-    seen.set()
     if not writes:
         return json_response({"status": "degraded", "reason": "redis refuses to write"})
     return json_response({"status": "ok"})

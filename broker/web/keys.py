@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from aiohttp import web
 
 from broker.catalog import Catalog
@@ -34,8 +32,6 @@ QUOTAS = web.AppKey("allowances", Quotas)
 ADMISSION = web.AppKey("admission", Admission)
 SYSTEM = web.AppKey("system", SystemMessage)
 IDENTIFIER = web.AppKey("identifier", ClientResolver)
-STORE_SEEN = web.AppKey("store_seen", asyncio.Event)
-"""Set once Redis has answered."""
 HUB = web.AppKey("hub", Hub)
 WORKER = web.AppKey("worker", Worker)
 RESULTS = web.AppKey("results", Results)

@@ -43,6 +43,15 @@ async def test_a_redis_that_goes_away_later_is_degraded_and_ready(
     assert (await broker.ask("GET", "/health/ready")).json == {"status": "ok"}
 
 
+async def test_a_broker_whose_readiness_is_first_asked_after_redis_went_away_is_degraded_and_ready(
+    exposed_broker: Broker, valkey: ValkeyProcess
+) -> None:
+    await exposed_broker.prepare()  # Redis has answered, but no health check has asked it
+    valkey.kill()
+    answer = await exposed_broker.ask("GET", "/health/ready")
+    assert (answer.status, answer.json["status"]) == (200, "degraded")
+
+
 async def test_a_broker_that_drains_is_not_ready(broker: Broker) -> None:
     await broker.app[keys.WORKER].drain(0)
     answer = await broker.ask("GET", "/health/ready")
