@@ -72,6 +72,11 @@ class ExpectationFailed(RequestError):
     default_message = "The header Expect supports only 100-continue; leave it out."
 
 
+class RequestTooSlow(RequestError):
+    code, status = "invalid_request", 408
+    default_message = "The request did not arrive in time."
+
+
 class InvalidCursor(RequestError):
     code = "invalid_cursor"
     default_message = "The cursor is malformed."

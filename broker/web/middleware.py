@@ -16,6 +16,7 @@ from broker.core.origins import Verdict
 from broker.core.session import short
 from broker.web.errors import error_response, http_error_response
 from broker.web.keys import LOGGED, METRICS, ORIGINS, REFUSED_ORIGINS, REQUEST_ID, WORKER
+from broker.web.security_headers import add_security_headers
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
@@ -83,14 +84,14 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 async def add_headers(app: web.Application, request: web.Request, response: web.StreamResponse) -> None:
-    """Add the request's id and the CORS headers to a response, streams included. A signal of aiohttp."""
+    """Add the request's id, the security and the CORS headers to a response, streams included. A signal of aiohttp."""
     headers = response.headers
     if app[WORKER].draining:
         response.force_close()
         headers[hdrs.CONNECTION] = "close"  # the library has set its own before this signal
     headers["X-Request-Id"] = request.get(REQUEST_ID) or new_request_id()
     origin = request.headers.get(hdrs.ORIGIN)
-    headers.add(hdrs.VARY, "Origin")
+    add_security_headers(headers)
     if origin is None:
         return
     verdict = app[ORIGINS].judge(origin, request.headers.get(hdrs.HOST))

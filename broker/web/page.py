@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from aiohttp import ETag, web
 
+from broker.web.security_headers import NOSNIFF
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
@@ -40,12 +42,11 @@ HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": POLICY,
     "Referrer-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
+    **NOSNIFF,
 }
 
 CLIENT_HEADERS = {
     "Cache-Control": "no-cache",
-    "X-Content-Type-Options": "nosniff",
     "X-TypeScript-Types": "./client.d.ts",  # for Deno, which loads modules by their address
 }
 
