@@ -215,6 +215,7 @@ def _quotas(settings: Settings) -> Quotas:
         streams=settings.max_concurrent_streams,
         daily_tokens=settings.daily_tokens,
         daily_cost=to_nano(settings.daily_cost) or 0,
+        monthly_cost=to_nano(settings.monthly_cost) or 0,
         total_daily_cost=to_nano(settings.total_daily_cost) or 0,
         pending_bytes=settings.max_prepared_bytes,
         total_pending_bytes=settings.total_prepared_bytes,

@@ -212,6 +212,7 @@ def _limits_in_force(settings: Settings) -> dict[str, str]:
         "streams": str(settings.max_concurrent_streams),
         "daily_tokens": str(settings.daily_tokens or ""),
         "daily_cost": str(settings.daily_cost or ""),
+        "monthly_cost": str(settings.monthly_cost or ""),
         "total_daily_cost": str(settings.total_daily_cost or ""),
         "identity": "required" if settings.needs_identity else "address",
     }

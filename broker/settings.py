@@ -43,7 +43,8 @@ _NEVER_SHOWN = _SECRETS | {"upstream_url", "jwks_url"}
 _NEVER_BLANK = frozenset(
     {
         *("api_keys", "jwt_secret", "jwks_url", "jwt_audience", "jwt_issuer"),
-        *("allowed_models", "system_file", "daily_tokens", "daily_cost", "total_daily_cost"),
+        *("allowed_models", "system_file"),
+        *("daily_tokens", "daily_cost", "monthly_cost", "total_daily_cost"),
     }
 )
 _LARGEST_FILE = 64 * 1024
@@ -124,6 +125,7 @@ class Settings(BaseSettings):
     max_streams: kinds.Count = 2000
     daily_tokens: kinds.CountOrNone = 0
     daily_cost: kinds.Money = Decimal(0)
+    monthly_cost: kinds.Money = Decimal(0)
     total_daily_cost: kinds.Money = Decimal(0)
     unpriced_models: kinds.Flag = False
 

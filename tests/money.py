@@ -33,7 +33,7 @@ def price_list(**others: Any) -> bytes:
 
 
 class Ledger(NamedTuple):
-    """The sums of accounts over all days, in tokens and nano-USD."""
+    """The sums of accounts over all days or all months, in tokens and nano-USD. Months have no tokens."""
 
     requests: int = 0
     estimated: int = 0
@@ -47,14 +47,17 @@ CLIENTS = "*:{a*}:account:*"
 TOTAL = "*:{total}:account:all"
 
 
-async def ledger(redis: Redis, accounts: str = CLIENTS) -> Ledger:
-    """Return the sum of the accounts of all clients, or of those whose keys match."""
+async def ledger(redis: Redis, accounts: str = CLIENTS, *, months: bool = False) -> Ledger:
+    """Return the sum of the accounts of all clients, or of those whose keys match.
+
+    It is that of their days, or of their months.
+    """
     sums = dict.fromkeys(Ledger._fields, 0)
     for key in await redis.keys(accounts):
         fields: Any = await redis.hgetall(key)
         for field, value in fields.items():
-            name = field.decode().partition(":")[2]
-            if name in sums:
+            period, _, name = field.decode().partition(":")
+            if name in sums and ("-" in period) == months:
                 sums[name] += int(value)
     return Ledger(**sums)
 

@@ -89,6 +89,7 @@ def test_empty_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
         "BROKER_ALLOWED_MODELS",
         "BROKER_DAILY_TOKENS",
         "BROKER_DAILY_COST",
+        "BROKER_MONTHLY_COST",
         "BROKER_TOTAL_DAILY_COST",
     ],
 )
@@ -271,6 +272,7 @@ def test_an_unusable_file_is_reported(
         ("BROKER_RATE_LIMIT", "5 / 10 seconds", Rate(5, 10)),
         ("BROKER_RATE_LIMIT", "1000/2days", Rate(1000, 172_800)),
         ("BROKER_DAILY_COST", "2.50", Decimal("2.50")),
+        ("BROKER_MONTHLY_COST", "20", Decimal(20)),
         ("BROKER_TOTAL_DAILY_COST", "0.000001", Decimal("0.000001")),
         ("BROKER_PING_EVENTS", "yes", True),
         ("BROKER_PAGE", "0", False),

@@ -1,7 +1,8 @@
 """The values of the accounts: quotas, worst cases and usage. Money is an integer of nano-USD; no I/O.
 
-An account belongs to one client, or to all clients together, for one UTC day. The worst case of a generation is
-reserved at the claim. The end settles the reservation with the usage.
+An account belongs to one client, or to all clients together. It counts by UTC days, that of a client by calendar
+months too. The worst case of a generation is reserved at the claim, in the periods of the claim. The end settles the
+reservation with the usage, in the same periods.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Quotas:
         streams: generations of a client at the same time.
         daily_tokens: tokens of a client a day.
         daily_cost: nano-USD of a client a day.
+        monthly_cost: nano-USD of a client a calendar month.
         total_daily_cost: nano-USD of all clients together a day.
         pending_bytes: bytes of the stored requests of a client's pending sessions.
         total_pending_bytes: the same of all clients; above half of it, a client may add a sixteenth of the rest.
@@ -36,11 +38,12 @@ class Quotas:
     total_daily_cost: int
     pending_bytes: int = 8 * 1024 * 1024
     total_pending_bytes: int = 256 * 1024 * 1024
+    monthly_cost: int = 0
 
     @property
     def limit_cost(self) -> bool:
         """True if there is any budget in money, so that prices matter."""
-        return self.daily_cost > 0 or self.total_daily_cost > 0
+        return self.daily_cost > 0 or self.monthly_cost > 0 or self.total_daily_cost > 0
 
 
 class WorstCase(NamedTuple):
@@ -87,6 +90,7 @@ def beyond_limits(worst: WorstCase, quotas: Quotas, field: str = "max_tokens") -
         found.append(_beyond(field, "tokens", worst.tokens, quotas.daily_tokens, "of a day"))
     for limit, whose in (
         (quotas.daily_cost, "of a day"),
+        (quotas.monthly_cost, "of a month"),
         (quotas.total_daily_cost, "of all clients of a day"),
     ):
         if 0 < limit < worst.cost:

@@ -40,7 +40,7 @@ RECORD = 6 * 3600
 """Seconds that the record of a closed reservation is stored, so that late repeats change nothing."""
 
 ACCOUNT_TTL = 3 * 86_400
-"""Seconds that an account is stored after its last change."""
+"""Seconds that an account is stored after its last change; that of a client after the end of the month."""
 
 ASKED_AFTER = 16.0
 """Seconds by which a worker may be late to ask for the final usage of an estimate. After that, any worker asks."""
@@ -50,6 +50,8 @@ UNREADABLE_MS = 600_000
 
 BUDGET_RETRY = 30.0
 """Seconds after which a page that waits for a budget tries again."""
+
+MONTH = "The budget for this month does not cover this."
 
 STREAMS_RETRY = 5.0
 """Seconds after which a caller that cannot wait in line may try again for a slot."""
@@ -111,15 +113,22 @@ class Estimate(NamedTuple):
     age: float
 
 
-class Day(NamedTuple):
-    """The totals of a client for one day, in tokens and nano-USD."""
+class Totals(NamedTuple):
+    """The usage of a client in a day or a month: requests, tokens, nano-USD, and how many of them are estimated."""
 
-    day: dt.date
-    requests: int
-    prompt: int
-    completion: int
-    cost: int
-    estimated: int
+    requests: int = 0
+    prompt: int = 0
+    completion: int = 0
+    cost: int = 0
+    estimated: int = 0
+
+
+class Period(NamedTuple):
+    """The usage of a client in the day and the calendar month of today, UTC."""
+
+    today: dt.date
+    day: Totals
+    month: Totals
 
 
 class _Booked(NamedTuple):
@@ -143,20 +152,9 @@ class AccountStore:
         self._total = total_account(store) if quotas.total_daily_cost else None
         leases = {"LEASE_MS": round(LEASE * 1000), "ACCOUNT_S": ACCOUNT_TTL}
         ask = {"ASK_MS": round(ASKED_AFTER * 1000)}
-        own = {
-            "ONE_CLIENT": 1,
-            "MAX_STREAMS": quotas.streams,
-            "MAX_TOKENS": quotas.daily_tokens,
-            "MAX_COST": quotas.daily_cost,
-        }
-        total = {
-            "ONE_CLIENT": 0,
-            "MAX_STREAMS": UNLIMITED,
-            "MAX_TOKENS": 0,
-            "MAX_COST": quotas.total_daily_cost,
-        }
-        self._reserve = store.script("reserve", {**leases, **LINE, **own})
-        self._reserve_total = store.script("reserve", {**leases, **LINE, **total})
+        self._quotas = quotas
+        self._reserve = store.script("reserve", {**leases, **LINE, "ONE_CLIENT": 1})
+        self._reserve_total = store.script("reserve", {**leases, **LINE, "ONE_CLIENT": 0})
         self._renew = store.script("renew", leases)
         self._release = store.script("release", {"RECORD_S": RECORD, "ONE_CLIENT": 1})
         self._release_total = store.script("release", {"RECORD_S": RECORD, "ONE_CLIENT": 0})
@@ -169,11 +167,19 @@ class AccountStore:
     def _account(self, client: str) -> Account:
         return account_of(self._store, client)
 
-    async def reserve(self, reservation: Reservation, *, may_wait: bool = False, ends_ms: int = 0) -> int:
+    async def reserve(
+        self,
+        reservation: Reservation,
+        *,
+        quotas: Quotas | None = None,
+        may_wait: bool = False,
+        ends_ms: int = 0,
+    ) -> int:
         """Reserve a slot and the worst case in the client's account and in the total, or in neither.
 
         Args:
             reservation: the reservation.
+            quotas: the limits of its client, where they differ from those of the service.
             may_wait: if no slot is free, give the session a place in line, or leave it the one that it has.
             ends_ms: when the session and its place expire, by the clock of Redis.
 
@@ -192,6 +198,7 @@ class AccountStore:
                 **account.keys_of(reservation.claim_id),
                 **account.line_keys(),
                 **_step(reservation),
+                **self._limits(account, quotas),
                 running_since="",
                 may_wait=int(may_wait),
                 ends_ms=ends_ms,
@@ -219,6 +226,7 @@ class AccountStore:
                     **account.keys_of(each.claim_id),
                     **account.line_keys(),
                     **_step(each),
+                    **self._limits(account, None),
                     running_since=each.day,
                     may_wait=0,
                     ends_ms=0,
@@ -241,6 +249,13 @@ class AccountStore:
         """Return the accounts that a reservation touches, each with the script that reserves in it."""
         own = (self._reserve, self._account(reservation.client))
         return [own] if self._total is None else [own, (self._reserve_total, self._total)]
+
+    def _limits(self, account: Account, quotas: Quotas | None) -> dict[str, int]:
+        """Return the arguments of `reserve.lua` for the limits of an account."""
+        if account is self._total:
+            return {"max_streams": UNLIMITED, **budgets_of_all(self._quotas)}
+        quotas = quotas or self._quotas
+        return {"max_streams": quotas.streams, **budgets_of_client(quotas)}
 
     async def release(self, reservation: Reservation) -> None:
         """Release a reservation whose claim did not win."""
@@ -443,16 +458,17 @@ class AccountStore:
         if found:
             await self._try_later(found, await self._now() + round(LEASE * 1000))
 
-    async def day(self, client: str) -> Day:
-        """Return the totals of a client for today."""
+    async def totals(self, client: str) -> Period:
+        """Return the usage of a client today and in this month."""
         async with bounded_call():
             now, _ = await self._store.redis.time()
-            day = int(now) // 86_400
-            names = [
-                f"{day}:{name}" for name in ("requests", "prompt", "completion", "spent_cost", "estimated")
-            ]
-            values: Any = await self._store.redis.hmget(self._account(client).key("account"), names)
-        return Day(_date(day), *(int(value or 0) for value in values))
+            today = _date(int(now) // 86_400)
+            periods = (str(int(now) // 86_400), f"{today:%Y-%m}")
+            names = ("requests", "prompt", "completion", "spent_cost", "estimated")
+            fields = [f"{period}:{name}" for period in periods for name in names]
+            found: Any = await self._store.redis.hmget(self._account(client).key("account"), fields)
+        values = [int(value or 0) for value in found]
+        return Period(today, Totals(*values[: len(names)]), Totals(*values[len(names) :]))
 
     async def _try_later(self, found: Iterable[tuple[str, bytes]], at: int) -> None:
         await self._store.commands(
@@ -479,6 +495,20 @@ class AccountStore:
         return int(seconds) * 1000 + int(micros) // 1000
 
 
+def budgets_of_client(quotas: Quotas) -> dict[str, int]:
+    """Return the arguments of `reserve.lua` and `admit.lua` for the budgets of one client."""
+    return {
+        "max_tokens": quotas.daily_tokens,
+        "max_cost": quotas.daily_cost,
+        "max_month_cost": quotas.monthly_cost,
+    }
+
+
+def budgets_of_all(quotas: Quotas) -> dict[str, int]:
+    """Return the same arguments for the budget of all clients together."""
+    return {"max_tokens": 0, "max_cost": quotas.total_daily_cost, "max_month_cost": 0}
+
+
 def _step(reservation: Reservation) -> dict[str, Any]:
     """Return the arguments of `reserve.lua` for a reservation."""
     return {
@@ -503,6 +533,8 @@ def _raise_refusal(reply: list[Any], *, is_total: bool) -> NoReturn:
         raise TooManyStreams(retry_after=min(float(reply[1]), STREAMS_RETRY))
     final = reply[2] == 1
     message = "The budget of this service for today is used up." if is_total else ""
+    if kind == b"month":
+        message = MONTH
     raise BudgetExceeded(message, retry_after=float(reply[1]) if final else BUDGET_RETRY, final=final)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from broker.core.errors import BrokerError, BudgetExceeded, Overloaded, TooManyStreams
-from broker.store.accounts import STREAMS_RETRY, UNLIMITED
+from broker.store.accounts import MONTH, STREAMS_RETRY, UNLIMITED, budgets_of_all, budgets_of_client
 from broker.store.buckets import Account, account_of, total_account
 
 if TYPE_CHECKING:
@@ -29,16 +29,13 @@ class PendingStore:
     def __init__(self, store: Store, quotas: Quotas, *, session_ttl: int) -> None:
         self._store = store
         self._total = total_account(store)
+        self._quotas = quotas
         own = {
-            "MAX_TOKENS": quotas.daily_tokens,
-            "MAX_COST": quotas.daily_cost,
             "MAX_PENDING": quotas.pending,
             "MAX_BYTES": quotas.pending_bytes,
             "FAIR_FROM": quotas.pending_bytes,
         }
         total = {
-            "MAX_TOKENS": 0,
-            "MAX_COST": quotas.total_daily_cost,
             "MAX_PENDING": UNLIMITED,
             "MAX_BYTES": quotas.total_pending_bytes,
             "FAIR_FROM": quotas.total_pending_bytes // 2,
@@ -47,22 +44,42 @@ class PendingStore:
         self._admit_in_total = store.script("admit", {"SESSION_S": session_ttl, **total})
         self._forget = store.script("forget")
 
-    async def admit(self, client: str, session_id: str, worst: WorstCase, *, stored: int = 0) -> None:
+    async def admit(
+        self,
+        client: str,
+        session_id: str,
+        worst: WorstCase,
+        *,
+        stored: int = 0,
+        quotas: Quotas | None = None,
+    ) -> None:
         """Count a session that is about to be stored and takes ``stored`` bytes.
+
+        ``quotas`` are the limits of its client, where they differ from those of the service.
 
         Raises:
             TooManyStreams: the client has too many pending sessions, or they are too large together.
             Overloaded: the pending sessions of all clients are too large together.
-            BudgetExceeded: the usage of today leaves no room for it.
+            BudgetExceeded: the usage of the day or the month leaves no room for it.
         """
-        replies = await self._store.run(self.admitting(client, session_id, worst, stored=stored))
+        replies = await self._store.run(
+            self.admitting(client, session_id, worst, stored=stored, quotas=quotas)
+        )
         try:
             self.check(replies)
         except BrokerError:
             await self.forget(client, session_id)  # one of the two may have admitted it
             raise
 
-    def admitting(self, client: str, session_id: str, worst: WorstCase, *, stored: int) -> list[Call]:
+    def admitting(
+        self,
+        client: str,
+        session_id: str,
+        worst: WorstCase,
+        *,
+        stored: int,
+        quotas: Quotas | None = None,
+    ) -> list[Call]:
         """Return the calls of `admit`, to be run together with others. Pass their replies to `check`."""
         request = {
             "session": session_id,
@@ -73,8 +90,18 @@ class PendingStore:
         }
         account = account_of(self._store, client)
         return [
-            self._admit.call(account=account.key("account"), **_keys(account), **request),
-            self._admit_in_total.call(account=self._total.key("account"), **_keys(self._total), **request),
+            self._admit.call(
+                account=account.key("account"),
+                **_keys(account),
+                **request,
+                **budgets_of_client(quotas or self._quotas),
+            ),
+            self._admit_in_total.call(
+                account=self._total.key("account"),
+                **_keys(self._total),
+                **request,
+                **budgets_of_all(self._quotas),
+            ),
         ]
 
     @staticmethod
@@ -89,7 +116,7 @@ class PendingStore:
             message = "Too many of your sessions wait to be started."
             raise TooManyStreams(message, retry_after=min(float(own[1]), STREAMS_RETRY))
         if own[0] != b"ok":
-            raise BudgetExceeded(retry_after=float(own[1]))
+            raise BudgetExceeded(MONTH if own[0] == b"month" else "", retry_after=float(own[1]))
         if total[0] == b"full":
             message = "Too many requests wait to be started; try again in a moment."
             raise Overloaded(message, retry_after=float(total[1]))

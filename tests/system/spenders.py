@@ -12,7 +12,7 @@ import aiohttp
 from redis.exceptions import RedisError
 
 from tests.events import Broken
-from tests.money import PRICE, Ledger, ledger
+from tests.money import PRICE, TOTAL, Ledger, ledger
 from tests.system.biller import MAX_TOKENS
 from tests.system.cluster import Session, question
 
@@ -110,6 +110,7 @@ class Spenders:
 
     Attributes:
         limits: the limits of accounts in nano-USD, by the ends of their keys.
+        monthly: the same for a month, where there is one.
         findings: what was wrong while it ran.
         troubles: how many there were of each kind.
         kills: when workers were killed, by the loop's clock.
@@ -121,6 +122,7 @@ class Spenders:
     biller: Biller
     random: Random
     limits: Mapping[str, int]
+    monthly: Mapping[str, int] = field(default_factory=dict)
     pages: list[Spender] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
     troubles: Counter[str] = field(default_factory=Counter)
@@ -193,17 +195,26 @@ class Spenders:
                     for name, limit in self.limits.items():
                         keys: Any = await redis.keys(name)
                         for key in keys:
-                            self._check(key.decode(), limit, await redis.hgetall(key))
+                            self._check(name, key.decode(), limit, await redis.hgetall(key))
             except (RedisError, OSError, TimeoutError):
                 continue
 
-    def _check(self, key: str, limit: int, fields: Any) -> None:
-        held = sum(
-            int(value) for name, value in fields.items() if name.endswith((b"spent_cost", b"reserved_cost"))
+    def _check(self, name: str, key: str, limit: int, fields: Any) -> None:
+        days, months = (
+            sum(
+                int(value)
+                for name, value in fields.items()
+                if name.endswith((b"spent_cost", b"reserved_cost")) and (b"-" in name) == of_months
+            )
+            for of_months in (False, True)
         )
-        self.highest = max(self.highest, held)
-        if held > limit:
-            self.findings.append(f"{key} holds {held} of {limit}")
+        self.highest = max(self.highest, days)
+        if days > limit:
+            self.findings.append(f"{key} holds {days} of {limit}")
+        if months > self.monthly.get(name, limit):
+            self.findings.append(f"{key} holds {months} in its month, of {self.monthly[name]}")
+        if name != TOTAL and days != months:  # all days of a run are of one month, unless it ends meanwhile
+            self.findings.append(f"{key} holds {days} in its days and {months} in its months")
 
     # Afterwards
 
@@ -226,6 +237,9 @@ class Spenders:
             findings.append(f"{account.spent_cost} is spent, and the sessions together are {total}")
         if account.reserved_cost != kept:
             findings.append(f"{account} is still reserved, and estimates keep {kept}")
+        months = await ledger(redis, months=True)
+        if months != account._replace(spent_tokens=0, reserved_tokens=0):
+            findings.append(f"{months} in the months, and {account} in the days")
         return findings
 
     def _judge(self, page: Spender, records: list[dict[str, str]], bills: list[Bill]) -> list[str]:

@@ -43,13 +43,20 @@ async def test_no_account_exceeds_its_limit_under_faults() -> None:
         api_keys="ann:one,bob:two,cyd:three",
         total_daily_cost=f"{limit / NANO}",
         daily_cost=f"{limit * 0.4 / NANO}",
+        monthly_cost=f"{limit * 0.35 / NANO}",
         max_concurrent_streams=6,
         disconnect_grace=1,
         first_data_timeout=3,
         idle_timeout=3,
     ) as (cluster, redis):
         biller = Biller(cluster.upstream.scripted, Random(random.random()))
-        spenders = Spenders(cluster, biller, random, {TOTAL: limit, CLIENTS: limit * 4 // 10})
+        spenders = Spenders(
+            cluster,
+            biller,
+            random,
+            {TOTAL: limit, CLIENTS: limit * 4 // 10},
+            monthly={CLIENTS: limit * 35 // 100},
+        )
         try:
             await spenders.run(50.0)
             await until(lambda: all_settled(redis), within=SETTLED + 15)

@@ -240,7 +240,7 @@ async def test_a_request_that_no_budget_can_cover_is_not_valid(
         assert (detail["field"], detail["limit"]) == ("max_tokens", 1000)
         assert detail["worstCase"] > 1000
         assert str(detail["worstCase"]) in detail["message"]
-    for budget in ("daily_cost", "total_daily_cost"):
+    for budget in ("daily_cost", "monthly_cost", "total_daily_cost"):
         async with running(valkey_url, upstream, **{budget: "0.0005"}) as broker:
             refused = await broker.post({**QUESTION, "max_tokens": 1000})
             assert (refused.status, refused.code) == (422, "invalid_request")
@@ -262,12 +262,15 @@ async def test_a_claim_without_room_ends_for_good(valkey_url: str, upstream: Scr
         assert (event.json["code"], event.json["final"]) == ("budget_exceeded", True)
 
 
-async def test_prepare_enforces_the_cost_budget(valkey_url: str, upstream: ScriptedUpstream) -> None:
+@pytest.mark.parametrize("budget", ["daily_cost", "monthly_cost"])
+async def test_prepare_enforces_the_cost_budget(
+    valkey_url: str, upstream: ScriptedUpstream, budget: str
+) -> None:
     upstream.models, upstream.replies = price_list(), [plain]
     async with running(valkey_url, upstream, api_keys=KEYS) as broker:
         worst = int((await broker.post(small(), ANN)).json["promptTokens"]) + 20
     limit = dollars(worst * PRICE + 14_999)
-    async with running(valkey_url, upstream, api_keys=KEYS, daily_cost=limit) as broker:
+    async with running(valkey_url, upstream, api_keys=KEYS, **{budget: limit}) as broker:
         await broker.read(await session_of(broker, ANN))
         check_refused(await broker.post(small(), ANN), "budget_exceeded")
         await session_of(broker, BOB)
@@ -508,7 +511,7 @@ async def test_a_claim_that_comes_too_late_takes_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", ["slots", "tokens", "cost", "total"])
+@pytest.mark.parametrize("limit", ["slots", "tokens", "cost", "month", "total"])
 async def test_exactly_the_claims_with_room_run(
     valkey_url: str, upstream: ScriptedUpstream, store: Store, limit: str
 ) -> None:
@@ -524,6 +527,7 @@ async def test_exactly_the_claims_with_room_run(
         "slots": {"max_concurrent_streams": 37},
         "tokens": {"daily_tokens": worst * 38 - 1},
         "cost": {"daily_cost": dollars(worst * 38 * PRICE - 1)},
+        "month": {"monthly_cost": dollars(worst * 38 * PRICE - 1)},
         "total": {"total_daily_cost": dollars(worst * 38 * PRICE - 1)},
     }
     settings = {**free, **room[limit]}

@@ -1,4 +1,4 @@
-"""GET /usage: each client's own day, and what is left of it."""
+"""GET /usage: each client's own day and month, and what is left of them."""
 
 from __future__ import annotations
 
@@ -41,25 +41,36 @@ async def usage(broker: Broker, headers: dict[str, str]) -> dict[str, Any]:
     answer = await broker.ask("GET", "/usage", headers=headers)
     assert (answer.status, answer.headers["Cache-Control"]) == (200, "no-store")
     body: dict[str, Any] = answer.json
-    assert body.pop("day") == dt.datetime.now(dt.UTC).date().isoformat()
+    today = dt.datetime.now(dt.UTC).date()
+    assert body.pop("day") == today.isoformat()
+    assert body["month"].pop("month") == today.isoformat()[:7]
     return body
 
 
 async def test_each_client_sees_its_own_day(valkey_url: str, upstream: ScriptedUpstream) -> None:
     upstream.models, upstream.replies = price_list(), [told, told, untold]
-    limits = {"daily_tokens": 1000, "daily_cost": "0.01", "total_daily_cost": "5"}
+    limits = {
+        "daily_tokens": 1000,
+        "daily_cost": "0.01",
+        "monthly_cost": "0.1",
+        "total_daily_cost": "5",
+    }
     async with running(valkey_url, upstream, api_keys="ann:one,bob:two", **limits) as broker:
         for _ in range(2):
             await run(broker, ANN)
         prompt = await run(broker, BOB)
-        assert await usage(broker, ANN) == {
+        totals = {
             "requests": 2,
             "promptTokens": 20,
             "completionTokens": 10,
             "totalTokens": 30,
             "cost": 0.005,
             "estimatedRequests": 0,
+        }
+        assert await usage(broker, ANN) == {
+            **totals,
             "limits": {"tokens": {"limit": 1000, "left": 970}, "cost": {"limit": 0.01, "left": 0.005}},
+            "month": {**totals, "limits": {"cost": {"limit": 0.1, "left": 0.095}}},
         }
         bob = await usage(broker, BOB)
         assert (bob["requests"], bob["promptTokens"], bob["completionTokens"]) == (1, prompt, 10)
@@ -68,14 +79,19 @@ async def test_each_client_sees_its_own_day(valkey_url: str, upstream: ScriptedU
 
 
 async def test_a_new_client_sees_zeros_and_no_limits(broker: Broker) -> None:
-    assert await usage(broker, {}) == {
+    totals = {
         "requests": 0,
         "promptTokens": 0,
         "completionTokens": 0,
         "totalTokens": 0,
         "cost": 0,
         "estimatedRequests": 0,
-        "limits": {"tokens": {"limit": None, "left": None}, "cost": {"limit": None, "left": None}},
+    }
+    none = {"limit": None, "left": None}
+    assert await usage(broker, {}) == {
+        **totals,
+        "limits": {"tokens": none, "cost": none},
+        "month": {**totals, "limits": {"cost": none}},
     }
 
 
@@ -111,3 +127,6 @@ async def test_an_estimate_that_was_corrected_counts_as_one_no_more(
     await until(corrected)
     body = await usage(broker, {})
     assert (body["requests"], body["totalTokens"], body["cost"]) == (1, 7, 0.5)
+    month = body["month"]
+    assert (month["requests"], month["totalTokens"], month["cost"]) == (1, 7, 0.5)
+    assert month["estimatedRequests"] == 0

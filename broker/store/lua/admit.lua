@@ -1,22 +1,27 @@
 -- Adds a pending session to an account, if its pending sessions and its usage leave room. Reservations count only at
 -- the claim.
 -- Keys: account, pending, sizes
--- Args: session, client, size (int), tokens (int), cost (int)
--- Constants: SESSION_S, MAX_TOKENS, MAX_COST, MAX_PENDING, MAX_BYTES, FAIR_FROM
+-- Args: session, client, size (int), tokens (int), cost (int), max_tokens (int), max_cost (int), max_month_cost (int)
+-- Constants: SESSION_S, MAX_PENDING, MAX_BYTES, FAIR_FROM
 -- pending has the sessions by the ms at which they expire. sizes has '<size> <client>' of each session, the bytes of
 -- each client, and the bytes of all clients as 'total'. Above FAIR_FROM bytes, a client may take a sixteenth of the
 -- rest, so that a few clients cannot block all others. A limit of 0 means no limit, except for sessions and bytes.
--- Returns {'ok'}, or {'tokens' | 'cost' | 'pending' | 'full', seconds until this may change}.
+-- Returns {'ok'}, or {'month' | 'tokens' | 'cost' | 'pending' | 'full', seconds until this may change}.
 local now = now_ms()
 local day = math.floor(now / 86400000)
-local function over(name, amount, limit)
-  return limit > 0 and tonumber(redis.call('HGET', account, day .. ':' .. name) or 0) + amount > limit
+local function over(period, name, amount, limit)
+  return limit > 0 and tonumber(redis.call('HGET', account, period .. ':' .. name) or 0) + amount > limit
 end
-local until_tomorrow = (day + 1) * 86400 - math.floor(now / 1000)
-if over('spent_tokens', tokens, MAX_TOKENS) then
-  return {'tokens', until_tomorrow}
-elseif over('spent_cost', cost, MAX_COST) then
-  return {'cost', until_tomorrow}
+local month, month_end = month_of(day)
+for _, budget in ipairs({
+  {'month', month, 'spent_cost', cost, max_month_cost, month_end},
+  {'tokens', day, 'spent_tokens', tokens, max_tokens, day + 1},
+  {'cost', day, 'spent_cost', cost, max_cost, day + 1},
+}) do
+  local kind, period, name, amount, limit, ends = unpack(budget)
+  if over(period, name, amount, limit) then
+    return {kind, ends * 86400 - math.floor(now / 1000)}
+  end
 end
 local expired = redis.call('ZRANGEBYSCORE', pending, '-inf', now, 'LIMIT', 0, 1000)
 for _, each in ipairs({session, unpack(expired)}) do -- the session itself, if this call is a repeat

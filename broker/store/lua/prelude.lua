@@ -73,11 +73,39 @@ local function claimed_by_another(reservation, claim_id, slots, session)
   return false
 end
 
--- Add to a value of an account for a day. A change of 0 writes nothing.
-local function change(account, day, name, amount)
+-- Return the calendar month of a day (days since 1970, UTC) as 'YYYY-MM', the first day of the next month, and the
+-- month before. https://howardhinnant.github.io/date_algorithms.html#civil_from_days
+local function month_of(day)
+  local of_era = (day + 719468) % 146097
+  local years = math.floor(
+    (of_era - math.floor(of_era / 1460) + math.floor(of_era / 36524) - math.floor(of_era / 146096)) / 365)
+  local since_march = of_era - (365 * years + math.floor(years / 4) - math.floor(years / 100))
+  local months = math.floor((5 * since_march + 2) / 153) -- since March, which is 0
+  local date = since_march - math.floor((153 * months + 2) / 5) + 1
+  local month = months < 10 and months + 3 or months - 9
+  local year = years + math.floor((day + 719468) / 146097) * 400 + (month <= 2 and 1 or 0)
+  local is_leap = year % 4 == 0 and (year % 100 ~= 0 or year % 400 == 0)
+  local length = ({31, is_leap and 29 or 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31})[month]
+  local before = month > 1 and {year, month - 1} or {year - 1, 12}
+  return string.format('%04d-%02d', year, month), day - date + 1 + length,
+    string.format('%04d-%02d', unpack(before))
+end
+
+-- Add to a value of an account for a period: a day, or a month as 'YYYY-MM'. A change of 0 writes nothing.
+local function change(account, period, name, amount)
   if amount ~= 0 then
-    redis.call('HINCRBY', account, day .. ':' .. name, whole(amount))
+    redis.call('HINCRBY', account, period .. ':' .. name, whole(amount))
   end
+end
+
+-- Store an account for so many seconds; that of a client until so long after the end of this month.
+local function keep_account(account, seconds, is_client)
+  if is_client then
+    local now_s = math.floor(now_ms() / 1000)
+    local _, month_end = month_of(math.floor(now_s / 86400))
+    seconds = seconds + month_end * 86400 - now_s
+  end
+  redis.call('EXPIRE', account, seconds)
 end
 
 -- Remove a session from the pending ones of an account. Returns 1 if it was among them, else 0.

@@ -5,10 +5,14 @@
 -- Constants: RECORD_S, ONE_CLIENT
 -- ONE_CLIENT is 0 for the total.
 -- Returns 1 if another claim of the session has a slot, else 0; for the total always 0.
-local state, tokens, cost, day = unpack(redis.call('HMGET', reservation, 'state', 'tokens', 'cost', 'day'))
+local state, tokens, cost, day, month =
+  unpack(redis.call('HMGET', reservation, 'state', 'tokens', 'cost', 'day', 'month'))
 if state == 'open' then
   change(account, day, 'reserved_tokens', 0 - tokens)
   change(account, day, 'reserved_cost', 0 - cost)
+  if month then
+    change(account, month, 'reserved_cost', 0 - cost)
+  end
 end
 if state == 'open' or not state then
   redis.call('HSET', reservation, 'state', 'released')

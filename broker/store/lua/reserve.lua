@@ -1,18 +1,19 @@
 -- Reserves a slot and the worst case of one generation in an account, or nothing. A repeat with the same claim gets the
 -- same answer, and renews the lease.
 -- Keys: reservation, account, slots, open, line, due
--- Args: claim_id, session, spec, tokens (int), cost (int), running_since, may_wait (int), ends_ms (int)
--- Constants: LEASE_MS, ACCOUNT_S, MAX_STREAMS, MAX_TOKENS, MAX_COST, PLACE_MS, LATE_MS, MIN_RETRY_MS, MAX_RETRY_MS,
---     RETRY_STEP_MS, NEAR, ONE_CLIENT
+-- Args: claim_id, session, spec, tokens (int), cost (int), running_since, may_wait (int), ends_ms (int),
+--     max_streams (int), max_tokens (int), max_cost (int), max_month_cost (int)
+-- Constants: LEASE_MS, ACCOUNT_S, PLACE_MS, LATE_MS, MIN_RETRY_MS, MAX_RETRY_MS, RETRY_STEP_MS, NEAR, ONE_CLIENT
 -- running_since is empty at a claim. For a running generation it is the day of its claim, or 0 for today: then it is
 -- reserved despite the limits, and even if it was released.
 -- ends_ms is when the session and its place expire; 0 if not known.
 -- line has the sessions that wait for a slot of the client, in their order; due has the ms by which the page of each
 -- should have come back. A free slot is left for each page in front that is not overdue.
--- ONE_CLIENT is 0 for the total, which never answers 'claiming'.
+-- max_tokens and max_cost are for the day, max_month_cost for the calendar month; 0 is no limit.
+-- ONE_CLIENT is 0 for the total, which never answers 'claiming' and has no months.
 -- Returns {'ok', day}, {'closed'} for a reservation that was released or settled, {'claiming'} if another claim of the
 -- session has taken the room, {'queued', position, length of the line, ms after which to come back}, or {'streams' |
--- 'tokens' | 'cost', seconds until this may change, 1 if it would not fit even without reservations}.
+-- 'tokens' | 'cost' | 'month', seconds until this may change, 1 if it would not fit even without reservations}.
 local now = now_ms()
 local state, day = unpack(redis.call('HMGET', reservation, 'state', 'day'))
 if state == 'open' then
@@ -34,6 +35,31 @@ local function drop_gone()
     redis.call('ZREM', line, gone)
     redis.call('ZREM', due, gone)
   end
+end
+local month, month_end = month_of(day)
+-- Return why a budget leaves no room now, or nil. If one leaves none even without reservations, waiting does not help,
+-- so that one is the reason.
+local function beyond_budgets()
+  local reason
+  for _, budget in ipairs({
+    {'month', month, 'cost', cost, max_month_cost, month_end},
+    {'tokens', day, 'tokens', tokens, max_tokens, day + 1},
+    {'cost', day, 'cost', cost, max_cost, day + 1},
+  }) do
+    local kind, period, unit, amount, limit, ends = unpack(budget)
+    if limit > 0 then
+      local spent = tonumber(redis.call('HGET', account, period .. ':spent_' .. unit) or 0)
+      local reserved = tonumber(redis.call('HGET', account, period .. ':reserved_' .. unit) or 0)
+      local final = spent + amount > limit
+      if spent + reserved + amount > limit and (final or not reason) then
+        reason = {kind, ends * 86400 - math.floor(now / 1000), final and 1 or 0}
+        if final then
+          return reason
+        end
+      end
+    end
+  end
+  return reason
 end
 local function due_at(other)
   return tonumber(redis.call('ZSCORE', due, other) or 0)
@@ -74,7 +100,7 @@ if running_since == '' then
   -- A slot with an expired lease counts until its reservation is settled or released: after an outage of Redis its
   -- worker may be alive and only could not renew it.
   local position, kept = place()
-  if redis.call('SCARD', slots) + kept >= MAX_STREAMS then
+  if redis.call('SCARD', slots) + kept >= max_streams then
     if is_claiming() then
       return {'claiming'}
     elseif may_wait == 1 then
@@ -82,16 +108,9 @@ if running_since == '' then
     end
     return {'streams', 5, 0}
   end
-  for _, budget in ipairs({{'tokens', tokens, MAX_TOKENS}, {'cost', cost, MAX_COST}}) do
-    local kind, amount, limit = unpack(budget)
-    local spent = tonumber(redis.call('HGET', account, day .. ':spent_' .. kind) or 0)
-    local reserved = tonumber(redis.call('HGET', account, day .. ':reserved_' .. kind) or 0)
-    if limit > 0 and spent + reserved + amount > limit then
-      if is_claiming() then
-        return {'claiming'}
-      end
-      return {kind, (day + 1) * 86400 - math.floor(now / 1000), spent + amount > limit and 1 or 0}
-    end
+  local reason = beyond_budgets()
+  if reason then
+    return is_claiming() and {'claiming'} or reason
   end
 end
 redis.call('HSET', reservation, 'state', 'open', 'session', session, 'spec', spec, 'tokens', whole(tokens),
@@ -101,9 +120,14 @@ redis.call('ZREM', due, session)
 drop_gone()
 change(account, day, 'reserved_tokens', tokens)
 change(account, day, 'reserved_cost', cost)
+if ONE_CLIENT == 1 then
+  redis.call('HSET', reservation, 'month', month)
+  change(account, month, 'reserved_cost', cost)
+end
 redis.call('SADD', slots, claim_id)
 redis.call('ZADD', open, now + LEASE_MS, claim_id)
-for _, key in ipairs({reservation, account, slots, open}) do
+for _, key in ipairs({reservation, slots, open}) do
   redis.call('EXPIRE', key, ACCOUNT_S)
 end
+keep_account(account, ACCOUNT_S, ONE_CLIENT == 1)
 return {'ok', day}

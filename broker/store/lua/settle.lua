@@ -14,7 +14,8 @@
 local METRICS = {'prompt', 'completion', 'cached', 'reasoning', 'cost', 'estimated', 'unpriced'}
 local used = {prompt, completion, cached, reasoning, cost, estimated, unpriced}
 local record = {}
-local fields = {'state', 'day', 'tokens', 'cost', 'kept_tokens', 'kept_cost', 'booked', 'row', 'generation'}
+local fields = {'state', 'day', 'tokens', 'cost', 'kept_tokens', 'kept_cost', 'booked', 'row', 'generation',
+  'month'}
 for i, value in ipairs(redis.call('HMGET', reservation, unpack(fields))) do
   record[fields[i]] = value
 end
@@ -49,6 +50,10 @@ elseif not settled and outcome == '' then
   return {0, cost, ''}
 end
 day = tonumber(record.day) or day
+row = record.row or row -- a correction changes the row that was counted
+-- The total has neither rows nor months.
+local month, _, month_before = month_of(day)
+local periods = row ~= '' and {day, month} or {day}
 -- The amounts that are reserved now, and those that stay reserved.
 local tokens_now, cost_now = tonumber(record.kept_tokens or 0), tonumber(record.kept_cost or 0)
 local tokens_kept, cost_kept = 0, 0
@@ -61,24 +66,34 @@ if record.state == 'open' then
 end
 change(account, day, 'reserved_tokens', tokens_kept - tokens_now)
 change(account, day, 'reserved_cost', cost_kept - cost_now)
-change(account, day, 'spent_tokens', prompt + completion - before[1] - before[2])
-change(account, day, 'spent_cost', cost - before[5])
-for i, name in ipairs({'prompt', 'completion'}) do
-  change(account, day, name, used[i] - before[i])
+if record.month then
+  change(account, record.month, 'reserved_cost', cost_kept - cost_now)
 end
-change(account, day, 'estimated', estimated - before[6])
-if not settled and redis.call('HINCRBY', account, day .. ':requests', 1) == 1 then
-  -- The key of an account that is used every day never expires. One that is not used for three days has none, so only
-  -- older days are to be deleted.
-  for old = day - 7, day - 4 do
-    for _, name in ipairs({'requests', 'prompt', 'completion', 'estimated', 'spent_tokens', 'spent_cost',
-        'reserved_tokens', 'reserved_cost'}) do
-      redis.call('HDEL', account, old .. ':' .. name)
+change(account, day, 'spent_tokens', prompt + completion - before[1] - before[2])
+local is_new_day = false
+for _, period in ipairs(periods) do
+  change(account, period, 'spent_cost', cost - before[5])
+  for i, name in ipairs({'prompt', 'completion'}) do
+    change(account, period, name, used[i] - before[i])
+  end
+  change(account, period, 'estimated', estimated - before[6])
+  if not settled then
+    local requests = redis.call('HINCRBY', account, period .. ':requests', 1)
+    is_new_day = is_new_day or period == day and requests == 1
+  end
+end
+if is_new_day then
+  -- The key of an account that is used every month never expires, so its old values are deleted once a day. A late
+  -- settlement may still be of the day or the month before.
+  for _, field in ipairs(redis.call('HKEYS', account)) do
+    local period = string.match(field, '^[^:]*')
+    local old_day = tonumber(period)
+    if old_day and old_day < day - 3 or not old_day and period < month_before then
+      redis.call('HDEL', account, field)
     end
   end
 end
-redis.call('EXPIRE', account, ACCOUNT_S)
-row = record.row or row -- a correction changes the row that was counted
+keep_account(account, ACCOUNT_S, row ~= '')
 if row ~= '' then
   for i, name in ipairs(METRICS) do
     if used[i] ~= before[i] then
