@@ -236,8 +236,8 @@ class FrozenAfterReserving(AccountStore):
 
     thawed: Reservation | None = None
 
-    async def reserve(self, reservation: Reservation, *, may_wait: bool = False, ends_ms: int = 0) -> int:
-        day = await super().reserve(reservation, may_wait=may_wait, ends_ms=ends_ms)
+    async def reserve(self, reservation: Reservation, **options: Any) -> int:
+        day = await super().reserve(reservation, **options)
         if self.thawed is None:
             self.thawed = reservation
             await self.release(reservation)
