@@ -46,6 +46,7 @@ from broker.upstream.model_list import fetch_models
 from broker.web import keys
 from broker.web.occupancy import Occupancy
 from broker.web.refused_origins import RefusedOrigins
+from broker.web.waiting import WaitingPages
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -141,7 +142,8 @@ async def build(
         pending = PendingStore(store, quotas, session_ttl=settings.session_ttl)
         app[keys.HUB] = Hub(worker, sessions=sessions, journal=journal, accounts=accounts, pending=pending)
         stack.push_async_callback(worker.close)
-        metrics.watch(worker, sessions, store, upstream)
+        waiting = app[keys.WAITING] = WaitingPages()
+        metrics.watch(worker, sessions, store, upstream, waiting)
         worker.start()
         app[keys.SETTINGS] = settings
         app[keys.ORIGINS] = Origins(

@@ -10,14 +10,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from broker.core.session import State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sized
 
     from prometheus_client.metrics_core import Metric
 
@@ -123,11 +123,6 @@ class Metrics:
         self._refused = Counter(
             "broker_refused", "Requests and streams that were refused, by code.", ["code"], registry=registry
         )
-        self._queued = Gauge(
-            "broker_queued",
-            "Times that a page was told its place in line, since the start.",
-            registry=registry,
-        )
         self._redis = Histogram(
             "broker_redis_seconds",
             "Round trips to Redis, by the scripts in them.",
@@ -177,10 +172,6 @@ class Metrics:
         """Count a refusal."""
         self._refused.labels(code).inc()
 
-    def queued(self) -> None:
-        """Count a page that was told its place in line."""
-        self._queued.inc()
-
     def asked_redis(self, script: str, seconds: float) -> None:
         """Count a round trip to Redis."""
         of_script = self._redis_of.get(script)
@@ -193,9 +184,16 @@ class Metrics:
         """Count a delay of the event loop."""
         self._lag.observe(seconds)
 
-    def watch(self, worker: Worker, sessions: SessionStore, store: Store, upstream: UpstreamClient) -> None:
+    def watch(
+        self,
+        worker: Worker,
+        sessions: SessionStore,
+        store: Store,
+        upstream: UpstreamClient,
+        waiting: Sized,
+    ) -> None:
         """Read these at every scrape."""
-        self.registry.register(_Watched(worker, sessions, store, upstream, self.gaps))
+        self.registry.register(_Watched(worker, sessions, store, upstream, waiting, self.gaps))
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
@@ -206,12 +204,19 @@ class _Watched(Collector):
     """Reads the plain integers of the parts of a broker."""
 
     def __init__(
-        self, worker: Worker, sessions: SessionStore, store: Store, upstream: UpstreamClient, gaps: Gaps
+        self,
+        worker: Worker,
+        sessions: SessionStore,
+        store: Store,
+        upstream: UpstreamClient,
+        waiting: Sized,
+        gaps: Gaps,
     ) -> None:
         self._worker = worker
         self._sessions = sessions
         self._store = store
         self._upstream = upstream
+        self._waiting = waiting
         self._gaps = gaps
 
     def describe(self) -> Iterable[Metric]:
@@ -224,6 +229,7 @@ class _Watched(Collector):
         gauge, count = GaugeMetricFamily, CounterMetricFamily
         yield gauge("broker_sessions_running", "Sessions that run here.", value=len(worker.running))
         yield gauge("broker_viewers", "Streams that are open to pages.", value=len(worker.viewers))
+        yield gauge("broker_queued", "Pages that wait in line for a slot.", value=len(self._waiting))
         yield gauge(
             "broker_journal_lag_seconds",
             "How long the oldest journal with unwritten events has waited for Redis.",

@@ -41,6 +41,7 @@ class SessionReport:
         viewers: connections that watched the session on this worker.
         resumes: those of them that came with a cursor.
         retries: how often the upstream was asked again.
+        queued_ms: milliseconds in line for a slot; 0 for a session that did not wait.
     """
 
     session: str
@@ -65,6 +66,7 @@ class SessionReport:
     viewers: int = 0
     resumes: int = 0
     retries: int = 0
+    queued_ms: int | None = None
 
 
 def session_line(report: SessionReport) -> tuple[int, dict[str, Any]]:

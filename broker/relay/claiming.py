@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import uuid
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -233,7 +232,7 @@ class Claiming:
         if now < pursuit.reserved_at + LEASE / 2:
             return reservation
         try:
-            day = await self._accounts.reserve(
+            reserved = await self._accounts.reserve(
                 reservation, may_wait=pursuit.may_wait, ends_ms=pursuit.ends_ms
             )
         except BeingClaimed:
@@ -244,10 +243,10 @@ class Claiming:
                 raise
             if await self._accounts.reserve_again([reservation]):
                 raise StoreRefused from None
-            day = await self._accounts.reserve(reservation)
+            reserved = await self._accounts.reserve(reservation)
         pursuit.reserved_at = now
-        pursuit.reservation = replace(reservation, day=day)
-        return pursuit.reservation
+        pursuit.reservation = reserved
+        return reserved
 
     async def _give_back(self, reservation: Reservation) -> None:
         with suppress(StoreUnavailable):  # then the reaper finds it

@@ -42,16 +42,24 @@ class Mirror:
         worker: the worker that runs it.
         last: number of the last event before those of `feed`.
         unwatched: is called when the last viewer has left.
+        prepared_by: the id of the request that prepared the session.
 
     Attributes:
         feed: its events since it was first watched here; earlier ones are in the journal.
-        prepared_by: empty: a journal does not say which request prepared the session.
+        prepared_by: as given.
     """
 
-    def __init__(self, session_id: str, worker: str, last: int, unwatched: Callable[[Mirror], None]) -> None:
+    def __init__(
+        self,
+        session_id: str,
+        worker: str,
+        last: int,
+        unwatched: Callable[[Mirror], None],
+        prepared_by: str = "",
+    ) -> None:
         self.session_id = session_id
         self.worker = worker
-        self.prepared_by = ""
+        self.prepared_by = prepared_by
         self.feed = Feed(last)
         self._unwatched = unwatched
         self._viewers = 0
@@ -127,7 +135,7 @@ class Mirrors:
             StoreUnavailable: Redis cannot be reached.
         """
         with self._noting(session_id) as notified:
-            followed = await self._journal.follow(session_id, after)
+            followed = await self._journal.follow(session_id, after, with_request_id=True)
         if followed.standing.state in (State.GONE, State.PREPARED):
             return followed.standing.state
         mirror = self._open_mirrors.get(session_id)
@@ -264,9 +272,15 @@ class Mirrors:
             events, last = read_on(followed.batches, after)
         except JournalGap:
             last = after
-        worker = followed.standing.worker
-        if not followed.last == last > after:
-            return Mirror(session_id, worker, followed.last, self._on_unwatched)
-        mirror = Mirror(session_id, worker, after, self._on_unwatched)
+        has_part = followed.last == last > after
+        mirror = Mirror(
+            session_id,
+            followed.standing.worker,
+            after if has_part else followed.last,
+            self._on_unwatched,
+            followed.request_id,
+        )
+        if not has_part:
+            return mirror
         mirror.feed.add(Batch(after + 1, last, events), 0.0)
         return mirror

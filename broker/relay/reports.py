@@ -77,6 +77,7 @@ def report_of(generation: Generation) -> SessionReport:
         viewers=generation.seen_viewers,
         resumes=generation.resumes,
         retries=generation.retries,
+        queued_ms=generation.reservation.waited_ms,
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import orjson
@@ -89,6 +89,7 @@ class Reservation:
         model: the model that was asked for.
         worst: the reserved amount.
         day: the day of the claim, in days since 1970.
+        waited_ms: milliseconds that its session has waited in line.
     """
 
     claim_id: str
@@ -97,6 +98,7 @@ class Reservation:
     model: str
     worst: WorstCase
     day: int = 0
+    waited_ms: int = field(default=0, compare=False)
 
 
 class Estimate(NamedTuple):
@@ -174,7 +176,7 @@ class AccountStore:
         quotas: Quotas | None = None,
         may_wait: bool = False,
         ends_ms: int = 0,
-    ) -> int:
+    ) -> Reservation:
         """Reserve a slot and the worst case in the client's account and in the total, or in neither.
 
         Args:
@@ -184,7 +186,7 @@ class AccountStore:
             ends_ms: when the session and its place expire, by the clock of Redis.
 
         Returns:
-            The day of the claim.
+            The reservation with the day of its claim and its time in line.
 
         Raises:
             Queued: the session waits in line.
@@ -192,7 +194,7 @@ class AccountStore:
             BeingClaimed: another claim of the same session has taken the room.
             Overloaded: the reservation was released meanwhile.
         """
-        day = 0
+        taken: Reservation | None = None
         for script, account in self._accounts(reservation):
             reply = await script(
                 **account.keys_of(reservation.claim_id),
@@ -204,13 +206,14 @@ class AccountStore:
                 ends_ms=ends_ms,
             )
             if reply[0] == b"ok":
-                day = day or int(reply[1])
+                # Day and time in line of the client's account, which is the first, count.
+                taken = taken or replace(reservation, day=int(reply[1]), waited_ms=int(reply[2]))
                 continue
             is_total = account is self._total
             if is_total and await self._give_back(self._account(reservation.client), reservation):
                 raise BeingClaimed
             _raise_refusal(reply, is_total=is_total)
-        return day
+        return taken or reservation
 
     async def reserve_again(self, reservations: Sequence[Reservation]) -> list[Reservation]:
         """Reserve again for running generations whose reservations were lost or released, despite the limits.

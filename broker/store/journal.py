@@ -14,7 +14,7 @@ from broker.core.errors import StoreRefused
 from broker.core.replay import Batch
 from broker.core.session import State
 from broker.store.connection import Store, bounded_call
-from broker.store.sessions import SessionStatus, read_status
+from broker.store.sessions import SessionStatus, read_status, request_id_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -55,11 +55,19 @@ class Appended(NamedTuple):
 
 
 class Followed(NamedTuple):
-    """The result of a read: the status of the session, the number of its last event, and a part of the journal."""
+    """The result of a read.
+
+    Attributes:
+        standing: the status of the session.
+        last: the number of its last event.
+        batches: a part of the journal.
+        request_id: of the /prepare; empty where it was not asked for.
+    """
 
     standing: SessionStatus
     last: int
     batches: list[Batch]
+    request_id: str = ""
 
 
 class JournalStore:
@@ -98,10 +106,17 @@ class JournalStore:
         return [None if isinstance(reply, StoreRefused) else _appended(reply) for reply in replies]
 
     async def follow(
-        self, session_id: str, after: int, *, entries: int = READ_ENTRIES, register: bool = True
+        self,
+        session_id: str,
+        after: int,
+        *,
+        entries: int = READ_ENTRIES,
+        register: bool = True,
+        with_request_id: bool = False,
     ) -> Followed:
         """Read a journal after event number ``after``, and register this worker as watching the session."""
-        return _followed(await self._follow(**self._read_from(session_id, after, entries, register)))
+        step = self._read_from(session_id, after, entries, register)
+        return _followed(await self._follow(**{**step, "with_spec": int(with_request_id)}))
 
     async def follow_many(self, wanted: Sequence[tuple[str, int]]) -> list[Followed | None]:
         """Call `follow` for several sessions in one round trip, each with the number after which to read.
@@ -142,6 +157,7 @@ class JournalStore:
             "worker": self._worker if register else "",
             "after": after,
             "max_entries": entries,
+            "with_spec": 0,
         }
 
 
@@ -154,7 +170,8 @@ def _followed(reply: list[Any]) -> Followed:
     standing = read_status(reply[:5])
     if standing.state is State.GONE:
         return Followed(standing, 0, [])
-    return Followed(standing, int(reply[5]), [_batch(entry_id, fields) for entry_id, fields in reply[6]])
+    batches = [_batch(entry_id, fields) for entry_id, fields in reply[6]]
+    return Followed(standing, int(reply[5]), batches, request_id_in(reply[7]) if len(reply) > 7 else "")
 
 
 def _batch(entry_id: bytes, fields: list[bytes]) -> Batch:

@@ -404,6 +404,14 @@ def _record(reply: list[bytes | None] | Exception) -> SessionRecord | StoreRefus
     )
 
 
+def request_id_in(spec: bytes) -> str:
+    """Return the id of the /prepare in stored values; empty where they cannot be read."""
+    try:
+        return _SPEC.validate_json(spec).request_id
+    except ValueError:
+        return ""
+
+
 def _ending(end: Terminal) -> dict[str, Any]:
     return {
         "end_state": end.state,

@@ -20,6 +20,7 @@ from broker.upstream.client import UpstreamClient
 from broker.web.identity import ClientResolver
 from broker.web.occupancy import Occupancy
 from broker.web.refused_origins import RefusedOrigins
+from broker.web.waiting import WaitingPages
 
 SETTINGS = web.AppKey("settings", Settings)
 ORIGINS = web.AppKey("origins", Origins)
@@ -36,6 +37,7 @@ HUB = web.AppKey("hub", Hub)
 WORKER = web.AppKey("worker", Worker)
 RESULTS = web.AppKey("results", Results)
 """Only present where an application wants the results."""
+WAITING = web.AppKey("waiting", WaitingPages)
 METRICS = web.AppKey("metrics", Metrics)
 UPSTREAM = web.AppKey("upstream", UpstreamClient)
 

@@ -27,7 +27,7 @@ from broker.relay.viewer import Viewer
 from broker.store.accounts import BUDGET_RETRY, STREAMS_RETRY
 from broker.web.errors import json_response, may_come_again
 from broker.web.eventstream import EventStream, jitter
-from broker.web.keys import HUB, IDENTIFIER, LOGGED, METRICS, OCCUPANCY, SETTINGS
+from broker.web.keys import HUB, IDENTIFIER, LOGGED, METRICS, OCCUPANCY, SETTINGS, WAITING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,6 +65,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
             places.enter_context(request.app[OCCUPANCY].taken(session_id, address))
             request[LOGGED] = {"session": short(session_id)}
             found = await request.app[HUB].find(session_id, cursor, may_wait=_wants_events(request))
+            request.app[WAITING].left(session_id)
         except BrokerError as error:
             if cursor is not None:
                 metrics.resumed("expired" if isinstance(error, SessionExpired) else "refused")
@@ -83,6 +84,7 @@ async def cancel(request: web.Request) -> web.Response:
         raise SessionNotFound
     began = time.monotonic()
     before = await request.app[HUB].cancel(session_id)
+    request.app[WAITING].left(session_id)
     request.app[METRICS].cancelled(time.monotonic() - began, accepted=before.accepted)
     return json_response({"state": before.state}, status=202 if before.accepted else 200)
 
@@ -108,11 +110,13 @@ async def _show(
 
 
 async def _refuse(request: web.Request, error: BrokerError, cursor: Cursor | None) -> web.StreamResponse:
-    metrics = request.app[METRICS]
+    session_id = request.match_info["session_id"]
     if isinstance(error, Queued):
-        metrics.queued()
+        request.app[WAITING].told(session_id, error.retry_ms)
     else:
-        metrics.refused(error.code)
+        request.app[METRICS].refused(error.code)
+        if not may_come_again(error):  # else it keeps its place
+            request.app[WAITING].left(session_id)
     if may_come_again(error):
         return await _say(request, b"", jitter(COME_AGAIN_MS))
     if isinstance(error, Queued):

@@ -8,7 +8,6 @@ import os
 import pty
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +42,7 @@ async def book(
 ) -> int:
     """Settle one session; returns its day."""
     wanted = Reservation(token, f"session-{token}", client, model, WorstCase(100, 100))
-    reservation = replace(wanted, day=await accounts.reserve(wanted))
+    reservation = await accounts.reserve(wanted)
     await accounts.settle(reservation, spent, state)
     return reservation.day
 

@@ -44,6 +44,7 @@ def test_a_line_has_all_facts_of_a_session() -> None:
         "viewers": 2,
         "resumes": 1,
         "retries": 2,
+        "queued_ms": 5,
     }
     _, line = session_line(report(**facts))
     known = {"session": "3f2b8c1e", "request_id": "req-1", "client": "anna", "model": "a/b"}

@@ -124,7 +124,7 @@ def wanted(claim_id: str, session: str = "") -> Reservation:
 
 
 async def reserved(accounts: AccountStore, claim_id: str) -> Reservation:
-    return replace(wanted(claim_id), day=await accounts.reserve(wanted(claim_id)))
+    return await accounts.reserve(wanted(claim_id))
 
 
 async def come(store: Store, name: str) -> None:
@@ -236,8 +236,8 @@ class FrozenAfterReserving(AccountStore):
 
     thawed: Reservation | None = None
 
-    async def reserve(self, reservation: Reservation, **options: Any) -> int:
-        day = await super().reserve(reservation, **options)
+    async def reserve(self, reservation: Reservation, **options: Any) -> Reservation:
+        reserved = await super().reserve(reservation, **options)
         if self.thawed is None:
             self.thawed = reservation
             await self.release(reservation)
@@ -245,7 +245,7 @@ class FrozenAfterReserving(AccountStore):
             loop = asyncio.get_running_loop()
             assert isinstance(loop, StandingLoop)
             loop.stood_still += LEASE
-        return day
+        return reserved
 
 
 def test_a_freeze_before_a_claim_does_not_exceed_the_limit(valkey_url: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -583,7 +582,7 @@ async def test_only_estimates_are_replaced_by_better_usage(store: Store) -> None
     """A worker that was frozen wakes after another has estimated for it."""
     accounts = AccountStore(store, Quotas(0, 1, 0, 0, 0))
     wanted = Reservation("t", "s", "c", "m", WorstCase(100, 100))
-    reservation = replace(wanted, day=await accounts.reserve(wanted))
+    reservation = await accounts.reserve(wanted)
     await accounts.settle(reservation, Usage(9, 9, cost=9, estimated=True), State.LOST)
     await accounts.settle(reservation, Usage(5, 5, cost=50, estimated=True), State.LOST)
     assert await ledger(store.redis) == Ledger(1, 1, 18, 9)

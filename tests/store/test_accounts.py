@@ -27,20 +27,20 @@ def wanted(claim_id: str, client: str = "c", tokens: int = 10, cost: int = 100) 
 
 
 async def reserved(accounts: AccountStore, reservation: Reservation) -> Reservation:
-    return replace(reservation, day=await accounts.reserve(reservation))
+    return await accounts.reserve(reservation)
 
 
 async def test_claims_at_once_win_while_there_is_room(store: Store) -> None:
     accounts = AccountStore(store, replace(FREE, total_daily_cost=37 * 100))
     at_once = asyncio.Semaphore(20)  # a call has a second, and all connections are new
 
-    async def claim(n: int) -> int:
+    async def claim(n: int) -> Reservation:
         async with at_once:
             return await accounts.reserve(wanted(str(n), client=f"c{n % 7}"))
 
     results = await asyncio.gather(*(claim(n) for n in range(500)), return_exceptions=True)
-    assert sum(isinstance(result, int) for result in results) == 37
-    assert all(isinstance(result, int | BudgetExceeded) for result in results)
+    assert sum(isinstance(result, Reservation) for result in results) == 37
+    assert all(isinstance(result, Reservation | BudgetExceeded) for result in results)
     assert (await ledger(store.redis)).reserved_cost == 3700
     assert (await ledger(store.redis, TOTAL)).reserved_cost == 3700
 

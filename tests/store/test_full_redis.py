@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -58,7 +57,7 @@ class Stage:
         for session in ("waiting", "running"):
             await self.sessions.prepare(session, PREPARED)
         await self.sessions.claim("running", "token", "owner")
-        self.reservation = replace(self.reservation, day=await self.accounts.reserve(self.reservation))
+        self.reservation = await self.accounts.reserve(self.reservation)
         await let_time_pass(self.store.redis, "open")
         await self.workers.marker()
 

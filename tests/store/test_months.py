@@ -33,7 +33,7 @@ def wanted(claim_id: str, cost: int = 100, client: str = "c") -> Reservation:
 
 
 async def reserved(accounts: AccountStore, claim_id: str, cost: int = 100) -> Reservation:
-    return replace(wanted(claim_id, cost), day=await accounts.reserve(wanted(claim_id, cost)))
+    return await accounts.reserve(wanted(claim_id, cost))
 
 
 async def month(store: Store) -> Ledger:
@@ -71,8 +71,8 @@ async def test_claims_at_once_win_while_the_month_has_room(store: Store) -> None
     results = await asyncio.gather(
         *(accounts.reserve(wanted(str(n))) for n in range(30)), return_exceptions=True
     )
-    assert sum(isinstance(result, int) for result in results) == 7
-    refused = [result for result in results if not isinstance(result, int)]
+    assert sum(isinstance(result, Reservation) for result in results) == 7
+    refused = [result for result in results if not isinstance(result, Reservation)]
     assert all(isinstance(each, BudgetExceeded) and not each.final for each in refused)
     assert (await month(store)).reserved_cost == 700
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from importlib import resources
 
 import pytest
@@ -47,7 +46,7 @@ async def test_a_large_reservation_is_settled_exactly(store: Store, worst: Worst
 @pytest.mark.parametrize("after", [0, 7, 10**15], ids=str)
 async def test_final_usage_replaces_a_lower_or_higher_estimate(store: Store, before: int, after: int) -> None:
     accounts = AccountStore(store, FREE)
-    reservation = replace(wanted(WorstCase(0, 0)), day=await accounts.reserve(wanted(WorstCase(0, 0))))
+    reservation = await accounts.reserve(wanted(WorstCase(0, 0)))
     await accounts.settle(reservation, Usage(before, 0, cost=before, estimated=True), State.DONE)
     await accounts.correct(reservation, Usage(after, 0, cost=after))
     assert await ledger(store.redis) == Ledger(1, 0, after, after)

@@ -26,7 +26,7 @@ def wanted(claim_id: str, client: str = "c") -> Reservation:
 
 
 async def reserved(accounts: AccountStore, claim_id: str) -> Reservation:
-    return replace(wanted(claim_id), day=await accounts.reserve(wanted(claim_id)))
+    return await accounts.reserve(wanted(claim_id))
 
 
 async def expire(store: Store) -> None:

@@ -12,7 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from broker.metrics import CHUNK_GAP, Gaps
 from broker.web import keys
+from broker.web.waiting import MOST, WaitingPages
 from tests.broker import Broker, running
+from tests.clock import Clock
 from tests.replies import plain, refuse
 from tests.scripted import PATIENCE, ScriptedUpstream
 from tests.system.harness import ValkeyProcess
@@ -144,12 +146,48 @@ async def test_resumes_are_counted_by_what_was_found(valkey_url: str, upstream: 
         assert (await scrape(other))['broker_resumes_total{result="elsewhere"}'] == 1
 
 
-async def test_a_queued_page_is_counted(valkey_url: str, upstream: ScriptedUpstream) -> None:
+async def test_pages_in_line_are_counted_while_they_wait(
+    valkey_url: str, upstream: ScriptedUpstream, clock: Clock
+) -> None:
     async with running(valkey_url, upstream, max_concurrent_streams=1) as broker:
-        async with broker.stream(await broker.prepare()):
-            await upstream.call()
-            await broker.read(await broker.prepare())
-            assert (await scrape(broker))["broker_queued"] == 1
+        broker.app[keys.WAITING]._clock = clock
+
+        async def queued() -> float:
+            return (await scrape(broker))["broker_queued"]
+
+        async with broker.stream(await broker.prepare()) as running_one:
+            call = await upstream.call()
+            waiting, cancelled = await broker.prepare(), await broker.prepare()
+            for session in (waiting, cancelled, waiting):
+                await broker.read(session)
+            assert await queued() == 2
+            await broker.cancel(cancelled)
+            assert await queued() == 1
+            plain(call)
+            await running_one.rest()
+        upstream.replies = [plain]
+        await broker.read(waiting)
+        assert await queued() == 0
+
+
+def test_a_page_that_does_not_come_back_counts_no_more(clock: Clock) -> None:
+    waiting = WaitingPages(clock)
+    waiting.told("first", 2000)
+    waiting.told("second", 4000)
+    clock.now += 3
+    assert len(waiting) == 1
+    waiting.told("first", 2000)
+    clock.now += 2
+    assert len(waiting) == 1
+    clock.now += 1
+    assert len(waiting) == 0
+
+
+def test_a_storm_of_waiting_pages_stays_bounded(clock: Clock) -> None:
+    waiting = WaitingPages(clock)
+    for n in range(MOST + 5):
+        waiting.told(str(n), 2000)
+    assert len(waiting) == MOST
 
 
 async def test_a_redis_that_is_away_is_counted(exposed_broker: Broker, valkey: ValkeyProcess) -> None:

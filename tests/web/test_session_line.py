@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.broker import Broker
+from broker.web import keys
+from tests.broker import Broker, running
 from tests.replies import plain, refuse
 from tests.scripted import PATIENCE, ScriptedUpstream
 
@@ -51,6 +52,7 @@ async def test_a_session_that_ends_well_is_told_whole(
     assert line["bytes"] > 400
     assert 0 <= line["ttft_ms"] <= line["duration_ms"]
     assert line["client"]
+    assert line["queued_ms"] == 0
 
 
 async def test_a_failed_session_is_told_as_a_warning(
@@ -94,6 +96,49 @@ async def test_all_lines_of_a_session_have_one_request_id(
     ids = prepare["request_id"], stream["prepared_by"], end["request_id"]
     assert ids == ("from-the-page",) * 3
     assert prepare["session"] == stream["session"] == end["session"] == session[:8]
+
+
+async def test_a_stream_on_another_worker_has_that_id_too(
+    log: io.StringIO, valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    async with running(valkey_url, upstream) as owner, running(valkey_url, upstream) as other:
+        answer = await owner.post(headers={"X-Request-Id": "from-the-page"})
+        session = answer.json["sessionId"]
+        async with owner.stream(session) as here, other.stream(session) as elsewhere:
+            plain(await upstream.call())
+            await here.rest()
+            await elsewhere.rest()
+
+    def is_stream(line: dict[str, Any]) -> bool:
+        return line.get("path") == f"/stream/{session[:8]}"
+
+    # Both brokers are closed, so both lines are written.
+    streams = [line for line in map(json.loads, log.getvalue().splitlines()) if is_stream(line)]
+    assert [line["prepared_by"] for line in streams] == ["from-the-page"] * 2
+
+
+async def test_the_time_in_line_is_told_wherever_the_page_waited(
+    log: io.StringIO, valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    limits = {"max_concurrent_streams": 1}
+    async with (
+        running(valkey_url, upstream, **limits) as one,
+        running(valkey_url, upstream, **limits) as other,
+    ):
+        waiting = await one.prepare()
+        async with one.stream(await one.prepare()) as first:
+            call = await upstream.call()
+            [event] = await one.read(waiting)
+            assert event.kind == "queued"
+            redis = one.app[keys.STORE].redis
+            [line_key] = await redis.keys("*:line:*")
+            await redis.zincrby(line_key, -5000, waiting)  # as if that was five seconds ago
+            plain(call)
+            await first.rest()
+        upstream.replies = [plain]
+        assert (await other.read(waiting))[-1].kind == "done"
+        line = await end_of(log, waiting)
+    assert 5000 <= line["queued_ms"] < 60_000
 
 
 @pytest.mark.parametrize("how", ["before the first chunk", "after it"])

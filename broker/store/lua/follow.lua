@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
 -- Reads the status of a session and a part of its journal, and registers a worker whose viewers watch it.
 -- Keys: session, events, viewers
--- Args: worker, after (int), max_entries (int)
+-- Args: worker, after (int), max_entries (int), with_spec (int)
 -- Constants: WATCH_MS, MAX_BYTES, CHANNELS
 -- An empty worker registers none. The events after number after are read.
--- Returns {state or 'gone', worker, end event, end id, end data, last journaled, entries}.
+-- Returns {state or 'gone', worker, end event, end id, end data, last journaled, entries, spec if wanted}.
 local reply = status(session)
 local last, replayed = unpack(redis.call('HMGET', session, 'last', 'replayed'))
 if replayed and redis.call('EXISTS', events) == 0 then
@@ -29,4 +29,7 @@ while #entries < max_entries and size < MAX_BYTES and at < ends_at do
   at = tonumber(string.match(entry[1], '%d+$'))
 end
 reply[6], reply[7] = whole(ends_at), entries
+if with_spec == 1 then
+  reply[8] = redis.call('HGET', session, 'spec') or ''
+end
 return reply

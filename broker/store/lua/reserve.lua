@@ -11,15 +11,16 @@
 -- should have come back. A free slot is left for each page in front that is not overdue.
 -- max_tokens and max_cost are for the day, max_month_cost for the calendar month; 0 is no limit.
 -- ONE_CLIENT is 0 for the total, which never answers 'claiming' and has no months.
--- Returns {'ok', day}, {'closed'} for a reservation that was released or settled, {'claiming'} if another claim of the
--- session has taken the room, {'queued', position, length of the line, ms after which to come back}, or {'streams' |
--- 'tokens' | 'cost' | 'month', seconds until this may change, 1 if it would not fit even without reservations}.
+-- Returns {'ok', day, ms in line}, {'closed'} for a reservation that was released or settled, {'claiming'} if another
+-- claim of the session has taken the room, {'queued', position, length of the line, ms after which to come back}, or
+-- {'streams' | 'tokens' | 'cost' | 'month', seconds until this may change, 1 if it would not fit even without
+-- reservations}.
 local now = now_ms()
-local state, day = unpack(redis.call('HMGET', reservation, 'state', 'day'))
+local state, day, waited = unpack(redis.call('HMGET', reservation, 'state', 'day', 'waited_ms'))
 if state == 'open' then
   redis.call('ZADD', open, now + LEASE_MS, claim_id)
   redis.call('SADD', slots, claim_id)
-  return {'ok', tonumber(day)}
+  return {'ok', tonumber(day), tonumber(waited or 0)}
 elseif state == 'settled' or state and running_since == '' then
   return {'closed'}
 end
@@ -113,8 +114,12 @@ if running_since == '' then
     return is_claiming() and {'claiming'} or reason
   end
 end
+waited = 0
+if due_at(session) >= now - PLACE_MS then
+  waited = math.max(0, now - tonumber(redis.call('ZSCORE', line, session) or now))
+end
 redis.call('HSET', reservation, 'state', 'open', 'session', session, 'spec', spec, 'tokens', whole(tokens),
-  'cost', whole(cost), 'day', day)
+  'cost', whole(cost), 'day', day, 'waited_ms', whole(waited))
 redis.call('ZREM', line, session)
 redis.call('ZREM', due, session)
 drop_gone()
@@ -130,4 +135,4 @@ for _, key in ipairs({reservation, slots, open}) do
   redis.call('EXPIRE', key, ACCOUNT_S)
 end
 keep_account(account, ACCOUNT_S, ONE_CLIENT == 1)
-return {'ok', day}
+return {'ok', day, waited}
