@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from broker.mount import setup
     from broker.settings import Settings
 
+__version__ = "0.1.0"
+"""The release. It is written only here; the package and `broker --version` take it from here."""
+
 __all__ = ["Client", "Result", "Settings", "setup"]
 
 _MODULES = {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
+import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from broker import __version__
 from broker.bytes_per_token import BytesPerToken
 from broker.catalog import Catalog
 from broker.core.accounts import Quotas
@@ -38,7 +41,7 @@ from broker.store.names import NameStore
 from broker.store.pending import PendingStore
 from broker.store.rates import Rates
 from broker.store.sessions import SessionStore
-from broker.store.workers import WorkerStore
+from broker.store.workers import WorkerInfo, WorkerStore
 from broker.system_message import SystemMessage
 from broker.upstream.client import UpstreamClient
 from broker.upstream.generations import fetch_generation
@@ -129,7 +132,7 @@ async def build(
         worker = app[keys.WORKER] = Worker(
             sessions=sessions,
             journal=journal,
-            workers=WorkerStore(store, worker=worker_id),
+            workers=WorkerStore(store, worker=worker_id, info=_worker_info(worker_id)),
             accounts=accounts,
             upstream=upstream,
             limits=_generation_limits(settings),
@@ -170,6 +173,10 @@ async def build(
         await stack.enter_async_context(_timers(settings, worker, metrics))
         await _prepare_redis(store)
         yield
+
+
+def _worker_info(worker_id: str) -> WorkerInfo:
+    return WorkerInfo(worker_id, socket.gethostname(), os.getpid(), __version__)
 
 
 async def _prepare_redis(store: Store) -> None:

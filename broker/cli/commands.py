@@ -6,11 +6,11 @@ Each command imports its own module when it runs, so that none waits for the lib
 from __future__ import annotations
 
 from enum import StrEnum
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
+from broker import __version__
 from broker.cli.output import write
 from broker.cli.words import CREDENTIAL
 
@@ -53,7 +53,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        write(f"broker {metadata.version('session-broker')}\n")
+        write(f"broker {__version__}\n")
         raise typer.Exit
 
 
@@ -141,6 +141,48 @@ def usage(
     from broker.cli import usage as command  # noqa: PLC0415 - see the module
 
     raise typer.Exit(command.usage(day, by=by.value, as_json=json))
+
+
+_sessions = typer.Typer()
+app.add_typer(_sessions, name="sessions")
+
+OfClient = Annotated[
+    str | None,
+    typer.Option("--client", help="A client as listed, or the name of its API key.", metavar="CLIENT"),
+]
+
+
+@_sessions.callback(invoke_without_command=True)
+def sessions(
+    context: typer.Context,
+    client: OfClient = None,
+    *,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for a program.")] = False,
+) -> None:
+    """List the sessions that run now, on all workers, straight from Redis.
+
+    REDIS_URL and BROKER_KEY_PREFIX, in the environment or in .env, say where they are.
+    """
+    from broker.cli import sessions as command  # noqa: PLC0415 - see the module
+
+    if context.invoked_subcommand is None:
+        raise typer.Exit(command.sessions(client, as_json=json))
+    if client is not None or json:
+        raise typer.BadParameter("options of `cancel` are written behind it")
+
+
+@_sessions.command()
+def cancel(
+    session: Annotated[str | None, typer.Argument(help="A session, as listed.", metavar="ID")] = None,
+    client: OfClient = None,
+) -> None:
+    """End a session, or all of a client, also those that are prepared and have not started.
+
+    It is what the stop button of a page does: each ends as cancelled, and is paid as far as it came.
+    """
+    from broker.cli import sessions as command  # noqa: PLC0415 - see the module
+
+    raise typer.Exit(command.cancel(session, client))
 
 
 @app.command()

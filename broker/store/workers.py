@@ -1,8 +1,9 @@
-"""The marker by which workers notice that Redis came back empty, and the notifications between workers.
+"""The marker by which workers notice that Redis came back empty, a list of the workers, and their notifications.
 
 The marker is one random word for all workers. If it is missing or has changed, Redis has lost all data. Notifications
 are sent to a pub/sub channel of one worker. They only save time: a subscription can break unnoticed, so workers also
-read everything that notifications say from Redis.
+read everything that notifications say from Redis. A worker that reads the marker also puts itself on the list of
+workers, which is only shown to operators and decides nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import secrets
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import orjson
 import structlog
 from redis.exceptions import NoPermissionError
 
@@ -34,6 +36,9 @@ MARKER_TTL = 86_400
 
 WIPED_FOR = 10
 """Seconds after Redis came back empty in which owners may still be writing their sessions again."""
+
+ALIVE_FOR = 15.0
+"""Seconds that a worker is listed as alive after it last read the marker."""
 
 LISTEN_TIMEOUT = 5.0
 """Seconds without a message after which a subscription is checked with a ping."""
@@ -72,18 +77,37 @@ class MarkerStatus(NamedTuple):
     now_ms: int
 
 
+class WorkerInfo(NamedTuple):
+    """What operators are shown of a worker.
+
+    Attributes:
+        id: its id.
+        host: the name of its machine.
+        pid: the number of its process.
+        version: the release that it runs.
+    """
+
+    id: str
+    host: str = ""
+    pid: int = 0
+    version: str = ""
+
+
 class WorkerStore:
     """The marker and notifications. Methods raise `StoreUnavailable` if Redis cannot be reached.
 
     Args:
         store: the connection.
         worker: this worker's id.
+        info: what operators are shown of this worker; by default only its id.
     """
 
-    def __init__(self, store: Store, *, worker: str) -> None:
+    def __init__(self, store: Store, *, worker: str, info: WorkerInfo | None = None) -> None:
         self.worker = worker
         self._store = store
-        self._read_marker = store.script("marker", {"MARKER_S": MARKER_TTL})
+        self._info = orjson.dumps((info or WorkerInfo(worker))._asdict())
+        constants = {"MARKER_S": MARKER_TTL, "ALIVE_MS": round(ALIVE_FOR * 1000)}
+        self._read_marker = store.script("marker", constants)
         self._warned = False
         self._names_server = True
 
@@ -95,7 +119,11 @@ class WorkerStore:
     async def marker(self) -> MarkerStatus:
         """Return the marker and the server that has it. Make the marker if there is none."""
         read = self._read_marker.call(
-            marker=self._key("marker"), wiped=self._key("wiped"), new_marker=secrets.token_hex(8)
+            marker=self._key("marker"),
+            wiped=self._key("wiped"),
+            alive=alive_key(self._store),
+            new_marker=secrets.token_hex(8),
+            worker=self._info,
         )
         if not self._names_server:
             [found] = await self._store.run([read])
@@ -136,8 +164,17 @@ class WorkerStore:
                     raise StoreUnavailable from error
 
     def _key(self, name: str) -> str:
-        """Return a key of the workers. The braces put all of them into one slot of a Redis Cluster."""
-        return f"{self._store.prefix}:{{workers}}:{name}"
+        return _key(self._store, name)
+
+
+def alive_key(store: Store) -> str:
+    """Return the key of the workers that live, each as the JSON of its `WorkerInfo`."""
+    return _key(store, "alive")
+
+
+def _key(store: Store, name: str) -> str:
+    """Return a key of the workers. The braces put all of them into one slot of a Redis Cluster."""
+    return f"{store.prefix}:{{workers}}:{name}"
 
 
 async def _messages(pubsub: PubSub) -> AsyncIterator[bytes]:

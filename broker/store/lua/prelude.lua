@@ -23,7 +23,7 @@ local function watching(viewers)
   return redis.call('ZRANGEBYSCORE', viewers, now_ms(), '+inf')
 end
 
--- Add the events first to newest to a journal that ends at last.
+-- Add the events first to newest to a journal that ends at last, and count their bytes.
 -- Returns the new last number, or nil if events are missing before the first.
 local function append(session, events, last, first, newest, batch)
   if newest <= last then
@@ -33,6 +33,7 @@ local function append(session, events, last, first, newest, batch)
   end
   redis.call('XADD', events, '1-' .. whole(newest), 'first', whole(first), 'events', batch)
   redis.call('HSET', session, 'last', whole(newest))
+  redis.call('HINCRBY', session, 'bytes', #batch)
   return newest
 end
 

@@ -6,6 +6,7 @@
 -- Constants: LEASE_MS, ACCOUNT_S, PLACE_MS, LATE_MS, MIN_RETRY_MS, MAX_RETRY_MS, RETRY_STEP_MS, NEAR, ONE_CLIENT
 -- running_since is empty at a claim. For a running generation it is the day of its claim, or 0 for today: then it is
 -- reserved despite the limits, and even if it was released.
+-- The record has the time of the claim as 'since', in ms; empty if it was written again, when that is not known.
 -- ends_ms is when the session and its place expire; 0 if not known.
 -- line has the sessions that wait for a slot of the client, in their order; due has the ms by which the page of each
 -- should have come back. A free slot is left for each page in front that is not overdue.
@@ -119,7 +120,11 @@ if due_at(session) >= now - PLACE_MS then
   waited = math.max(0, now - tonumber(redis.call('ZSCORE', line, session) or now))
 end
 redis.call('HSET', reservation, 'state', 'open', 'session', session, 'spec', spec, 'tokens', whole(tokens),
+<<<<<<< HEAD
   'cost', whole(cost), 'day', day, 'waited_ms', whole(waited))
+=======
+  'cost', whole(cost), 'day', day, 'since', running_since == '' and whole(now) or '')
+>>>>>>> fc18896 (List what runs on all workers, and end it, from the command line)
 redis.call('ZREM', line, session)
 redis.call('ZREM', due, session)
 drop_gone()
