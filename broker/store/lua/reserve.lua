@@ -120,11 +120,8 @@ if due_at(session) >= now - PLACE_MS then
   waited = math.max(0, now - tonumber(redis.call('ZSCORE', line, session) or now))
 end
 redis.call('HSET', reservation, 'state', 'open', 'session', session, 'spec', spec, 'tokens', whole(tokens),
-<<<<<<< HEAD
-  'cost', whole(cost), 'day', day, 'waited_ms', whole(waited))
-=======
-  'cost', whole(cost), 'day', day, 'since', running_since == '' and whole(now) or '')
->>>>>>> fc18896 (List what runs on all workers, and end it, from the command line)
+  'cost', whole(cost), 'day', day, 'waited_ms', whole(waited),
+  'since', running_since == '' and whole(now) or '')
 redis.call('ZREM', line, session)
 redis.call('ZREM', due, session)
 drop_gone()
