@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -43,6 +44,12 @@ def program(name: str) -> str:
     if os.environ.get("CI"):
         pytest.fail(missing)
     pytest.skip(missing)
+
+
+def tool(name: str) -> str:
+    """Where a program of the extra `deploy` is. Without it the test is skipped, but fails in CI."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else program(name)
 
 
 def make_certificate(directory: Path) -> None:

