@@ -1,6 +1,7 @@
 """Measure the broker: what it costs, and what it adds to the same load straight to the upstream.
 
     python -m tests.benchmarks [--scenario mod,load,flat] [--rounds 3] [--json FILE] [--compare FILE]
+    python -m tests.benchmarks memory [--sessions 200000]
 
 It asserts nothing about speed. It exits with 1 if streams were lost, and says which. See README.md beside this file.
 """
@@ -15,10 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 
 from broker.store.embedded import embedded_valkey
-from tests.benchmarks import load, processes, results
+from tests.benchmarks import load, memory, processes, results
+from tests.benchmarks.arguments import count, progress_bar, setting
 from tests.benchmarks.measure import WARM_UP, Place, Round, measure
 from tests.benchmarks.scenarios import SCENARIOS, Scenario
 from tests.benchmarks.table import table
@@ -26,6 +28,8 @@ from tests.benchmarks.table import table
 
 def main(arguments: list[str]) -> int:
     """Measure and print; returns the exit status."""
+    if arguments[:1] == ["memory"]:
+        return memory.main(arguments[1:])
     wanted = _parsed(arguments)
     errors = Console(stderr=True)
     try:
@@ -57,7 +61,7 @@ def run(wanted: argparse.Namespace, errors: Console) -> dict[str, list[Round]]:
     with (
         embedded_valkey() as redis_url,
         processes.running_upstream(sorted(answers)) as upstream,
-        _progress(errors) as bar,
+        progress_bar(errors) as bar,
     ):
         place = Place(redis_url, upstream, cores, dict(wanted.env), wanted.load_processes)
         task = bar.add_task("", total=sum(_runs(each) for each in scenarios.values()) * wanted.rounds)
@@ -93,32 +97,22 @@ def _teller(scenario: Scenario, advance: Callable[[float], None]) -> Callable[[s
     return tell
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
 def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks",
-        description="Measure what the broker costs, and what it adds.",
+        description="Measure what the broker costs, and what it adds. `memory` as the first word measures its memory.",
         epilog="; ".join(f"{name}: {scenario.says}" for name, scenario in SCENARIOS.items()),
     )
     parser.add_argument(
         "--scenario", type=_names, default=list(SCENARIOS), help="names, with commas; all by default"
     )
-    parser.add_argument("--rounds", type=_count, default=3, help="medians are of so many rounds")
-    parser.add_argument("--streams", type=_count, help="streams of each scenario, instead of its own number")
-    parser.add_argument("--chunks", type=_count, help="chunks of each stream, instead of its own number")
-    parser.add_argument("--load-processes", type=_count, default=1, help="processes that make the load")
+    parser.add_argument("--rounds", type=count, default=3, help="medians are of so many rounds")
+    parser.add_argument("--streams", type=count, help="streams of each scenario, instead of its own number")
+    parser.add_argument("--chunks", type=count, help="chunks of each stream, instead of its own number")
+    parser.add_argument("--load-processes", type=count, default=1, help="processes that make the load")
     parser.add_argument(
         "--env",
-        type=_setting,
+        type=setting,
         action="append",
         default=[],
         metavar="NAME=VALUE",
@@ -136,19 +130,6 @@ def _names(text: str) -> list[str]:
             f"no such scenario: {', '.join(unknown)}; there are {', '.join(SCENARIOS)}"
         )
     return names
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError("must be a whole number above 0")
-    return int(text)
-
-
-def _setting(text: str) -> tuple[str, str]:
-    name, found, value = text.partition("=")
-    if not name or not found:
-        raise argparse.ArgumentTypeError("must be NAME=VALUE")
-    return name, value
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ SCENARIOS: Final = {
         "50 streams at a time, as fast as they go", Work(Answer(500), 400, 50, timed=False), shrinks=False
     ),
     "idle": Scenario(
-        "3,000 streams of a chunk every 2 s", Work(Answer(6, 2_000_000), 3000, 3000, ramp=4), memory=True
+        "3,000 streams of a chunk every 2 s", Work(Answer(12, 2_000_000), 3000, 3000, ramp=15), memory=True
     ),
     "prepare": Scenario(
         "/prepare alone, 50 at a time", Work(Answer(1), 8000, 50), shrinks=False, streams=False
