@@ -1,6 +1,6 @@
 """Measure the broker: what it costs, and what it adds to the same load straight to the upstream.
 
-    python -m tests.benchmarks [--scenario mod,load,flat] [--rounds 3] [--json FILE] [--compare FILE]
+    python -m tests.benchmarks [--scenario mod,load,flat] [--rounds 3] [--json FILE] [--compare FILE] [--svg FILE]
     python -m tests.benchmarks memory [--sessions 200000]
 
 It asserts nothing about speed. It exits with 1 if streams were lost, and says which. See README.md beside this file.
@@ -22,6 +22,7 @@ from broker.store.embedded import embedded_valkey
 from tests.benchmarks import load, memory, processes, results
 from tests.benchmarks.arguments import count, progress_bar, setting
 from tests.benchmarks.measure import WARM_UP, Place, Round, measure
+from tests.benchmarks.plot import plot
 from tests.benchmarks.scenarios import SCENARIOS, Scenario
 from tests.benchmarks.table import table
 
@@ -45,6 +46,8 @@ def main(arguments: list[str]) -> int:
         Console().print(table(found, earlier, wanted.rounds))
         if wanted.json:
             wanted.json.write_text(results.to_json(found) + "\n")
+    if wanted.svg:
+        wanted.svg.write_text(plot(found))
     lost = [f"{name}: {line}" for name, result in found.items() for line in result.lost]
     for line in lost:
         errors.print(line, style="red", highlight=False)
@@ -120,6 +123,7 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results; - for stdout")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="show the ratios to an earlier --json")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the distributions")
     return parser.parse_args(arguments)
 
 

@@ -36,9 +36,9 @@ class Scenario(NamedTuple):
         """Return the same scenario with another number of streams, or of chunks of each."""
         work = self.work
         if streams is not None:
-            work = work._replace(
-                streams=streams, concurrent=streams if self.shrinks else min(work.concurrent, streams)
-            )
+            at_a_time = streams if self.shrinks else min(work.concurrent, streams)
+            ramp = work.ramp * at_a_time / work.concurrent
+            work = work._replace(streams=streams, concurrent=at_a_time, ramp=ramp)
         if chunks is not None and self.streams and not self.a_session:
             work = work._replace(answer=work.answer._replace(chunks=chunks))
         return self._replace(work=work)
