@@ -39,6 +39,7 @@ class By(StrEnum):
 
     CLIENT = "client"
     MODEL = "model"
+    DAY = "day"
 
 
 DEFAULT_URL = "http://127.0.0.1:3000"
@@ -130,17 +131,42 @@ def usage(
     day: Annotated[
         str | None, typer.Option(help="Which day, UTC; today if not given.", metavar="YYYY-MM-DD")
     ] = None,
+    month: Annotated[
+        str | None, typer.Option(help="Which month; this one with --by day.", metavar="YYYY-MM")
+    ] = None,
     by: Annotated[By, typer.Option(help="What to sum by.")] = By.CLIENT,
     *,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, for a program.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV, for a spreadsheet.")] = False,
 ) -> None:
-    """Print the usage ledger of a day, straight from Redis: requests, tokens and cost.
+    """Print the usage ledger of a day or a month, straight from Redis: requests, tokens and cost.
 
     REDIS_URL and BROKER_KEY_PREFIX, in the environment or in .env, say where the ledger is.
     """
     from broker.cli import usage as command  # noqa: PLC0415 - see the module
 
-    raise typer.Exit(command.usage(day, by=by.value, as_json=json))
+    raise typer.Exit(command.usage(day, month, by=by.value, as_json=json, as_csv=csv))
+
+
+@app.command()
+def top(
+    url: Annotated[
+        list[str] | None, typer.Option(help="A broker whose metrics to show; may be repeated.", metavar="URL")
+    ] = None,
+    *,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame, for a script.")] = False,
+    interval: Annotated[
+        float, typer.Option(help="Seconds between two frames.", metavar="SECONDS", min=0.5, max=3600)
+    ] = 2.0,
+) -> None:
+    """Watch workers, streams, first-chunk times, errors and spending; q or Ctrl-C ends it.
+
+    REDIS_URL and BROKER_KEY_PREFIX, in the environment or in .env, say where the workers are. Their metrics come from
+    each --url, by default from the broker of this machine; BROKER_METRICS_TOKEN opens those of others.
+    """
+    from broker.cli import top as command  # noqa: PLC0415 - see the module
+
+    raise typer.Exit(command.top(url or [DEFAULT_URL], once=once, interval=interval))
 
 
 _sessions = typer.Typer()

@@ -89,12 +89,15 @@ class UsageLedger:
         self._known[day, client, model] = row
         return row
 
+    async def today(self) -> dt.date:
+        """Return the day of now (UTC), by the clock of Redis."""
+        async with bounded_call():
+            now, _ = await self._store.redis.time()
+        return dt.datetime.fromtimestamp(int(now), tz=dt.UTC).date()
+
     async def rows(self, day: dt.date | None) -> tuple[dt.date, list[UsageRow]]:
         """Return a day and its rows. Without a day, it is today by the clock of Redis."""
-        if day is None:
-            async with bounded_call():
-                now, _ = await self._store.redis.time()
-            day = dt.datetime.fromtimestamp(int(now), tz=dt.UTC).date()
+        day = day or await self.today()
         found = await self._store.commands(
             [("HGETALL", self.key_in(bucket_prefix(self._store, bucket), day)) for bucket in range(BUCKETS)]
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import datetime as dt
+import io
 import json
 import os
 import pty
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import pytest_asyncio
 
-from broker.cli.usage import summed
+from broker.cli.usage import parse_period, summed, usage
 from broker.core.accounts import Quotas, Usage, WorstCase
 from broker.core.session import State
 from broker.store.accounts import AccountStore, Reservation
@@ -134,6 +136,7 @@ HEADINGS = [
     "cancelled",
     "failed",
 ]
+FEW = ["requests", "prompt", "completion", "USD", "failed"]
 ANN = ["key:ann", "2", "1,010", "205", "300", "40", "0.002500+?", "50%", "1", "0"]
 BOB = ["key:bob", "2", "1", "2", "0", "0", "0.007000", "0%", "0", "2"]
 
@@ -146,11 +149,36 @@ async def test_the_table_has_one_line_for_each_row(tmp_path: Path, valkey_url: s
     assert [line.split() for line in lines] == [["client", *HEADINGS], BOB, ANN]
 
 
+async def test_a_terminal_shows_bars_and_what_fits_beside_them(
+    tmp_path: Path, valkey_url: str, day: str
+) -> None:
+    title, heading, bob, ann = on_a_terminal(tmp_path, valkey_url, columns=80)
+    assert title.strip() == f"Usage on {day} (UTC): 4 requests, 0.0095 USD"
+    assert heading.split() == ["client", *FEW]
+    assert bob.split() == ["key:bob", "█" * bob.count("█"), "2", "1", "2", "0.007000", "2"]
+    assert ann.split()[2:] == ["2", "1,010", "205", "0.002500+?", "0"]
+    assert bob.count("█") > 2 * ann.count("█") > 0
+    assert max(map(len, (title, heading, bob, ann))) <= 80
+
+
+async def test_a_wide_terminal_shows_all_columns(tmp_path: Path, valkey_url: str, day: str) -> None:
+    _, heading, bob, ann = on_a_terminal(tmp_path, valkey_url, columns=140)
+    assert heading.split() == ["client", *HEADINGS]
+    assert ["key:bob", *bob.split()[2:]] == BOB
+    assert ["key:ann", *ann.split()[2:]] == ANN
+
+
 async def test_a_narrow_terminal_shows_whole_figures_and_names(
     tmp_path: Path, valkey_url: str, day: str
 ) -> None:
-    _, *lines = on_a_terminal(tmp_path, valkey_url, columns=40)
-    assert [line.split() for line in lines] == [["client", *HEADINGS], BOB, ANN]
+    title, *lines = on_a_terminal(tmp_path, valkey_url, columns=40)
+    figures = [line.split() for line in lines[-3:]]
+    assert title.startswith(f"Usage on {day}")
+    assert figures == [
+        ["client", *FEW],
+        ["key:bob", "2", "1", "2", "0.007000", "2"],
+        ["key:ann", "2", "1,010", "205", "0.002500+?", "0"],
+    ]
 
 
 async def test_a_name_is_shown_unchanged_on_one_line(
@@ -162,12 +190,88 @@ async def test_a_name_is_shown_unchanged_on_one_line(
 
 
 async def test_a_day_without_use_is_empty(tmp_path: Path, valkey_url: str, day: str) -> None:
-    assert rows(run(tmp_path, valkey_url, "--day", "2020-02-29", "--json")) == {
-        "day": "2020-02-29",
+    before = (dt.date.fromisoformat(day) - dt.timedelta(days=1)).isoformat()
+    assert rows(run(tmp_path, valkey_url, "--day", before, "--json")) == {
+        "day": before,
         "by": "client",
         "rows": [],
     }
-    assert run(tmp_path, valkey_url, "--day", "2020-02-29").returncode == 0
+    assert run(tmp_path, valkey_url, "--day", before).returncode == 0
+
+
+async def test_csv_has_the_names_and_values_of_the_json(tmp_path: Path, valkey_url: str, day: str) -> None:
+    found = run(tmp_path, valkey_url, "--csv")
+    assert (found.returncode, found.stderr) == (0, "")
+    told = rows(run(tmp_path, valkey_url, "--json"))["rows"]
+    table = list(csv.DictReader(io.StringIO(found.stdout)))
+    assert [list(row) for row in table] == [list(row) for row in told]
+    for as_csv, as_json in zip(table, told, strict=True):
+        assert as_csv["client"] == as_json["client"]
+        assert [float(as_csv[name]) for name in METRICS] == [as_json[name] for name in METRICS]
+
+
+async def test_a_month_is_summed_over_its_days(
+    tmp_path: Path, valkey_url: str, accounts: AccountStore, day: str
+) -> None:
+    [today] = {dt.date.fromisoformat(day)}
+    earlier = (today.replace(day=1) - dt.date(1970, 1, 1)).days  # the same day, on the first of a month
+    old = Reservation("old", "session-old", "key:ann", "a/one", WorstCase(1, 1), day=earlier)
+    await accounts.settle(old, Usage(1, 1, cost=1_000_000), State.DONE)
+    found = rows(run(tmp_path, valkey_url, "--month", day[:7], "--json"))
+    assert found["month"] == day[:7]
+    assert {row["client"]: row["requests"] for row in found["rows"]} == {"key:bob": 2, "key:ann": 3}
+    by_day = rows(run(tmp_path, valkey_url, "--by", "day", "--json"))
+    assert by_day == {**by_day, "month": day[:7], "by": "day"}
+    listed = {row["day"]: row["requests"] for row in by_day["rows"]}
+    assert list(listed) == [f"{day[:7]}-{n:02}" for n in range(1, today.day + 1)]
+    assert sum(listed.values()) == 5
+    assert listed[f"{day[:7]}-01"] == (5 if today.day == 1 else 1)
+
+
+@pytest.mark.parametrize("period", [("--month", "2020-02"), ("--day", "2020-02-29")])
+async def test_a_period_that_is_forgotten_says_so(
+    tmp_path: Path, valkey_url: str, period: tuple[str, str]
+) -> None:
+    found = run(tmp_path, valkey_url, *period, "--json")
+    assert found.returncode == 0
+    assert json.loads(found.stdout)["rows"] == []
+    assert found.stderr == "Days are stored for 35 days; older ones are missing here.\n"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--day", "2026-11-20", "--month", "2026-11"],
+        ["--json", "--csv"],
+        ["--month", "2026-13"],
+        ["--month", "2026-11-20"],
+        ["--month", "0000-01"],
+        ["--month", ""],
+    ],
+)
+def test_arguments_that_contradict_or_mean_nothing_are_refused(
+    args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = dict(zip(args[::2], args[1::2], strict=False))
+    assert (
+        usage(
+            given.get("--day"),
+            given.get("--month"),
+            by="client",
+            as_json="--json" in args,
+            as_csv="--csv" in args,
+        )
+        == 2
+    )
+    assert capsys.readouterr().err.startswith("broker: ")
+
+
+def test_a_month_has_its_days_up_to_today() -> None:
+    today = dt.date(2026, 3, 2)
+    assert [str(each) for each in parse_period(None, None, "day").days(today)] == ["2026-03-01", "2026-03-02"]
+    february = parse_period(None, "2026-02", "client").days(today)
+    assert (str(february[0]), str(february[-1]), len(february)) == ("2026-02-01", "2026-02-28", 28)
+    assert [str(each) for each in parse_period(None, "2027-01", "day").days(today)] == ["2027-01-01"]
 
 
 async def test_the_ledger_is_stored_for_thirty_five_days(store: Store, day: str) -> None:
@@ -222,5 +326,6 @@ def test_the_dearest_come_first_then_the_busiest_then_by_name() -> None:
     def line(client: str, cost: int, requests: int) -> UsageRow:
         return UsageRow(client, "m", {**dict.fromkeys(METRICS, 0), "cost": cost, "requests": requests})
 
-    found = summed([line("d", 0, 1), line("c", 0, 1), line("b", 0, 5), line("a", 1, 1)], "client")
+    lines = [line("d", 0, 1), line("c", 0, 1), line("b", 0, 5), line("a", 1, 1)]
+    found = summed({dt.date(2026, 11, 20): lines}, "client")
     assert [row["client"] for row in found] == ["a", "b", "c", "d"]
