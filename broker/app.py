@@ -31,6 +31,7 @@ from broker.relay.results import Results
 from broker.relay.tasks import keep_running
 from broker.relay.ticker import tick
 from broker.relay.worker import Worker
+from broker.settings import otlp_protocols
 from broker.store.accounts import AccountStore
 from broker.store.bytes_per_token import BytesPerTokenStore
 from broker.store.connection import Store
@@ -43,6 +44,7 @@ from broker.store.rates import Rates
 from broker.store.sessions import SessionStore
 from broker.store.workers import WorkerInfo, WorkerStore
 from broker.system_message import SystemMessage
+from broker.telemetry.interface import NO_TELEMETRY
 from broker.upstream.client import UpstreamClient
 from broker.upstream.generations import fetch_generation
 from broker.upstream.model_list import fetch_models
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from broker.core.pricing import Prices
     from broker.relay.results import OnEnd
     from broker.settings import Settings
+    from broker.telemetry.interface import Telemetry
     from broker.web.identity import ClientResolver
 
 log = structlog.get_logger(__name__)
@@ -88,6 +91,7 @@ async def build(
     *,
     clients: BuildClients,
     on_end: OnEnd | None = None,
+    telemetry: Telemetry | None = None,
 ) -> AsyncIterator[None]:
     """Give the web application all that it needs, started. At the end, everything is closed in the opposite order.
 
@@ -97,6 +101,7 @@ async def build(
         redis_url: replaces that of the settings.
         clients: builds the part that identifies clients.
         on_end: gets the result of every answer that ended here.
+        telemetry: takes the spans; by default that of the standard variables.
     """
     async with AsyncExitStack() as stack:
         upstream_url = settings.upstream_url
@@ -104,6 +109,8 @@ async def build(
         store = app[keys.STORE] = Store(redis_url, settings.key_prefix, observe=metrics.asked_redis)
         stack.push_async_callback(store.close)
         kind = UpstreamKind(settings.upstream_kind, upstream_url)
+        telemetry = app[keys.TELEMETRY] = telemetry or _telemetry(upstream_url, kind)
+        stack.push_async_callback(telemetry.close)
         upstream = app[keys.UPSTREAM] = _upstream(settings, upstream_url, kind)
         stack.push_async_callback(upstream.close)
         catalog = app[keys.CATALOG] = _catalog(settings, store, upstream, upstream_url, kind)
@@ -141,6 +148,7 @@ async def build(
             results=results,
             count=metrics.session_ended,
             note_gap=metrics.gaps.observe,
+            telemetry=telemetry,
         )
         pending = PendingStore(store, quotas, session_ttl=settings.session_ttl)
         app[keys.HUB] = Hub(worker, sessions=sessions, journal=journal, accounts=accounts, pending=pending)
@@ -204,6 +212,22 @@ def _upstream(settings: Settings, url: str, kind: UpstreamKind) -> UpstreamClien
         speaks_openrouter=lambda: kind.openrouter,
         proxy=settings.proxy_for(url),
     )
+
+
+def _telemetry(upstream_url: str, kind: UpstreamKind) -> Telemetry:
+    protocols = otlp_protocols()
+    if not protocols:
+        return NO_TELEMETRY
+    try:
+        from broker.telemetry.export import export  # noqa: PLC0415 - it needs an extra, and takes time
+    except ImportError:
+        log.warning("an OTEL_* variable names a collector, but session-broker[otel] is not installed")
+        return NO_TELEMETRY
+
+    def provider() -> str:
+        return "openrouter" if kind.openrouter else "openai"
+
+    return export(protocols, upstream_url=upstream_url, provider=provider, version=__version__)
 
 
 def _upstream_key(settings: Settings) -> str:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from broker.relay.results import OnEnd
     from broker.settings import Settings
+    from broker.telemetry.interface import Telemetry
     from broker.web.application_clients import Identify
 
 log = structlog.get_logger(__name__)
@@ -90,8 +91,12 @@ def mount(
     *,
     identify: Identify | None = None,
     on_end: OnEnd | None = None,
+    telemetry: Telemetry | None = None,
 ) -> web.Application:
-    """Do the work of `setup` without its checks and warnings, and return the broker's part of the application."""
+    """Do the work of `setup` without its checks and warnings, and return the broker's part of the application.
+
+    ``telemetry`` takes the spans; by default that of the standard variables does.
+    """
     prefix = prefix.rstrip("/")
     part = web.Application() if prefix else app
     add_web(part, settings, prefix=prefix)
@@ -99,7 +104,7 @@ def mount(
         app.add_subapp(prefix, part)
     # These are of the outer application, whose clean-up contexts end in the opposite order: what was set up before the
     # broker, such as a database, outlives it. Those of a sub-application would end after all others.
-    app.cleanup_ctx.append(partial(_running, part, settings, identify, on_end))
+    app.cleanup_ctx.append(partial(_running, part, settings, identify, on_end, telemetry))
     if _PARTS not in app:
         app[_PARTS] = []
         app.on_shutdown.append(_drain_all)
@@ -147,6 +152,7 @@ async def _running(
     settings: Settings,
     identify: Identify | None,
     on_end: OnEnd | None,
+    telemetry: Telemetry | None,
     app: web.Application,
 ) -> AsyncIterator[None]:
     """Run the service of one part of the application."""
@@ -159,7 +165,8 @@ async def _running(
             from broker.store.embedded import embedded_valkey  # noqa: PLC0415 - only where it is used
 
             redis_url = stack.enter_context(embedded_valkey())
-        await stack.enter_async_context(build(part, settings, redis_url, clients=clients, on_end=on_end))
+        parts = build(part, settings, redis_url, clients=clients, on_end=on_end, telemetry=telemetry)
+        await stack.enter_async_context(parts)
         yield
 
 

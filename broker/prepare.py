@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from broker.store.rates import Rates
     from broker.store.sessions import SessionStore
     from broker.system_message import SystemMessage
+    from broker.telemetry.interface import TraceContext
 
 CATALOG_TIMEOUT = 1.0
 """Seconds that /prepare waits for the list of models. Unknown limits of a model are not enforced."""
@@ -159,6 +160,7 @@ class Admission:
         referer: str,
         idempotency_key: str | None,
         request_id: str = "",
+        trace: TraceContext | None = None,
     ) -> Admitted:
         """Make a session of a request, or find the one that its Idempotency-Key made.
 
@@ -168,6 +170,7 @@ class Admission:
             referer: the origin of the page, or empty.
             idempotency_key: the key in the request's header, or None.
             request_id: the id of the request, for the log lines of the session.
+            trace: the trace of the request, for the spans of the session.
 
         Raises:
             RequestError: the body is not a valid request.
@@ -197,7 +200,7 @@ class Admission:
                 raise
             session_id = str(uuid.uuid4())
             rate = await self._admit(session_id, ready, rate)
-            answer = await self._store_session(session_id, ready, referer, request_id)
+            answer = await self._store_session(session_id, ready, referer, request_id, trace)
             if idempotency_key is None:
                 return Admitted(answer, True, rate)
             return (await self._bind(body, client, answer, idempotency_key, bound))._replace(rate=rate)
@@ -343,7 +346,12 @@ class Admission:
         return rate
 
     async def _store_session(
-        self, session_id: str, ready: ReadyRequest, referer: str, request_id: str
+        self,
+        session_id: str,
+        ready: ReadyRequest,
+        referer: str,
+        request_id: str,
+        trace: TraceContext | None,
     ) -> dict[str, Any]:
         """Store an admitted session, and return the body of the answer."""
         fitted, settings = ready.fitted, self._settings
@@ -357,6 +365,7 @@ class Admission:
             calibration_sample=fitted.calibration_sample,
             dialect=fitted.dialect,
             request_id=request_id,
+            trace=trace,
         )
         try:
             await self._sessions.prepare(session_id, prepared)

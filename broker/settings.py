@@ -294,6 +294,48 @@ def secret_files() -> list[Path]:
     return [Path(path) for name in names if (path := written.get(name, "").strip())]
 
 
+def otlp_protocols() -> dict[str, str]:
+    """Return how ``traces`` and ``metrics`` are sent to a collector: ``grpc`` or ``http/protobuf``.
+
+    This follows the standard variables, which the SDK of OpenTelemetry reads too. A signal without an endpoint is not
+    sent, and is left out here.
+
+    Raises:
+        SettingsError: a protocol is not supported.
+    """
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return {}
+    found = {}
+    for signal in ("traces", "metrics"):
+        own = f"OTEL_EXPORTER_OTLP_{signal.upper()}"
+        names = [
+            part.strip() for part in os.environ.get(f"OTEL_{signal.upper()}_EXPORTER", "otlp").split(",")
+        ]
+        if "otlp" not in names or not _first_set(f"{own}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"):
+            continue
+        name, protocol = _first_set(f"{own}_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL") or ("", "grpc")
+        if protocol not in {"grpc", "http/protobuf"}:
+            raise SettingsError(f"{name} must be grpc or http/protobuf, not {_quoted(protocol)}")
+        found[signal] = protocol
+    return found
+
+
+def pass_on_otel_settings() -> None:
+    """Put the ``OTEL_*`` lines of `.env` into the environment of this process, where the SDK reads them.
+
+    Raises:
+        SettingsError: `.env` cannot be read.
+    """
+    for name, value in _read_dotenv().items():
+        if name.startswith("OTEL_") and value and not os.environ.get(name):
+            os.environ[name] = value
+
+
+def _first_set(*names: str) -> tuple[str, str] | None:
+    """Return the first of these variables that is set, and its value."""
+    return next(((name, value) for name in names if (value := os.environ.get(name, "").strip())), None)
+
+
 def unknown_settings(environ: Mapping[str, str] | None = None) -> list[str]:
     """Return the names of ``BROKER_*`` variables, in the environment and in `.env`, that are not settings.
 

@@ -104,12 +104,19 @@ class Broker:
 
 
 @asynccontextmanager
-async def running(redis_url: str, upstream: ScriptedUpstream | str, **settings: Any) -> AsyncIterator[Broker]:
+async def running(
+    redis_url: str,
+    upstream: ScriptedUpstream | str,
+    *,
+    telemetry: Any = None,
+    **settings: Any,
+) -> AsyncIterator[Broker]:
     """Run a broker until the block ends, and take it down as the service does, but without time to finish.
 
     Args:
         redis_url: its Redis.
         upstream: a scripted one, or a URL.
+        telemetry: takes its spans.
         settings: those that matter to the test. By default clients have no limits and the upstream is OpenRouter.
     """
     usual = {"openrouter_api_key": KEY, "upstream_kind": "openrouter", "page": False, **NO_LIMITS}
@@ -120,7 +127,7 @@ async def running(redis_url: str, upstream: ScriptedUpstream | str, **settings: 
         "drain_timeout": 0,
     }
     outer = web.Application()
-    app = mount(outer, PREFIX, Settings(**{**usual, **where, **settings}))
+    app = mount(outer, PREFIX, Settings(**{**usual, **where, **settings}), telemetry=telemetry)
     runner = web.AppRunner(outer, access_log=None) if PREFIX else Runner(outer)
     try:
         await runner.setup()

@@ -21,6 +21,8 @@ from broker.settings import (
     contradictions,
     load_settings,
     not_yet_served,
+    otlp_protocols,
+    pass_on_otel_settings,
     read_system_file,
     require_served_store,
     unknown_settings,
@@ -46,6 +48,7 @@ def serve(flags: Mapping[str, Any], *, rehearsal: bool, embedded: bool) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         settings = load_settings(**flags)
+        pass_on_otel_settings()
         unknown = unknown_settings()
         require(settings, rehearsal=rehearsal, embedded=embedded)
     except SettingsError as error:
@@ -64,6 +67,7 @@ def require(settings: Settings, *, rehearsal: bool, embedded: bool) -> None:
     if settings.openrouter_api_key is None and not rehearsal:
         raise SettingsError("OPENROUTER_API_KEY must be set, or start with --rehearsal, which needs no key")
     require_served_store(settings)
+    otlp_protocols()
     if settings.redis_url is None and not embedded and not settings.listens_on_loopback:
         raise SettingsError(
             f"REDIS_URL must be set to listen on {settings.host}, or start with --embedded to keep"

@@ -42,6 +42,7 @@ class SessionReport:
         resumes: those of them that came with a cursor.
         retries: how often the upstream was asked again.
         queued_ms: milliseconds in line for a slot; 0 for a session that did not wait.
+        trace_id: of its trace; the line has it only where there are traces.
     """
 
     session: str
@@ -67,12 +68,15 @@ class SessionReport:
     resumes: int = 0
     retries: int = 0
     queued_ms: int | None = None
+    trace_id: str | None = None
 
 
 def session_line(report: SessionReport) -> tuple[int, dict[str, Any]]:
     """Return the level and the fields of the log line of a session: `WARNING` if it failed, else `INFO`."""
     line = {each.name: _cut(getattr(report, each.name)) for each in fields(report)}
     line["session"] = short(report.session)
+    if report.trace_id is None:
+        del line["trace_id"]
     return logging.WARNING if report.state in _FAILURES else logging.INFO, line
 
 

@@ -35,6 +35,7 @@ from broker.relay.finishing import ALL, DECIDE_TIMEOUT, NOTHING, Finishing
 from broker.relay.reports import ignore, report_end
 from broker.relay.upstream_reader import UpstreamReader
 from broker.store.sessions import EndConflict
+from broker.telemetry.interface import NO_TRACE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from broker.relay.settlement import Settlement
     from broker.store.accounts import Reservation
     from broker.store.sessions import Prepared, SessionStore
+    from broker.telemetry.interface import SessionTrace
     from broker.upstream.client import UpstreamClient
 
 log = structlog.get_logger(__name__)
@@ -90,6 +92,7 @@ class Generation:
         clock: seconds that only go forward; by default the event loop's.
         report: is called once the end is sent to the viewers.
         note_gap: is called with the seconds between two reads of chunks.
+        trace: the spans of this session.
 
     Attributes:
         feed: its events.
@@ -102,6 +105,7 @@ class Generation:
         finishing: counts its usage and finds out which end stands.
         transcript: as given.
         clock: as given.
+        trace: as given.
         started_at: when it was claimed, by the clock.
     """
 
@@ -122,6 +126,7 @@ class Generation:
         clock: Callable[[], float] | None = None,
         report: Callable[[Generation], None] = report_end,
         note_gap: Callable[[float], None] = ignore,
+        trace: SessionTrace = NO_TRACE,
     ) -> None:
         self.session_id = session_id
         self.reservation = reservation
@@ -136,6 +141,7 @@ class Generation:
         self.seen_viewers = self.resumes = 0
         self._report = report
         self._note_gap = note_gap
+        self.trace = trace
         self._taken_at: float | None = None
         self._sessions = sessions
         self._limits = limits
@@ -146,7 +152,13 @@ class Generation:
         self.clock = clock or asyncio.get_running_loop().time
         dialect = DIALECTS[prepared.dialect]
         self._reader = UpstreamReader(
-            prepared, dialect=dialect, upstream=upstream, limits=limits, take=self._take, clock=self.clock
+            prepared,
+            dialect=dialect,
+            upstream=upstream,
+            limits=limits,
+            take=self._take,
+            clock=self.clock,
+            headers=trace.headers,
         )
         self.finishing = Finishing(
             reservation,
@@ -425,6 +437,8 @@ class Generation:
         except Exception:
             log.exception("generation failed", session=short(self.session_id))
             return GenerationFailed()
+        finally:
+            self.trace.upstream_ended()
         return None
 
     async def _end(self) -> None:

@@ -28,6 +28,7 @@ from broker.relay.reports import ignore, report_of_lost, write_line
 from broker.relay.rounds import for_each
 from broker.relay.settlement import has_counts
 from broker.store.accounts import LEASE
+from broker.telemetry.interface import NO_TELEMETRY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from broker.store.accounts import AccountStore, Reservation
     from broker.store.journal import JournalStore
     from broker.store.sessions import SessionRecord, SessionStatus, SessionStore
+    from broker.telemetry.interface import Telemetry
 
 log = structlog.get_logger(__name__)
 
@@ -81,6 +83,7 @@ class Reaper:
         settlement: counts usage and settles it.
         clock: seconds that only go forward.
         count: is called with the report of every session that was ended for a dead worker.
+        telemetry: makes a span of each of them.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Reaper:
         settlement: Settlement,
         clock: Callable[[], float] = time.monotonic,
         count: Callable[[SessionReport], None] = ignore,
+        telemetry: Telemetry = NO_TELEMETRY,
     ) -> None:
         self._accounts = accounts
         self._sessions = sessions
@@ -98,6 +102,7 @@ class Reaper:
         self._settlement = settlement
         self._clock = clock
         self._count = count
+        self._telemetry = telemetry
         self._answered_since = float("-inf")
 
     async def run_renewals(self, running: Callable[[], Sequence[Reservation]]) -> NoReturn:
@@ -201,6 +206,7 @@ class Reaper:
             report = report_of_lost(orphan.session_id, session, lost.state)
             write_line(report)
             self._count(report)
+            self._telemetry.lost(report, session.spec.trace)
 
     async def _ask(self) -> None:
         for estimate in await self._accounts.due_estimates(min(ASK_AT_ONCE, self._settlement.room)):

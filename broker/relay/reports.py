@@ -10,6 +10,7 @@ import structlog
 from broker.core.pricing import to_usd
 from broker.core.session import State, short
 from broker.core.session_report import SessionReport, session_line
+from broker.telemetry.interface import trace_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,8 +34,10 @@ def report_end(generation: Generation, count: Callable[[SessionReport], None] = 
         report = report_of(generation)
     except Exception:  # the objects of an upstream may be odd
         log.exception("session cannot be reported", session=short(generation.session_id))
+        generation.trace.end(None)
         return
     write_line(report)
+    generation.trace.end(report)
     if generation.wrote_its_end:
         count(report)
 
@@ -78,6 +81,7 @@ def report_of(generation: Generation) -> SessionReport:
         resumes=generation.resumes,
         retries=generation.retries,
         queued_ms=generation.reservation.waited_ms,
+        trace_id=trace_id(prepared.trace),
     )
 
 
@@ -92,4 +96,5 @@ def report_of_lost(session_id: str, session: SessionRecord, state: State) -> Ses
         code="worker_lost" if state is State.LOST else None,
         finish_reason="cancelled" if state is State.CANCELLED else None,
         estimated=True,
+        trace_id=trace_id(session.spec.trace),
     )

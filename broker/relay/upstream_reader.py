@@ -18,9 +18,10 @@ from broker.core.answer import is_readable, says_nothing
 from broker.core.errors import ResponseTooLarge, UpstreamError, UpstreamInterrupted, UpstreamInvalid
 from broker.core.sse import Decoder, EventTooLarge
 from broker.core.upstream_errors import may_have_generated, retry_delay
+from broker.telemetry.interface import NO_HEADERS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 
     from broker.core.dialect import Dialect
     from broker.core.sse import Frame
@@ -52,6 +53,7 @@ class UpstreamReader:
         clock: seconds that only go forward; by default the event loop's.
         pause: waits for so many seconds.
         jitter: returns a random number from 0 to 1 for the delay of a retry.
+        headers: more headers of the request.
 
     Attributes:
         answer: what is known of the answer so far.
@@ -75,6 +77,7 @@ class UpstreamReader:
         clock: Callable[[], float] | None = None,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
+        headers: Mapping[str, str] = NO_HEADERS,
     ) -> None:
         self.answer = dialect.answer(upstream.secrets, time.time)
         self.first_chunk_at: float | None = None
@@ -88,6 +91,7 @@ class UpstreamReader:
         self._model = prepared.model
         self._request_id = prepared.request_id
         self._referer = prepared.referer
+        self._headers = headers
         self._upstream = upstream
         self._limits = limits
         self._take = take
@@ -177,7 +181,11 @@ class UpstreamReader:
             self.data_due = self.asked_at + self._limits.first_data_timeout
             try:
                 return await self._upstream.ask(
-                    self._request, referer=self._referer, model=self._model, dialect=self._dialect
+                    self._request,
+                    referer=self._referer,
+                    model=self._model,
+                    dialect=self._dialect,
+                    headers=self._headers,
                 )
             except UpstreamError as error:
                 self.asked, self.status = may_have_generated(error), error.upstream_status

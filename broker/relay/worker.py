@@ -26,6 +26,7 @@ from broker.relay.redis_watch import RedisWatch
 from broker.relay.reports import ignore, report_end
 from broker.relay.settlement import Settlement
 from broker.relay.tasks import Tasks
+from broker.telemetry.interface import NO_TELEMETRY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from broker.store.journal import JournalStore
     from broker.store.sessions import Prepared, SessionStore
     from broker.store.workers import Notification, WorkerStore
+    from broker.telemetry.interface import Telemetry
     from broker.upstream.client import UpstreamClient
 
 log = structlog.get_logger(__name__)
@@ -68,6 +70,7 @@ class Worker:
         results: passes the result of each answer to an application; None where it wants none.
         count: is called with the report of every session that ended.
         note_gap: is called with the seconds between two reads of chunks of one answer.
+        telemetry: makes the spans of sessions.
         clock: seconds that only go forward; by default the event loop's.
 
     Attributes:
@@ -96,6 +99,7 @@ class Worker:
         results: Results | None = None,
         count: Callable[[SessionReport], None] = ignore,
         note_gap: Callable[[float], None] = ignore,
+        telemetry: Telemetry = NO_TELEMETRY,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.draining = False
@@ -112,6 +116,7 @@ class Worker:
         self._results = results
         self._report = partial(report_end, count=count)
         self._note_gap = note_gap
+        self._telemetry = telemetry
         self._learn, self._learn_speed = money.learn, money.learn_speed
         self._settlement = Settlement(accounts, money, spawn=self.tasks.spawn_extra, clock=self.clock)
         self.redis = RedisWatch(workers)
@@ -131,7 +136,7 @@ class Worker:
             resuming=config.resume_ttl > 0,
             spawn=self.tasks.spawn,
         )
-        self._reaper = Reaper(accounts, sessions, journal, self._settlement, count=count)
+        self._reaper = Reaper(accounts, sessions, journal, self._settlement, count=count, telemetry=telemetry)
         self.mirrors = Mirrors(journal, self.redis.is_gone, self.viewers)
 
     @property
@@ -180,6 +185,7 @@ class Worker:
             transcript=Transcript() if self._results is not None else None,
             report=self._report,
             note_gap=self._note_gap,
+            trace=self._telemetry.session(session_id, prepared.model, prepared.trace),
         )
         self.running[session_id] = generation
         self._journal.add(generation)
@@ -222,6 +228,7 @@ class Worker:
             self.finished.add(generation, self.clock())
         if self._results is not None:
             self._results.take(generation)
+        generation.trace.end(None)  # does nothing after an end; else this worker was closed before it
         self._learn_from(generation)
 
     def _learn_from(self, generation: Generation) -> None:

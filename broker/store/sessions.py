@@ -19,6 +19,7 @@ from broker.core.replay import Batch
 from broker.core.session import State, Terminal, parse_cursor
 from broker.core.tokens import Size  # noqa: TC001 - pydantic reads it
 from broker.store.connection import CALL_TIMEOUT, Call, Store, bounded_call, command_call
+from broker.telemetry.interface import TraceContext  # noqa: TC001 - pydantic reads it
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +52,7 @@ class Spec:
         calibration_sample: size of the prompt, if the answer can calibrate the estimate of the model's tokens.
         dialect: the dialect of the request and the answer.
         request_id: the id of the /prepare, for log lines.
+        trace: the trace of the /prepare; None where there are no traces.
     """
 
     model: str
@@ -61,6 +63,7 @@ class Spec:
     calibration_sample: Size | None = None
     dialect: DialectName = "chat"
     request_id: str = ""
+    trace: TraceContext | None = None
 
     @property
     def spec(self) -> Spec:

@@ -32,9 +32,10 @@ from broker.core.errors import (
 )
 from broker.core.foreign import bounded_text, is_too_large_to_parse
 from broker.core.upstream_errors import fault_in_body, fault_of_status, other_cap, wait_in_headers
+from broker.telemetry.interface import NO_HEADERS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator, Mapping
 
     from broker.core.dialect import Dialect
 
@@ -134,7 +135,13 @@ class UpstreamClient:
         return httpx2.Headers({k: v for k, v in headers.items() if isinstance(v, str)})
 
     async def ask(
-        self, body: bytes, *, referer: str, model: str = "", dialect: Dialect = CHAT
+        self,
+        body: bytes,
+        *,
+        referer: str,
+        model: str = "",
+        dialect: Dialect = CHAT,
+        headers: Mapping[str, str] = NO_HEADERS,
     ) -> UpstreamStream:
         """Send a request, and return its answer once the status and the headers are there.
 
@@ -146,6 +153,7 @@ class UpstreamClient:
             referer: origin of the page, for attribution; may be empty.
             model: the requested model, to remember its name of the cap.
             dialect: the dialect of the request.
+            headers: more headers of the request.
 
         Raises:
             UpstreamError: the service could not be reached, or refused.
@@ -153,7 +161,7 @@ class UpstreamClient:
         known = self._cap_names.get(model) if dialect.has_two_caps else None
         if known is not None and (renamed := _rename_cap(body, known)) is not None:
             body = renamed
-        response = await self._send(dialect, body, referer)
+        response = await self._send(dialect, body, referer, headers)
         if response.is_success:
             return UpstreamStream(response, dialect, self.secrets)
         names = _caps_in(body) if dialect.has_two_caps and response.status_code == 400 else ()
@@ -161,7 +169,7 @@ class UpstreamClient:
             fault, name = await self._refusal(response, names)
         if name is None or (renamed := _rename_cap(body, name)) is None:
             raise fault
-        response = await self._send(dialect, renamed, referer)
+        response = await self._send(dialect, renamed, referer, headers)
         if not response.is_success:
             with map_errors(self.secrets):
                 fault, _ = await self._refusal(response)
@@ -169,12 +177,16 @@ class UpstreamClient:
         self._remember_cap(model, name)
         return UpstreamStream(response, dialect, self.secrets)
 
-    async def _send(self, dialect: Dialect, body: bytes, referer: str) -> httpx2.Response:
+    async def _send(
+        self, dialect: Dialect, body: bytes, referer: str, headers: Mapping[str, str]
+    ) -> httpx2.Response:
         request = httpx2.Request("POST", self._urls[dialect.path], headers=self._headers, content=body)
         if self._speaks_openrouter():
             request.headers.update(self._attribution)
             if referer:
                 request.headers["HTTP-Referer"] = referer
+        if headers:
+            request.headers.update(headers)
         try:
             with map_errors(self.secrets):
                 response = await self._http.send(request, stream=True)

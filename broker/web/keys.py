@@ -16,6 +16,7 @@ from broker.settings import Settings
 from broker.store.accounts import AccountStore
 from broker.store.connection import Store
 from broker.system_message import SystemMessage
+from broker.telemetry.interface import Telemetry
 from broker.upstream.client import UpstreamClient
 from broker.web.identity import ClientResolver
 from broker.web.occupancy import Occupancy
@@ -38,6 +39,7 @@ WORKER = web.AppKey("worker", Worker)
 RESULTS = web.AppKey("results", Results)
 """Only present where an application wants the results."""
 WAITING = web.AppKey("waiting", WaitingPages)
+TELEMETRY = web.AppKey("telemetry", Telemetry)
 METRICS = web.AppKey("metrics", Metrics)
 UPSTREAM = web.AppKey("upstream", UpstreamClient)
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import re
+from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
 
 from broker.core.errors import BodyTooLarge, InvalidJson, InvalidRequest, UnsupportedMediaType
 from broker.core.session import short
 from broker.web.errors import json_response
-from broker.web.keys import ADMISSION, IDENTIFIER, LOGGED, REQUEST_ID, SETTINGS
+from broker.web.keys import ADMISSION, IDENTIFIER, LOGGED, REQUEST_ID, SETTINGS, TELEMETRY
 from broker.web.rates import rate_headers
+
+if TYPE_CHECKING:
+    from broker.telemetry.interface import PrepareSpan
 
 BODY_TIMEOUT = 30.0
 """Seconds for a body to arrive."""
@@ -21,6 +25,11 @@ _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 async def prepare(request: web.Request) -> web.Response:
     """Validate a chat request, trim it to fit, and store it for the stream that will claim it."""
+    with request.app[TELEMETRY].preparing(request.headers) as span:
+        return await _prepare(request, span)
+
+
+async def _prepare(request: web.Request, span: PrepareSpan) -> web.Response:
     client = await request.app[IDENTIFIER].identify(request)
     key = _idempotency_key(request)
     admission = request.app[ADMISSION]
@@ -32,12 +41,21 @@ async def prepare(request: web.Request) -> web.Response:
         referer=request.headers.get(hdrs.ORIGIN, ""),
         idempotency_key=key,
         request_id=request[REQUEST_ID],
+        trace=span.context,
     )
-    session_id = admitted.answer["sessionId"]
+    answer, status = admitted.answer, 201 if admitted.created else 200
+    session_id = answer["sessionId"]
     request[LOGGED] = {"session": short(session_id)}
+    span.prepared(
+        session_id=session_id,
+        status=status,
+        model=answer["model"],
+        max_tokens=answer["maxOutputTokens"],
+        request_id=request[REQUEST_ID],
+    )
     return json_response(
-        admitted.answer,
-        status=201 if admitted.created else 200,
+        answer,
+        status=status,
         headers={
             hdrs.LOCATION: f"{_prefix(request)}/stream/{session_id}",
             **rate_headers(admitted.rate),

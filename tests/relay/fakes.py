@@ -116,7 +116,9 @@ class FakeUpstream:
         self._clock = clock
         self._answers = list(answers)
 
-    async def ask(self, body: bytes, *, referer: str, model: str, dialect: Dialect) -> FakeStream:
+    async def ask(
+        self, body: bytes, *, referer: str, model: str, dialect: Dialect, **_: object
+    ) -> FakeStream:
         del referer, model, dialect
         self.requests.append((body, self._clock.now))
         if not self._answers:

@@ -48,7 +48,7 @@ class Pieces:
     def __init__(self, pieces: tuple[bytes, ...]) -> None:
         self._pieces = pieces
 
-    async def ask(self, body: bytes, *, referer: str, model: str, dialect: Dialect) -> Pieces:
+    async def ask(self, body: bytes, *, referer: str, model: str, dialect: Dialect, **_: object) -> Pieces:
         del body, referer, model, dialect
         return self
 

@@ -1,0 +1,62 @@
+"""Telemetry whose spans and metrics stay in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from broker.telemetry.otel import OpenTelemetry
+
+
+class Recorder:
+    """What a broker has told.
+
+    Attributes:
+        telemetry: to be given to the broker.
+    """
+
+    def __init__(self) -> None:
+        self._spans = InMemorySpanExporter()
+        self._metrics = InMemoryMetricReader()
+        tracers = TracerProvider(shutdown_on_exit=False)
+        tracers.add_span_processor(SimpleSpanProcessor(self._spans))
+        self.telemetry = OpenTelemetry(
+            tracers,
+            MeterProvider([self._metrics], shutdown_on_exit=False),
+            upstream_url="https://models.example/v1",
+            provider=lambda: "openrouter",
+            version="1.2.3",
+        )
+
+    @property
+    def spans(self) -> tuple[ReadableSpan, ...]:
+        """All spans that have ended."""
+        return self._spans.get_finished_spans()
+
+    def span(self, name: str) -> ReadableSpan:
+        """Return the one span whose name begins so."""
+        [span] = [span for span in self.spans if span.name.startswith(name)]
+        return span
+
+    def points(self, metric: str) -> list[tuple[Mapping[str, Any], Any]]:
+        """Return the labels and the value of each series of a metric."""
+        data = self._metrics.get_metrics_data()
+        return [
+            (point.attributes or {}, point)
+            for resource in (data.resource_metrics if data is not None else ())
+            for scope in resource.scope_metrics
+            for found in scope.metrics
+            if found.name == metric
+            for point in found.data.data_points
+        ]
+
+
+def attributes(span: ReadableSpan) -> dict[str, Any]:
+    """Return the attributes of a span."""
+    return dict(span.attributes or {})
