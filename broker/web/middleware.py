@@ -14,8 +14,9 @@ from aiohttp import hdrs, web
 from broker.core.errors import BrokerError, HostNotAllowed, InternalError, OriginNotAllowed
 from broker.core.origins import Verdict
 from broker.core.session import short
+from broker.telemetry.interface import NO_TELEMETRY
 from broker.web.errors import error_response, http_error_response
-from broker.web.keys import LOGGED, METRICS, ORIGINS, REFUSED_ORIGINS, REQUEST_ID, WORKER
+from broker.web.keys import LOGGED, METRICS, ORIGINS, REFUSED_ORIGINS, REQUEST_ID, TELEMETRY, WORKER
 from broker.web.security_headers import add_security_headers
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST, DELETE",
     "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, If-None-Match",
     "Access-Control-Max-Age": "600",
+}
+_PREFLIGHT_OF_TRACES = {
+    **_PREFLIGHT,
+    "Access-Control-Allow-Headers": f"{_PREFLIGHT['Access-Control-Allow-Headers']}, traceparent, tracestate",
 }
 _EXPOSED = "Location, Retry-After, ETag, RateLimit, RateLimit-Policy, X-Request-Id"
 
@@ -58,7 +63,8 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         _check_host_and_origin(request)
         if _is_preflight(request):
-            return web.Response(status=204, headers=_PREFLIGHT)
+            traced = request.app[TELEMETRY] is not NO_TELEMETRY
+            return web.Response(status=204, headers=_PREFLIGHT_OF_TRACES if traced else _PREFLIGHT)
         return await handler(request)
     except BrokerError as error:
         if error.__cause__ is not None:

@@ -290,6 +290,15 @@ async def test_without_telemetry_nothing_goes_to_the_upstream(
     assert not {"traceparent", "tracestate"} & upstream.calls[0].headers.keys()
 
 
+async def test_a_page_elsewhere_may_send_its_trace(
+    valkey_url: str, upstream: ScriptedUpstream, recorder: Recorder
+) -> None:
+    asked = {"Origin": "http://localhost:5173", "Access-Control-Request-Method": "POST"}
+    async with running(valkey_url, upstream, telemetry=recorder.telemetry) as broker:
+        answer = await broker.ask("OPTIONS", "/prepare", headers=asked)
+    assert answer.headers["Access-Control-Allow-Headers"].endswith(", traceparent, tracestate")
+
+
 async def test_a_session_line_has_the_id_of_its_trace(
     log: io.StringIO, valkey_url: str, upstream: ScriptedUpstream, recorder: Recorder
 ) -> None:
