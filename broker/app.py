@@ -17,6 +17,7 @@ from broker import __version__
 from broker.bytes_per_token import BytesPerToken
 from broker.catalog import Catalog
 from broker.core.accounts import Quotas
+from broker.core.client_limits import Limits, ServiceLimits
 from broker.core.errors import StoreUnavailable
 from broker.core.origins import Origins
 from broker.core.pricing import to_nano
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from broker.core.pricing import Prices
+    from broker.identity.known_clients import KnownClients
     from broker.relay.results import OnEnd
     from broker.settings import Settings
     from broker.telemetry.interface import Telemetry
@@ -79,7 +81,7 @@ SPARE_CONNECTIONS = 20
 """Connections to the upstream in addition to those of streams: for the list of models, and streams that are ending."""
 
 
-BuildClients = Callable[["Settings", "Naming"], "ClientResolver"]
+BuildClients = Callable[["Settings", "Naming", "KnownClients"], "ClientResolver"]
 """Builds the part that identifies clients."""
 
 
@@ -90,6 +92,7 @@ async def build(
     redis_url: str,
     *,
     clients: BuildClients,
+    known: KnownClients,
     on_end: OnEnd | None = None,
     telemetry: Telemetry | None = None,
 ) -> AsyncIterator[None]:
@@ -100,6 +103,7 @@ async def build(
         settings: all settings.
         redis_url: replaces that of the settings.
         clients: builds the part that identifies clients.
+        known: the clients that have keys.
         on_end: gets the result of every answer that ended here.
         telemetry: takes the spans; by default that of the standard variables.
     """
@@ -121,7 +125,11 @@ async def build(
         speeds = BytesPerToken(BytesPerTokenStore(store, upstream_url, "speed"), estimate=estimate_speed)
         stack.push_async_callback(speeds.close)
         running_ttl = int(settings.deadline) + settings.resume_ttl + AFTER_DEADLINE
-        quotas = app[keys.QUOTAS] = _quotas(settings)
+        quotas = _quotas(settings)
+        limits = app[keys.LIMITS] = ServiceLimits(
+            Limits(quotas, rates=(settings.rate_limit,), max_output_tokens=settings.max_output_tokens)
+        )
+        app[keys.KNOWN_CLIENTS] = known
         accounts = app[keys.ACCOUNTS] = AccountStore(store, quotas)
         sessions = SessionStore(
             store,
@@ -151,7 +159,14 @@ async def build(
             telemetry=telemetry,
         )
         pending = PendingStore(store, quotas, session_ttl=settings.session_ttl)
-        app[keys.HUB] = Hub(worker, sessions=sessions, journal=journal, accounts=accounts, pending=pending)
+        app[keys.HUB] = Hub(
+            worker,
+            sessions=sessions,
+            journal=journal,
+            accounts=accounts,
+            pending=pending,
+            quotas_of=lambda spec: limits.of(known.limits_now(spec.client, spec.limits)).quotas,
+        )
         stack.push_async_callback(worker.close)
         waiting = app[keys.WAITING] = WaitingPages()
         metrics.watch(worker, sessions, store, upstream, waiting)
@@ -163,7 +178,8 @@ async def build(
         app[keys.REFUSED_ORIGINS] = RefusedOrigins()
         app[keys.OCCUPANCY] = Occupancy(settings.max_streams)
         naming = await stack.enter_async_context(_naming(settings, store))
-        app[keys.IDENTIFIER] = await stack.enter_async_context(clients(settings, naming))
+        app[keys.IDENTIFIER] = await stack.enter_async_context(clients(settings, naming, known))
+        await stack.enter_async_context(_reading(known))
         system = app[keys.SYSTEM] = SystemMessage(settings.system_file)
         admission = app[keys.ADMISSION] = Admission(
             store=store,
@@ -172,7 +188,7 @@ async def build(
             sessions=sessions,
             rates=Rates(store, limit=settings.rate_limit.count, window=settings.rate_limit.seconds),
             pending=pending,
-            quotas=quotas,
+            limits=limits,
             bytes_per_token=bytes_per_token,
             idempotency=IdempotencyStore(store, ttl=settings.session_ttl + running_ttl),
             system=system,
@@ -310,6 +326,20 @@ async def _naming(settings: Settings, store: Store) -> AsyncIterator[Naming]:
     task = asyncio.create_task(keep_running("names", naming.run))
     try:
         yield naming
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _reading(known: KnownClients) -> AsyncIterator[None]:
+    """Read the clients file again when it changes, if there is one."""
+    if known.file is None:
+        yield
+        return
+    task = asyncio.create_task(keep_running("clients file", known.file.run))
+    try:
+        yield
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

@@ -103,7 +103,7 @@ class Catalog:
         self._failures = 0
         self._retry_at = 0.0
         self._closed = False
-        self._listings: dict[tuple[tuple[str, ...], str, bool], Listing] = {}
+        self._listings: dict[tuple[object, ...], Listing] = {}
         self._listed: Models | None = None
 
     @property
@@ -165,8 +165,21 @@ class Catalog:
         found = {model_id: cached.models.find(model_id) for model_id in model_ids}
         return {model_id: model for model_id, model in found.items() if model is not None}
 
-    async def listing(self, allowed: Sequence[str], *, q: str = "", free: bool = False) -> Listing:
-        """Return the answer of GET /models with the models that match `allowed`, `q` (in id or name) and `free`.
+    async def listing(
+        self,
+        allowed: Sequence[str],
+        *,
+        also: tuple[tuple[str, ...], ...] = (),
+        q: str = "",
+        free: bool = False,
+    ) -> Listing:
+        """Return the answer of GET /models.
+
+        Args:
+            allowed: globs, of which a model must match one.
+            also: further lists of globs, of each of which it must match one too.
+            q: a part of id or name.
+            free: only models with every price zero.
 
         Raises:
             ModelsUnavailable: there is no list.
@@ -174,10 +187,13 @@ class Catalog:
         models = await self.models()
         if models is not self._listed:
             self._listings, self._listed = {}, models
-        key = (tuple(allowed), q.casefold(), free)
-        listing = self._listings.pop(key, None) or write_listing(
-            search(narrow(models.entries, allowed), q, free=free)
-        )
+        key = (tuple(allowed), also, q.casefold(), free)
+        listing = self._listings.pop(key, None)
+        if listing is None:
+            entries = narrow(models.entries, allowed)
+            for globs in also:
+                entries = narrow(entries, globs)
+            listing = write_listing(search(entries, q, free=free))
         self._listings[key] = listing
         if len(self._listings) > MAX_LISTINGS:
             del self._listings[next(iter(self._listings))]

@@ -16,6 +16,8 @@ from aiohttp import web
 
 from broker.app import build
 from broker.core.upstream_kind import UpstreamKind
+from broker.identity.clients_file import read_clients_file
+from broker.identity.known_clients import KnownClients
 from broker.logs import log_into_application
 from broker.settings import (
     SettingsError,
@@ -127,6 +129,8 @@ def _check(prefix: str, settings: Settings) -> None:
     require_served_store(settings)
     if settings.system_file is not None:
         read_system_file(settings.system_file)
+    if settings.clients_file is not None:
+        read_clients_file(settings.clients_file)
     if settings.redis_url is None and not settings.told_of_loopback:
         raise SettingsError(
             "redis_url must be set;"
@@ -165,7 +169,11 @@ async def _running(
             from broker.store.embedded import embedded_valkey  # noqa: PLC0415 - only where it is used
 
             redis_url = stack.enter_context(embedded_valkey())
-        parts = build(part, settings, redis_url, clients=clients, on_end=on_end, telemetry=telemetry)
+        # An application knows its clients itself; keys do not distinguish them.
+        known = KnownClients.of_settings(settings) if identify is None else KnownClients()
+        parts = build(
+            part, settings, redis_url, clients=clients, known=known, on_end=on_end, telemetry=telemetry
+        )
         await stack.enter_async_context(parts)
         yield
 

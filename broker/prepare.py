@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from broker.core.accounts import Quotas, WorstCase, beyond_limits
+from broker.core.accounts import WorstCase, beyond_limits
 from broker.core.checking import RequestRules, refuse_fetched_images
 from broker.core.demand import demand_of
 from broker.core.document import SMALL_BODY, check_document, outline, read_json
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from broker.bytes_per_token import BytesPerToken
     from broker.catalog import Catalog
+    from broker.core.client_limits import ClientLimits, Limits, ServiceLimits
     from broker.core.fitting import Request
     from broker.core.identity import Client
     from broker.core.rates import RateStatus
@@ -79,12 +80,14 @@ class ReadyRequest(NamedTuple):
 
     Attributes:
         client: the client that pays.
+        limits: all limits of that client.
         body: the body for the upstream, JSON.
         fitted: the request as fitted to its models.
         worst: the most that it can use.
     """
 
     client: Client
+    limits: Limits
     body: bytes
     fitted: FittedRequest
     worst: WorstCase
@@ -100,7 +103,7 @@ class Admission:
         sessions: stores the sessions.
         rates: counts the prepares of each client.
         pending: counts the pending sessions.
-        quotas: the limits of clients.
+        limits: the limits of clients.
         bytes_per_token: the learned values of the models.
         idempotency: the used keys.
         system: the operator's system message.
@@ -115,7 +118,7 @@ class Admission:
         sessions: SessionStore,
         rates: Rates,
         pending: PendingStore,
-        quotas: Quotas,
+        limits: ServiceLimits,
         bytes_per_token: BytesPerToken,
         idempotency: IdempotencyStore,
         system: SystemMessage,
@@ -128,7 +131,7 @@ class Admission:
         self._sessions = sessions
         self._rates = rates
         self._pending = pending
-        self._quotas = quotas
+        self._limits = limits
         self._bytes_per_token = bytes_per_token
         self._idempotency = idempotency
         self._system = system
@@ -148,7 +151,7 @@ class Admission:
             RateLimited: the client has reached its limit, and that cannot have changed yet.
             StoreUnavailable: Redis cannot be reached.
         """
-        status = self._rates.standing_refusal(client.name)
+        status = self._rates.standing_refusal(client.name, self._limits.of(client.limits).rates)
         if status is not None and not (idempotency_key and await self._knows(client, idempotency_key)):
             raise _rate_limited(status)
 
@@ -214,7 +217,7 @@ class Admission:
         Raises:
             RateLimited: the client has reached its limit.
         """
-        return _allowed(await self._rates.hit(client.name))
+        return _allowed(await self._rates.hit(client.name, self._limits.of(client.limits).rates))
 
     async def _knows(self, client: Client, idempotency_key: str) -> bool:
         """Returns True if a session is bound to this key of this client."""
@@ -223,8 +226,9 @@ class Admission:
 
     async def _make_ready(self, body: bytes, client: Client) -> ReadyRequest:
         """Return the request for the upstream and the most that it can use."""
+        own = self._limits.of(client.limits)
         async with self._turn_of(body):
-            request = await self._read(body)
+            request = await self._read(body, own)
         names = request.reachable_models
         known = await self._catalog.known(names, timeout=CATALOG_TIMEOUT)
         if not self._catalog.openrouter:
@@ -235,7 +239,7 @@ class Admission:
         }
         rules = FitRules(
             max_prompt_tokens=self._settings.max_prompt_tokens,
-            max_output_tokens=self._settings.max_output_tokens,
+            max_output_tokens=own.max_output_tokens,
             switch_off_compression=self._catalog.openrouter,
             user=client.user if self._catalog.openrouter else None,
         )
@@ -245,14 +249,16 @@ class Admission:
             await _pause(body)
             prices = [known[name].prices if name in known else None for name in names]
             demand = demand_of(fitted.body, names)
-            if self._quotas.limit_cost:
+            if own.quotas.limit_cost:
                 self._check_priced(prices, names, demand)
             priced = self._prices_to_reserve(prices, demand)
             worst = _worst_of(fitted, priced, demand)
-            if faults := beyond_limits(worst, self._quotas, request.caps[0]):
+            if faults := beyond_limits(worst, own.quotas, request.caps[0]):
                 raise InvalidRequest(details=faults)
-            body_to_send = orjson.dumps(self._with_max_price(fitted.body, priced, demand))
-            return ReadyRequest(client, body_to_send, fitted, worst)
+            to_send = (
+                self._with_max_price(fitted.body, priced, demand) if own.quotas.limit_cost else fitted.body
+            )
+            return ReadyRequest(client, own, orjson.dumps(to_send), fitted, worst)
 
     @asynccontextmanager
     async def _turn_of(self, body: bytes) -> AsyncIterator[None]:
@@ -274,7 +280,7 @@ class Admission:
         finally:
             self._turn.release()
 
-    async def _read(self, body: bytes) -> Request:
+    async def _read(self, body: bytes, limits: Limits) -> Request:
         """Count, parse, check and validate a body. Between two steps of a large body, the event loop runs."""
         found = outline(body)
         await _pause(body)
@@ -284,7 +290,8 @@ class Admission:
         await _pause(body)
         request = parse_request(document, self._rules)
         await _pause(body)
-        return request.with_system(self._system.text)
+        limits.check_models(request.reachable_models)
+        return request.with_system(limits.system).with_system(self._system.text)
 
     def _prices_to_reserve(self, prices: Sequence[Prices | None], demand: Demand) -> list[Prices]:
         """Return the prices of which the highest is reserved, or none if no price is known.
@@ -299,8 +306,8 @@ class Admission:
         return [dearest] if dearest is not None else []
 
     def _with_max_price(self, body: dict[str, Any], prices: list[Prices], demand: Demand) -> dict[str, Any]:
-        """Return the body with the reserved price as its limit, if there is a budget in money."""
-        if not (self._quotas.limit_cost and prices and self._catalog.openrouter):
+        """Return the body with the reserved price as its limit, for a client with a budget in money."""
+        if not (prices and self._catalog.openrouter):
             return body
         provider = body.get("provider") or {}
         limited = narrow_max_price(provider.get("max_price"), max_price(prices, demand))
@@ -328,14 +335,16 @@ class Admission:
         Raises:
             RateLimited, TooManyStreams, Overloaded, BudgetExceeded, StoreUnavailable: as `admit`. It is not counted.
         """
-        client = ready.client.name
-        calls = self._pending.admitting(client, session_id, ready.worst, stored=len(ready.body))
+        client, limits = ready.client.name, ready.limits
+        calls = self._pending.admitting(
+            client, session_id, ready.worst, stored=len(ready.body), quotas=limits.quotas
+        )
         if rate is None:
-            calls = [*calls, self._rates.hitting(client)]
+            calls = [*calls, *self._rates.hitting(client, limits.rates)]
         try:
             own, total, *counted = await self._store.run(calls)
             if counted:
-                rate = self._rates.read(client, counted[0])
+                rate = self._rates.read(client, counted, limits.rates)
             rate = _allowed(rate)
             self._pending.check([own, total])
         except BaseException as error:
@@ -366,6 +375,7 @@ class Admission:
             dialect=fitted.dialect,
             request_id=request_id,
             trace=trace,
+            limits=_to_store(ready.client),
         )
         try:
             await self._sessions.prepare(session_id, prepared)
@@ -441,6 +451,11 @@ def _worst_of(fitted: FittedRequest, prices: Sequence[Prices], demand: Demand) -
     prompt, output = fitted.reserved_prompt_tokens, fitted.max_output_tokens * fitted.answers
     costs = [worst_case(prompt, output, each, demand) or 0 for each in prices]
     return WorstCase(prompt + output, max(costs, default=0))
+
+
+def _to_store(client: Client) -> ClientLimits | None:
+    """Return the limits to store with a session: those of a JWT. Those of the clients file are read at the claim."""
+    return client.limits if client.limits is not None and client.limits.narrows else None
 
 
 def _allowed(status: RateStatus | None) -> RateStatus:

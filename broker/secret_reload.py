@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
+    from broker.identity.known_clients import KnownClients
     from broker.settings import Settings
     from broker.upstream.client import UpstreamClient
     from broker.watched_file import FileState
@@ -37,7 +38,8 @@ class SecretReload:
         settings: the settings at the start.
         load: reads all settings again; raises `SettingsError`.
         upstream: gets the upstream's key.
-        identifier: gets the API keys and the secret of the tokens.
+        identifier: gets the secrets of the tokens.
+        known: gets the API keys.
         hide: is called with all texts that the logs must not show, before a new secret is used.
     """
 
@@ -48,12 +50,14 @@ class SecretReload:
         load: Callable[[], Settings],
         upstream: UpstreamClient,
         identifier: ClientResolver,
+        known: KnownClients,
         hide: Callable[[Iterable[str]], None],
     ) -> None:
         self._settings = settings
         self._load = load
         self._upstream = upstream
         self._identifier = identifier
+        self._known = known
         self._hide = hide
         self._hidden = settings.secrets
         self._asked = asyncio.Event()
@@ -91,20 +95,20 @@ class SecretReload:
 
     def _put_into_force(self, settings: Settings) -> list[str]:
         old, changed = self._settings, []
-        key, secret = settings.openrouter_api_key, settings.jwt_secret
+        key, jwt_secrets = settings.openrouter_api_key, settings.jwt_secret
         update: dict[str, object] = {}
         if old.openrouter_api_key is not None and key is not None and key != old.openrouter_api_key:
             self._upstream.use_key(key.get_secret_value())
             update["openrouter_api_key"] = key
             changed.append("OPENROUTER_API_KEY")
-        if old.jwt_secret is not None and secret is not None and secret != old.jwt_secret:
-            self._identifier.use_jwt_secret(secret.get_secret_value())
-            update["jwt_secret"] = secret
+        if old.jwt_secret and jwt_secrets and jwt_secrets != old.jwt_secret:
+            self._identifier.use_jwt_secrets([secret.get_secret_value() for secret in jwt_secrets])
+            update["jwt_secret"] = jwt_secrets
             changed.append("BROKER_JWT_SECRET")
         had_keys = bool(old.api_keys) or old.api_keys_file is not None
         has_keys = bool(settings.api_keys) or settings.api_keys_file is not None
         if had_keys and has_keys:
-            if self._identifier.use_api_keys(settings.api_keys, settings.api_keys_file):
+            if self._known.replace_api_keys(settings.api_keys, settings.api_keys_file):
                 changed.append("BROKER_API_KEYS")
             update |= {"api_keys": settings.api_keys, "api_keys_file": settings.api_keys_file}
         self._settings = old.model_copy(update=update)

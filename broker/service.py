@@ -136,7 +136,7 @@ def _stop_on_signals() -> asyncio.Event:
 async def _reloading_secrets(
     settings: Settings, load: Callable[[], Settings], app: web.Application
 ) -> AsyncIterator[None]:
-    """Read the secrets and the system message again at SIGHUP, which never ends the service.
+    """Read secrets, system message and clients file again at SIGHUP, which never ends the service.
 
     They are also read again when their files change.
     """
@@ -145,12 +145,15 @@ async def _reloading_secrets(
         load=load,
         upstream=app[keys.UPSTREAM],
         identifier=app[keys.IDENTIFIER],
+        known=app[keys.KNOWN_CLIENTS],
         hide=lambda secrets: configure_logs(settings.log_level, settings.log_format, secrets=secrets),
     )
 
     def read_again() -> None:
         reload.ask()
         app[keys.SYSTEM].read_again()
+        if (clients := app[keys.KNOWN_CLIENTS].file) is not None:
+            clients.ask()
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, read_again)
     task = asyncio.create_task(keep_running("secrets", reload.run))

@@ -15,8 +15,11 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
+from broker.core.rates import Rate
+
 _A_YEAR = 366 * 24 * 3600
 _UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 24 * 3600}
+_MOST_SECRETS = 8
 _SIZES = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 # A public key is not a secret: anybody who knows it could sign tokens with it. Public keys are published in PEM
 # armour, as one line, as JSON, or as bare base64 of DER: a long one for RSA, else those of curves.
@@ -36,14 +39,6 @@ class Expects:
     """What a value must be: the text behind "must be" in the message."""
 
     what: str
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """A number of requests in each window of so many seconds."""
-
-    count: int
-    seconds: int
 
 
 class ApiKey(NamedTuple):
@@ -97,6 +92,17 @@ def _api_keys(value: Any) -> Any:
         if match is None or keys.setdefault(match[2], match[1]) != match[1]:
             raise ValueError("name:key")
     return tuple(ApiKey(name, SecretStr(key)) for key, name in keys.items())
+
+
+def _signing_secrets(value: Any) -> Any:
+    text = value.get_secret_value() if isinstance(value, SecretStr) else value
+    if not isinstance(text, str):
+        return value
+    secrets = _listed(text.replace("\n", ","))  # a file may have one per line
+    if not 1 <= len(secrets) <= _MOST_SECRETS or _PUBLIC.search(text):  # a key in several lines too
+        raise ValueError("secrets")
+    # A single secret that has commas itself stays valid.
+    return tuple(map(SecretStr, dict.fromkeys((*secrets, text.strip()))))
 
 
 def _signing_secret(value: SecretStr) -> SecretStr:
@@ -212,10 +218,12 @@ RatePerTime = Annotated[
 Text = Annotated[str, Field(pattern=r"^[ -~]+$"), Expects("printable ASCII characters")]
 Secret = Annotated[SecretStr, AfterValidator(_without_spaces), Expects("visible ASCII characters, no spaces")]
 NamingSecret = Annotated[SecretStr, AfterValidator(_visible), Expects("a secret text")]
-SigningSecret = Annotated[
-    SecretStr,
-    AfterValidator(_signing_secret),
-    Expects("a secret text, no public key (BROKER_JWKS_URL is for those)"),
+SigningSecrets = Annotated[
+    tuple[Annotated[SecretStr, AfterValidator(_signing_secret)], ...],
+    BeforeValidator(_signing_secrets),
+    Expects(
+        f"a comma list of 1 to {_MOST_SECRETS} secret texts, no public key (BROKER_JWKS_URL is for those)"
+    ),
 ]
 FilePath = Annotated[Path, Expects("the path of a file")]
 Prefix = Annotated[

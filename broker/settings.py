@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from broker import setting_kinds as kinds
-from broker.setting_kinds import Rate
+from broker.core.rates import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -43,7 +43,7 @@ _NEVER_SHOWN = _SECRETS | {"upstream_url", "jwks_url"}
 _NEVER_BLANK = frozenset(
     {
         *("api_keys", "jwt_secret", "jwks_url", "jwt_audience", "jwt_issuer"),
-        *("allowed_models", "system_file"),
+        *("allowed_models", "system_file", "clients_file"),
         *("daily_tokens", "daily_cost", "monthly_cost", "total_daily_cost"),
     }
 )
@@ -111,7 +111,8 @@ class Settings(BaseSettings):
     name_secret: kinds.NamingSecret | None = None
     api_keys: kinds.ApiKeys = ()
     api_keys_file: kinds.FilePath | None = None
-    jwt_secret: kinds.SigningSecret | None = None
+    clients_file: kinds.FilePath | None = None
+    jwt_secret: kinds.SigningSecrets = ()
     jwks_url: kinds.WebUrl | None = None
     jwt_audience: kinds.Text | None = None
     jwt_issuer: kinds.Text | None = None
@@ -198,19 +199,24 @@ class Settings(BaseSettings):
     @property
     def takes_tokens(self) -> bool:
         """True if callers may send a JWT."""
-        return self.jwt_secret is not None or self.jwks_url is not None
+        return bool(self.jwt_secret) or self.jwks_url is not None
+
+    @property
+    def has_keys(self) -> bool:
+        """True if callers may send an API key. With an empty file of keys there is none yet."""
+        return bool(self.api_keys) or self.api_keys_file is not None or self.clients_file is not None
 
     @property
     def needs_identity(self) -> bool:
         """True if callers must send an API key or a JWT. With an empty file of keys, nobody gets in."""
-        return bool(self.api_keys) or self.api_keys_file is not None or self.takes_tokens
+        return self.has_keys or self.takes_tokens
 
     @property
     def secrets(self) -> tuple[str, ...]:
         """All texts that must never be shown."""
         secrets = [
             self.openrouter_api_key,
-            self.jwt_secret,
+            *self.jwt_secret,
             self.name_secret,
             self.metrics_token,
             *(key for _, key in self.api_keys),
@@ -281,6 +287,22 @@ def read_system_file(path: Path) -> str:
     if not text:
         raise SettingsError(f"{name} must name a file that is not empty")
     return text
+
+
+def read_bytes(path: Path, name: str, *, largest: int) -> bytes:
+    """Read a file that a setting names.
+
+    Raises:
+        SettingsError: it cannot be read, or has more than ``largest`` bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(largest + 1)
+    except OSError as error:
+        raise SettingsError(f"{name} must name a file that can be read: {error.strerror}") from None
+    if len(content) > largest:
+        raise SettingsError(f"{name} must name a file of at most {largest} bytes")
+    return content
 
 
 def secret_files() -> list[Path]:
@@ -380,7 +402,8 @@ def open_door(settings: Settings) -> str | None:
     if settings.told_of_loopback or settings.needs_identity or settings.total_daily_cost:
         return None
     warning = (
-        "anybody who can connect can spend: set BROKER_API_KEYS, a JWT setting or BROKER_TOTAL_DAILY_COST"
+        "anybody who can connect can spend:"
+        " set BROKER_API_KEYS, BROKER_CLIENTS_FILE, a JWT setting or BROKER_TOTAL_DAILY_COST"
     )
     if settings.system_file is None:
         warning += (
@@ -452,13 +475,7 @@ def _written(variables: Mapping[str, str], name: str, where: str, *, may_be_blan
 
 
 def _read_text(path: Path, name: str) -> str:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE + 1)
-    except OSError as error:
-        raise SettingsError(f"{name} must name a file that can be read: {error.strerror}") from None
-    if len(content) > _LARGEST_FILE:
-        raise SettingsError(f"{name} must name a file of at most {_LARGEST_FILE} bytes")
+    content = read_bytes(path, name, largest=_LARGEST_FILE)
     try:
         return content.decode("utf-8-sig").strip()
     except UnicodeDecodeError:

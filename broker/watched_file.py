@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 LOOK_EVERY = 1.0
 """Seconds between two checks of a file."""
 
+REFUSED_PAUSE = 4.0
+"""Seconds after which a file that was refused is read again although it has not changed; its rights may have."""
+
 T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
@@ -29,6 +32,9 @@ class WatchedFile(Generic[T]):
         read: reads it; raises `SettingsError` where it cannot be used.
         refusal: the log line for an unusable file.
         clock: seconds that only go forward.
+        every: seconds between two checks.
+        settles: read a change only when two checks in a row have seen the same version of the file, so that it is not
+            read while an editor writes it.
     """
 
     def __init__(
@@ -38,7 +44,13 @@ class WatchedFile(Generic[T]):
         *,
         refusal: str,
         clock: Callable[[], float] = time.monotonic,
+        every: float = LOOK_EVERY,
+        settles: bool = False,
     ) -> None:
+        self._every = every
+        self._settles = settles
+        self._last: FileState | None = None
+        self._retry_at = 0.0
         self._path = path
         self._read = read
         self._refusal = refusal
@@ -50,15 +62,21 @@ class WatchedFile(Generic[T]):
     def changed(self) -> T | None:
         """Return the contents if they are usable and have changed since the last call, else None.
 
-        Checks the file at most once in `LOOK_EVERY` seconds.
+        Checks the file at most once in ``every`` seconds.
         """
         now = self._clock()
         if now < self._look_at:
             return None
-        self._look_at = now + LOOK_EVERY
+        self._look_at = now + self._every
         # Taken before reading, so that a change meanwhile is seen at the next check.
         state = file_state(self._path)
-        return self._take(state) if state != self._used else None
+        before, self._last = self._last, state
+        if state == self._used or (self._settles and state != before):
+            return None
+        if state == self._refused and now < self._retry_at:
+            return None
+        self._retry_at = now + REFUSED_PAUSE
+        return self._take(state)
 
     def read_again(self) -> T | None:
         """Return the contents if they are usable, whether or not they have changed; else None."""

@@ -13,7 +13,8 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from broker.core.pricing import to_nano
-from broker.setting_kinds import ApiKey, Rate
+from broker.core.rates import Rate
+from broker.setting_kinds import ApiKey
 from broker.settings import (
     Settings,
     SettingsError,
@@ -87,6 +88,7 @@ def test_empty_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
         "BROKER_JWT_AUDIENCE",
         "BROKER_JWT_ISSUER",
         "BROKER_ALLOWED_MODELS",
+        "BROKER_CLIENTS_FILE",
         "BROKER_DAILY_TOKENS",
         "BROKER_DAILY_COST",
         "BROKER_MONTHLY_COST",
@@ -179,7 +181,9 @@ def test_a_secret_can_come_from_a_file(name: str, monkeypatch: pytest.MonkeyPatc
     Path("secret").write_text(f"  {SECRET}\n")
     settings = loaded(monkeypatch, f"{name}_FILE", "secret")
     field = name.removeprefix("BROKER_").lower()
-    assert getattr(settings, field).get_secret_value() == SECRET
+    value = getattr(settings, field)
+    [secret] = value if isinstance(value, tuple) else [value]
+    assert secret.get_secret_value() == SECRET
 
 
 def test_a_redis_url_and_keys_can_come_from_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +242,7 @@ def test_a_secret_has_no_byte_order_mark_and_line_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Path("secret").write_bytes(b"\xef\xbb\xbf" + SECRET.encode() + b"\r\n")
-    assert loaded(monkeypatch, "BROKER_JWT_SECRET_FILE", "secret").jwt_secret == SecretStr(SECRET)
+    assert loaded(monkeypatch, "BROKER_JWT_SECRET_FILE", "secret").jwt_secret == (SecretStr(SECRET),)
 
 
 @pytest.mark.parametrize(

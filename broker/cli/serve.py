@@ -75,6 +75,10 @@ def require(settings: Settings, *, rehearsal: bool, embedded: bool) -> None:
         )
     if settings.system_file is not None:
         read_system_file(settings.system_file)
+    if settings.clients_file is not None:
+        from broker.identity.clients_file import read_clients_file  # noqa: PLC0415 - only where it is used
+
+        read_clients_file(settings.clients_file)
 
 
 def _warn(settings: Settings, unknown: list[str]) -> None:

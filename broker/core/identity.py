@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from broker.core.client_limits import ClientLimits
+
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -25,6 +27,9 @@ PRIVATE = ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "::1/
 
 MAX_HOPS = 20
 """Entries of X-Forwarded-For that are read; a longer chain of one's own proxies has a loop in it."""
+
+KEY_PREFIX = "key:"
+"""The beginning of the names of clients with keys; the name of the key's owner follows."""
 
 LONGEST_NAME = 128
 """Characters of the name of a client."""
@@ -52,6 +57,7 @@ class Client:
         user: is sent upstream where a request has no user, such as ``u_5f3c9e12ab34cd56``. Empty: a keyed hash of
             the name.
         authenticated: a key or a token was valid, or an application knows the client.
+        limits: its own limits, where its key or its token sets some.
 
     Raises:
         ValueError: the name is not of that form.
@@ -60,6 +66,7 @@ class Client:
     name: str
     user: str = ""
     authenticated: bool = True
+    limits: ClientLimits | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.name) <= LONGEST_NAME or not self.name.isprintable():
@@ -96,7 +103,7 @@ class ClientNamer:
         return f"u_{self._hash('user', name)}"
 
     def _name_key(self, owner: str) -> Client:
-        return self._client(f"key:{owner}", authenticated=True)
+        return self._client(f"{KEY_PREFIX}{owner}", authenticated=True)
 
     def _name_network(self, network: str) -> Client:
         return self._client(f"addr:{self._hash('addr', network)}", authenticated=False)

@@ -1,8 +1,21 @@
-"""The rate of a client: the result of one hit. No I/O."""
+"""The rate of a client: its limit, and the result of one hit. No I/O."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A number of requests in each window of so many seconds."""
+
+    count: int
+    seconds: int
+
+    def implies(self, other: Rate) -> bool:
+        """Return True if whoever keeps to this rate keeps to the other one too."""
+        return self.count <= other.count and self.seconds >= other.seconds
 
 
 class RateStatus(NamedTuple):

@@ -34,6 +34,7 @@ class ApiKeys:
         self, keys: Iterable[ApiKey], path: Path | None = None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._keys = _digests(keys)
+        self._owners = _owners(self._keys)
         self._clock = clock
         self._file = self._watched(path)
 
@@ -50,11 +51,15 @@ class ApiKeys:
                 owner = name
         return owner
 
+    def has_owner(self, name: str) -> bool:
+        """Return True if there is a key of this owner."""
+        self._look()
+        return name in self._owners
+
     def replace(self, keys: Iterable[ApiKey], path: Path | None) -> bool:
         """Replace the keys, and watch this file from now on. Returns True if the keys differ from those before."""
         self._file = self._watched(path)
-        before, self._keys = self._keys, _digests(keys)
-        return self._keys != before
+        return self._use(keys)
 
     def _watched(self, path: Path | None) -> WatchedFile[tuple[ApiKey, ...]] | None:
         if path is None:
@@ -67,9 +72,17 @@ class ApiKeys:
         keys = self._file.changed() if self._file is not None else None
         if keys is None:
             return
-        before, self._keys = self._keys, _digests(keys)
-        if self._keys != before:
+        if self._use(keys):
             log.info("api keys changed", count=len(keys))
+
+    def _use(self, keys: Iterable[ApiKey]) -> bool:
+        before, self._keys = self._keys, _digests(keys)
+        self._owners = _owners(self._keys)
+        return self._keys != before
+
+
+def _owners(keys: Iterable[tuple[bytes, str]]) -> frozenset[str]:
+    return frozenset(name for _, name in keys)
 
 
 def _digests(keys: Iterable[ApiKey]) -> tuple[tuple[bytes, str], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import jwt
@@ -11,8 +12,12 @@ import structlog
 
 from broker.core.errors import Unauthorized
 from broker.identity.jwks import ALGORITHMS
+from broker.identity.limit_values import LimitsError, read_claim
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from broker.core.client_limits import ClientLimits
     from broker.identity.jwks import PublishedKeys
 
 LEEWAY = 10.0
@@ -28,14 +33,18 @@ _HMAC_BLOCK: Final = 64
 INVALID = "This API key or token is not valid."
 EXPIRED = "This token has expired."
 
+CLAIM: Final = "broker"
+"""The claim with limits of the caller."""
+
 log = structlog.get_logger(__name__)
 
 
 class Subject(NamedTuple):
-    """The subject of a token; `issuer` is empty where it names none."""
+    """The subject of a token; `issuer` is empty where it names none. `limits` are those of its claim ``broker``."""
 
     issuer: str
     subject: str
+    limits: ClientLimits | None = None
 
 
 class Tokens:
@@ -45,23 +54,28 @@ class Tokens:
     token only chooses among the algorithms for which there are keys, and each key has its own (RFC 8725, 3.1).
 
     Args:
-        secret: for HS256.
+        secrets: for HS256; each of them is accepted.
         published: for the others.
         audience: the required audience; None accepts any.
         issuer: the required issuer; None accepts any.
     """
 
     def __init__(
-        self, *, secret: str | None, published: PublishedKeys | None, audience: str | None, issuer: str | None
+        self,
+        *,
+        secrets: Sequence[str],
+        published: PublishedKeys | None,
+        audience: str | None,
+        issuer: str | None,
     ) -> None:
-        self._shared = shared_key(secret) if secret is not None else None
+        self._shared = tuple(map(shared_key, secrets))
         self._published = published
         self._audience = audience
         self._issuer = issuer
 
-    def replace_secret(self, secret: str) -> None:
-        """Check HS256 tokens with this secret from now on."""
-        self._shared = shared_key(secret)
+    def replace_secrets(self, secrets: Sequence[str]) -> None:
+        """Check HS256 tokens with these secrets from now on."""
+        self._shared = tuple(map(shared_key, secrets))
 
     async def subject_of(self, token: str) -> Subject:
         """Return the subject of a valid token.
@@ -74,24 +88,33 @@ class Tokens:
             raise Unauthorized(INVALID)
         try:
             header = jwt.get_unverified_header(token)
-            claims = self._claims(token, await self._key(header.get("alg"), header.get("kid")))
+            claims = self._claims(token, await self._keys(header.get("alg"), header.get("kid")))
         except jwt.PyJWTError as error:
             log.info("token refused", reason=type(error).__name__)
             expired = isinstance(error, jwt.ExpiredSignatureError)
             raise Unauthorized(EXPIRED if expired else INVALID) from None
         return _subject(claims)
 
-    async def _key(self, algorithm: Any, kid: str | None) -> jwt.PyJWK:
-        key = None
+    async def _keys(self, algorithm: Any, kid: str | None) -> tuple[jwt.PyJWK, ...]:
+        """Return the keys that a token may be signed with, at least one."""
         if algorithm == "HS256":
-            key = self._shared
+            keys = self._shared
         elif algorithm in ALGORITHMS and self._published is not None:
             key = await self._published.find(algorithm, kid)
-        if key is None:
+            keys = (key,) if key is not None else ()
+        else:
+            keys = ()
+        if not keys:
             raise jwt.InvalidKeyError
-        return key
+        return keys
 
-    def _claims(self, token: str, key: jwt.PyJWK) -> dict[str, Any]:
+    def _claims(self, token: str, keys: Sequence[jwt.PyJWK]) -> dict[str, Any]:
+        for key in keys[:-1]:
+            with suppress(jwt.InvalidSignatureError):
+                return self._claims_by(token, key)
+        return self._claims_by(token, keys[-1])
+
+    def _claims_by(self, token: str, key: jwt.PyJWK) -> dict[str, Any]:
         return jwt.decode(
             token,
             key,
@@ -117,4 +140,13 @@ def _subject(claims: dict[str, Any]) -> Subject:
     subject, issuer = claims["sub"], claims.get("iss")
     if not 0 < len(subject) <= MAX_SUBJECT:
         raise Unauthorized(INVALID)
-    return Subject(issuer if isinstance(issuer, str) else "", subject)
+    return Subject(issuer if isinstance(issuer, str) else "", subject, _limits(claims))
+
+
+def _limits(claims: dict[str, Any]) -> ClientLimits | None:
+    if CLAIM not in claims:
+        return None
+    try:
+        return read_claim(claims[CLAIM])
+    except LimitsError as error:
+        raise Unauthorized(f"The claim {CLAIM} of this token is not valid: {error}.") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from broker.core.errors import (
     Queued,
     StoreRefused,
     StoreUnavailable,
+    Unauthorized,
 )
 from broker.core.events import cancelled_before_start
 from broker.core.session import State, short
@@ -28,10 +30,12 @@ from broker.store.accounts import BUDGET_RETRY, LEASE, AccountStore, Reservation
 from broker.store.sessions import Prepared, SessionStatus, SessionStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Coroutine
 
+    from broker.core.accounts import Quotas
     from broker.relay.generation import Generation
     from broker.store.pending import PendingStore
+    from broker.store.sessions import Spec
 
 log = structlog.get_logger(__name__)
 
@@ -48,6 +52,14 @@ ELSEWHERE_PAUSE = 0.1
 """Seconds between these checks."""
 
 
+QuotasOf = Callable[["Spec"], "Quotas | None"]
+"""Returns the limits of the client of a session; None for those of the service."""
+
+
+def no_own_quotas(_: Spec) -> None:
+    """Return the limits of a client that has none of its own."""
+
+
 class Claiming:
     """The claims under way.
 
@@ -59,6 +71,8 @@ class Claiming:
         give_up_after: seconds for which the outcome of a claim is asked for: as long as it could still take effect.
         begin: starts the generation of a claimed session.
         spawn: runs work in the background and owns its task.
+        quotas_of: returns the limits that the client of a session has now; raises `Unauthorized` where it may not ask
+            any more.
     """
 
     def __init__(
@@ -71,7 +85,9 @@ class Claiming:
         give_up_after: float,
         begin: Callable[[str, Reservation, Prepared], Generation],
         spawn: Callable[[Coroutine[Any, Any, None]], None],
+        quotas_of: QuotasOf = no_own_quotas,
     ) -> None:
+        self._quotas_of = quotas_of
         self._sessions = sessions
         self._accounts = accounts
         self._pending = pending
@@ -95,6 +111,7 @@ class Claiming:
         Raises:
             Queued: the session waits in line.
             TooManyStreams, BudgetExceeded: there is no room now; the session stays prepared.
+            Unauthorized: its client may not ask any more; the session stays prepared.
             BeingClaimed: another worker is claiming it and did not finish in time.
             StoreUnavailable: the outcome is not known. If the claim was sent, its outcome is still asked for, and if
                 it has won, its generation starts without a viewer.
@@ -176,6 +193,10 @@ class Claiming:
                 return SessionStatus(State.GONE)
             if described.state is not State.PREPARED:
                 return SessionStatus(described.state, described.worker)
+            try:
+                pursuit.quotas = self._quotas_of(described.spec)
+            except Unauthorized as error:
+                return await self._taken_elsewhere(pursuit, error)
             pursuit.ends_ms = described.ends_ms
             pursuit.reservation = Reservation(
                 pursuit.claim_id,
@@ -205,10 +226,10 @@ class Claiming:
         )
 
     async def _taken_elsewhere(self, pursuit: _Pursuit, refused: BrokerError) -> SessionStatus:
-        """Return the status of a session for which there was no room: another worker may have claimed it.
+        """Return the status of a session that was refused here: another worker may have claimed it.
 
         Raises:
-            LimitError: no other worker has claimed it.
+            LimitError, Unauthorized: no other worker has claimed it.
             BeingClaimed: the outcome of the other claim is not known in time; the page should try again.
         """
         for _ in range(ELSEWHERE_TRIES):
@@ -217,7 +238,7 @@ class Claiming:
                 if isinstance(refused, Queued):  # it got a place in line that it does not need
                     await self._pending.forget(described.spec.client, pursuit.session_id)
                 return SessionStatus(described.state, described.worker)
-            if isinstance(refused, LimitError) or described is None:
+            if not isinstance(refused, BeingClaimed) or described is None:
                 break
             await asyncio.sleep(ELSEWHERE_PAUSE)
         if isinstance(refused, BudgetExceeded) and refused.final:
@@ -233,7 +254,10 @@ class Claiming:
             return reservation
         try:
             reserved = await self._accounts.reserve(
-                reservation, may_wait=pursuit.may_wait, ends_ms=pursuit.ends_ms
+                reservation,
+                quotas=pursuit.quotas,
+                may_wait=pursuit.may_wait,
+                ends_ms=pursuit.ends_ms,
             )
         except BeingClaimed:
             raise
@@ -290,6 +314,7 @@ class _Pursuit:
         sent: True if it may have reached Redis, so it may still take effect there.
         may_wait: True if the session may wait in line for a slot.
         ends_ms: when the session expires, in ms by the clock of Redis; 0 before that is known.
+        quotas: the limits of its client, where they differ from those of the service.
         withdrawn: True if the session was cancelled, so no generation may start.
     """
 
@@ -298,6 +323,7 @@ class _Pursuit:
         "claim_id",
         "ends_ms",
         "may_wait",
+        "quotas",
         "reservation",
         "reserved_at",
         "sent",
@@ -314,4 +340,5 @@ class _Pursuit:
         self.sent = False
         self.may_wait = False
         self.ends_ms = 0
+        self.quotas: Quotas | None = None
         self.withdrawn = False

@@ -16,13 +16,14 @@ from broker.core.errors import (
 )
 from broker.core.events import cancelled_before_start
 from broker.core.session import Cursor, State
-from broker.relay.claiming import Claiming
+from broker.relay.claiming import Claiming, no_own_quotas
 from broker.relay.generation import Generation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from broker.core.replay import Batch
+    from broker.relay.claiming import QuotasOf
     from broker.relay.mirror import Mirror
     from broker.relay.source import Source
     from broker.relay.viewer import Viewer
@@ -54,6 +55,7 @@ class Hub:
         journal: the events of sessions in Redis.
         accounts: slots and budgets.
         pending: sessions that are not claimed yet.
+        quotas_of: returns the limits that the client of a session has now; raises `Unauthorized`.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Hub:
         journal: JournalStore,
         accounts: AccountStore,
         pending: PendingStore,
+        quotas_of: QuotasOf = no_own_quotas,
     ) -> None:
         self._worker = worker
         self._sessions = sessions
@@ -78,6 +81,7 @@ class Hub:
             give_up_after=self._config.session_ttl + self._config.running_ttl,
             begin=worker.start_generation,
             spawn=worker.tasks.spawn,
+            quotas_of=quotas_of,
         )
 
     async def find(self, session_id: str, cursor: Cursor | None, *, may_wait: bool = False) -> Source:
@@ -88,6 +92,7 @@ class Hub:
         Raises:
             SessionNotFound, SessionExpired: there is no such session, or not any more.
             AlreadyClaimed: it has been streamed, and resuming is off.
+            Unauthorized: it is prepared, and its client may not ask any more.
             StoreUnavailable, Draining, Overloaded, NotYetClaimed: not possible now; the page should try again.
         """
         here = self._here(session_id)

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from limits import RateLimitItemPerSecond
 from limits.aio.storage.redis.bridge import RedisBridge
 
-from broker.core.rates import RateStatus
+from broker.core.rates import Rate, RateStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ class Rates:
 
     Args:
         store: the connection.
-        limit: hits that each client may have in a window.
+        limit: hits that a client may have in a window, where it has no rates of its own.
         window: seconds.
         clock: seconds that only go forward.
     """
@@ -46,54 +47,76 @@ class Rates:
     ) -> None:
         self._store = store
         self._clock = clock
-        self._refused: OrderedDict[str, tuple[RateStatus, float]] = OrderedDict()
+        self._refused: OrderedDict[tuple[str, tuple[Rate, ...]], tuple[RateStatus, float]] = OrderedDict()
         self._prefix = f"{store.prefix}:rate:"
-        self._rate = RateLimitItemPerSecond(limit, window, namespace="prepare")
+        self._rates = (Rate(limit, window),)
         take = _function("take", RedisBridge.SCRIPT_ACQUIRE_MOVING_WINDOW)
         look = _function("look", RedisBridge.SCRIPT_MOVING_WINDOW)
         self._hit = store.script("hit", before=take + look)
 
-    async def hit(self, client: str) -> RateStatus:
-        """Count a hit, unless the client has reached its limit.
+    async def hit(self, client: str, rates: tuple[Rate, ...] | None = None) -> RateStatus:
+        """Count a hit, unless the client has reached a limit.
+
+        Args:
+            client: the name of the client.
+            rates: its rates, where they differ from that of the service. Each has a window of its own.
 
         Raises:
             StoreUnavailable: Redis cannot be reached. The hit may have been counted.
         """
-        return self.read(client, (await self._store.run([self.hitting(client)]))[0])
+        return self.read(client, await self._store.run(self.hitting(client, rates)), rates)
 
-    def hitting(self, client: str) -> Call:
-        """Return the call of `hit`, to be run together with others."""
-        return self._hit.call(hits=self._key(client), limit=self._rate.amount, window=self._rate.get_expiry())
+    def hitting(self, client: str, rates: tuple[Rate, ...] | None = None) -> list[Call]:
+        """Return the calls of `hit`, to be run together with others."""
+        return [
+            self._hit.call(hits=self._key(client, rate), limit=rate.count, window=rate.seconds)
+            for rate in rates or self._rates
+        ]
 
-    def read(self, client: str, reply: Sequence[int]) -> RateStatus:
-        """Return the status of a client from the reply to the call of `hitting`."""
-        taken, remaining, reset_ms = reply
-        status = RateStatus(
-            bool(taken), self._rate.amount, self._rate.get_expiry(), remaining, reset_ms / 1000
-        )
-        if not taken:
-            self._refused[client] = (status, self._clock() + status.reset)
-            if len(self._refused) > MAX_REFUSED:
-                self._refused.popitem(last=False)
+    def read(
+        self, client: str, replies: Sequence[Sequence[int]], rates: tuple[Rate, ...] | None = None
+    ) -> RateStatus:
+        """Return the status of a client from the replies to the calls of `hitting`.
+
+        With several rates it is that of the refusal that lasts longest, else that of the rate with the fewest hits
+        left. A hit that one of them refuses is counted by the others.
+        """
+        found = [
+            RateStatus(bool(taken), rate.count, rate.seconds, remaining, reset_ms / 1000)
+            for rate, (taken, remaining, reset_ms) in zip(rates or self._rates, replies, strict=True)
+        ]
+        refused = [status for status in found if not status.allowed]
+        if not refused:
+            return min(found, key=lambda status: status.remaining)
+        status = max(refused, key=lambda status: status.reset)
+        self._refused[client, rates or self._rates] = (status, self._clock() + status.reset)
+        if len(self._refused) > MAX_REFUSED:
+            self._refused.popitem(last=False)
         return status
 
-    def standing_refusal(self, client: str) -> RateStatus | None:
+    def standing_refusal(self, client: str, rates: tuple[Rate, ...] | None = None) -> RateStatus | None:
         """Return the refusal of a client that was refused here and would still be refused, or None.
 
         No hit is accepted until the oldest one leaves the window, so a flood costs no call to Redis and no body.
         """
-        status, until = self._refused.get(client, (None, 0.0))
+        key = (client, rates or self._rates)
+        status, until = self._refused.get(key, (None, 0.0))
         if status is None:
             return None
         left = until - self._clock()
         if left <= 0:
-            del self._refused[client]
+            del self._refused[key]
             return None
         return status._replace(reset=left)
 
-    def _key(self, client: str) -> str:
+    def _key(self, client: str, rate: Rate) -> str:
         # Named as `limits` names it, so that its own tools can read and clear the window.
-        return self._prefix + self._rate.key_for(client)
+        return self._prefix + _item(rate).key_for(client)
+
+
+@lru_cache(maxsize=256)
+def _item(rate: Rate) -> RateLimitItemPerSecond:
+    return RateLimitItemPerSecond(rate.count, rate.seconds, namespace="prepare")
 
 
 def _function(name: str, script: bytes) -> str:

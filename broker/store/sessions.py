@@ -12,6 +12,7 @@ import structlog
 from pydantic import TypeAdapter
 
 from broker.core.accounts import WorstCase  # noqa: TC001 - pydantic reads it
+from broker.core.client_limits import ClientLimits  # noqa: TC001 - pydantic reads it
 from broker.core.dialect import DialectName  # noqa: TC001 - pydantic reads it
 from broker.core.errors import StoreRefused, StoreUnavailable
 from broker.core.events import cancelled_before_start
@@ -53,6 +54,7 @@ class Spec:
         dialect: the dialect of the request and the answer.
         request_id: the id of the /prepare, for log lines.
         trace: the trace of the /prepare; None where there are no traces.
+        limits: the limits in the JWT of its client, for the claim.
     """
 
     model: str
@@ -64,6 +66,7 @@ class Spec:
     dialect: DialectName = "chat"
     request_id: str = ""
     trace: TraceContext | None = None
+    limits: ClientLimits | None = None
 
     @property
     def spec(self) -> Spec:

@@ -18,6 +18,8 @@ from broker.web.identity import ClientResolver
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from broker.core.client_limits import ClientLimits
+    from broker.identity.known_clients import KnownClients
     from broker.settings import Settings
     from broker.web.identity import Naming
 
@@ -34,12 +36,21 @@ class ApplicationClients(ClientResolver):
     Args:
         settings: the trusted proxies, to count the streams of an address.
         naming: names clients for the upstream.
+        known: clients that have keys; there are none here.
         app: the application.
         identify: its function.
     """
 
-    def __init__(self, settings: Settings, naming: Naming, app: web.Application, identify: Identify) -> None:
-        super().__init__(settings, naming)
+    def __init__(
+        self,
+        settings: Settings,
+        naming: Naming,
+        known: KnownClients,
+        *,
+        app: web.Application,
+        identify: Identify,
+    ) -> None:
+        super().__init__(settings, naming, known)
         self._app = app
         self._identify = identify
 
@@ -57,9 +68,9 @@ class ApplicationClients(ClientResolver):
             return client
         return replace(client, user=(await self._naming.names()).user_of(client.name))
 
-    async def check(self, request: web.Request) -> None:
-        """Raise what `identify` raises for a request that is refused."""
-        await self._ask(request)
+    async def check(self, request: web.Request) -> ClientLimits | None:
+        """Raise what `identify` raises for a request that is refused, else return the client's own limits."""
+        return (await self._ask(request)).limits
 
     async def _ask(self, request: web.Request) -> Client:
         with _seen_by(self._app, request):

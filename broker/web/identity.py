@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 import structlog
@@ -12,19 +13,18 @@ from aiohttp import hdrs
 
 from broker.core.errors import Unauthorized
 from broker.core.identity import Client, ClientNamer, Proxies, bearer, network_of
-from broker.identity.api_keys import ApiKeys
 from broker.identity.jwks import PublishedKeys
-from broker.identity.tokens import INVALID, Tokens
+from broker.identity.known_clients import Known, KnownClients
+from broker.identity.tokens import INVALID, Subject, Tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from aiohttp import web
 
+    from broker.core.client_limits import ClientLimits
     from broker.core.identity import Address
-    from broker.setting_kinds import ApiKey
     from broker.settings import Settings
 
 _SHORTEST_SECRET: Final = 32  # RFC 7518, section 3.2: at least as many bytes as the hash of HS256
@@ -48,16 +48,22 @@ class ClientResolver:
     Args:
         settings: the configured keys, tokens and proxies.
         naming: names clients.
+        known: the clients that have keys; None takes those of the settings.
         clock: seconds that only go forward.
     """
 
     def __init__(
-        self, settings: Settings, naming: Naming, *, clock: Callable[[], float] = time.monotonic
+        self,
+        settings: Settings,
+        naming: Naming,
+        known: KnownClients | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._known = known if known is not None else KnownClients.of_settings(settings, clock=clock)
         self._shown_is_needed = settings.needs_identity
         self._naming = naming
         self._proxies = Proxies(settings.trusted_proxies)
-        self._api_keys = ApiKeys(settings.api_keys, settings.api_keys_file, clock=clock)
         jwks_url = settings.jwks_url
         self._published = (
             PublishedKeys(jwks_url, proxy=settings.proxy_for(jwks_url), clock=clock)
@@ -84,37 +90,47 @@ class ClientResolver:
         Waits only for the published keys of tokens, which is rare, and for Redis, until it has answered once.
 
         Raises:
-            Unauthorized: the request has no key or token where one is needed, or an invalid one.
+            Unauthorized: the request has no key or token where one is needed, or an invalid one, or its client may
+                not ask any more.
             Overloaded: the keys to check a token cannot be fetched now.
             StoreUnavailable: Redis has not answered yet, so that clients have no names.
         """
         if not self._shown_is_needed:
             address = self._address(request)
             return (await self._naming.names()).of_address(address)
-        owner, subject = await self._shown(request)
+        shown = await self._shown(request)
         names = await self._naming.names()
-        return names.of_key(owner) if owner is not None else names.of_subject(*subject)
+        client = (
+            names.of_key(shown.name)
+            if isinstance(shown, Known)
+            else names.of_subject(shown.issuer, shown.subject)
+        )
+        return client if shown.limits is None else replace(client, limits=shown.limits)
 
-    async def check(self, request: web.Request) -> None:
-        """Raise what `identify` raises for a request that is refused. Needs no names, so Redis may be away."""
-        if self._shown_is_needed:
-            await self._shown(request)
+    async def check(self, request: web.Request) -> ClientLimits | None:
+        """Raise what `identify` raises for a request that is refused, else return the client's own limits.
+
+        Needs no names, so Redis may be away.
+        """
+        return (await self._shown(request)).limits if self._shown_is_needed else None
 
     def network(self, request: web.Request) -> str:
         """Return one word for the network of a request: its address, or the /64 of an IPv6 one."""
         return network_of(self._address(request))
 
-    async def _shown(self, request: web.Request) -> tuple[str | None, tuple[str, str]]:
-        """Return the name of the API key of a request, or the issuer and subject of its token."""
+    async def _shown(self, request: web.Request) -> Known | Subject:
+        """Return the owner of the API key of a request, or the subject of its token."""
         shown = bearer(request.headers.getall(hdrs.AUTHORIZATION, ()))
         if shown is None:
             raise Unauthorized
-        owner = self._api_keys.owner_of(shown)
+        owner = self._known.owner_of(shown)
         if owner is not None:
-            return owner, ("", "")
+            return owner
         if self._tokens is None:
             raise Unauthorized(INVALID)
-        return None, await self._tokens.subject_of(shown)
+        subject = await self._tokens.subject_of(shown)
+        self._known.check(subject.limits)
+        return subject
 
     def _address(self, request: web.Request) -> Address | None:
         forwarded = request.headers.getall(hdrs.X_FORWARDED_FOR, ())
@@ -128,24 +144,20 @@ class ClientResolver:
             )
         return self._proxies.caller(peer, forwarded)
 
-    def use_api_keys(self, keys: Iterable[ApiKey], path: Path | None) -> bool:
-        """Replace the API keys. Returns True if they differ from those before."""
-        return self._api_keys.replace(keys, path)
-
-    def use_jwt_secret(self, secret: str) -> None:
-        """Check tokens with this secret from now on, if tokens are accepted."""
+    def use_jwt_secrets(self, secrets: Sequence[str]) -> None:
+        """Check tokens with these secrets from now on, if tokens are accepted."""
         if self._tokens is not None:
-            self._tokens.replace_secret(secret)
+            self._tokens.replace_secrets(secrets)
 
 
 def _build_tokens(settings: Settings, published: PublishedKeys | None) -> Tokens:
-    secret = settings.jwt_secret.get_secret_value() if settings.jwt_secret is not None else None
-    if secret is not None and len(secret.encode()) < _SHORTEST_SECRET:
+    secrets = [secret.get_secret_value() for secret in settings.jwt_secret]
+    if any(len(secret.encode()) < _SHORTEST_SECRET for secret in secrets):
         log.warning("BROKER_JWT_SECRET is short enough to be guessed", wanted=f"{_SHORTEST_SECRET} bytes")
     if published is not None and settings.jwt_audience is None:
         log.warning("without BROKER_JWT_AUDIENCE, tokens that were issued for others are accepted too")
     return Tokens(
-        secret=secret, published=published, audience=settings.jwt_audience, issuer=settings.jwt_issuer
+        secrets=secrets, published=published, audience=settings.jwt_audience, issuer=settings.jwt_issuer
     )
 
 

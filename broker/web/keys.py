@@ -5,8 +5,9 @@ from __future__ import annotations
 from aiohttp import web
 
 from broker.catalog import Catalog
-from broker.core.accounts import Quotas
+from broker.core.client_limits import ServiceLimits
 from broker.core.origins import Origins
+from broker.identity.known_clients import KnownClients
 from broker.metrics import Metrics
 from broker.prepare import Admission
 from broker.relay.hub import Hub
@@ -30,10 +31,11 @@ OCCUPANCY = web.AppKey("occupancy", Occupancy)
 STORE = web.AppKey("store", Store)
 CATALOG = web.AppKey("catalog", Catalog)
 ACCOUNTS = web.AppKey("accounts", AccountStore)
-QUOTAS = web.AppKey("allowances", Quotas)
+LIMITS = web.AppKey("limits", ServiceLimits)
 ADMISSION = web.AppKey("admission", Admission)
 SYSTEM = web.AppKey("system", SystemMessage)
 IDENTIFIER = web.AppKey("identifier", ClientResolver)
+KNOWN_CLIENTS = web.AppKey("known_clients", KnownClients)
 HUB = web.AppKey("hub", Hub)
 WORKER = web.AppKey("worker", Worker)
 RESULTS = web.AppKey("results", Results)

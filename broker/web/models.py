@@ -1,4 +1,4 @@
-"""GET /models: the upstream's list, with only the allowed models that match the query."""
+"""GET /models: the upstream's list, with only the models that the caller may use and that match the query."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from aiohttp import ETag, web
 
 from broker.core.errors import InvalidRequest
-from broker.web.keys import CATALOG, IDENTIFIER, SETTINGS
+from broker.web.keys import CATALOG, IDENTIFIER, LIMITS, SETTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,10 +25,14 @@ async def get_models(request: web.Request) -> web.Response:
         InvalidRequest: the query is not valid.
         ModelsUnavailable: there is no list.
     """
-    await request.app[IDENTIFIER].check(request)
+    limits = request.app[LIMITS].of(await request.app[IDENTIFIER].check(request))
     free = _only_free(request.query)
-    allowed = request.app[SETTINGS].allowed_models
-    listing = await request.app[CATALOG].listing(allowed, q=request.query.get("q", ""), free=free)
+    listing = await request.app[CATALOG].listing(
+        request.app[SETTINGS].allowed_models,
+        also=limits.models,
+        q=request.query.get("q", ""),
+        free=free,
+    )
     if _has(request, listing):
         response = web.Response(status=304, headers=HEADERS)
     else:

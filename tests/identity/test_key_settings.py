@@ -143,9 +143,24 @@ def test_any_other_text_is_a_secret(secret: str) -> None:
     assert Settings(jwt_secret=secret).secrets == (secret,)
 
 
+@pytest.mark.parametrize("listed", ["one secret, another ,", "one secret\nanother\n", ",one secret,,another"])
+def test_several_secrets_are_a_comma_list_or_lines(listed: str) -> None:
+    settings = Settings(jwt_secret=listed)
+    assert settings.secrets == ("one secret", "another", listed.strip())
+    assert Settings(jwt_secret=SecretStr(listed)).jwt_secret == settings.jwt_secret
+
+
+@pytest.mark.parametrize("listed", [",", ",,", "a,ssh-rsa AAAA", "a,\0", ",".join("abcdefghi")])
+def test_a_list_with_an_unusable_secret_is_refused(listed: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(jwt_secret=listed)
+
+
 def test_a_refused_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BROKER_JWT_SECRET", "ssh-rsa AAAA")
-    with pytest.raises(SettingsError, match=r"^BROKER_JWT_SECRET must be a secret text, no public key .*\)$"):
+    with pytest.raises(
+        SettingsError, match=r"^BROKER_JWT_SECRET must be .* secret texts, no public key .*\)$"
+    ):
         load_settings()
 
 
@@ -171,6 +186,7 @@ def test_another_url_is_refused(url: str) -> None:
         ({"api_keys": "ann:one"}, True),
         ({"jwt_secret": SECRET}, True),
         ({"jwks_url": "https://login.example/keys"}, True),
+        ({"clients_file": "clients.toml"}, True),
     ],
 )
 def test_something_must_be_shown_where_it_could_be_checked(given: dict[str, Any], needed: bool) -> None:

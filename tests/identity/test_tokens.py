@@ -11,6 +11,7 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from broker.core.client_limits import ClientLimits
 from broker.core.errors import Unauthorized
 from broker.identity.jwks import PAUSE, PublishedKeys
 from broker.identity.tokens import EXPIRED, INVALID, LEEWAY, MAX_SUBJECT, MAX_TOKEN, Subject, Tokens
@@ -21,8 +22,9 @@ RSA, EC, ED = member("RSA", kid="rsa"), member("P-256", kid="ec"), member("Ed255
 NOW = int(time.time())
 
 
-def tokens(**rules: Any) -> Tokens:
-    return Tokens(**{"secret": SECRET, "published": None, "audience": None, "issuer": None, **rules})
+def tokens(*, secret: str | None = SECRET, **rules: Any) -> Tokens:
+    secrets = (secret,) if secret is not None else ()
+    return Tokens(**{"secrets": secrets, "published": None, "audience": None, "issuer": None, **rules})
 
 
 async def refusal(token: str, checks: Tokens | None = None) -> str:
@@ -181,6 +183,42 @@ async def test_other_hashes_of_a_secret_are_refused(algorithm: str) -> None:
 @pytest.mark.parametrize("algorithm", ["RS384", "RS512", "PS256"])
 async def test_other_algorithms_of_a_published_key_are_refused(algorithm: str) -> None:
     assert await unpublished(signed("RSA", algorithm, "rsa")) == INVALID
+
+
+async def test_each_of_several_secrets_is_accepted() -> None:
+    checks = tokens(secrets=("the old one", "the new one"))
+    for secret in ("the old one", "the new one"):
+        assert await checks.subject_of(hs256(secret)) == Subject("", "ann")
+        assert await refusal(hs256(secret, exp=1), checks) == EXPIRED
+    assert await refusal(hs256("another one"), checks) == INVALID
+    checks.replace_secrets(["the new one"])
+    assert await refusal(hs256("the old one"), checks) == INVALID
+
+
+# Limits
+
+
+async def test_a_token_has_the_limits_of_its_claim() -> None:
+    subject = await tokens().subject_of(hs256(SECRET, broker={"models": ["a/*"], "daily_cost": "0.50"}))
+    assert subject.limits == ClientLimits(models=("a/*",), daily_cost=500_000_000)
+
+
+@pytest.mark.parametrize(
+    ("claim", "told"),
+    [
+        (None, "it must be an object"),
+        ([], "it must be an object"),
+        ("x", "it must be an object"),
+        ({"model": ["a/*"]}, "model is not the name of a limit"),
+        ({"system": "Be kind."}, "system is not the name of a limit"),
+        ({"sha256": "0" * 64}, "sha256 is not the name of a limit"),
+        ({"streams": "3"}, "streams must be a whole number, 1 or more"),
+        ({"models": "a/*"}, "models must be a list of 1 to 200 models, in which * stands for anything"),
+    ],
+)
+async def test_a_token_with_a_wrong_claim_says_what_is_wrong(claim: Any, told: str) -> None:
+    told = f"The claim broker of this token is not valid: {told}."
+    assert await refusal(hs256(SECRET, broker=claim)) == told
 
 
 async def test_an_algorithm_is_refused_where_its_key_is_not_set_up() -> None:
