@@ -44,15 +44,15 @@ def write(path: Path, content: str) -> None:
     fresh.rename(path)
 
 
-async def changed(broker: Broker, path: Path, content: str) -> None:
-    """Replace the clients file, and wait until the broker has read it."""
-    file = broker.app[keys.KNOWN_CLIENTS].file
-    assert file is not None
-    before = file._tables
+async def changed(path: Path, content: str, *brokers: Broker) -> None:
+    """Replace the clients file, and wait until all of these brokers have read it."""
+    files = [file for broker in brokers if (file := broker.app[keys.KNOWN_CLIENTS].file) is not None]
+    assert len(files) == len(brokers)
+    before = [file._tables for file in files]
     write(path, content)
 
     async def is_read() -> bool:
-        return file._tables is not before
+        return all(file._tables is not old for file, old in zip(files, before, strict=True))
 
     await until(is_read)
 
@@ -157,7 +157,7 @@ async def test_the_rate_of_a_client_is_its_own(
         assert [answer.status for answer in answers] == [201, 201, 201, 429]
         assert answers[3].headers["RateLimit-Policy"] == '"prepare";q=3;w=3600'
         assert [(await broker.post(headers=BETA)).status for _ in range(2)] == [201, 429]
-        await changed(broker, path, table("acme", "one", 'rate = "9/hour"'))
+        await changed(path, table("acme", "one", 'rate = "9/hour"'), broker)
         assert (await broker.post(headers=ACME)).status == 201  # a higher one counts at once
 
 
@@ -320,8 +320,7 @@ async def test_sessions_of_a_revoked_client_are_refused(
         session, running_one = await prepared(broker, ACME), await prepared(broker, ACME)
         async with broker.stream(running_one) as connection:
             call = await upstream.call()
-            await changed(broker, path, REVOKED[how])
-            await changed(other, path, REVOKED[how])
+            await changed(path, REVOKED[how], broker, other)
             check(await broker.post(headers=ACME), 401, "unauthorized")
             for each in (broker, other):
                 [event] = await each.read(session)
@@ -350,7 +349,7 @@ async def test_a_session_that_runs_elsewhere_is_shown_to_its_viewers(
         session = await prepared(broker, ACME)
         async with other.stream(session) as connection:
             call = await upstream.call()
-            await changed(broker, path, BOTH)
+            await changed(path, BOTH, broker)
             async with broker.stream(session) as second:
                 plain(call)
                 assert (await second.rest())[-1].kind == "done"
@@ -363,10 +362,10 @@ async def test_a_client_that_comes_back_can_claim_its_sessions(
     write(path, table("acme", "one") + BOTH)
     async with running(valkey_url, upstream, clients_file=path) as broker:
         session = await prepared(broker, ACME)
-        await changed(broker, path, BOTH)
+        await changed(path, BOTH, broker)
         [event] = await broker.read(session)
         assert event.json["code"] == "unauthorized"
-        await changed(broker, path, table("acme", "one"))
+        await changed(path, table("acme", "one"), broker)
         upstream.replies = [plain]
         assert (await broker.read(session))[-1].kind == "done"
 
@@ -383,10 +382,10 @@ async def test_limits_of_the_file_are_those_at_the_claim(
         sessions = [await prepared(broker, ACME) for _ in range(2)]
         async with broker.stream(sessions[0]):
             await upstream.call()
-            await changed(broker, path, table("acme", "one", "streams = 1"))
+            await changed(path, table("acme", "one", "streams = 1"), broker)
             [event] = await broker.read(sessions[1])
             assert event.kind == "queued"
-            await changed(broker, path, table("acme", "one", "streams = 2"))
+            await changed(path, table("acme", "one", "streams = 2"), broker)
             async with broker.stream(sessions[1]):
                 await upstream.call(2)
 
