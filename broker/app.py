@@ -35,7 +35,7 @@ from broker.relay.worker import Worker
 from broker.settings import otlp_protocols
 from broker.store.accounts import AccountStore
 from broker.store.bytes_per_token import BytesPerTokenStore
-from broker.store.connection import Store
+from broker.store.connection import Store, cause_of
 from broker.store.idempotency import IdempotencyStore
 from broker.store.journal import JournalStore
 from broker.store.model_list import CatalogStore
@@ -214,8 +214,8 @@ async def _prepare_redis(store: Store) -> None:
             )
         if await store.may_evict():
             log.warning("redis may throw sessions away: set its maxmemory-policy to noeviction")
-    except StoreUnavailable:
-        log.warning("redis cannot be reached yet")
+    except StoreUnavailable as error:
+        log.warning("redis cannot be reached yet", why=cause_of(error))
 
 
 def _upstream(settings: Settings, url: str, kind: UpstreamKind) -> UpstreamClient:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
@@ -32,6 +32,7 @@ _PUBLIC = re.compile(
 _ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://[a-z0-9._~:\[\]-]+")
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 LATER_REDIS_SCHEMES = ("redis+sentinel", "redis+cluster")
+_TLS_FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +143,20 @@ def _redis_url(value: str) -> str:
         complete = bool(parts.netloc)
     else:
         complete = parts.scheme in REDIS_SCHEMES and bool(parts.hostname) and parts.port != 0
+        # The library takes what it cannot read for database 0, or fails at every connection.
+        complete = complete and re.fullmatch(r"(/\d*)?", parts.path) is not None
+        complete = complete and _are_tls_files(parts.query, scheme=parts.scheme)
     if not complete:
         raise ValueError("redis")
     return value
+
+
+def _are_tls_files(query: str, *, scheme: str) -> bool:
+    """Returns True if all that stands behind the question mark are files of certificates, which can be opened."""
+    named = parse_qsl(query, keep_blank_values=True)
+    return not named or (
+        scheme == "rediss" and all(name in _TLS_FILES and Path(path).is_file() for name, path in named)
+    )
 
 
 def _host(value: str) -> str:
@@ -245,7 +257,10 @@ UpstreamKind = Annotated[
 RedisUrl = Annotated[
     str,
     AfterValidator(_redis_url),
-    Expects("a redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// URL"),
+    Expects(
+        "a redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// URL; that of rediss:// may end in"
+        " ?ssl_ca_certs=FILE, ssl_certfile=FILE and ssl_keyfile=FILE, joined by &, with files that exist"
+    ),
 ]
 ClientNamer = Annotated[tuple[Text, ...], BeforeValidator(_listed), Expects("a comma list of names")]
 Origins = Annotated[

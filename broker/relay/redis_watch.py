@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import structlog
 
 from broker.core.errors import StoreUnavailable
+from broker.store.connection import cause_of
 from broker.store.workers import WIPED_FOR
 
 if TYPE_CHECKING:
@@ -111,9 +112,9 @@ class RedisWatch:
         while True:
             try:
                 await self.check()
-            except StoreUnavailable:
+            except StoreUnavailable as error:
                 if not away:
-                    log.warning("redis cannot be reached")
+                    log.warning("redis cannot be reached", why=cause_of(error))
                 away = True
             else:
                 if away:

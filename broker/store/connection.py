@@ -36,6 +36,8 @@ SCHEMA = 2
 CALL_TIMEOUT = 1.0
 """Maximum seconds of one call, including the wait for a connection."""
 
+_LONGEST_CAUSE = 200
+
 MAX_CONNECTIONS = 64
 """Maximum connections of a worker. Commands take microseconds; more would only move the queue into Redis."""
 
@@ -54,6 +56,12 @@ def store_errors() -> Iterator[None]:
         raise StoreRefused from error
     except (RedisError, OSError, TimeoutError) as error:
         raise StoreUnavailable from error
+
+
+def cause_of(error: StoreUnavailable) -> str:
+    """Return for the log why Redis cannot be reached: a refused connection, a certificate, a wrong password."""
+    cause = error.__cause__
+    return f"{type(cause).__name__} {cause}".strip()[:_LONGEST_CAUSE] if cause is not None else "not known"
 
 
 @asynccontextmanager
