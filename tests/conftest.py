@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -26,6 +27,10 @@ from tests.system import harness
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so every program that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Brokers of tests send their traces only where the test says so.
+for name in [name for name in os.environ if name.startswith("OTEL_")]:
+    del os.environ[name]
 
 # A test says what is right, a benchmark what is fast: on a loaded machine an example may take as long as it likes.
 settings.register_profile("broker", deadline=None)

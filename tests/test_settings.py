@@ -21,6 +21,8 @@ from broker.settings import (
     contradictions,
     load_settings,
     not_yet_served,
+    otlp_protocols,
+    pass_on_otel_settings,
     setting_name,
     unknown_settings,
 )
@@ -526,3 +528,59 @@ def test_the_example_works_with_a_key_filled_in() -> None:
 )
 def test_contradicting_values_are_reported(values: dict[str, Any], named: list[str]) -> None:
     assert [sentence.split(" ")[0] for sentence in contradictions(Settings(**values))] == named
+
+
+# Variables of OpenTelemetry
+
+
+ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4317"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "protocols"),
+    [
+        ({}, {}),
+        (ENDPOINT, {"traces": "grpc", "metrics": "grpc"}),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c"}, {"traces": "grpc"}),
+        ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://c"}, {"metrics": "grpc"}),
+        ({**ENDPOINT, "OTEL_SDK_DISABLED": "true"}, {}),
+        ({**ENDPOINT, "OTEL_METRICS_EXPORTER": "none"}, {"traces": "grpc"}),
+        ({**ENDPOINT, "OTEL_TRACES_EXPORTER": " otlp , console"}, {"traces": "grpc", "metrics": "grpc"}),
+        (
+            {**ENDPOINT, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"},
+            {"traces": "http/protobuf", "metrics": "http/protobuf"},
+        ),
+        (
+            {**ENDPOINT, "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"},
+            {"traces": "http/protobuf", "metrics": "grpc"},
+        ),
+    ],
+)
+def test_the_standard_variables_say_what_is_sent(
+    variables: dict[str, str], protocols: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert otlp_protocols() == protocols
+
+
+def test_an_unknown_protocol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4317")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "carrier pigeon")
+    with pytest.raises(
+        SettingsError, match=r"OTEL_EXPORTER_OTLP_METRICS_PROTOCOL must be .*'carrier pigeon'"
+    ):
+        otlp_protocols()
+
+
+def test_the_environment_is_stronger_than_otel_lines_in_dotenv(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".env").write_text("OTEL_SERVICE_NAME=file\nOTEL_TRACES_SAMPLER=always_off\nOTHER=1\n")
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "environment")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "")
+    monkeypatch.delenv("OTHER", raising=False)
+    pass_on_otel_settings()
+    assert os.environ["OTEL_SERVICE_NAME"] == "environment"
+    assert os.environ["OTEL_TRACES_SAMPLER"] == "always_off"
+    assert "OTHER" not in os.environ
