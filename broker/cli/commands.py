@@ -211,6 +211,20 @@ def cancel(
     raise typer.Exit(command.cancel(session, client))
 
 
+_keys = typer.Typer(help="Make keys for clients.", no_args_is_help=True)
+app.add_typer(_keys, name="keys")
+
+
+@_keys.command("new")
+def new_key(
+    name: Annotated[str, typer.Argument(help="The name of the client.", metavar="NAME")],
+) -> None:
+    """Print a new key, which is stored nowhere, and its table for BROKER_CLIENTS_FILE."""
+    from broker.cli import keys as command  # noqa: PLC0415 - see the module
+
+    raise typer.Exit(command.new(name))
+
+
 @app.command()
 def models(
     query: Annotated[str, typer.Argument(help="Part of a model's id or name.")] = "",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import pytest
 
+from broker.core.client_limits import ClientLimits
+from broker.identity.clients_file import read_clients_file
 from tests.system.browser import README, readme_lines
 from tests.system.harness import running_broker
 from tests.system.npm import BROWSER, STRICT, TYPESCRIPT, installed, ran
@@ -72,3 +75,12 @@ def test_the_first_two_commands_are_the_whole_setup() -> None:
 async def typescript(tmp_path: Path) -> Path:
     """Its compiler, from the npm registry."""
     return (await installed(tmp_path, TYPESCRIPT)) / "tsc"
+
+
+def test_the_table_of_a_client_is_one_that_the_broker_takes(tmp_path: Path) -> None:
+    [table] = blocks("toml")
+    path = tmp_path / "clients.toml"
+    path.write_text(table)
+    assert read_clients_file(path).limits["acme"].monthly_cost == 300 * 10**9
+    names = set(re.findall(r"^(\w+) =", table, re.MULTILINE))
+    assert names == {"sha256", *(each.name for each in fields(ClientLimits))} - {"narrows"}

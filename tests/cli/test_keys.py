@@ -1,0 +1,63 @@
+"""`broker keys new`: a key, and its table for the clients file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from broker.cli.keys import table
+from broker.identity.clients_file import ClientsFile
+from tests.system.harness import clean_environment
+
+
+def keys_new(tmp_path: Path, name: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "broker", "keys", "new", name],
+        cwd=tmp_path,
+        env=clean_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_a_new_key_opens_with_its_table(tmp_path: Path) -> None:
+    done = keys_new(tmp_path, "acme")
+    assert done.returncode == 0
+    key, _, printed = done.stdout.partition("\n\n")
+    assert len(key) > 40
+    assert key.startswith("sb_")
+    path = tmp_path / "clients.toml"
+    path.write_text(printed)
+    found = ClientsFile(path).owner_of(key)
+    assert found is not None
+    assert found.name == "acme"
+    assert key not in printed
+    assert key not in done.stderr
+    assert "BROKER_CLIENTS_FILE" in done.stderr
+
+
+def test_no_two_keys_are_the_same(tmp_path: Path) -> None:
+    first, second = keys_new(tmp_path, "acme"), keys_new(tmp_path, "acme")
+    assert first.stdout.partition("\n")[0] != second.stdout.partition("\n")[0]
+
+
+@pytest.mark.parametrize("name", ["a", "a-b_C9", "a.b", "ann@example.com", "x+y", "9"])
+def test_a_table_of_any_name_can_be_read(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "clients.toml"
+    path.write_text(table(name, "key"))
+    found = ClientsFile(path).owner_of("key")
+    assert found is not None
+    assert found.name == name
+
+
+@pytest.mark.parametrize("name", ["", "a b", "x" * 65, "a\nb", "é", "[a]"])
+def test_a_name_that_no_table_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    done = keys_new(tmp_path, name)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "broker: a name has 1 to 64 letters, digits or any of . _ @ + -\n"
