@@ -16,9 +16,10 @@ class Wire:
         url: its address.
         delay: seconds that every packet takes, in each direction.
         block: a packet to Redis with these bytes waits, with all later ones on its connection, until `unblock`.
-        drop: packets from Redis with these bytes are dropped.
+        drop: a packet from Redis with these bytes is lost, with all later ones on its connection.
         blocked: set when a packet waits.
         sent: all packets that have reached Redis.
+        open: the number of connections that are open.
     """
 
     def __init__(self, socket: str) -> None:
@@ -27,6 +28,7 @@ class Wire:
         self.block = self.drop = b""
         self.blocked = asyncio.Event()
         self.sent: list[bytes] = []
+        self.open = 0
         self._socket = socket
         self._free = asyncio.Event()
         self._connections: set[asyncio.Task[None]] = set()
@@ -50,7 +52,9 @@ class Wire:
         if (task := asyncio.current_task()) is not None:
             self._connections.add(task)
         far_reader, far_writer = await asyncio.open_unix_connection(self._socket)
+        self.open += 1
         await asyncio.gather(self._up(reader, far_writer), self._down(far_reader, writer))
+        self.open -= 1
 
     async def _up(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async for data in _packets(reader, writer, self.delay):
@@ -61,8 +65,10 @@ class Wire:
             writer.write(data)
 
     async def _down(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        lost = False
         async for data in _packets(reader, writer, self.delay):
-            if not self.drop or self.drop not in data:
+            lost = lost or (bool(self.drop) and self.drop in data)
+            if not lost:
                 writer.write(data)
 
     async def close(self) -> None:

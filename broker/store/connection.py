@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, contextmanager
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import hiredis
 import structlog
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -22,6 +23,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import MasterDownError, NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 from broker.core.errors import StoreRefused, StoreUnavailable
+from broker.store.shared_connection import SharedConnection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -42,6 +44,10 @@ MAX_CONNECTIONS = 64
 """Maximum connections of a worker. Commands take microseconds; more would only move the queue into Redis."""
 
 
+MAX_SHARED = 64 * 1024
+"""Maximum bytes of a call on the shared connection. A larger one would hold up the others."""
+
+
 @contextmanager
 def store_errors() -> Iterator[None]:
     """Turn every error of redis-py, a timeout and a broken socket into `StoreUnavailable`.
@@ -50,12 +56,16 @@ def store_errors() -> Iterator[None]:
     """
     try:
         yield
-    except ResponseError as error:
-        # Redis answers and refuses: it is full, loading or read-only, or our command is wrong.
-        log.warning("redis refused", error=str(error)[:300])
-        raise StoreRefused from error
     except (RedisError, OSError, TimeoutError) as error:
-        raise StoreUnavailable from error
+        raise _store_error(error) from error
+
+
+def _store_error(error: Exception) -> StoreUnavailable:
+    if not isinstance(error, ResponseError):
+        return StoreUnavailable()
+    # Redis answers and refuses: it is full, loading or read-only, or our command is wrong.
+    log.warning("redis refused", error=str(error)[:300])
+    return StoreRefused()
 
 
 def cause_of(error: StoreUnavailable) -> str:
@@ -127,6 +137,9 @@ class Store:
             driver_info=None,
         )
         self.redis: Redis = Redis(connection_pool=self._pool)
+        self._shared: SharedConnection | None = None
+        self._opening: asyncio.Future[SharedConnection | Exception] | None = None
+        self._holders: set[asyncio.Task[None]] = set()
 
     async def _on_connect(self, _: AbstractConnection) -> None:
         self.connections_made += 1
@@ -157,27 +170,12 @@ class Store:
             StoreUnavailable: Redis is away or full, or took longer than ``timeout`` seconds. Some scripts may have
                 run or may still run.
         """
-        # As `bounded_call`, written out: its two context managers were a twentieth of a /prepare (measured).
-        began = time.monotonic()
-        try:
-            with store_errors():
-                async with asyncio.timeout(timeout):
-                    replies = await self._answers(calls)
-                for reply in replies:
-                    if isinstance(reply, ResponseError):
-                        raise reply
-        except StoreUnavailable:
-            self.errors += 1
-            raise
-        finally:
-            self._observe_trip(calls, began)
+        replies = await self._trip(calls, timeout)
+        for reply in replies:
+            if isinstance(reply, ResponseError):
+                self.errors += 1
+                raise _store_error(reply) from reply
         return replies
-
-    def _observe_trip(self, calls: Sequence[Call], began: float) -> None:
-        if self._observe is not None:
-            seconds = time.monotonic() - began
-            for name in {call.name for call in calls}:
-                self._observe(name, seconds)
 
     async def run_each(self, calls: Sequence[Call], *, timeout: float = CALL_TIMEOUT) -> list[Any]:
         """Run scripts as `run` does. The reply of a call that Redis refuses is a `StoreRefused`; the others count.
@@ -186,23 +184,31 @@ class Store:
             StoreRefused: Redis refused all calls.
             StoreUnavailable: Redis is away, or took longer than ``timeout`` seconds.
         """
+        replies = await self._trip(calls, timeout)
+        refused = [reply for reply in replies if isinstance(reply, ResponseError)]
+        if not refused:
+            return replies
+        if len(refused) == len(replies):
+            self.errors += 1
+            raise _store_error(refused[0]) from refused[0]
+        self.errors += len(refused)
+        log.warning("redis refused", calls=len(refused), error=str(refused[0])[:300])
+        return [StoreRefused() if isinstance(reply, ResponseError) else reply for reply in replies]
+
+    async def _trip(self, calls: Sequence[Call], timeout: float) -> list[Any]:
+        """Return the replies, and count the round trip. The reply of a call that Redis refused is a `ResponseError`."""
+        # As `bounded_call`, written out: its two context managers were a twentieth of a /prepare (measured).
         began = time.monotonic()
         try:
-            with store_errors():
-                async with asyncio.timeout(timeout):
-                    replies = await self._answers(calls)
-                refused = [reply for reply in replies if isinstance(reply, ResponseError)]
-                if refused and len(refused) == len(replies):
-                    raise refused[0]
-        except StoreUnavailable:
+            return await self._answers(calls, asyncio.get_running_loop().time() + timeout)
+        except (RedisError, OSError, TimeoutError) as error:
             self.errors += 1
-            raise
+            raise _store_error(error) from error
         finally:
-            self._observe_trip(calls, began)
-        if refused:
-            self.errors += len(refused)
-            log.warning("redis refused", calls=len(refused), error=str(refused[0])[:300])
-        return [StoreRefused() if isinstance(reply, ResponseError) else reply for reply in replies]
+            if self._observe is not None:
+                seconds = time.monotonic() - began
+                for name in {call.name for call in calls}:
+                    self._observe(name, seconds)
 
     async def commands(
         self, commands: Sequence[Sequence[Any]], *, timeout: float = CALL_TIMEOUT
@@ -214,24 +220,96 @@ class Store:
         """
         if not commands:
             return []
+        give_up_at = asyncio.get_running_loop().time() + timeout
         with store_errors():
-            async with asyncio.timeout(timeout):
-                return await self._send([command_call(*command).packed for command in commands])
+            return await self._send([command_call(*command).packed for command in commands], give_up_at)
 
-    async def _answers(self, calls: Sequence[Call]) -> list[Any]:
-        """Return the replies. The reply of a call that Redis refused is an error."""
-        replies = await self._send([call.packed for call in calls])
-        if any(isinstance(reply, ResponseError) for reply in replies):
-            unknown = [n for n, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-            if unknown:  # Redis is new, or was restarted
-                loads = self._loads()
-                again = await self._send([*loads, *(calls[n].packed for n in unknown)])
-                for n, reply in zip(unknown, again[len(loads) :], strict=True):
-                    replies[n] = reply
+    async def _answers(self, calls: Sequence[Call], give_up_at: float) -> list[Any]:
+        """Return the replies. Scripts that Redis does not know are loaded."""
+        alone = any(call.waits for call in calls)
+        replies = await self._send([call.packed for call in calls], give_up_at, alone=alone)
+        unknown = [n for n, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+        if unknown:  # Redis is new, or was restarted
+            loads = self._loads()
+            again = await self._send([*loads, *(calls[n].packed for n in unknown)], give_up_at)
+            for n, reply in zip(unknown, again[len(loads) :], strict=True):
+                replies[n] = reply
         return replies
 
-    async def _send(self, packed: Sequence[bytes]) -> list[Any]:
+    async def _send(self, packed: Sequence[bytes], give_up_at: float, *, alone: bool = False) -> list[Any]:
         """Write packed commands and read their replies.
+
+        Args:
+            packed: the commands.
+            give_up_at: the time of the event loop until which the replies are waited for.
+            alone: use a connection on which no other call waits for a reply.
+        """
+        replies = None
+        if not alone and sum(map(len, packed)) <= MAX_SHARED:
+            shared = self._shared
+            if shared is None or shared.retired:
+                async with asyncio.timeout_at(give_up_at):
+                    shared = await self._open_shared()
+            if shared.takes_calls:
+                replies = await shared.ask(packed, give_up_at)
+        if replies is None:
+            async with asyncio.timeout_at(give_up_at):
+                replies = await self._send_alone(packed)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                await self._note_error(reply)
+        self.has_answered = True
+        return replies
+
+    async def _note_error(self, error: Exception) -> None:
+        """Use other connections if those there are lead to a server that cannot serve us.
+
+        Raises:
+            Exception: the error, if no command was answered, or none can be.
+        """
+        answered = isinstance(error, ResponseError)
+        if not answered or isinstance(error, ReadOnlyError | MasterDownError):
+            if self._shared is not None:
+                self._shared.retire()
+            await self._reconnect()
+        if not answered:
+            raise error
+
+    async def _open_shared(self) -> SharedConnection:
+        """Return a new shared connection. All who need one at the same time wait for the same attempt to open it."""
+        if self._opening is None:
+            self._opening = asyncio.get_running_loop().create_future()
+            holder = asyncio.create_task(self._hold_shared(self._opening), name="shared connection")
+            self._holders.add(holder)
+            holder.add_done_callback(self._holders.discard)
+        opened = await asyncio.shield(self._opening)
+        if isinstance(opened, Exception):
+            raise opened
+        return opened
+
+    async def _hold_shared(self, opening: asyncio.Future[SharedConnection | Exception]) -> None:
+        """Open a shared connection, and have the library close it when it is lost or not used any more."""
+        connection = self._pool.make_connection()
+        try:
+            try:
+                async with asyncio.timeout(CALL_TIMEOUT):
+                    await connection.connect()  # type: ignore[no-untyped-call]  # as the library has it
+                shared = self._shared = SharedConnection(connection)
+            except (RedisError, OSError, TimeoutError) as error:
+                opening.set_result(error)
+                return
+            finally:
+                self._opening = None
+            opening.set_result(shared)
+            try:
+                await shared.closed
+            finally:
+                shared.close()
+        finally:
+            await connection.disconnect(nowait=True)
+
+    async def _send_alone(self, packed: Sequence[bytes]) -> list[Any]:
+        """Write packed commands to a connection of their own, and read their replies.
 
         The pipeline of the library takes 29 to 40 µs for a command of 3 KB, this takes 13 (measured). That is most of
         the cost of a journal.
@@ -240,22 +318,21 @@ class Store:
         try:
             await connection.send_packed_command([b"".join(packed)])
             replies = [await _read_reply(connection) for _ in packed]
-            self.has_answered = True
             if any(isinstance(reply, ReadOnlyError | MasterDownError) for reply in replies):
                 await connection.disconnect()
-                await self._reconnect()
             return replies
         finally:
             await asyncio.shield(self._pool.release(connection))  # a second cancel must not lose a connection
 
     async def _load(self) -> None:
         """Load every script in one round trip: one after the other takes seconds if Redis is far away."""
-        for reply in await self._send(self._loads()):
+        give_up_at = asyncio.get_running_loop().time() + CALL_TIMEOUT
+        for reply in await self._send(self._loads(), give_up_at):
             if isinstance(reply, ResponseError):
                 raise reply
 
     def _loads(self) -> list[bytes]:
-        return [_packed([b"SCRIPT", b"LOAD", text.encode()]) for text in self._texts]
+        return [_packed(("SCRIPT", "LOAD", text)) for text in self._texts]
 
     async def _reconnect(self) -> None:
         """Close the idle connections, which lead to a server that is not the primary any more.
@@ -321,6 +398,9 @@ class Store:
 
     async def close(self) -> None:
         """Close all connections."""
+        for holder in self._holders:
+            holder.cancel()
+        await asyncio.gather(*self._holders, return_exceptions=True)
         await self.redis.aclose()
         await self._pool.aclose()
 
@@ -402,7 +482,7 @@ class Script:
         self._names = frozenset(name.removesuffix("...") for name in (*text.keys, *text.args))
         store.register(text.lua)
         sha = hashlib.sha1(text.lua.encode(), usedforsecurity=False).hexdigest()
-        self._head = f"$7\r\nEVALSHA\r\n$40\r\n{sha}\r\n".encode()
+        self._head = ("EVALSHA", sha)
 
     async def __call__(self, **values: Any) -> Any:
         """Run it and return its reply.
@@ -430,40 +510,42 @@ class Script:
         if values.keys() != self._names:
             raise TypeError(f"the script takes {sorted(self._names)}, not {sorted(values)}")
         keys = _in_order(self.text.keys, values)
-        words = [b"%d" % len(keys), *keys, *_in_order(self.text.args, values)]
-        # https://valkey.io/topics/protocol/
-        packed = b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
-        return Call(b"*%d\r\n%b%b" % (len(words) + 2, self._head, packed), self._name)
+        return Call(_packed((*self._head, len(keys), *keys, *_in_order(self.text.args, values))), self._name)
 
 
-def _in_order(names: Sequence[str], values: Mapping[str, Any]) -> list[bytes]:
-    words: list[Any] = []
-    for name in names:
-        if name.endswith("..."):
-            words += values[name.removesuffix("...")]
-        else:
-            words.append(values[name])
-    return [_word(word) for word in words]
-
-
-def _word(value: Any) -> bytes:
-    return value if isinstance(value, bytes) else str(value).encode()
+def _in_order(names: Sequence[str], values: Mapping[str, Any]) -> list[Any]:
+    if names and names[-1].endswith("..."):  # only the last one may be a list
+        return [*[values[name] for name in names[:-1]], *values[names[-1].removesuffix("...")]]
+    return [values[name] for name in names]
 
 
 class Call(NamedTuple):
-    """A script or command with its arguments, encoded in the protocol of Redis."""
+    """A script or command with its arguments, encoded in the protocol of Redis.
+
+    Attributes:
+        packed: the call.
+        name: the name of the script.
+        waits: Redis may answer it much later, and answers nothing else on its connection until then.
+    """
 
     packed: bytes
     name: str = "command"
+    waits: bool = False
 
 
 def command_call(*words: Any) -> Call:
     """Return a call of a plain command, to be run by `Store.run` together with scripts."""
-    return Call(_packed([_word(word) for word in words]))
+    return Call(_packed(words), waits=words[0] == "WAIT")
 
 
-def _packed(words: Sequence[bytes]) -> bytes:
-    return b"*%d\r\n%b" % (len(words), b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words]))
+def _packed(words: tuple[Any, ...]) -> bytes:
+    """Return a command in the protocol of Redis: https://valkey.io/topics/protocol/.
+
+    Raises:
+        TypeError: a word is neither text nor bytes nor a number.
+    """
+    packed: bytes = hiredis.pack_command(words)  # in Python it took four times as long
+    return packed
 
 
 async def _read_reply(connection: AbstractConnection) -> Any:
