@@ -56,9 +56,9 @@ CHAT_TEXT = frozenset({"role", "content", "name", "model", "refusal", "tool_call
 """Keys of a message whose contents every model reads."""
 
 # With these the model reads more or other text than is sent. A prediction is not part of the prompt.
-_CHANGES_THE_PROMPT = (
-    *("plugins", "transforms", "web_search_options", "prediction"),
-    *("previous_response_id", "conversation", "prompt"),
+_CHANGES_THE_PROMPT = frozenset(
+    {"plugins", "transforms", "web_search_options", "prediction"}
+    | {"previous_response_id", "conversation", "prompt"}
 )
 
 
@@ -98,13 +98,15 @@ def calibration_size(
         sizes: the size of each entry.
         known: keys of an entry whose contents every model reads.
     """
-    if any(parameters.get(name) for name in _CHANGES_THE_PROMPT):
+    if any(parameters[name] for name in parameters.keys() & _CHANGES_THE_PROMPT):
         return None
     if not _only_functions(parameters.get("tools") or []):
         return None
     text_bytes, flat_tokens = frame
     for entry, size in zip(entries, sizes, strict=True):
-        if size.flat_tokens != MESSAGE_TOKENS or any(entry[key] for key in entry.keys() - known):
+        if size.flat_tokens != MESSAGE_TOKENS or not (
+            entry.keys() <= known or all(key in known or not value for key, value in entry.items())
+        ):
             return None
         text_bytes += size.text_bytes
         flat_tokens += MESSAGE_TOKENS

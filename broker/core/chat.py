@@ -73,7 +73,7 @@ class ChatRequest:
 
     def with_system(self, text: str | None) -> ChatRequest:
         """Return this request with an operator's system message before it, if there is one."""
-        return replace(self, messages=with_system_message(self.messages, text))
+        return replace(self, messages=with_system_message(self.messages, text)) if text else self
 
     def image_addresses(self) -> Iterator[tuple[str, str]]:
         """Yield the place and the URL of each picture."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
@@ -18,7 +19,7 @@ from broker.core.nested import Opened, without_opened
 from broker.core.parameters import CLOSED_MODEL_FORMS, CLOSED_PARTS, FETCHED_IMAGES, PRESET, is_open
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from pydantic import TypeAdapter
 
@@ -40,6 +41,7 @@ _SENTENCES = {
     "dict_type": "Input should be an object",
     "list_type": "Input should be an array",
 }
+_ALL_MODELS = ("*",)
 _CLOSED = "This broker does not take this parameter"
 
 Fault = dict[str, str]
@@ -120,7 +122,9 @@ def check_models(models: Iterable[str], rules: RequestRules) -> None:
         ModelNotAllowed: with the first model that is not allowed.
     """
     for model in models:
-        if not any(fnmatchcase(model, glob) for glob in rules.allowed_models):
+        if rules.allowed_models != _ALL_MODELS and not any(
+            fnmatchcase(model, glob) for glob in rules.allowed_models
+        ):
             raise ModelNotAllowed(f"The model {model} may not be used here.")
 
 
@@ -146,8 +150,8 @@ def too_many(given: Mapping[str, Any], field: str, limit: int) -> list[Fault]:
 def wrong_parameters(given: dict[str, Any], schema: Schema, extra_parameters: tuple[str, ...]) -> list[Fault]:
     """Return the faults in types and ranges of single parameters."""
     opened = _opened(given, schema, extra_parameters)
-    checked = {name: value for name, value in given.items() if name not in opened}
-    if nested := Opened(extra_parameters):
+    checked = {name: value for name, value in given.items() if name not in opened} if opened else given
+    if extra_parameters and (nested := _opened_below(extra_parameters)):
         checked = without_opened(checked, schema.kind, nested)
     if not opened:
         return _faults(schema.types, checked)
@@ -203,6 +207,12 @@ def refuse_fetched_images(addresses: Iterable[tuple[str, str]], extra_parameters
     )
 
 
+@lru_cache(maxsize=8)
+def _opened_below(extra_parameters: tuple[str, ...]) -> Opened:
+    """Return the nested names of an operator's list. Kept, because they are an expression to compile."""
+    return Opened(extra_parameters)
+
+
 def _opened(given: Mapping[str, Any], schema: Schema, extra_parameters: tuple[str, ...]) -> frozenset[str]:
     """Return the given parameters that are not checked because the operator opened them."""
     if not extra_parameters:
@@ -250,8 +260,10 @@ def _model_forms(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from ((field, form) for form in CLOSED_MODEL_FORMS if form in present)
 
 
-def _forms(model: str) -> set[str]:
+def _forms(model: str) -> Collection[str]:
     """Return ``{":free", ":online", "@preset"}`` for ``a/b:free:Online@preset/c``."""
+    if ":" not in model and "@" not in model:
+        return ()
     name = model.lower()
     suffixes = name.replace(PRESET, f":{PRESET}").split(":")[1:]
     return {f":{suffix}" for suffix in suffixes} | ({PRESET} if PRESET in name else set())

@@ -27,44 +27,41 @@ def demand_of(body: Mapping[str, Any], models: Iterable[str]) -> Demand:
         body: the body as it is sent.
         models: every model that the request can reach.
     """
-    # The messages of a chat, or the items of a Responses request.
-    entries = [
-        entry for entry in _list(body.get("messages")) + _list(body.get("input")) if isinstance(entry, dict)
-    ]
-    parts = [
-        part
-        for entry in entries
-        for part in _list(entry.get("content")) + _list(entry.get("output"))
-        if isinstance(part, dict)
-    ]
-    modalities = _list(body.get("modalities"))
+    images = sounds = 0
+    for entry in _objects(body.get("messages")) + _objects(body.get("input")):
+        for part in _objects(entry.get("content")) + _objects(entry.get("output")):
+            kind = part.get("type")
+            images += kind in _PICTURES
+            sounds += kind == "input_audio"
+        images += len(_list(entry.get("images")))
+        sounds += bool(entry.get("audio"))
+    modalities, tools = _list(body.get("modalities")), _objects(body.get("tools"))
     return Demand(
-        images=sum(part.get("type") in _PICTURES for part in parts)
-        + sum(len(_list(entry.get("images"))) for entry in entries),
-        sounds=sum(part.get("type") == "input_audio" for part in parts)
-        + sum(bool(entry.get("audio")) for entry in entries),
-        searches=_searches(body, models),
-        draws="image" in modalities or bool(body.get("image_config")) or _has_painter(body),
+        images=images,
+        sounds=sounds,
+        searches=_searches(body, models, tools),
+        draws="image" in modalities or bool(body.get("image_config")) or _has_painter(tools),
         speaks="audio" in modalities or bool(body.get("audio")),
     )
 
 
-def _has_painter(body: Mapping[str, Any]) -> bool:
+def _has_painter(tools: list[dict[str, Any]]) -> bool:
     """Return True if a tool of the server may draw."""
-    tools = [tool for tool in _list(body.get("tools")) if isinstance(tool, dict)]
     return any("image_generation" in str(tool.get("type")) for tool in tools)
 
 
-def _searches(body: Mapping[str, Any], models: Iterable[str]) -> int:
-    asked = any(ONLINE in model.lower() for model in models) or body.get("web_search_options") is not None
-    plugins = [plugin for plugin in _list(body.get("plugins")) if isinstance(plugin, dict)]
-    searching = sum(
-        1 for plugin in plugins if plugin.get("id") in _SEARCH_PLUGINS and plugin.get("enabled") is not False
-    )
-    tools = [tool for tool in _list(body.get("tools")) if isinstance(tool, dict)]
-    served = sum(1 for tool in tools if tool.get("type") != "function")
-    return int(asked) + searching + served * SEARCHES_OF_A_TOOL
+def _searches(body: Mapping[str, Any], models: Iterable[str], tools: list[dict[str, Any]]) -> int:
+    asked = body.get("web_search_options") is not None or any(ONLINE in model.lower() for model in models)
+    plugins = _objects(body.get("plugins"))
+    searching = [p for p in plugins if p.get("id") in _SEARCH_PLUGINS and p.get("enabled") is not False]
+    served = [tool for tool in tools if tool.get("type") != "function"]
+    return int(asked) + len(searching) + len(served) * SEARCHES_OF_A_TOOL
 
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    """Return the objects of a list; none if it is anything else, such as a text."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []

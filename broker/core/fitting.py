@@ -37,6 +37,10 @@ class ModelLimits:
     max_completion_tokens: int | None = None
 
 
+UNLIMITED = ModelLimits()
+"""The limits of a model of which nothing is known."""
+
+
 @dataclass(frozen=True, slots=True)
 class FitRules:
     """The limits that the operator sets.
@@ -144,33 +148,36 @@ def fit(
         InvalidRequest: the requested answer leaves no room for a prompt.
         PromptTooLong: the prompt is too long even after trimming; the detail has both figures, in tokens.
     """
-    known = [_of_model(models, model, ModelLimits()) for model in request.reachable_models]
+    reachable = request.reachable_models
+    known = [_of_model(models, model, UNLIMITED) for model in reachable]
     contexts = [limits.context_length for limits in known if limits.context_length]
     cap = _output_cap(request, known, contexts, rules.max_output_tokens)
     if contexts and cap >= min(contexts):
         raise _no_room(request, cap, min(contexts))
     limit = _prompt_limit(contexts, cap, rules.max_prompt_tokens)
-    density = min(
-        _of_model(bytes_per_token or {}, m, DEFAULT_BYTES_PER_TOKEN) for m in request.reachable_models
-    )
+    learned = bytes_per_token or {}
+    density = min([_of_model(learned, model, DEFAULT_BYTES_PER_TOKEN) for model in reachable])
 
     frame, sizes = request.measure_frame(), request.measure()
     costs = [size.tokens(density) for size in sizes]
     kept = trim(request.droppable(), costs, limit - frame.tokens(density))
-    prompt_tokens = frame.tokens(density) + sum(costs[index] for index in kept)
+    prompt_tokens = frame.tokens(density) + sum([costs[index] for index in kept])
     if prompt_tokens > limit:
         raise _too_long(request.field, prompt_tokens, int(limit))
-    safe = min(density, DEFAULT_BYTES_PER_TOKEN)
+    sizes_kept = [sizes[index] for index in kept]
+    reserved = prompt_tokens
+    if density > DEFAULT_BYTES_PER_TOKEN:
+        reserved = sum([size.tokens(DEFAULT_BYTES_PER_TOKEN) for size in (frame, *sizes_kept)])
     return FittedRequest(
         body=_capped(request.body(kept), request.caps, cap) | _ours(request, rules),
         model=request.model,
         prompt_tokens=prompt_tokens,
-        reserved_prompt_tokens=frame.tokens(safe) + sum(sizes[index].tokens(safe) for index in kept),
+        reserved_prompt_tokens=reserved,
         max_output_tokens=cap,
         dropped=len(sizes) - len(kept),
         dialect=request.dialect,
         answers=request.parameters.get("n", 1),
-        calibration_sample=request.calibration_size(kept, frame, [sizes[index] for index in kept]),
+        calibration_sample=request.calibration_size(kept, frame, sizes_kept),
     )
 
 

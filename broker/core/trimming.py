@@ -37,6 +37,8 @@ def trim(units: Iterable[Sequence[int]], tokens: Sequence[int], limit: float) ->
         limit: tokens of all entries together.
     """
     total = sum(tokens)
+    if total <= limit:
+        return list(range(len(tokens)))
     dropped: set[int] = set()
     for unit in units:
         if total <= limit:
