@@ -50,6 +50,7 @@ from broker.upstream.client import UpstreamClient
 from broker.upstream.generations import fetch_generation
 from broker.upstream.model_list import fetch_models
 from broker.web import keys
+from broker.web.metrics_token import MetricsToken
 from broker.web.occupancy import Occupancy
 from broker.web.refused_origins import RefusedOrigins
 from broker.web.waiting import WaitingPages
@@ -171,13 +172,8 @@ async def build(
         waiting = app[keys.WAITING] = WaitingPages()
         metrics.watch(worker, sessions, store, upstream, waiting)
         worker.start()
-        app[keys.SETTINGS] = settings
-        app[keys.ORIGINS] = Origins(
-            frozenset(origin.lower() for origin in settings.cors_origins), settings.told_of_loopback
-        )
-        app[keys.REFUSED_ORIGINS] = RefusedOrigins()
-        app[keys.OCCUPANCY] = Occupancy(settings.max_streams)
-        naming = await stack.enter_async_context(_naming(settings, store))
+        _add_checks(app, settings)
+        naming = app[keys.NAMING] = await stack.enter_async_context(_naming(settings, store))
         app[keys.IDENTIFIER] = await stack.enter_async_context(clients(settings, naming, known))
         await stack.enter_async_context(_reading(known))
         system = app[keys.SYSTEM] = SystemMessage(settings.system_file)
@@ -197,6 +193,17 @@ async def build(
         await stack.enter_async_context(_timers(settings, worker, metrics))
         await _prepare_redis(store)
         yield
+
+
+def _add_checks(app: web.Application, settings: Settings) -> None:
+    """Give the application what it checks requests with before they reach any other part."""
+    app[keys.SETTINGS] = settings
+    app[keys.METRICS_TOKEN] = MetricsToken(settings.metrics_token)
+    app[keys.ORIGINS] = Origins(
+        frozenset(origin.lower() for origin in settings.cors_origins), settings.told_of_loopback
+    )
+    app[keys.REFUSED_ORIGINS] = RefusedOrigins()
+    app[keys.OCCUPANCY] = Occupancy(settings.max_streams)
 
 
 def _worker_info(worker_id: str) -> WorkerInfo:

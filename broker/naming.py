@@ -47,6 +47,10 @@ class Naming:
         """
         return self._names or await self._agree()
 
+    def use_secret(self, secret: str) -> None:
+        """Name clients with this secret of the operator from now on. All clients get new names, and so new budgets."""
+        self._names = ClientNamer(secret)
+
     async def run(self) -> NoReturn:
         """Agree on the secret with the other workers until cancelled. Not needed with an operator's secret."""
         while True:

@@ -19,7 +19,7 @@ from aiohttp import web
 from broker.logs import configure_logs
 from broker.mount import mount
 from broker.relay.tasks import keep_running
-from broker.secret_reload import SecretReload
+from broker.secret_reload import SecretReload, SecretUsers
 from broker.settings import open_door
 from broker.web import keys
 from broker.web.server import Runner
@@ -74,6 +74,7 @@ async def _serve(
     stopping = _stop_on_signals()
     async with AsyncExitStack() as stack:
         # The host is given in any case, for here it is known where the application listens.
+        given = settings.redis_url == redis_url  # else it is embedded
         settings = settings.model_copy(update={"host": settings.host, "redis_url": redis_url})
         if rehearsal:
             from broker.rehearsal.app import rehearsal_beside  # noqa: PLC0415 - only here, and it takes time
@@ -86,7 +87,7 @@ async def _serve(
         runner = Runner(app)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        await stack.enter_async_context(_reloading_secrets(settings, load, app))
+        await stack.enter_async_context(_reloading_secrets(settings, load, app, store_is_given=given))
         site = web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)
         await site.start()
         say(_address_line(runner, settings))
@@ -134,7 +135,7 @@ def _stop_on_signals() -> asyncio.Event:
 
 @asynccontextmanager
 async def _reloading_secrets(
-    settings: Settings, load: Callable[[], Settings], app: web.Application
+    settings: Settings, load: Callable[[], Settings], app: web.Application, *, store_is_given: bool
 ) -> AsyncIterator[None]:
     """Read secrets, system message and clients file again at SIGHUP, which never ends the service.
 
@@ -143,9 +144,14 @@ async def _reloading_secrets(
     reload = SecretReload(
         settings,
         load=load,
-        upstream=app[keys.UPSTREAM],
-        identifier=app[keys.IDENTIFIER],
-        known=app[keys.KNOWN_CLIENTS],
+        users=SecretUsers(
+            upstream=app[keys.UPSTREAM],
+            identifier=app[keys.IDENTIFIER],
+            known=app[keys.KNOWN_CLIENTS],
+            naming=app[keys.NAMING],
+            metrics=app[keys.METRICS_TOKEN],
+            store=app[keys.STORE] if store_is_given else None,
+        ),
         hide=lambda secrets: configure_logs(settings.log_level, settings.log_format, secrets=secrets),
     )
 

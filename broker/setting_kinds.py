@@ -102,8 +102,9 @@ def _signing_secrets(value: Any) -> Any:
     secrets = _listed(text.replace("\n", ","))  # a file may have one per line
     if not 1 <= len(secrets) <= _MOST_SECRETS or _PUBLIC.search(text):  # a key in several lines too
         raise ValueError("secrets")
-    # A single secret that has commas itself stays valid.
-    return tuple(map(SecretStr, dict.fromkeys((*secrets, text.strip()))))
+    # A secret that has commas or lines itself stays valid.
+    whole = [line.strip() for line in (*text.split("\n"), text) if line.strip(" \t\r\n,")]
+    return tuple(map(SecretStr, dict.fromkeys((*secrets, *whole))))
 
 
 def _signing_secret(value: SecretStr) -> SecretStr:

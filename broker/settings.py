@@ -312,7 +312,7 @@ def secret_files() -> list[Path]:
         SettingsError: `.env` cannot be read.
     """
     written = {**_read_dotenv(), **{name: value for name, value in os.environ.items() if value}}
-    names = (f"{setting_name(field)}_FILE" for field in sorted(_SECRETS - {"api_keys", "redis_url"}))
+    names = (f"{setting_name(field)}_FILE" for field in sorted(_SECRETS - {"api_keys"}))
     return [Path(path) for name in names if (path := written.get(name, "").strip())]
 
 

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import hiredis
 import structlog
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.credentials import UsernamePasswordCredentialProvider
 from redis.exceptions import MasterDownError, NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 from broker.core.errors import StoreRefused, StoreUnavailable
@@ -102,6 +104,20 @@ class _CountingPool(BlockingConnectionPool):
         return connection
 
 
+class _Credentials(UsernamePasswordCredentialProvider):
+    """The user and the password that a new connection shows. They may be replaced."""
+
+    @classmethod
+    def take_from(cls, options: dict[str, Any]) -> _Credentials:
+        """Return those in the options of a connection, and remove them there."""
+        return cls(options.pop("username", None), options.pop("password", None))
+
+    @property
+    def are_set(self) -> bool:
+        """True if there is anything to show."""
+        return bool(self.username or self.password)
+
+
 class Store:
     """The connection of one worker to Redis. Values are bytes.
 
@@ -123,8 +139,13 @@ class Store:
         self.connections_made = self.errors = 0
         self.has_answered = False
         self._observe = observe
-        self._pool = _CountingPool.from_url(
-            url,
+        options: dict[str, Any] = dict(parse_url(url))
+        self._credentials = _Credentials.take_from(options)
+        self._options = options
+        self._pool = _CountingPool(
+            **options,
+            # Without a password, the server would refuse the attempt to show one.
+            credential_provider=self._credentials if self._credentials.are_set else None,
             on_connect=self._on_connect,
             max_connections=MAX_CONNECTIONS,
             timeout=CALL_TIMEOUT,
@@ -143,6 +164,20 @@ class Store:
 
     async def _on_connect(self, _: AbstractConnection) -> None:
         self.connections_made += 1
+
+    def use_credentials(self, url: str) -> bool:
+        """Use the user and the password in this URL for all new connections.
+
+        Connections that are open stay as they are: a server forgets none because of a new password.
+
+        Returns False and changes nothing if anything else in the URL differs, or if only one of both has a password.
+        """
+        options: dict[str, Any] = dict(parse_url(url))
+        credentials = _Credentials.take_from(options)
+        if options != self._options or credentials.are_set != self._credentials.are_set:
+            return False
+        self._credentials.username, self._credentials.password = credentials.username, credentials.password
+        return True
 
     def session_keys(self, session_id: str) -> dict[str, str]:
         """Return the keys of a session by their kinds: `session`, `events` and `viewers`.

@@ -9,6 +9,7 @@ from broker.core.client_limits import ServiceLimits
 from broker.core.origins import Origins
 from broker.identity.known_clients import KnownClients
 from broker.metrics import Metrics
+from broker.naming import Naming
 from broker.prepare import Admission
 from broker.relay.hub import Hub
 from broker.relay.results import Results
@@ -20,6 +21,7 @@ from broker.system_message import SystemMessage
 from broker.telemetry.interface import Telemetry
 from broker.upstream.client import UpstreamClient
 from broker.web.identity import ClientResolver
+from broker.web.metrics_token import MetricsToken
 from broker.web.occupancy import Occupancy
 from broker.web.refused_origins import RefusedOrigins
 from broker.web.waiting import WaitingPages
@@ -43,6 +45,8 @@ RESULTS = web.AppKey("results", Results)
 WAITING = web.AppKey("waiting", WaitingPages)
 TELEMETRY = web.AppKey("telemetry", Telemetry)
 METRICS = web.AppKey("metrics", Metrics)
+METRICS_TOKEN = web.AppKey("metrics_token", MetricsToken)
+NAMING = web.AppKey("naming", Naming)
 UPSTREAM = web.AppKey("upstream", UpstreamClient)
 
 REQUEST_ID = web.RequestKey("request_id", str)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
-from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -12,10 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from broker.core.errors import Unauthorized
 from broker.core.identity import bearer
 from broker.core.origins import names_this_machine
-from broker.web.keys import METRICS, SETTINGS
-
-if TYPE_CHECKING:
-    from pydantic import SecretStr
+from broker.web.keys import METRICS, METRICS_TOKEN
 
 _OF_PROXIES = (hdrs.FORWARDED, hdrs.X_FORWARDED_FOR, "X-Real-IP", hdrs.VIA)
 
@@ -27,21 +22,14 @@ async def get_metrics(request: web.Request) -> web.Response:
         Unauthorized: a token is set, and the request has another one, or none.
         HTTPNotFound: no token is set, and the request may come from another machine.
     """
-    token = request.app[SETTINGS].metrics_token
-    if token is not None:
-        _check_token(request, token)
+    token = request.app[METRICS_TOKEN]
+    if token.is_set:
+        if not token.is_shown(bearer(request.headers.getall(hdrs.AUTHORIZATION, ()))):
+            raise Unauthorized
     elif not _is_from_this_machine(request):
         raise web.HTTPNotFound
     headers = {hdrs.CONTENT_TYPE: CONTENT_TYPE_LATEST, hdrs.CACHE_CONTROL: "no-store"}
     return web.Response(body=request.app[METRICS].text(), headers=headers)
-
-
-def _check_token(request: web.Request, token: SecretStr) -> None:
-    shown = bearer(request.headers.getall(hdrs.AUTHORIZATION, ()))
-    if shown is None or not hmac.compare_digest(
-        shown.encode("utf-8", "surrogateescape"), token.get_secret_value().encode()
-    ):
-        raise Unauthorized
 
 
 def _is_from_this_machine(request: web.Request) -> bool:

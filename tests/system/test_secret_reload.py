@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import jwt
 import pytest
+import redis
 
 from tests.events import opened
+from tests.money import until
 from tests.scripted import PATIENCE
-from tests.system.harness import eventually, running_broker
+from tests.system.harness import NotStartedError, eventually, running_broker, running_valkey
 
 if TYPE_CHECKING:
     from tests.scripted import ScriptedUpstream
@@ -51,12 +54,14 @@ async def hang_up(broker: RunningBroker) -> list[str]:
     return [str(name) for name in changed]
 
 
-async def prepared(broker: RunningBroker, token: str | None = None) -> tuple[int, str]:
+async def prepared(
+    broker: RunningBroker, token: str | None = None, model: str = "scripted/model-1"
+) -> tuple[int, str]:
     """The status of a /prepare, and its session."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     async with (
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(PATIENCE)) as http,
-        http.post(f"{broker.url}/prepare", json=QUESTION, headers=headers) as answer,
+        http.post(f"{broker.url}/prepare", json={**QUESTION, "model": model}, headers=headers) as answer,
     ):
         body = await answer.json()
     return answer.status, str(body.get("sessionId", ""))
@@ -174,6 +179,125 @@ async def test_a_hangup_reads_the_file_of_api_keys_again(tmp_path: Path) -> None
         await hang_up(broker)
         assert (await prepared(broker, "the-old-key"))[0] == 401
         assert (await prepared(broker, "the-new-key"))[0] == 201
+
+
+async def replaced(broker: RunningBroker, path: Path, content: str) -> None:
+    """Replace a file of a secret, and wait until it was read."""
+    before = len(lines(broker, "secrets read again"))
+    replace(path, content)
+    await eventually(lambda: len(lines(broker, "secrets read again")) > before)
+
+
+async def test_a_changed_file_of_token_secrets_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_text(f"{OLD_SECRET}\n")
+    async with running_broker(env={"BROKER_JWT_SECRET_FILE": str(path)}) as broker:
+        for content, old, new in (
+            (f"{OLD_SECRET}\n{NEW_SECRET}\n", 201, 201),  # while both are in use
+            (f"{NEW_SECRET}\n", 401, 201),
+        ):
+            await replaced(broker, path, content)
+            assert lines(broker, "secrets read again")[-1]["changed"] == ["BROKER_JWT_SECRET"]
+            assert (await prepared(broker, token(OLD_SECRET)))[0] == old
+            assert (await prepared(broker, token(NEW_SECRET)))[0] == new
+
+
+async def status_of(broker: RunningBroker, path: str, shown: str) -> int:
+    headers = {"Authorization": f"Bearer {shown}"}
+    async with (
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(PATIENCE)) as http,
+        http.get(f"{broker.url}{path}", headers=headers) as answer,
+    ):
+        return answer.status
+
+
+async def test_a_changed_file_of_the_metrics_token_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("the-old-token")
+    async with running_broker(env={"BROKER_METRICS_TOKEN_FILE": str(path)}) as broker:
+        assert await status_of(broker, "/metrics", "the-old-token") == 200
+        replace(path, "the-new-token")
+        await eventually(lambda: lines(broker, "secrets read again"))
+        assert await status_of(broker, "/metrics", "the-old-token") == 401
+        assert await status_of(broker, "/metrics", "the-new-token") == 200
+        assert "the-new-token" not in broker.log()
+
+
+async def test_a_changed_file_of_the_name_secret_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_text("the secret of names, before")
+
+    async def requests(broker: RunningBroker) -> int:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(PATIENCE)) as http,
+            http.get(f"{broker.url}/usage") as answer,
+        ):
+            return int((await answer.json())["requests"])
+
+    env = {"BROKER_NAME_SECRET_FILE": str(path), "BROKER_ALLOWED_MODELS": "*"}
+    async with running_broker(env=env) as broker:
+        _, session = await prepared(broker, model="rehearsal/plain")
+        async with opened(broker.url, f"/stream/{session}") as connection:
+            await connection.rest()
+        assert await requests(broker) == 1
+        replace(path, "the secret of names, after")
+        await eventually(lambda: lines(broker, "secrets read again"))
+        assert await requests(broker) == 0  # the same address has another name now
+
+
+async def test_a_changed_password_of_redis_is_used_for_new_connections(tmp_path: Path) -> None:
+    path = tmp_path / "url"
+    async with running_valkey() as valkey:
+        with redis.Redis(port=valkey.port) as admin:
+            admin.config_set("requirepass", "the-old-password")
+        path.write_text(f"redis://:the-old-password@127.0.0.1:{valkey.port}/0")
+        async with running_broker(env={"REDIS_URL_FILE": str(path)}) as broker:
+            assert (await prepared(broker, model="rehearsal/plain"))[0] == 201
+            with redis.Redis(port=valkey.port, password="the-old-password") as admin:
+                admin.config_set("requirepass", "the-new-password")
+            replace(path, path.read_text().replace("old", "new"))
+            await eventually(lambda: lines(broker, "secrets read again"))
+            assert lines(broker, "secrets read again")[0]["changed"] == ["REDIS_URL"]
+            with redis.Redis(port=valkey.port, password="the-new-password") as admin:
+                admin.client_kill_filter(_type="normal", skipme=True)
+                admin.client_kill_filter(_type="pubsub")
+
+            async def works() -> bool:
+                return (await prepared(broker, model="rehearsal/plain"))[0] == 201
+
+            await until(works)
+            replace(path, path.read_text().replace("/0", "/1"))
+            await eventually(lambda: lines(broker, "setting has changed and needs a restart"))
+            assert lines(broker, "setting has changed and needs a restart")[0]["name"] == "REDIS_URL"
+            assert "password" not in broker.log()
+
+
+async def test_a_hangup_reads_the_clients_file_again(tmp_path: Path) -> None:
+    path = tmp_path / "clients.toml"
+    table = "[page]\nsha256 = '{}'\n"
+    path.write_text(table.format(hashlib.sha256(b"the-old-key").hexdigest()))
+    before = path.stat()
+    async with running_broker(env={"BROKER_CLIENTS_FILE": str(path)}) as broker:
+        assert (await prepared(broker, "the-old-key", "rehearsal/plain"))[0] == 201
+        path.write_text(table.format(hashlib.sha256(b"the-new-key").hexdigest()))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # so that only the signal causes a reload
+        await hang_up(broker)
+        await eventually(lambda: lines(broker, "clients changed"))
+        assert (await prepared(broker, "the-old-key", "rehearsal/plain"))[0] == 401
+        assert (await prepared(broker, "the-new-key", "rehearsal/plain"))[0] == 201
+
+
+async def test_a_broken_clients_file_ends_the_start_with_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "clients.toml"
+    path.write_text("[acme]\nsha256 = []\ndaily_cost = -1\n")
+    with pytest.raises(NotStartedError) as error:
+        async with running_broker(env={"BROKER_CLIENTS_FILE": str(path)}):
+            pass
+    told = str(error.value).partition("\n")[2]
+    assert told == (
+        'broker: BROKER_CLIENTS_FILE: [acme] daily_cost must be an amount in USD such as 2.50 or "2.50",'
+        " from 0 to 1000000\n"
+    )
 
 
 async def test_a_removed_secret_lets_nobody_in(tmp_path: Path) -> None:
