@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Required, get_args
 
 import orjson
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, with_config
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, with_config
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict  # typing's own gives pydantic too little before Python 3.12
 
@@ -87,7 +87,11 @@ PartType = Literal["text", "image_url", "input_audio", "file", "video_url", "inp
 
 Name = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[!-~]+$")]
 MessageName = Annotated[str, Field(min_length=1, max_length=64)]
-Address = Annotated[str, AfterValidator(_address)]
+Address = Annotated[
+    str,
+    AfterValidator(_address),
+    WithJsonSchema({"type": "string", "pattern": "^([hH][tT][tT][pP][sS]?://|[dD][aA][tT][aA]:)"}),
+]
 ExtraContent = Annotated[dict[str, Any], AfterValidator(_bounded_object)]
 
 
@@ -279,7 +283,7 @@ CollectedPartType = Literal[
 class CollectedPart(TypedDict):
     """A part of an answer that is neither text nor a picture, with keys of the provider."""
 
-    type: CollectedPartType
+    type: Literal["thinking", "redacted_thinking", "reasoning", "refusal", "reference", "output_text"]
 
 
 class UnknownCollectedPart(TypedDict):

@@ -14,7 +14,15 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Required
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, with_config
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    WithJsonSchema,
+    with_config,
+)
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
@@ -62,7 +70,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Positive = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, le=_LARGEST_EXACT)]
-Price = Annotated[Any, BeforeValidator(_price)]
+Price = Annotated[
+    Any,
+    BeforeValidator(_price),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": f"^{_PRICE.pattern}$"}]}
+    ),
+]
+OnlyTrue = Annotated[bool, AfterValidator(only_true), WithJsonSchema({"type": "boolean", "const": True})]
 ClientNamer = Annotated[list[Name], Field(max_length=64, fail_fast=True)]
 FunctionName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[!-~]+$")]
 Effort = Literal["max", "xhigh", "high", "medium", "low", "minimal", "none"]
@@ -259,7 +274,7 @@ class Parameters(TypedDict, total=False):
     route: Literal["fallback", "sort"]
     provider: Provider
 
-    stream: Annotated[bool, AfterValidator(only_true)]
+    stream: OnlyTrue
     stream_options: StreamOptions
     usage: Usage
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Required
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from broker.core.items import Item
@@ -19,6 +19,7 @@ from broker.core.parameters import (
     CacheOptions,
     Count,
     FunctionName,
+    OnlyTrue,
     OpenedParameters,
     Pairs,
     Penalty,
@@ -26,7 +27,6 @@ from broker.core.parameters import (
     Reasoning,
     Share,
     Trace,
-    only_true,
 )
 
 _LARGEST_EXACT = 2**53  # a browser cannot write every whole number beyond it
@@ -139,7 +139,7 @@ class ResponsesParameters(TypedDict, total=False):
     models: Annotated[list[Name], Field(max_length=MAX_MODELS, fail_fast=True)]
     provider: Provider
 
-    stream: Annotated[bool, AfterValidator(only_true)]
+    stream: OnlyTrue
     stream_options: StreamOptions
     store: bool
     truncation: Literal["auto", "disabled"]

@@ -12,6 +12,7 @@ from broker.web.metrics import get_metrics
 from broker.web.middleware import add_headers, guard
 from broker.web.models import get_models
 from broker.web.not_served import routes_not_served
+from broker.web.openapi import OpenApi
 from broker.web.page import client_routes, page_routes, to_page
 from broker.web.prepare import prepare
 from broker.web.stream import cancel, stream
@@ -44,6 +45,7 @@ def add_web(app: web.Application, settings: Settings, *, prefix: str = "") -> No
             web.get("/metrics", get_metrics),
             web.get("/health/live", live),
             web.get("/health/ready", ready),
+            web.get("/openapi.json", OpenApi(prefix, page=settings.page).answer),
             *client_routes(),
             *routes_not_served(),
         ]
