@@ -1,6 +1,6 @@
 """`broker chat`: one turn of a conversation through a running broker, printed as it streams.
 
-`broker/cli/turn.py` decides what to do with each event.
+`broker/cli/turn.py` decides what to do with each event; `conversation.py` has the conversation of several turns.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import sys
 from contextlib import suppress
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 from aiohttp.hdrs import RETRY_AFTER
@@ -23,7 +23,7 @@ from broker.cli.words import BAD_USE, complain, print_note, printable
 from broker.core.sse import Decoder, EventTooLarge
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
 
 LONGEST_TEXT = 16 * 1024 * 1024
@@ -45,15 +45,45 @@ def chat(text: str, *, model: str | None, url: str, token: str | None = None) ->
         OutputError: standard output is closed; the session is cancelled.
     """
     require_output()
+    show = Show()
     try:
         said = _standard_input() if text == "-" else text
         if not said.strip():
             return complain("there is nothing to say.", BAD_USE)
-        return asyncio.run(_chat(said, model, url, token))
+        answer = exchange([{"role": "user", "content": said}], model, url, token, show)
     except _UnusableTextError as error:
         return complain(error, BAD_USE)
     except TalkError as error:
         return complain(error)
+    show.end(answer.end)
+    return answer.end.status
+
+
+class Exchange(NamedTuple):
+    """An answer that was printed.
+
+    Attributes:
+        end: how it ended.
+        model: the model that was asked, empty if the broker does not say.
+        dropped: number of messages that the broker left out.
+    """
+
+    end: End
+    model: str
+    dropped: int
+
+
+def exchange(
+    messages: Sequence[Mapping[str, Any]], model: str | None, url: str, token: str | None, show: Show
+) -> Exchange:
+    """Send messages and print the answer as it streams.
+
+    Raises:
+        TalkError: the broker cannot be reached, or refuses the request.
+        KeyboardInterrupt: Ctrl-C; the session is cancelled.
+        OutputError: standard output is closed; the session is cancelled.
+    """
+    return asyncio.run(_exchange(messages, model, url, token, show))
 
 
 def _standard_input() -> str:
@@ -70,10 +100,12 @@ def _standard_input() -> str:
         raise _UnusableTextError(f"standard input cannot be read ({error.strerror}).") from None
 
 
-async def _chat(text: str, model: str | None, url: str, token: str | None) -> int:
-    show = Show()
+async def _exchange(
+    messages: Sequence[Mapping[str, Any]], model: str | None, url: str, token: str | None, show: Show
+) -> Exchange:
     async with broker_at(url, token) as broker:
-        session_id = await _prepare(broker, text, model)
+        prepared = await _prepare(broker, messages, model)
+        session_id = str(_field(prepared, "sessionId"))
         try:
             end = await _follow(broker, session_id, Turn(), show)
         except asyncio.CancelledError:
@@ -82,21 +114,21 @@ async def _chat(text: str, model: str | None, url: str, token: str | None) -> in
         except OutputError:
             await _cancel(broker, session_id)
             raise
-    show.end(end)
-    return end.status
+    told = orjson.loads(prepared)
+    dropped = told.get("droppedMessages")
+    return Exchange(end, str(told.get("model") or model or ""), dropped if isinstance(dropped, int) else 0)
 
 
-async def _prepare(broker: Broker, text: str, model: str | None) -> str:
-    request: dict[str, Any] = {"messages": [{"role": "user", "content": text}]}
+async def _prepare(broker: Broker, messages: Sequence[Mapping[str, Any]], model: str | None) -> bytes:
+    request: dict[str, Any] = {"messages": messages}
     if model is not None:
         request["model"] = model
     try:
-        answer = await broker.ask("POST", "/prepare", body=request)
+        return await broker.ask("POST", "/prepare", body=request)
     except TalkError as error:
         if model is not None or not _lacks_model(error):
             raise
-        answer = await broker.ask("POST", "/prepare", body={**request, "model": await _first_model(broker)})
-    return str(_field(answer, "sessionId"))
+        return await broker.ask("POST", "/prepare", body={**request, "model": await _first_model(broker)})
 
 
 def _lacks_model(error: TalkError) -> bool:
@@ -193,9 +225,20 @@ class Show:
         self._terminal = Console(file=output) if output.isatty() else None
         self._last = Piece("\n")
         self._last_note = ""
+        self._said: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """Return the text of the answer so far, without thoughts."""
+        return "".join(self._said)
 
     def piece(self, piece: Piece) -> None:
         """Print a part of the answer. Thoughts go to standard error, because they are not for programs."""
+        if not piece.thought:
+            self._said.append(piece.text)
+        self._print(piece)
+
+    def _print(self, piece: Piece) -> None:
         if self._terminal is None:
             if not piece.thought:
                 write(piece.text)
@@ -220,4 +263,4 @@ class Show:
 
     def _end_line(self) -> None:
         if not self._last.text.endswith("\n"):
-            self.piece(Piece("\n", thought=self._last.thought))
+            self._print(Piece("\n", thought=self._last.thought))

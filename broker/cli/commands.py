@@ -112,18 +112,26 @@ def rehearse(
 
 @app.command()
 def chat(
-    text: Annotated[str, typer.Argument(help="What to say; - reads standard input.")],
+    text: Annotated[
+        str | None, typer.Argument(help="What to say; - reads standard input. Without it, a conversation.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Which model to ask.", metavar="MODEL")] = None,
     url: Url = DEFAULT_URL,
     token: Token = None,
 ) -> None:
     """Send a message through a running broker and print the answer as it streams. Ctrl-C cancels it.
 
+    Without TEXT, on a terminal, it is a conversation: /model, /new and /help are its commands, Ctrl-D ends it.
+
     If the broker requires identity, set BROKER_TOKEN in the environment to an API key or a JWT.
     """
     from broker.cli import chat as command  # noqa: PLC0415 - see the module
 
-    raise typer.Exit(command.chat(text, model=model, url=url, token=token))
+    if text is not None:
+        raise typer.Exit(command.chat(text, model=model, url=url, token=token))
+    from broker.cli.conversation import converse  # noqa: PLC0415 - see the module
+
+    raise typer.Exit(converse(model=model, url=url, token=token))
 
 
 @app.command()
