@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from broker.core.session import State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sized
+    from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 
     from prometheus_client.metrics_core import Metric
 
@@ -30,30 +30,35 @@ if TYPE_CHECKING:
 FIRST_CHUNK = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120)
 CHUNK_GAP = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 SESSION = (0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-QUICK = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.3, 1)
+QUICK = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.3, 1.0)
 LAG = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 CANCEL = (0.005, 0.01, 0.05, 0.1, 0.3, 1, 3)
 """Upper bounds of histograms, in seconds."""
 
 
-class Gaps:
-    """A histogram of plain integers, for values that come at every read of an answer: a tenth of the library's cost."""
+class PlainHistogram:
+    """A histogram of plain integers, for values that come at every read or request: a tenth of the library's cost.
 
-    __slots__ = ("_counts", "_sum")
+    Args:
+        bounds: upper bounds of its buckets.
+    """
 
-    def __init__(self) -> None:
-        self._counts = [0] * (len(CHUNK_GAP) + 1)
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
     def observe(self, seconds: float) -> None:
         """Count a value."""
-        self._counts[bisect_left(CHUNK_GAP, seconds)] += 1
+        self._counts[bisect_left(self._bounds, seconds)] += 1
         self._sum += seconds
 
     def buckets(self) -> tuple[list[tuple[str, float]], float]:
         """Return the buckets as Prometheus has them, each with all smaller values, and the sum of the values."""
         total, buckets = 0, []
-        for bound, count in zip((*CHUNK_GAP, "+Inf"), self._counts, strict=True):
+        for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
             total += count
             buckets.append((str(bound), float(total)))
         return buckets, self._sum
@@ -69,7 +74,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.gaps = Gaps()
+        self.gaps = PlainHistogram(CHUNK_GAP)
         self._sessions = Counter(
             "broker_sessions",
             "Sessions that ended, by state and error.",
@@ -123,14 +128,7 @@ class Metrics:
         self._refused = Counter(
             "broker_refused", "Requests and streams that were refused, by code.", ["code"], registry=registry
         )
-        self._redis = Histogram(
-            "broker_redis_seconds",
-            "Round trips to Redis, by the scripts in them.",
-            ["script"],
-            buckets=QUICK,
-            registry=registry,
-        )
-        self._redis_of: dict[str, Histogram] = {}
+        self._redis: dict[str, PlainHistogram] = {}
         self._lag = Histogram(
             "broker_event_loop_lag_seconds",
             "How much later than wanted a timer of the event loop ran.",
@@ -174,10 +172,9 @@ class Metrics:
 
     def asked_redis(self, script: str, seconds: float) -> None:
         """Count a round trip to Redis."""
-        of_script = self._redis_of.get(script)
+        of_script = self._redis.get(script)
         if of_script is None:
-            # Kept, because the library's search for it takes longer than the counting.
-            of_script = self._redis_of[script] = self._redis.labels(script)
+            of_script = self._redis[script] = PlainHistogram(QUICK)
         of_script.observe(seconds)
 
     def loop_lagged(self, seconds: float) -> None:
@@ -193,7 +190,7 @@ class Metrics:
         waiting: Sized,
     ) -> None:
         """Read these at every scrape."""
-        self.registry.register(_Watched(worker, sessions, store, upstream, waiting, self.gaps))
+        self.registry.register(_Watched(worker, sessions, store, upstream, waiting, self.gaps, self._redis))
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
@@ -210,7 +207,8 @@ class _Watched(Collector):
         store: Store,
         upstream: UpstreamClient,
         waiting: Sized,
-        gaps: Gaps,
+        gaps: PlainHistogram,
+        redis: Mapping[str, PlainHistogram],
     ) -> None:
         self._worker = worker
         self._sessions = sessions
@@ -218,6 +216,7 @@ class _Watched(Collector):
         self._upstream = upstream
         self._waiting = waiting
         self._gaps = gaps
+        self._redis = redis
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing: the registry need not read the parts to know the names."""
@@ -266,3 +265,10 @@ class _Watched(Collector):
             buckets=buckets,
             sum_value=total,
         )
+        trips = HistogramMetricFamily(
+            "broker_redis_seconds", "Round trips to Redis, by the scripts in them.", labels=["script"]
+        )
+        for script, seconds in self._redis.items():
+            buckets, total = seconds.buckets()
+            trips.add_metric([script], buckets, total)
+        yield trips

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import orjson
 
@@ -34,13 +34,14 @@ from broker.core.request import parse_request
 from broker.store.sessions import Prepared
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Sequence
+    from collections.abc import Coroutine, Generator, Mapping, Sequence
 
     from broker.bytes_per_token import BytesPerToken
     from broker.catalog import Catalog
     from broker.core.client_limits import ClientLimits, Limits, ServiceLimits
     from broker.core.fitting import Request
     from broker.core.identity import Client
+    from broker.core.model_entry import Model
     from broker.core.rates import RateStatus
     from broker.settings import Settings
     from broker.store.connection import Store
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from broker.store.sessions import SessionStore
     from broker.system_message import SystemMessage
     from broker.telemetry.interface import TraceContext
+
+T = TypeVar("T")
 
 CATALOG_TIMEOUT = 1.0
 """Seconds that /prepare waits for the list of models. Unknown limits of a model are not enforced."""
@@ -227,12 +230,63 @@ class Admission:
     async def _make_ready(self, body: bytes, client: Client) -> ReadyRequest:
         """Return the request for the upstream and the most that it can use."""
         own = self._limits.of(client.limits)
-        async with self._turn_of(body):
-            request = await self._read(body, own)
+        request = await self._stepwise(body, self._read(body, own))
         names = request.reachable_models
         known = await self._catalog.known(names, timeout=CATALOG_TIMEOUT)
         if not self._catalog.openrouter:
             refuse_fetched_images(request.image_addresses(), self._settings.extra_parameters)
+        bytes_per_token = await self._bytes_per_token.of(names)
+        return await self._stepwise(body, self._fit(request, client, own, known, bytes_per_token))
+
+    async def _stepwise(self, body: bytes, steps: Generator[None, None, T]) -> T:
+        """Do the steps for a body, and return their result.
+
+        The event loop runs between the steps for a large body, and only one large body is handled at a time. The steps
+        for a small one are done at once, which is what most requests need.
+
+        Raises:
+            Overloaded: too many other large bodies came before it.
+        """
+        if len(body) <= SMALL_BODY:
+            return _do_at_once(steps)
+        try:
+            async with asyncio.timeout(TURN_TIMEOUT):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise Overloaded("Too many large requests came at once; try again in a moment.") from None
+        try:
+            while True:
+                next(steps)
+                await asyncio.sleep(0)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        finally:
+            self._turn.release()
+
+    def _read(self, body: bytes, limits: Limits) -> Generator[None, None, Request]:
+        """Count, parse, check and validate a body, in steps."""
+        found = outline(body)
+        yield
+        document = read_json(body)
+        yield
+        check_document(document, body, found)
+        yield
+        request = parse_request(document, self._rules)
+        yield
+        limits.check_models(request.reachable_models)
+        return request.with_system(limits.system).with_system(self._system.text)
+
+    def _fit(
+        self,
+        request: Request,
+        client: Client,
+        own: Limits,
+        known: Mapping[str, Model],
+        bytes_per_token: Mapping[str, float],
+    ) -> Generator[None, None, ReadyRequest]:
+        """Fit a request to its models, and compute the most that it can use, in steps."""
+        names, openrouter = request.reachable_models, self._catalog.openrouter
         limits = {
             name: ModelLimits(model.context_length, model.max_completion_tokens)
             for name, model in known.items()
@@ -240,58 +294,21 @@ class Admission:
         rules = FitRules(
             max_prompt_tokens=self._settings.max_prompt_tokens,
             max_output_tokens=own.max_output_tokens,
-            switch_off_compression=self._catalog.openrouter,
-            user=client.user if self._catalog.openrouter else None,
+            switch_off_compression=openrouter,
+            user=client.user if openrouter else None,
         )
-        bytes_per_token = await self._bytes_per_token.of(names)
-        async with self._turn_of(body):
-            fitted = fit(request, limits, rules, bytes_per_token)
-            await _pause(body)
-            prices = [known[name].prices if name in known else None for name in names]
-            demand = demand_of(fitted.body, names)
-            if own.quotas.limit_cost:
-                self._check_priced(prices, names, demand)
-            priced = self._prices_to_reserve(prices, demand)
-            worst = _worst_of(fitted, priced, demand)
-            if faults := beyond_limits(worst, own.quotas, request.caps[0]):
-                raise InvalidRequest(details=faults)
-            to_send = (
-                self._with_max_price(fitted.body, priced, demand) if own.quotas.limit_cost else fitted.body
-            )
-            return ReadyRequest(client, own, orjson.dumps(to_send), fitted, worst)
-
-    @asynccontextmanager
-    async def _turn_of(self, body: bytes) -> AsyncIterator[None]:
-        """Wait until this large body may be handled. Only one of them is handled at a time.
-
-        Raises:
-            Overloaded: too many others came before it.
-        """
-        if len(body) <= SMALL_BODY:
-            yield
-            return
-        try:
-            async with asyncio.timeout(TURN_TIMEOUT):
-                await self._turn.acquire()
-        except TimeoutError:
-            raise Overloaded("Too many large requests came at once; try again in a moment.") from None
-        try:
-            yield
-        finally:
-            self._turn.release()
-
-    async def _read(self, body: bytes, limits: Limits) -> Request:
-        """Count, parse, check and validate a body. Between two steps of a large body, the event loop runs."""
-        found = outline(body)
-        await _pause(body)
-        document = read_json(body)
-        await _pause(body)
-        check_document(document, body, found)
-        await _pause(body)
-        request = parse_request(document, self._rules)
-        await _pause(body)
-        limits.check_models(request.reachable_models)
-        return request.with_system(limits.system).with_system(self._system.text)
+        fitted = fit(request, limits, rules, bytes_per_token)
+        yield
+        prices = [known[name].prices if name in known else None for name in names]
+        demand = demand_of(fitted.body, names)
+        if own.quotas.limit_cost:
+            self._check_priced(prices, names, demand)
+        priced = self._prices_to_reserve(prices, demand)
+        worst = _worst_of(fitted, priced, demand)
+        if faults := beyond_limits(worst, own.quotas, request.caps[0]):
+            raise InvalidRequest(details=faults)
+        to_send = self._with_max_price(fitted.body, priced, demand) if own.quotas.limit_cost else fitted.body
+        return ReadyRequest(client, own, orjson.dumps(to_send), fitted, worst)
 
     def _prices_to_reserve(self, prices: Sequence[Prices | None], demand: Demand) -> list[Prices]:
         """Return the prices of which the highest is reserved, or none if no price is known.
@@ -481,6 +498,10 @@ def _digest(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
 
 
-async def _pause(body: bytes) -> None:
-    if len(body) > SMALL_BODY:
-        await asyncio.sleep(0)
+def _do_at_once(steps: Generator[None, None, T]) -> T:
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        result: T = end.value
+        return result

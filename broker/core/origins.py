@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._~:\[\]-]+")
 """scheme://host[:port], as a browser writes it. It is sent upstream as a header, so nothing else may pass."""
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+_LONGEST_KEPT = 256
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -80,6 +82,12 @@ def names_this_machine(host: str | None) -> bool:
 
 
 def _name_and_port(origin: str) -> tuple[str | None, int | None]:
+    # Most requests name the same few hosts. Longer texts are not kept: anybody can send them.
+    return _parse(origin) if len(origin) <= _LONGEST_KEPT else _parse.__wrapped__(origin)
+
+
+@lru_cache(maxsize=256)
+def _parse(origin: str) -> tuple[str | None, int | None]:
     try:
         parts = urlsplit(origin)
         return parts.hostname, parts.port

@@ -71,7 +71,10 @@ class Spec:
     @property
     def spec(self) -> Spec:
         """Return these values without those that a subclass adds."""
-        return Spec(**{each.name: getattr(self, each.name) for each in fields(Spec)})
+        return Spec(**{name: getattr(self, name) for name in _SPEC_NAMES})
+
+
+_SPEC_NAMES = tuple(each.name for each in fields(Spec))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,14 +181,13 @@ class SessionStore:
 
     async def prepare(self, session_id: str, prepared: Prepared) -> None:
         """Store a session. It can be claimed for `session_ttl` seconds from now."""
+        spec = prepared.spec
         ends_ms = await self._prepare(
-            session=self._key(session_id), request=prepared.request, spec=_SPEC.dump_json(prepared.spec)
+            session=self._key(session_id), request=prepared.request, spec=_SPEC.dump_json(spec)
         )
         if len(self._prepared_here) >= REMEMBERED:
             del self._prepared_here[next(iter(self._prepared_here))]
-        self._prepared_here[session_id] = SessionRecord(
-            State.PREPARED, "", "", prepared.spec, ends_ms=int(ends_ms)
-        )
+        self._prepared_here[session_id] = SessionRecord(State.PREPARED, "", "", spec, ends_ms=int(ends_ms))
 
     async def claim(
         self, session_id: str, claim_id: str, worker: str, *, also: Sequence[Call] = ()
@@ -221,9 +223,7 @@ class SessionStore:
             return read_status(reply)
         request, spec = reply[1:]
         stored = _SPEC.validate_json(spec)
-        return Prepared(
-            request=request or b"", **{each.name: getattr(stored, each.name) for each in fields(Spec)}
-        )
+        return Prepared(request=request or b"", **{name: getattr(stored, name) for name in _SPEC_NAMES})
 
     async def refuse(self, session_id: str, claim_id: str) -> bool:
         """Prevent a claim from winning. Returns True if that is certain, False if it has won or may have won."""

@@ -44,14 +44,14 @@ _KINDS: Mapping[int, type[BrokerError]] = {
 
 _LONGEST_MESSAGE = 300
 
+_JSON: Mapping[str, str] = {hdrs.CONTENT_TYPE: "application/json", hdrs.CACHE_CONTROL: "no-store"}
+
 
 def json_response(data: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     """Return a JSON answer that caches never store."""
-    response = web.Response(
-        body=orjson.dumps(data), status=status, content_type="application/json", headers=headers
+    return web.Response(
+        body=orjson.dumps(data), status=status, headers={**_JSON, **headers} if headers else _JSON
     )
-    response.headers.setdefault(hdrs.CACHE_CONTROL, "no-store")
-    return response
 
 
 def error_response(error: BrokerError) -> web.Response:

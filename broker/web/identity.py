@@ -163,7 +163,8 @@ def _build_tokens(settings: Settings, published: PublishedKeys | None) -> Tokens
 
 def _peer(request: web.Request) -> str:
     """Return the address of a connection; that of this machine for a unix socket; empty if it is unknown."""
-    connection = request.get_extra_info("socket")
-    if connection is not None and connection.family == socket.AF_UNIX:
-        return _THIS_MACHINE
+    if not isinstance(request.get_extra_info("peername"), tuple):  # it is one of TCP
+        connection = request.get_extra_info("socket")
+        if connection is not None and connection.family == socket.AF_UNIX:
+            return _THIS_MACHINE
     return request.remote or ""

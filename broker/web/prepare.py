@@ -77,14 +77,23 @@ async def _body(request: web.Request, limit: int) -> bytes:
         raise UnsupportedMediaType("The body must not be compressed.")
     if (request.content_length or 0) > limit:
         raise BodyTooLarge(f"The body may have at most {limit} bytes.")
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT):
-            body = await _with_our_limit(request, limit).read()
-    except TimeoutError:
-        raise InvalidJson("The body did not arrive in time.") from None
+    content = request.content
+    if content.is_eof() and not content.at_eof():
+        body = content.read_nowait()  # it came with its head, as most do: nothing is waited for
+    else:
+        body = await _arriving_body(request, limit)
     if len(body) > limit:
         raise BodyTooLarge(f"The body may have at most {limit} bytes.")
     return body
+
+
+async def _arriving_body(request: web.Request, limit: int) -> bytes:
+    """Return a body of which a part is still to come, or that somebody has read before us."""
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            return await _with_our_limit(request, limit).read()
+    except TimeoutError:
+        raise InvalidJson("The body did not arrive in time.") from None
 
 
 def _with_our_limit(request: web.Request, limit: int) -> web.BaseRequest:
