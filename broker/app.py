@@ -57,6 +57,7 @@ from broker.web.waiting import WaitingPages
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
+    from pathlib import Path
 
     from aiohttp import web
 
@@ -96,6 +97,7 @@ async def build(
     known: KnownClients,
     on_end: OnEnd | None = None,
     telemetry: Telemetry | None = None,
+    metrics_directory: Path | None = None,
 ) -> AsyncIterator[None]:
     """Give the web application all that it needs, started. At the end, everything is closed in the opposite order.
 
@@ -107,6 +109,7 @@ async def build(
         known: the clients that have keys.
         on_end: gets the result of every answer that ended here.
         telemetry: takes the spans; by default that of the standard variables.
+        metrics_directory: where the workers of this host add up their metrics; None for a worker alone.
     """
     async with AsyncExitStack() as stack:
         upstream_url = settings.upstream_url
@@ -190,7 +193,7 @@ async def build(
             system=system,
         )
         stack.push_async_callback(admission.close)
-        await stack.enter_async_context(_timers(settings, worker, metrics))
+        await stack.enter_async_context(_timers(settings, worker, metrics, metrics_directory))
         await _prepare_redis(store)
         yield
 
@@ -353,7 +356,28 @@ async def _reading(known: KnownClients) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def _timers(settings: Settings, worker: Worker, metrics: Metrics) -> AsyncIterator[None]:
+async def _sharing(metrics: Metrics, path: Path | None, worker_id: str) -> AsyncIterator[None]:
+    """Add the metrics to those of other workers of this host, if there are any."""
+    if path is None:
+        yield
+        return
+    from broker.metrics_directory import MetricsDirectory  # noqa: PLC0415 - not on every platform
+
+    directory = metrics.directory = await asyncio.to_thread(MetricsDirectory, path, worker_id)
+    task = asyncio.create_task(keep_running("metrics", partial(directory.run, metrics.families)))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await directory.write(metrics.families())
+        directory.close()
+
+
+@asynccontextmanager
+async def _timers(
+    settings: Settings, worker: Worker, metrics: Metrics, metrics_directory: Path | None
+) -> AsyncIterator[None]:
     work = partial(
         tick,
         worker,
@@ -363,7 +387,8 @@ async def _timers(settings: Settings, worker: Worker, metrics: Metrics) -> Async
     )
     task = asyncio.create_task(keep_running("timers", work))
     try:
-        yield
+        async with _sharing(metrics, metrics_directory, worker.id):
+            yield
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

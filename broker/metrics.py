@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from broker.core.session_report import SessionReport
+    from broker.metrics_directory import MetricsDirectory
     from broker.relay.worker import Worker
     from broker.store.connection import Store
     from broker.store.sessions import SessionStore
@@ -70,9 +71,11 @@ class Metrics:
     Attributes:
         registry: has all metrics of this broker and no others.
         gaps: seconds between two reads of an answer.
+        directory: has those of the other workers of this host; None where this is the only one.
     """
 
     def __init__(self) -> None:
+        self.directory: MetricsDirectory | None = None
         self.registry = registry = CollectorRegistry()
         self.gaps = PlainHistogram(CHUNK_GAP)
         self._sessions = Counter(
@@ -192,9 +195,33 @@ class Metrics:
         """Read these at every scrape."""
         self.registry.register(_Watched(worker, sessions, store, upstream, waiting, self.gaps, self._redis))
 
+    def families(self) -> list[Metric]:
+        """Return all metrics of this broker, without the times at which their series began, which double them."""
+        families = list(self.registry.collect())
+        for family in families:
+            family.samples = [each for each in family.samples if not each.name.endswith("_created")]
+        return families
+
     def text(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+        """Return all metrics of this broker in Prometheus' text format."""
+        return generate_latest(_Families(self.families()))
+
+    async def text_of_host(self) -> bytes:
+        """Return the metrics of this broker and of all other workers of this host."""
+        if self.directory is None:
+            return self.text()
+        return generate_latest(_Families(await self.directory.with_others(self.families())))
+
+
+class _Families(Collector):
+    """Metrics that were collected."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        """Return them."""
+        return self._families
 
 
 class _Watched(Collector):

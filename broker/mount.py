@@ -34,6 +34,7 @@ from broker.web.routes import add_web
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from broker.relay.results import OnEnd
     from broker.settings import Settings
@@ -94,10 +95,12 @@ def mount(
     identify: Identify | None = None,
     on_end: OnEnd | None = None,
     telemetry: Telemetry | None = None,
+    metrics_directory: Path | None = None,
 ) -> web.Application:
     """Do the work of `setup` without its checks and warnings, and return the broker's part of the application.
 
-    ``telemetry`` takes the spans; by default that of the standard variables does.
+    ``telemetry`` takes the spans; by default that of the standard variables does. In ``metrics_directory`` several
+    workers of one host add up their metrics; each of them shows the sum.
     """
     prefix = prefix.rstrip("/")
     part = web.Application() if prefix else app
@@ -106,7 +109,7 @@ def mount(
         app.add_subapp(prefix, part)
     # These are of the outer application, whose clean-up contexts end in the opposite order: what was set up before the
     # broker, such as a database, outlives it. Those of a sub-application would end after all others.
-    app.cleanup_ctx.append(partial(_running, part, settings, identify, on_end, telemetry))
+    app.cleanup_ctx.append(partial(_running, part, settings, identify, on_end, telemetry, metrics_directory))
     if _PARTS not in app:
         app[_PARTS] = []
         app.on_shutdown.append(_drain_all)
@@ -157,6 +160,7 @@ async def _running(
     identify: Identify | None,
     on_end: OnEnd | None,
     telemetry: Telemetry | None,
+    metrics_directory: Path | None,
     app: web.Application,
 ) -> AsyncIterator[None]:
     """Run the service of one part of the application."""
@@ -172,7 +176,14 @@ async def _running(
         # An application knows its clients itself; keys do not distinguish them.
         known = KnownClients.of_settings(settings) if identify is None else KnownClients()
         parts = build(
-            part, settings, redis_url, clients=clients, known=known, on_end=on_end, telemetry=telemetry
+            part,
+            settings,
+            redis_url,
+            clients=clients,
+            known=known,
+            on_end=on_end,
+            telemetry=telemetry,
+            metrics_directory=metrics_directory,
         )
         await stack.enter_async_context(parts)
         yield

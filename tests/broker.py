@@ -109,6 +109,7 @@ async def running(
     upstream: ScriptedUpstream | str,
     *,
     telemetry: Any = None,
+    metrics_directory: Any = None,
     **settings: Any,
 ) -> AsyncIterator[Broker]:
     """Run a broker until the block ends, and take it down as the service does, but without time to finish.
@@ -117,6 +118,7 @@ async def running(
         redis_url: its Redis.
         upstream: a scripted one, or a URL.
         telemetry: takes its spans.
+        metrics_directory: where it adds its metrics to those of others.
         settings: those that matter to the test. By default clients have no limits and the upstream is OpenRouter.
     """
     usual = {"openrouter_api_key": KEY, "upstream_kind": "openrouter", "page": False, **NO_LIMITS}
@@ -127,7 +129,13 @@ async def running(
         "drain_timeout": 0,
     }
     outer = web.Application()
-    app = mount(outer, PREFIX, Settings(**{**usual, **where, **settings}), telemetry=telemetry)
+    app = mount(
+        outer,
+        PREFIX,
+        Settings(**{**usual, **where, **settings}),
+        telemetry=telemetry,
+        metrics_directory=metrics_directory,
+    )
     runner = web.AppRunner(outer, access_log=None) if PREFIX else Runner(outer)
     try:
         await runner.setup()

@@ -29,7 +29,7 @@ async def get_metrics(request: web.Request) -> web.Response:
     elif not _is_from_this_machine(request):
         raise web.HTTPNotFound
     headers = {hdrs.CONTENT_TYPE: CONTENT_TYPE_LATEST, hdrs.CACHE_CONTROL: "no-store"}
-    return web.Response(body=request.app[METRICS].text(), headers=headers)
+    return web.Response(body=await request.app[METRICS].text_of_host(), headers=headers)
 
 
 def _is_from_this_machine(request: web.Request) -> bool:
