@@ -206,7 +206,7 @@ def _add_checks(app: web.Application, settings: Settings) -> None:
         frozenset(origin.lower() for origin in settings.cors_origins), settings.told_of_loopback
     )
     app[keys.REFUSED_ORIGINS] = RefusedOrigins()
-    app[keys.OCCUPANCY] = Occupancy(settings.max_streams)
+    app[keys.OCCUPANCY] = Occupancy(settings.max_streams, of_a_client=settings.max_concurrent_streams)
 
 
 def _worker_info(worker_id: str) -> WorkerInfo:

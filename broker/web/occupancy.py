@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 VIEWERS_OF_A_SESSION: Final = 16
 STREAMS_OF_AN_ADDRESS: Final = 64
+"""Streams of an address, or as many as one client may have where that is more: a client without a key is its
+address."""
 
 OVERLOADED_RETRY: Final = 3.0
 """Seconds after which a caller may try again."""
@@ -26,10 +28,12 @@ class Occupancy:
 
     Args:
         max_streams: the limit of this worker.
+        of_a_client: generations that one client may have.
     """
 
-    def __init__(self, max_streams: int) -> None:
+    def __init__(self, max_streams: int, *, of_a_client: int = 0) -> None:
         self._max_streams = max_streams
+        self._max_of_address = max(STREAMS_OF_AN_ADDRESS, of_a_client)
         self._streams = 0
         self._of_session: Counter[str] = Counter()
         self._of_address: Counter[str] = Counter()
@@ -47,7 +51,7 @@ class Occupancy:
             raise Overloaded(retry_after=OVERLOADED_RETRY)
         if self._of_session[session_id] >= VIEWERS_OF_A_SESSION:
             raise Overloaded("This answer is watched by too many already.", retry_after=OVERLOADED_RETRY)
-        if self._of_address[address] >= STREAMS_OF_AN_ADDRESS:
+        if self._of_address[address] >= self._max_of_address:
             raise Overloaded("Too many streams are open from your address.", retry_after=OVERLOADED_RETRY)
         self._streams += 1
         self._of_session[session_id] += 1

@@ -60,9 +60,22 @@ async def test_a_session_has_so_many_viewers(broker: Broker, upstream: ScriptedU
     await all_free(broker)
 
 
-async def test_an_address_has_so_many_streams(broker: Broker, upstream: ScriptedUpstream) -> None:
-    sessions = [await broker.prepare() for _ in range(STREAMS_OF_AN_ADDRESS + 1)]
-    async with AsyncExitStack() as watching:
+async def test_an_address_has_so_many_streams(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    async with (
+        running(
+            valkey_url,
+            upstream,
+            max_concurrent_streams=STREAMS_OF_AN_ADDRESS,
+            api_keys=(("one", "key-of-the-first-client"), ("two", "key-of-the-second-client")),
+        ) as broker,
+        AsyncExitStack() as watching,
+    ):
+        keys_of_clients = ["first"] * STREAMS_OF_AN_ADDRESS + ["second"]
+        prepared = [
+            await broker.post(headers={"Authorization": f"Bearer key-of-the-{name}-client"})
+            for name in keys_of_clients
+        ]
+        sessions = [answer.json["sessionId"] for answer in prepared]
         first = await watching.enter_async_context(broker.stream(sessions[0], address=HERE))
         call = (await upstream.call()).open()
         for session in sessions[1:-1]:
@@ -80,14 +93,26 @@ async def test_an_address_has_so_many_streams(broker: Broker, upstream: Scripted
         await until(lambda: asyncio.sleep(0, len(upstream.calls) == len(sessions)))
         async with broker.stream(sessions[0], "1-0", address=HERE) as connection:
             assert (await connection.rest())[-1].kind == "done"
-    await all_free(broker)
+        await watching.aclose()
+        await all_free(broker)
+
+
+def test_an_address_may_have_the_streams_of_a_client() -> None:
+    occupancy = Occupancy(1000, of_a_client=STREAMS_OF_AN_ADDRESS + 2)
+    with ExitStack() as held:
+        for n in range(STREAMS_OF_AN_ADDRESS + 2):
+            held.enter_context(occupancy.taken(f"s{n}", "a"))
+        with pytest.raises(Overloaded), occupancy.taken("s", "a"):
+            pass
 
 
 async def test_the_address_of_a_trusted_proxys_header_counts(
     valkey_url: str, upstream: ScriptedUpstream
 ) -> None:
     async with (
-        running(valkey_url, upstream, trusted_proxies=("private",)) as broker,
+        running(
+            valkey_url, upstream, trusted_proxies=("private",), max_concurrent_streams=STREAMS_OF_AN_ADDRESS
+        ) as broker,
         AsyncExitStack() as watching,
     ):
 
