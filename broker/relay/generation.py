@@ -333,6 +333,7 @@ class Generation:
         elif action is Action.SHOW:
             self.feed.show()
         elif action is Action.STOP_READING and self._reading_task is not None:
+            self._reader.stop()  # at once: the task notices its cancellation only when it runs
             self._reading_task.cancel()
         elif action is Action.CONFIRM:
             self._ownership.confirm(self)

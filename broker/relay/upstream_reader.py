@@ -21,7 +21,7 @@ from broker.core.upstream_errors import may_have_generated, retry_delay
 from broker.telemetry.interface import NO_HEADERS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
     from broker.core.dialect import Dialect
     from broker.core.sse import Frame
@@ -39,6 +39,11 @@ AFTER_ERROR = 2.0
 
 LINGER = 1.0
 """Seconds to wait for the upstream to end the stream after its last event, so that the connection can be reused."""
+
+
+def _ignore(_: bytes) -> bool:
+    """Take what an upstream sends after its last event."""
+    return False
 
 
 class UpstreamReader:
@@ -102,7 +107,7 @@ class UpstreamReader:
         self._failed = False  # by what an event said, not by the connection
         self._failed_at = 0.0
         self._stream: UpstreamStream | None = None
-        self._blocks: AsyncGenerator[bytes] | None = None
+        self._is_ended = False  # the upstream's stream
         self.data_due = self._clock() + limits.first_data_timeout
 
     async def run(self) -> None:
@@ -114,11 +119,9 @@ class UpstreamReader:
         self._stream = await self._open()
         self.status = self._stream.status
         self.answer.generation_id = self._stream.generation_id
-        self._blocks = self._stream.blocks(self._limits.max_response)
-        async for block in self._blocks:
-            self._read(block)
-            if self.answer.complete:
-                return
+        self._is_ended = await self._stream.relay(self._read, self._limits.max_response)
+        if self.answer.complete:
+            return
         if self._stream.whole is not None:
             self._read_whole(self._stream.whole)
         else:
@@ -130,19 +133,26 @@ class UpstreamReader:
     def may_tell_usage(self) -> bool:
         """True if the answer has failed and its usage may still come."""
         answer = self.answer
-        return self._failed and answer.usage is None and not answer.complete and self._blocks is not None
+        return self._failed and answer.usage is None and not answer.complete and not self._is_ended
 
     async def read_usage(self) -> bool:
         """Read on after a failure until the usage comes, for `AFTER_ERROR` seconds. Returns True if it came."""
+        stream = self._stream
+        if stream is None or not self.may_tell_usage:
+            return self.answer.usage is not None
         try:
             async with asyncio.timeout(self._failed_at + AFTER_ERROR - self._clock()):
-                while self.may_tell_usage and self._blocks is not None:
-                    self._read_for_usage(self._decoder.feed(await anext(self._blocks)))
-        except StopAsyncIteration:
-            self._read_for_usage(self._decoder.flush())
+                self._is_ended = await stream.relay(self._read_usage, self._limits.max_response)
+            if self._is_ended:
+                self._read_for_usage(self._decoder.flush())
         except (TimeoutError, EventTooLarge, UpstreamError):
             pass
         return self.answer.usage is not None
+
+    def _read_usage(self, block: bytes) -> bool:
+        """Read the usage in these bytes. Returns True if nothing more needs to be read."""
+        self._read_for_usage(self._decoder.feed(block))
+        return not self.may_tell_usage
 
     def _read_for_usage(self, frames: Iterable[Frame]) -> None:
         for frame in frames:
@@ -157,23 +167,18 @@ class UpstreamReader:
         if stream is None:
             return
         try:
-            if self.answer.complete and self._blocks is not None:
+            if self.answer.complete and not self._is_ended:
                 async with asyncio.timeout(LINGER):
-                    async for _ in self._blocks:
-                        pass
+                    await stream.relay(_ignore)
         except (TimeoutError, UpstreamError):
             pass
         finally:
-            await self._close_stream(stream)
+            stream.close()
 
-    async def _close_stream(self, stream: UpstreamStream) -> None:
-        try:
-            if self._blocks is not None:
-                with suppress(UpstreamError):
-                    await self._blocks.aclose()
-        finally:
-            with suppress(UpstreamError):
-                await stream.aclose()
+    def stop(self) -> None:
+        """Take no more chunks. The task of `run` has to be cancelled too."""
+        if self._stream is not None:
+            self._stream.stop()
 
     async def _open(self) -> UpstreamStream:
         while True:
@@ -203,15 +208,27 @@ class UpstreamReader:
             self.data_due = float("inf")  # the delay of a retry has a bound of its own
             await self._pause(delay)
 
-    def _read(self, block: bytes) -> None:
-        """Take the chunks of one read, also those before a failure in it."""
+    def _read(self, block: bytes) -> bool:
+        """Take the chunks of one read, also those before a failure in it. Returns True if the answer is complete."""
+        size = self.relayed + len(block)
+        if self._decoder.is_between_events and size <= self._limits.max_response:
+            # Nearly every read is one event with nothing new but a piece of text.
+            chunk = self.answer.read_plain(block)
+            if chunk is not None:
+                now = self._clock()
+                self.relayed += len(chunk)
+                self.data_due = now + self._limits.idle_timeout
+                self._take([chunk], now)
+                return False
         try:
             frames = self._decoder.feed(block)
         except EventTooLarge:
             raise ResponseTooLarge from None
-        now = self._clock()
-        if frames and self._take_frames(frames, now):
-            self.data_due = now + self._patience()
+        if frames:
+            now = self._clock()
+            if self._take_frames(frames, now):
+                self.data_due = now + self._patience()
+        return self.answer.complete
 
     def _patience(self) -> float:
         if self.answer.over:
@@ -225,14 +242,14 @@ class UpstreamReader:
         read, over = self.answer.read, self.answer.over
         rest = iter(frames)
         try:
-            for frame in rest:
-                chunk = read(frame.data, frame.event)
+            for event, data, _ in rest:
+                chunk = read(data, event)
                 if chunk is not None:
                     self.relayed += len(chunk)
                     if self.relayed > self._limits.max_response:
                         raise ResponseTooLarge
                     chunks.append(chunk)
-                elif not over and not says_nothing(frame.data):
+                elif not over and not says_nothing(data):
                     has_data = True
         except UpstreamError:
             if self.answer.over:
@@ -241,13 +258,10 @@ class UpstreamReader:
             raise
         finally:
             if chunks:
-                self._hand_on(chunks, now)
+                if self.first_chunk_at is None:
+                    self.first_chunk_at = now
+                self._take(chunks, now)
         return has_data or bool(chunks)
-
-    def _hand_on(self, chunks: list[bytes], now: float) -> None:
-        if self.first_chunk_at is None:
-            self.first_chunk_at = now
-        self._take(chunks, now)
 
     def _read_rest(self) -> None:
         """Take the last event of a body that ends without a blank line, if it can be read."""
@@ -263,4 +277,5 @@ class UpstreamReader:
         if len(chunk) > self._limits.max_response:
             raise ResponseTooLarge
         self.relayed = len(chunk)
-        self._hand_on([chunk], self._clock())
+        self.first_chunk_at = now = self._clock()
+        self._take([chunk], now)

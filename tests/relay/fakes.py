@@ -60,13 +60,34 @@ async def cancel(task: asyncio.Task[Any]) -> None:
         await task
 
 
+class Relaying:
+    """A stream whose reads come from the generator `blocks`."""
+
+    _blocks: AsyncGenerator[bytes] | None = None
+
+    def blocks(self, max_body: int) -> AsyncGenerator[bytes]:
+        raise NotImplementedError
+
+    async def relay(self, take: Callable[[bytes], bool], max_body: int = 0) -> bool:
+        """Pass the reads on, as a connection does. Returns True at the end of the body."""
+        if self._blocks is None:
+            self._blocks = self.blocks(max_body)
+        async for block in self._blocks:
+            if take(block):
+                return False
+        return True
+
+    def stop(self) -> None:
+        """Pass nothing on: the task that reads is cancelled."""
+
+
 class FakeStream:
     """An answer whose reads come from the test.
 
     Attributes:
-        at_close: is awaited by `aclose`.
-        closed: `aclose` has returned.
-        blocks_closed: the generator of the reads has ended.
+        closed: `close` was called.
+        close_error: is raised by `close`.
+        stopped: `stop` was called.
     """
 
     def __init__(self, *reads: bytes | Exception | None, whole: dict[str, Any] | None = None) -> None:
@@ -74,10 +95,8 @@ class FakeStream:
         self.status = 200
         self.whole = whole
         self.closed = asyncio.Event()
-        self.blocks_closed = False
         self.close_error: Exception | None = None
-        self.at_close = asyncio.Event()
-        self.at_close.set()
+        self.stopped = False
         self._reads: asyncio.Queue[bytes | Exception | None] = asyncio.Queue()
         self.send(*reads)
 
@@ -86,17 +105,19 @@ class FakeStream:
         for read in reads:
             self._reads.put_nowait(read)
 
-    async def blocks(self, _max_body: int) -> AsyncGenerator[bytes]:
-        try:
-            while (read := await self._reads.get()) is not None:
-                if isinstance(read, Exception):
-                    raise read
-                yield read
-        finally:
-            self.blocks_closed = True
+    async def relay(self, take: Callable[[bytes], bool], max_body: int = 0) -> bool:
+        del max_body
+        while (read := await self._reads.get()) is not None:
+            if isinstance(read, Exception):
+                raise read
+            if take(read):
+                return False
+        return True
 
-    async def aclose(self) -> None:
-        await self.at_close.wait()
+    def stop(self) -> None:
+        self.stopped = True
+
+    def close(self) -> None:
         self.closed.set()
         if self.close_error is not None:
             raise self.close_error

@@ -95,7 +95,7 @@ class Telling(World):
     async def prices_of(self, _model: str) -> Prices | None:
         return self.prices
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         self.relayed.set()  # or it never will be: the first chunk was no JSON
 
     async def speed_of(self, _model: str) -> float | None:

@@ -20,6 +20,7 @@ from broker.relay.journal_writer import JournalWriter
 from broker.relay.late_ends import LateEnds
 from broker.store.accounts import Reservation
 from broker.store.sessions import EndConflict, Prepared, SessionStatus
+from tests.relay.fakes import Relaying
 
 WORST = WorstCase(tokens=5000, cost=700)
 COUNTED = Usage(10, 5, cost=3)
@@ -47,7 +48,7 @@ class Unwritable:
         raise BugError
 
 
-class World:
+class World(Relaying):
     """Everything around a generation. Each part of it can be made to fail.
 
     Args:
@@ -91,7 +92,7 @@ class World:
             raise UpstreamTimeout("\ud800" if self.breaks.get("build") else "It is late.")
         yield b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         self.step("close")
 
     # The sessions in Redis

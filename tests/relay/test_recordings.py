@@ -5,7 +5,7 @@ nothing is lost, nothing is called whole that is not, and nothing is counted as 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, NamedTuple, cast
 
 import pytest
@@ -17,6 +17,7 @@ from broker.relay.upstream_reader import UpstreamReader
 from broker.store.sessions import Prepared
 from broker.upstream.client import UpstreamClient
 from tests.recordings import LINE_ENDS, RECORDINGS, Recording, with_line_ends
+from tests.relay.fakes import Relaying
 
 MIB = 1024 * 1024
 LIMITS = GenerationLimits(
@@ -37,7 +38,7 @@ class Outcome(NamedTuple):
     text_bytes: int
 
 
-class Pieces:
+class Pieces(Relaying):
     """An upstream whose answer comes in these reads; the stream of it as well."""
 
     generation_id = None
@@ -52,12 +53,12 @@ class Pieces:
         del body, referer, model, dialect
         return self
 
-    async def blocks(self, max_body: int) -> AsyncIterator[bytes]:
+    async def blocks(self, max_body: int) -> AsyncGenerator[bytes]:
         del max_body
         for piece in self._pieces:
             yield piece
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         pass
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import cast
 
@@ -56,13 +56,25 @@ async def ask(client: UpstreamClient) -> UpstreamStream:
     return await client.ask(BODY, referer="")
 
 
+def taking(blocks: list[bytes]) -> Callable[[bytes], bool]:
+    """Return a taker that keeps what it gets and wants all of it."""
+
+    def take(block: bytes) -> bool:
+        blocks.append(block)
+        return False
+
+    return take
+
+
 async def read(client: UpstreamClient) -> bytes:
     """A whole answer."""
     stream = await ask(client)
     try:
-        return b"".join([block async for block in stream.blocks()])
+        blocks: list[bytes] = []
+        assert await stream.relay(taking(blocks))
+        return b"".join(blocks)
     finally:
-        await stream.aclose()
+        stream.close()
 
 
 def plain(call: Call) -> None:
@@ -74,7 +86,7 @@ def plain(call: Call) -> None:
 async def test_a_request_is_sent_as_it_is(client: UpstreamClient, upstream: ScriptedUpstream) -> None:
     upstream.replies = [plain]
     stream = await client.ask(BODY, referer="https://a.example")
-    await stream.aclose()
+    stream.close()
     headers = upstream.calls[0].headers
     assert upstream.calls[0].body == json.loads(BODY)
     assert headers["content-length"] == str(len(BODY))
@@ -90,7 +102,7 @@ async def test_an_answer_is_open_with_its_headers(client: UpstreamClient, upstre
     upstream.replies = [lambda call: (call.open(x_generation_id="gen-1"), None)[1]]
     stream = await ask(client)
     assert stream.generation_id == "gen-1"
-    await stream.aclose()
+    stream.close()
 
 
 async def test_bytes_come_as_they_are_sent(client: UpstreamClient, upstream: ScriptedUpstream) -> None:
@@ -98,13 +110,19 @@ async def test_bytes_come_as_they_are_sent(client: UpstreamClient, upstream: Scr
     call = (await upstream.call()).open()
     stream = await asking
     assert stream.generation_id is None
-    blocks = stream.blocks()
+    reads: asyncio.Queue[bytes] = asyncio.Queue()
+
+    def take(block: bytes) -> bool:
+        reads.put_nowait(block)
+        return False
+
+    relaying = asyncio.create_task(stream.relay(take))
     for piece in (b"data: x", b"\n\n", b"\x00\xff"):
         call.send(piece)
-        assert await anext(blocks) == piece
+        assert await reads.get() == piece
     call.end()
-    assert await anext(blocks, None) is None
-    await stream.aclose()
+    assert await relaying
+    stream.close()
 
 
 async def test_a_connection_whose_answer_was_read_is_used_again(
@@ -121,7 +139,7 @@ async def test_a_connection_whose_answer_was_left_is_not(
 ) -> None:
     asking = asyncio.create_task(ask(client))
     call = (await upstream.call()).open()
-    await (await asking).aclose()
+    (await asking).close()
     await call.wait_gone()
     upstream.replies = [plain]
     await read(client)
@@ -146,8 +164,8 @@ async def test_a_cancelled_request_closes_the_connection(
 async def test_a_stream_may_be_closed_twice(client: UpstreamClient, upstream: ScriptedUpstream) -> None:
     upstream.replies = [plain]
     stream = await ask(client)
-    await stream.aclose()
-    await stream.aclose()
+    stream.close()
+    stream.close()
 
 
 async def failure(client: UpstreamClient) -> BrokerError:
@@ -244,7 +262,7 @@ async def test_a_wait_for_a_free_connection_has_its_time_too(upstream: ScriptedU
         (await upstream.call()).open()
         stream = await asking
         assert type(await failure(client)) is UpstreamUnreachable
-        await stream.aclose()
+        stream.close()
         upstream.replies = [plain]
         await read(client)
     assert len(upstream.calls) == 2
