@@ -137,6 +137,18 @@ class Answer(ABC):
             return None
         return self._read_chunk(data, chunk, event)
 
+    def read_plain(self, event: bytes) -> bytes | None:
+        """Read a complete event that is like an earlier one but for its text, without parsing it.
+
+        Args:
+            event: the encoded event, which may also be anything else.
+
+        Returns:
+            The bytes to relay, as `read` would; None where the event has to be decoded and read.
+        """
+        del event
+        return None
+
     @abstractmethod
     def read_mark(self) -> None:
         """Note that the upstream sent `[DONE]`."""

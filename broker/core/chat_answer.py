@@ -16,6 +16,7 @@ from broker.core.chat_said import in_place_of_delta, tellings
 from broker.core.errors import UpstreamError, UpstreamFailed, UpstreamInvalid
 from broker.core.foreign import bounded_object, bounded_text
 from broker.core.pricing import completion_of, reported_cost
+from broker.core.skeleton import Skeleton
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -39,7 +40,7 @@ class ChatAnswer(Answer):
     It is complete once the upstream sent `[DONE]`, or its body has ended after a finish reason.
     """
 
-    __slots__ = ("_deltas", "_quiet_usage", "_reason_stands", "_reason_was_wrong", "_wrote")
+    __slots__ = ("_deltas", "_quiet_usage", "_reason_stands", "_reason_was_wrong", "_skeleton", "_wrote")
 
     no_text = frozenset(
         {"role", "type", "id", "index", "format", "object", "detail", "p", "obfuscation", "extra_content"}
@@ -53,6 +54,38 @@ class ChatAnswer(Answer):
         self._quiet_usage = False  # the interim usage is final if the answer ends now
         self._deltas = False
         self._wrote = False  # this chunk has content
+        self._skeleton = Skeleton()
+
+    def read_plain(self, event: bytes) -> bytes | None:
+        """Read a complete event of which only the text is new."""
+        if event.endswith(b"\n\n") and event.startswith(b"data: "):
+            data = event[6:-2]
+            if self._is_like_before(data):
+                return data
+        return None
+
+    def read(self, data: bytes, event: str = "message") -> bytes | None:
+        """Read the data of one upstream event. A chunk of which only the text is new is not parsed.
+
+        Returns:
+            The bytes to relay; None for nothing.
+
+        Raises:
+            UpstreamError: as `Answer.read`.
+        """
+        if event == "message" and self._is_like_before(data):
+            return data
+        return super().read(data, event)
+
+    def _is_like_before(self, data: bytes) -> bool:
+        """Return True if this chunk is like an earlier one but for its text, which is counted then."""
+        size = self._skeleton.text_size(data)
+        if not size or self._reason_stands or self.over or self.complete:
+            return False
+        self.text_bytes += size
+        self._wrote = True
+        self._quiet_usage = False
+        return True
 
     @property
     def finished(self) -> bool:
@@ -126,7 +159,13 @@ class ChatAnswer(Answer):
             self._fail(fault, finished=ended)
             return None
         self._note_usage(chunk)
+        self._learn(data, chunk, event)
         return data
+
+    def _learn(self, data: bytes, chunk: dict[str, Any], event: str) -> None:
+        """Remember a chunk that says nothing but a piece of text, to recognize the next ones."""
+        if self._wrote and event == "message" and (delta := _plain_delta(chunk)) is not None:
+            self._skeleton.learn(data, chunk, delta)
 
     def _fault_in_choice(self, choice: dict[str, Any]) -> UpstreamError | None:
         if choice.get("finish_reason") != "error" and not choice.get("error"):
@@ -173,12 +212,7 @@ class ChatAnswer(Answer):
         if isinstance(delta, dict) and delta:
             self._deltas = True
             content = delta.get("content")
-            # nearly every delta has only a role and a content
-            if (
-                content
-                and isinstance(content, str)
-                and (len(delta) == 1 or (len(delta) == 2 and "role" in delta))
-            ):
+            if content and _is_plain(delta):
                 self.text_bytes += size_of(content)
                 self._go_on()
             elif content or len(delta) > 1 or "content" not in delta:
@@ -225,6 +259,24 @@ def _native_reason(chunk: dict[str, Any]) -> object:
         if isinstance(choice, dict) and choice.get("finish_reason"):
             return choice.get("native_finish_reason")
     return None
+
+
+def _plain_delta(chunk: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the delta of a chunk that says nothing but a piece of text; None for any other chunk."""
+    choices = chunk.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or chunk.get("usage") or chunk.get("x_groq"):
+        return None
+    delta = choices[0].get("delta")
+    if choices[0].get("finish_reason") or not isinstance(delta, dict):
+        return None
+    return delta if delta.get("content") and _is_plain(delta) else None
+
+
+def _is_plain(delta: Mapping[str, Any]) -> bool:
+    """Return True for a delta with a text as its content and at most a role beside it, as nearly every delta is."""
+    return isinstance(delta.get("content"), str) and (
+        len(delta) == 1 or (len(delta) == 2 and "role" in delta)
+    )
 
 
 def _as_delta(choice: object) -> object:

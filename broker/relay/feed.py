@@ -53,7 +53,7 @@ class Feed:
         self.size = 0
         self.end: Terminal | None = None
         self._batches: list[Batch] = []
-        self._live: set[LiveViewer] = set()
+        self._live: tuple[LiveViewer, ...] = ()  # a tuple, since it is read at every chunk and changes seldom
         self._hidden = False
         self._shortened: tuple[Batch, bool | None, Short] | None = None
 
@@ -70,7 +70,7 @@ class Feed:
         if self._hidden:
             return
         self.shown = batch.last
-        for viewer in tuple(self._live):
+        for viewer in self._live:
             viewer.push(batch, now)
 
     def shorten(self, batch: Batch, deltas: bool | None) -> Short:
@@ -145,11 +145,12 @@ class Feed:
 
     def go_live(self, viewer: LiveViewer) -> None:
         """Push to this viewer from now on. It must have all shown events."""
-        self._live.add(viewer)
+        if viewer not in self._live:
+            self._live = (*self._live, viewer)
 
     def leave(self, viewer: LiveViewer) -> None:
         """Stop pushing to this viewer; does nothing if it was not live."""
-        self._live.discard(viewer)
+        self._live = tuple([each for each in self._live if each is not viewer])
 
     def _gather(self, n: int, limit: int, newest: int) -> Batch:
         batches = self._batches
@@ -164,5 +165,5 @@ class Feed:
         return Batch(n + 1, last, events)
 
     def _wake_all(self) -> None:
-        for viewer in tuple(self._live):
+        for viewer in self._live:
             viewer.wake()

@@ -56,9 +56,8 @@ class TokenViewer(Viewer):
             return
         self._n = batch.last
         if events:  # an empty block would end the body
-            self._connection.write_now(events)
             self.written_at = now
-            if self._connection.backlog() > MAX_BACKLOG:
+            if self._connection.write_now(events) > MAX_BACKLOG:
                 self.wake()
 
     async def follow(self) -> None:

@@ -32,8 +32,8 @@ ReadJournal = Callable[[int], Awaitable[list[Batch]]]
 class Connection(Protocol):
     """A connection to a page."""
 
-    def write_now(self, block: bytes) -> None:
-        """Take the bytes without waiting. A closed connection drops them."""
+    def write_now(self, block: bytes) -> int:
+        """Take the bytes without waiting, and return the backlog. A closed connection drops them."""
 
     def backlog(self) -> int:
         """Return the bytes that were taken and that the system has not accepted yet."""
@@ -97,10 +97,9 @@ class Viewer:
         if len(batch.events) > MAX_BACKLOG:
             self.wake()
             return
-        self._connection.write_now(batch.events)
         self._n = batch.last
         self.written_at = now
-        if self._connection.backlog() > MAX_BACKLOG:
+        if self._connection.write_now(batch.events) > MAX_BACKLOG:
             self.wake()
 
     def wake(self) -> None:

@@ -55,16 +55,19 @@ class EventStream(EventSourceResponse):
         self._chunks = request.version >= (1, 1)
         await super().write(opening(retry_ms))
 
-    def write_now(self, block: bytes) -> None:
-        """Write bytes to the socket without waiting.
+    def write_now(self, block: bytes) -> int:
+        """Write bytes to the socket without waiting, and return the backlog.
 
         This replaces `send` and `write`: those cost two coroutines, a timeout and a frame that is built field by field
         for each event, about 12 µs. This costs under 2 µs, at every chunk of every stream.
         """
         transport = self._transport
-        if transport is not None and not transport.is_closing():
-            self.written += len(block)
-            transport.write(b"%x\r\n%b\r\n" % (len(block), block) if self._chunks else block)
+        if transport is None or transport.is_closing():
+            return 0
+        size = len(block)
+        self.written += size
+        transport.write(b"%x\r\n%b\r\n" % (size, block) if self._chunks else block)
+        return transport.get_write_buffer_size()
 
     def backlog(self) -> int:
         """Return the number of bytes that the socket has not taken yet."""

@@ -124,3 +124,56 @@ def test_an_error_line_is_an_event_if_enabled(line: bytes) -> None:
             frames = decoder.feed(data[:cut]) + decoder.feed(data[cut:]) + decoder.flush()
             assert frames == [Frame("error", b'{"code":500}', "")]
     assert Decoder(1000).feed(line + b"\n\n") == []
+
+
+class LineByLine(Decoder):
+    """A decoder that reads all bytes line by line: the reference."""
+
+    def _plain_frames(self, data: bytes) -> list[Frame] | None:
+        return None
+
+
+LINES = [
+    b"data: ",
+    b"data:",
+    b"a",
+    b"{}",
+    b"\n",
+    b"\n\n",
+    b"\r",
+    b"\r\n",
+    b": c\n\n",
+    b"id: 1\n",
+    b"event: e\n",
+    b"dat",
+]
+EVENTS = [b"data: x\n\n", b"data: y\n\ndata: z\n\n", b"error: {}\n", b"\xef\xbb\xbf", b"\n\n\n"]
+READS = st.lists(st.lists(st.sampled_from([*LINES, *EVENTS]), max_size=12).map(b"".join), max_size=8)
+
+
+@given(READS, st.sampled_from([12, 1000]))
+def test_plain_events_are_decoded_as_line_by_line(reads: list[bytes], limit: int) -> None:
+    fast, slow = Decoder(limit, error_lines=True), LineByLine(limit, error_lines=True)
+    for data in reads:
+        try:
+            expected = slow.feed(data)
+        except EventTooLarge:
+            with pytest.raises(EventTooLarge):
+                fast.feed(data)
+            return
+        assert fast.feed(data) == expected
+        assert (fast.last_event_id, fast.retry) == (slow.last_event_id, slow.retry)
+    assert fast.flush() == slow.flush()
+
+
+def test_a_decoder_between_two_events_says_so() -> None:
+    decoder = Decoder(1000)
+    assert not decoder.is_between_events
+    for data, expected in [
+        (b"data: a\n\n", True),
+        (b"data: b\n\nda", False),
+        (b"ta: c\n\n", True),
+        (b":\n", False),
+    ]:
+        decoder.feed(data)
+        assert decoder.is_between_events is expected

@@ -36,10 +36,11 @@ class QuickConnection:
     def is_closed(self) -> bool:
         return self.closed
 
-    def write_now(self, block: bytes) -> None:
+    def write_now(self, block: bytes) -> int:
         self.bytes += block
         self.writes.append(block)
         self.wrote.set()
+        return self.backlog()
 
     def backlog(self) -> int:
         return 0
@@ -71,9 +72,10 @@ class SlowConnection(QuickConnection):
         self._taken = 0
         self._room = asyncio.Event()
 
-    def write_now(self, block: bytes) -> None:
+    def write_now(self, block: bytes) -> int:
         super().write_now(block)
         self.most = max(self.most, self.backlog())
+        return self.backlog()
 
     def backlog(self) -> int:
         return len(self.bytes) - self._taken

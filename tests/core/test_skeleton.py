@@ -1,0 +1,170 @@
+"""Chunks that are like an earlier one but for their text: the fast path says the same as the slow one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.core.answer import Answer
+from broker.core.chat_answer import ChatAnswer
+from broker.core.errors import UpstreamError
+from broker.core.skeleton import MAX_SIZE, MAX_TRIES, Skeleton
+from tests.recordings import RECORDINGS
+
+
+class SlowAnswer(ChatAnswer):
+    """A chat answer that parses every chunk: the reference."""
+
+    read = Answer.read
+
+    def read_plain(self, event: bytes) -> bytes | None:
+        return None
+
+
+def facts(answer: ChatAnswer) -> dict[str, Any]:
+    """Return all that an answer knows."""
+    names = {name for kind in type(answer).__mro__ for name in getattr(kind, "__slots__", ())}
+    return {name: getattr(answer, name, None) for name in names - {"_skeleton", "_clock", "_wrote"}}
+
+
+def outcome(answer: ChatAnswer, data: bytes, *, plain: bool) -> object:
+    try:
+        if plain and (chunk := answer.read_plain(b"data: %b\n\n" % data)) is not None:
+            return chunk
+        return answer.read(data)
+    except UpstreamError as error:
+        return type(error), str(error)
+
+
+def agree(*chunks: bytes) -> None:
+    """Check that the fast path, on chunks and on whole events, and the slow one find the same."""
+    slow, fast, plain = SlowAnswer(), ChatAnswer(), ChatAnswer()
+    for data in chunks:
+        expected = outcome(slow, data, plain=False)
+        assert outcome(fast, data, plain=False) == expected
+        assert outcome(plain, data, plain=True) == expected
+        assert facts(fast) == facts(plain) == facts(slow)
+
+
+def chunk(content: object, **fields: Any) -> bytes:
+    choice = {"index": 0, "delta": {"role": "assistant", "content": content}, "finish_reason": None}
+    return json.dumps({"id": "gen-1", "model": "a/b", "choices": [choice], **fields}).encode()
+
+
+ODD_TEXTS = ["", " ", "\\", '"', '","x":"', "\n", "\x7f", "\u2028", "\U0001f469\u200d\U0001f4bb"]
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
+    [*ODD_TEXTS, '"}}],"error":{"message":"x"}']
+)
+
+
+@given(st.lists(TEXTS, min_size=2, max_size=6), st.booleans())
+def test_texts_are_counted_alike(texts: list[str], ascii_only: bool) -> None:
+    agree(
+        *(
+            json.dumps(
+                {"choices": [{"delta": {"content": text}}], "model": "m"}, ensure_ascii=ascii_only
+            ).encode()
+            for text in texts
+        )
+    )
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=4), st.lists(st.binary(max_size=8), min_size=1, max_size=4))
+def test_bytes_between_the_two_parts_are_judged_alike(texts: list[str], raws: list[bytes]) -> None:
+    start, end = chunk("|").split(b"|")
+    agree(chunk("Hello"), *(chunk(text) for text in texts), *(start + raw + end for raw in raws))
+
+
+FIELDS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+    {},
+    optional={
+        "usage": st.sampled_from([None, {}, {"prompt_tokens": 1, "completion_tokens": 2}, []]),
+        "error": st.sampled_from([None, {}, "It broke.", {"message": "x", "code": 429}]),
+        "x_groq": st.sampled_from([None, {}, {"usage": {"prompt_tokens": 3, "completion_tokens": 4}}]),
+        "provider": st.sampled_from([None, "P"]),
+        "object": st.sampled_from(["chat.completion.chunk", "error"]),
+        "content": st.just("beside"),
+    },
+)
+CHOICES = st.fixed_dictionaries(
+    {},
+    optional={
+        "delta": st.fixed_dictionaries(
+            {},
+            optional={
+                "content": TEXTS | st.sampled_from(["a", "b", None, [{"type": "text", "text": "t"}]]),
+                "role": st.just("assistant"),
+                "reasoning": st.sampled_from(["r", None]),
+                "tool_calls": st.just([{"index": 0, "function": {"arguments": "{}"}}]),
+            },
+        ),
+        "message": st.just({"content": "m"}),
+        "finish_reason": st.sampled_from([None, "", "stop", "error"]),
+        "index": st.integers(0, 1),
+    },
+)
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(CHOICES, max_size=2), FIELDS).map(
+            lambda parts: json.dumps({"choices": parts[0], **parts[1]}).encode()
+        )
+        | st.sampled_from([b"[DONE]", b"null", b"", b"{", chunk("Hello"), chunk("you", finish="x")]),
+        max_size=8,
+    )
+)
+def test_any_chunks_are_read_alike(chunks: list[bytes]) -> None:
+    agree(*chunks)
+
+
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_recorded_answers_are_read_alike(name: str) -> None:
+    lines = RECORDINGS[name].body.splitlines()
+    agree(*(line[6:] for line in lines if line.startswith(b"data: ")))
+
+
+def test_a_chunk_with_another_text_is_recognized() -> None:
+    answer = ChatAnswer()
+    assert answer.read_plain(b"data: %b\n\n" % chunk("Hello")) is None
+    answer.read(chunk("Hello"))
+    for text in (" you", "\u00e9\u00e8", "\U0001f600"):
+        data = json.dumps(json.loads(chunk(text)), ensure_ascii=False).encode()
+        assert answer.read_plain(b"data: %b\n\n" % data) == data
+    assert answer.text_bytes == len("Hello you") + 4 + 4
+
+
+def test_after_a_finish_reason_every_chunk_is_parsed() -> None:
+    answer = ChatAnswer()
+    answer.read(chunk("Hello"))
+    answer.read(json.dumps({"choices": [{"delta": {}, "finish_reason": "stop"}]}).encode())
+    assert answer.read_plain(b"data: %b\n\n" % chunk(" you")) is None
+
+
+def test_a_service_that_changes_every_chunk_is_not_tried_for_ever() -> None:
+    skeleton = Skeleton()
+    tries = 0
+
+    class Counting(dict[str, Any]):
+        def __eq__(self, other: object) -> bool:
+            nonlocal tries
+            tries += 1
+            return False
+
+        __hash__ = None
+
+    for n in range(3 * MAX_TRIES):
+        parsed = Counting(json.loads(chunk("a", id=n)))
+        skeleton.learn(chunk("a", id=n), parsed, parsed["choices"][0]["delta"])
+    assert tries == MAX_TRIES
+
+
+def test_a_large_chunk_is_not_tried() -> None:
+    skeleton, data = Skeleton(), chunk("a", padding="x" * MAX_SIZE)
+    parsed = json.loads(data)
+    skeleton.learn(data, parsed, parsed["choices"][0]["delta"])
+    assert skeleton.text_size(data) == 0
