@@ -7,11 +7,11 @@ not say is as the settings of the service say.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from broker.core.errors import ModelNotAllowed, OriginNotAllowed, Unauthorized
+from broker.core.model_entry import allows
 from broker.core.rates import Rate  # noqa: TC001 - pydantic reads it
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Limits:
         """
         for globs in self.models:
             for model in models:
-                if not any(fnmatchcase(model, glob) for glob in globs):
+                if not allows(globs, model):
                     raise ModelNotAllowed(f"The model {model} may not be used with this key or token.")
 
 

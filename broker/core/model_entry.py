@@ -131,7 +131,7 @@ def parse_models(body: bytes) -> Models:
 
 
 def allows(allowed: Iterable[str], model_id: str) -> bool:
-    """Return True if a model matches the globs of ``BROKER_ALLOWED_MODELS``. Ids are compared as they are written."""
+    """Return True if a model matches one of these globs. Ids are compared as they are written."""
     return any(fnmatchcase(model_id, pattern) for pattern in allowed)
 
 

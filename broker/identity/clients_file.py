@@ -36,7 +36,7 @@ MAX_CLIENTS: Final = 65_536
 MAX_KEYS: Final = 32
 """Keys of one client."""
 
-LOOK_EVERY: Final = 0.5
+LOOK_EVERY: Final = 0.25
 """Seconds between two checks of the file. A change is read at the second check that sees it."""
 
 CLIENT_NAME: Final = re.compile(r"[A-Za-z0-9._@+-]{1,64}")
@@ -121,10 +121,15 @@ class ClientsFile:
             read = self._file.read_again if self._asked.is_set() else self._file.changed
             self._asked.clear()
             # In a thread, for a file of thousands of clients takes seconds. Streams go on between its steps.
-            tables = await asyncio.to_thread(read)
-            if tables is not None and tables != self._tables:
+            tables = await asyncio.to_thread(self._other, read)
+            if tables is not None:
                 self._tables = tables
                 log.info("clients changed", count=len(tables.limits))
+
+    def _other(self, read: Callable[[], Tables | None]) -> Tables | None:
+        """Return what was read, None if it is nothing or the same as before."""
+        tables = read()
+        return tables if tables != self._tables else None
 
 
 def read_clients_file(path: Path) -> Tables:
@@ -150,7 +155,7 @@ def _tables(document: Mapping[str, Any]) -> Tables:
     limits: dict[str, ClientLimits] = {}
     names: dict[bytes, str] = {}
     for name, table in document.items():
-        where = f"{NAME}: [{_in_one_line(name)}]"
+        where = f"{NAME}: [{name}]" if CLIENT_NAME.fullmatch(name) else f"{NAME}: [{_in_one_line(name)}]"
         if not isinstance(table, dict):
             raise SettingsError(
                 f"{where} must be a table; limits stand below the line with the name of a client"

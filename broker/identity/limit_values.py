@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from decimal import Decimal
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pydantic import TypeAdapter
@@ -100,10 +101,15 @@ def _count_or_none(value: Any) -> int:
 def _nano(value: Any) -> int:
     is_text = isinstance(value, str) and _DECIMAL.fullmatch(value) is not None
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    nano = to_nano(_MONEY.validate_python(value)) if is_text or is_number else None
+    nano = _parse_money(value) if is_text or is_number else None
     if nano is None:
         raise ValueError
     return nano
+
+
+@lru_cache(maxsize=256)
+def _parse_money(value: float | Decimal | str) -> int | None:
+    return to_nano(_MONEY.validate_python(value))
 
 
 def _nano_above_zero(value: Any) -> int:
@@ -115,6 +121,11 @@ def _nano_above_zero(value: Any) -> int:
 def _rate(value: Any) -> Any:
     if not isinstance(value, str):
         raise ValueError  # noqa: TRY004 - the reader turns this one into its message
+    return _parse_rate(value)
+
+
+@lru_cache(maxsize=256)
+def _parse_rate(value: str) -> Any:
     return _RATE.validate_python(value)
 
 
