@@ -5,6 +5,7 @@ It has a file of its own because it takes long, and files run side by side.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from contextlib import suppress
 from random import Random
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.money import CLIENTS, NANO, TOTAL, ledger, until
+from tests.money import NANO, TOTAL, ledger, until
 from tests.system.bank import ASKED, SETTLED, all_settled, running_bank
 from tests.system.biller import Biller
 from tests.system.spenders import Spenders
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from redis.asyncio import Redis
 
 pytestmark = [
@@ -32,15 +35,32 @@ async def is_judged_well(spenders: Spenders, redis: Redis) -> bool:
     return await spenders.judge(redis) == []
 
 
-async def test_no_account_exceeds_its_limit_under_faults() -> None:
+def clients(path: Path, limit: int) -> None:
+    """Write tables for two of the clients; the third one has the limits of the service."""
+    tables = [
+        f'[{name}]\nsha256 = "{hashlib.sha256(key.encode()).hexdigest()}"\n'
+        f"daily_cost = {limit * day / NANO:.9f}\nmonthly_cost = {limit * month / NANO:.9f}\n"
+        for name, key, day, month in (("ann", "one", 0.5, 0.25), ("bob", "two", 0.3, 0.9))
+    ]
+    path.write_text("".join(tables))
+
+
+def account(name: str) -> str:
+    return f"*:{{a*}}:account:key:{name}"
+
+
+async def test_no_account_exceeds_its_limit_under_faults(tmp_path: Path) -> None:
     """At no time more than the limit is spent and reserved; in the end each session has cost what it was billed."""
     seed = secrets.randbelow(2**32)
     print(f"seed {seed}")
     random = Random(seed)
     limit = NANO * 15 // 1000
+    path = tmp_path / "clients.toml"
+    clients(path, limit)
     async with running_bank(
         keeps=True,
-        api_keys="ann:one,bob:two,cyd:three",
+        api_keys="cyd:three",
+        clients_file=path,
         total_daily_cost=f"{limit / NANO}",
         daily_cost=f"{limit * 0.4 / NANO}",
         monthly_cost=f"{limit * 0.35 / NANO}",
@@ -54,8 +74,17 @@ async def test_no_account_exceeds_its_limit_under_faults() -> None:
             cluster,
             biller,
             random,
-            {TOTAL: limit, CLIENTS: limit * 4 // 10},
-            monthly={CLIENTS: limit * 35 // 100},
+            {
+                TOTAL: limit,
+                account("ann"): limit * 50 // 100,
+                account("bob"): limit * 30 // 100,
+                account("cyd"): limit * 40 // 100,
+            },
+            monthly={
+                account("ann"): limit * 25 // 100,
+                account("bob"): limit * 90 // 100,
+                account("cyd"): limit * 35 // 100,
+            },
         )
         try:
             await spenders.run(50.0)

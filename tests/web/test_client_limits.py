@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jwt
 import pytest
 
+from broker.store.connection import Store
 from broker.web import keys
 from tests.broker import QUESTION, running
 from tests.money import MODEL, price_list, until
@@ -103,6 +104,50 @@ async def test_a_client_that_may_not_ask_gets_a_401(
         for path_of in ("/models", "/usage"):
             check(await broker.ask("GET", path_of, headers=ACME), 401, "unauthorized")
         await prepared(broker, BETA)
+
+
+@pytest.fixture
+def trips(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The scripts of each round trip to Redis that a /prepare or a claim makes."""
+    made: list[tuple[str, ...]] = []
+    plain_run, plain_each = Store.run, Store.run_each
+    ours = {"hit", "admit", "prepare", "reserve", "claim"}
+
+    async def run(self: Store, calls: Any, **options: Any) -> Any:
+        if names := tuple(call.name for call in calls if call.name in ours):
+            made.append(names)
+        return await plain_run(self, calls, **options)
+
+    async def run_each(self: Store, calls: Any, **options: Any) -> Any:
+        if names := tuple(call.name for call in calls if call.name in ours):
+            made.append(names)
+        return await plain_each(self, calls, **options)
+
+    monkeypatch.setattr(Store, "run", run)
+    monkeypatch.setattr(Store, "run_each", run_each)
+    return made
+
+
+async def test_limits_of_a_client_cost_no_round_trip(
+    valkey_url: str, upstream: ScriptedUpstream, path: Path, trips: list[tuple[str, ...]]
+) -> None:
+    write(path, table("acme", "one", 'rate = "1000/minute"\nstreams = 3\nmonthly_cost = 9') + BOTH)
+    upstream.models = price_list()
+    ways: list[tuple[dict[str, Any], dict[str, str]]] = [
+        ({}, {}),
+        ({"clients_file": path}, ACME),
+        ({"clients_file": path}, BETA),
+        ({"jwt_secret": SECRET}, token({"streams": 2, "monthly_cost": 3})),
+    ]
+    seen = []
+    for settings, headers in ways:
+        upstream.replies = [plain]
+        async with running(valkey_url, upstream, **settings) as broker:
+            await broker.ask("GET", "/models", headers=headers)
+            trips.clear()
+            await broker.read(await prepared(broker, headers, max_tokens=20))
+            seen.append(list(trips))
+    assert seen == [[("admit", "admit", "hit"), ("prepare",), ("reserve",), ("claim",)]] * len(ways)
 
 
 async def test_models_of_a_client_narrow_those_of_the_service(
