@@ -105,7 +105,7 @@ async def _show(reader: Reader, interval: float) -> None:
             frame = await _unless(quitting, reader.frame())
             if frame is None:
                 return
-            live.update(draw(frame, height=console.height), refresh=True)
+            live.update(draw(frame, console=console), refresh=True)
             with suppress(TimeoutError):
                 async with asyncio.timeout(interval):
                     await quitting.wait()

@@ -19,7 +19,7 @@ from broker.store.running import Activity
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
     from broker.cli.scrape import Scrape
     from broker.store.running import Running, RunningSession
@@ -28,8 +28,8 @@ _SHOWN_ERRORS = 4
 _SHOWN_SPENDERS = 5
 _NAME_WIDTH = 24
 _BAR_WIDTH = 20
-_PLAIN_LINES = 13
-"""Lines of a frame besides the rows of its tables and the problems."""
+_SESSIONS_OF_A_SCRIPT = 10
+_FEWEST_SESSIONS = 3
 
 
 class Spending(NamedTuple):
@@ -89,8 +89,8 @@ class Frame:
     problem: str = ""
 
 
-def draw(frame: Frame, *, height: int | None = None) -> RenderableType:
-    """Return a frame, with as many sessions as this height has room for; without one, ten."""
+def draw(frame: Frame, *, console: Console | None = None) -> RenderableType:
+    """Return a frame, with as many sessions as this console has room for; without one, ten."""
     parts: list[RenderableType] = [_head(frame)]
     if frame.running is None:
         parts += [
@@ -106,12 +106,18 @@ def draw(frame: Frame, *, height: int | None = None) -> RenderableType:
     if frame.brokers:
         parts += [Text(), *_brokers(frame.brokers)]
     if frame.running is not None and frame.running.sessions:
-        rows = _workers_of(frame.running)
-        problems = sum(2 for each in frame.brokers if each.problem)  # each on two lines of 80 columns
-        used = _PLAIN_LINES + len(rows) + len(frame.brokers) + problems
-        room = 10 if height is None else max(3, height - used)
-        parts += [Text(), _longest(frame.running, room)]
+        parts.append(Text())
+        parts.append(_longest(frame.running, _room(console, parts)))
     return Group(*parts)
+
+
+def _room(console: Console | None, above: Sequence[RenderableType]) -> int:
+    """Return the number of sessions for which there is room below these parts."""
+    if console is None:
+        return _SESSIONS_OF_A_SCRIPT
+    used = len(console.render_lines(Group(*above)))
+    heading_and_rest = 2
+    return max(_FEWEST_SESSIONS, console.height - used - heading_and_rest)
 
 
 def _head(frame: Frame) -> Text:
@@ -199,7 +205,7 @@ def _rates(
 
 def _brokers(brokers: Sequence[Scraped]) -> list[RenderableType]:
     times = {each.seconds for each in brokers if each.now is not None}
-    since = f"of the last {max(filter(None, times)):.0f} s" if any(times) else "since the start"
+    since = f"of {max(filter(None, times)):.0f} s" if any(times) else "since the start"
     shown = _table("metrics of", "running", "viewers", "first chunk", "95 %", "ended", "failed", "refused")
     for each in brokers:
         if each.now is None or each.recent is None:
@@ -216,7 +222,8 @@ def _brokers(brokers: Sequence[Scraped]) -> list[RenderableType]:
             f"{sum(recent.errors().values()):,.0f}",
             f"{sum(recent.refused.values()):,.0f}",
         )
-    parts: list[RenderableType] = [shown, Text(f"first chunk: half of them within; all {since}", style="dim")]
+    note = f"half and 95 % of the first chunks came within this; counts are {since}"
+    parts: list[RenderableType] = [shown, Text(note, style="dim")]
     errors: Counter[str] = Counter()
     for each in brokers:
         if each.recent is not None:

@@ -204,13 +204,16 @@ def show_table(title: str, by: str, rows: Sequence[Mapping[str, Any]]) -> None:
     if width is None:
         show(table(title, by, rows, _COLUMNS))
         return
-    sums = {metric: sum(row[metric] for row in rows) for metric in METRICS}
-    title += f": {sums['requests']:,} requests, {amounts.usd(sums['cost'])} USD"
     show(fitted(title, by, rows, width))
 
 
 def fitted(title: str, by: str, rows: Sequence[Mapping[str, Any]], width: int) -> Table:
-    """Return the table for a terminal of this width: with all columns and bars, or with fewer columns."""
+    """Return the table for a terminal of this width: with all columns and bars, or with fewer columns.
+
+    The sums stand behind the title.
+    """
+    requests, cost = (sum(row[metric] for row in rows) for metric in ("requests", "cost"))
+    title += f": {requests:,} requests, {amounts.usd(cost)} USD"
     for columns in (_COLUMNS, _FEW_COLUMNS):
         room = width - measure(table("", by, rows, columns)) - 1
         if rows and room >= _NARROWEST_BAR:
@@ -223,7 +226,13 @@ def table(
 ) -> Table:
     """Return a table of the rows. The bar shows the cost, or the requests where nothing has cost anything."""
     shown = Table(
-        title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        header_style="bold",
     )
     shown.add_column(by, no_wrap=True)
     if bar_width:

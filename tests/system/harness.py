@@ -154,16 +154,22 @@ async def running_broker(
 
 @asynccontextmanager
 async def running_program(
-    arguments: Sequence[str | Path], port: int, *, env: Mapping[str, str], cwd: Path, ready: str
+    arguments: Sequence[str | Path],
+    port: int,
+    *,
+    env: Mapping[str, str],
+    cwd: Path,
+    ready: str,
+    python: str | Path = sys.executable,
 ) -> AsyncIterator[RunningBroker]:
-    """Run Python until the block ends, with no setting of a broker's but those in `env`.
+    """Run a Python until the block ends, with no setting of a broker's but those in `env`.
 
     Raises:
         NotStartedError: it ended before `ready` on the port answered 200, or that did not come in time.
     """
     with tempfile.TemporaryDirectory(prefix="broker-test-") as name:
         log_path = Path(name, "log")
-        process = _spawn([sys.executable, *arguments], clean_environment(env), cwd, log_path)
+        process = _spawn([python, *arguments], clean_environment(env), cwd, log_path)
         try:
             broker = RunningBroker(f"http://127.0.0.1:{port}", port, process, log_path)
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as session:
