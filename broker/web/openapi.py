@@ -372,6 +372,7 @@ def _stream() -> dict[str, Any]:
         "Start a prepared session, or follow one that runs or has ended",
         answers,
         errors.InvalidCursor,
+        errors.Unauthorized,
         errors.SessionNotFound,
         errors.SessionExpired,
         errors.AlreadyClaimed,
