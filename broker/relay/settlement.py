@@ -173,7 +173,9 @@ class Settlement:
         return max(0, MAX_ASKING - len(self._asking))
 
     def ask(self, estimate: Estimate) -> None:
-        """Fetch the record for an estimate at those times of `RECORD_DELAYS` that are still to come, at least once.
+        """Fetch the record for an estimate at those times of `RECORD_DELAYS` that are still to come.
+
+        That of another worker is fetched now as well: nobody did it at the time that has passed.
 
         If there are too many estimates already, this one is left to be found later by any worker.
         """
@@ -186,8 +188,10 @@ class Settlement:
         reservation, generation_id, age = estimate
         try:
             ended_at = self._clock() - age
-            for after in [delay for delay in RECORD_DELAYS if delay > age] or [age]:
-                await self._wait(reservation, ended_at + after)
+            to_come = [delay for delay in RECORD_DELAYS if delay > age]
+            for after in [age, *to_come] if age else to_come:
+                if after > age:
+                    await self._wait(reservation, ended_at + after)
                 if (usage := await self._fetch_usage(reservation, generation_id)) is not None:
                     await self._persist(partial(self._accounts.correct, reservation, usage))
                     return

@@ -18,7 +18,18 @@ from broker.store.usage_ledger import UsageLedger
 from broker.web import keys
 from tests.broker import Broker, running
 from tests.clock import Clock, run_ready_tasks
-from tests.money import MODEL, PRICE, Ledger, due_records, ledger, open_reservations, price_list, slots, until
+from tests.money import (
+    MODEL,
+    PRICE,
+    Ledger,
+    due_records,
+    ledger,
+    let_time_pass,
+    open_reservations,
+    price_list,
+    slots,
+    until,
+)
 from tests.system.harness import ValkeyProcess, running_valkey
 
 if TYPE_CHECKING:
@@ -457,6 +468,29 @@ async def test_a_missing_record_does_not_stop_later_requests(
     await until(lambda: asyncio.sleep(0, clock.pauses.count(RECORD_DELAYS[0]) == 2))
     await clock.end_pause()
     await until(lambda: asyncio.sleep(0, len(upstream.looks) == 4))
+
+
+async def test_the_estimate_of_a_dead_worker_is_asked_for_at_once(
+    broker: Broker, upstream: ScriptedUpstream
+) -> None:
+    """Its next time by the table may be 90 s away."""
+    clock = clock_of_settlement(broker)
+    upstream.generations[GENERATION] = None
+    await estimated(broker, upstream)
+    settlement, redis = broker.app[keys.WORKER]._settlement, broker.app[keys.STORE].redis
+    [key] = await redis.keys("*:{a*}:reservation:*")
+    seconds, _ = await redis.time()
+    await redis.hset(key, "ended", (seconds - 40) * 1000)
+    upstream.generations[GENERATION] = RECORD
+    settlement._asking.clear()  # this worker knows nothing of it, as another one
+    await let_time_pass(redis, "estimates")
+
+    async def corrected() -> bool:
+        return (await ledger(redis)).estimated == 0
+
+    await until(corrected, within=60)
+    assert await booked(broker) == Ledger(1, 0, 18, 123_000)
+    assert clock.pauses == [RECORD_DELAYS[0]], "the first one still waits, and the second one did not"
 
 
 async def test_an_upstream_that_is_not_openrouter_is_never_asked(
