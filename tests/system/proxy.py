@@ -87,7 +87,7 @@ def nginx(directory: Path, *options: str) -> list[str]:
 
 @dataclass
 class Proxy:
-    """An nginx that answers.
+    """A proxy that answers.
 
     Attributes:
         directory: has all files that it reads and writes.
@@ -97,11 +97,12 @@ class Proxy:
     port: int
     directory: Path
     page: aiohttp.ClientSession
+    host: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
         """Where it answers, without a slash at the end."""
-        return f"https://127.0.0.1:{self.port}"
+        return f"https://{self.host}:{self.port}"
 
     def said(self) -> str:
         """Both its outputs."""

@@ -58,7 +58,8 @@ def test_nginx_accepts_the_shipped_files_and_needs_all_of_them(tmp_path: Path) -
 # Requests to a broker, and answers
 
 
-async def test_every_event_arrives_before_the_next_is_written() -> None:
+@pytest.mark.parametrize("encoding", ["gzip", "identity"])
+async def test_every_event_arrives_before_the_next_is_written(encoding: str) -> None:
     arrived = asyncio.Semaphore(0)
 
     async def lock_step(request: web.Request) -> web.StreamResponse:
@@ -69,11 +70,11 @@ async def test_every_event_arrives_before_the_next_is_written() -> None:
             await arrived.acquire()
         return answer
 
-    zipped = {**EVENTS, "Accept-Encoding": "gzip"}
     async with (
         proxy_before(lock_step) as proxy,
-        proxy.page.get("/stream/any", headers=zipped) as answer,
+        proxy.page.get("/stream/any", headers={**EVENTS, "Accept-Encoding": encoding}) as answer,
     ):
+        assert answer.headers.get("Content-Encoding", "identity") == encoding
         for n in range(20):
             assert await block(answer) == f"data: {n}\n\n"
             arrived.release()
