@@ -66,6 +66,16 @@ def test_a_line_is_json_with_its_time_level_logger_and_values() -> None:
     assert list(line) == ["timestamp", "level", "event", "logger", "model", "messages"]
 
 
+@pytest.mark.parametrize("form", ["json", "text"])
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\x0b", "\x1b[2K", "\x85", "\u2028"])
+def test_a_value_never_begins_a_line_of_its_own(form: Literal["json", "text"], end: str) -> None:
+    out = io.StringIO()
+    configure_logs("info", form, out=out)
+    logger().info("request", path=f"/a{end}2026-01-01 [info] all is well", status=404)
+    assert len(out.getvalue().splitlines()) == 1
+    assert "\x1b[2K" not in out.getvalue()
+
+
 def test_away_from_a_terminal_the_form_is_json() -> None:
     out = io.StringIO()
     configure_logs("info", None, out=out)

@@ -26,7 +26,8 @@ METRIC = "broker_sessions_running"
 
 def valid(environment: dict[str, str]) -> Settings:
     """Return the settings of these variables, of which each must be one."""
-    return Settings(**{FIELDS[name]: value for name, value in environment.items()})
+    given: dict[str, Any] = {FIELDS[name]: value for name, value in environment.items()}
+    return Settings(**given)
 
 
 # systemd
