@@ -33,7 +33,11 @@ TICK = 0.01
 """Seconds between two writes for sessions that are followed from other workers."""
 
 SLOT = 0.03
-"""Seconds between two writes for all other sessions. Fewer and larger round trips cost less."""
+"""Minimum seconds between two writes for all other sessions. Fewer and larger round trips cost less."""
+
+ENOUGH = 32
+"""Sessions in a round trip after which a larger one saves little. Of few sessions, those of several slots are written
+together: 50 sessions in one round trip cost a third of what they cost in 16 (measured)."""
 
 ASK_AFTER = 0.9
 """Seconds without a write after which Redis is asked without one."""
@@ -93,6 +97,7 @@ class JournalWriter:
         self._added = 0
         self._watch_expiry_suspended_until = float("-inf")
         self._wanted = asyncio.Event()
+        self._pausing: asyncio.Future[None] | None = None
 
     def add(self, generation: Generation) -> None:
         """Start writing the journal of this generation."""
@@ -115,6 +120,8 @@ class JournalWriter:
         """Write the events of this generation at the next tick."""
         if generation in self._slot_of:
             self._urgent.add(generation)
+            if self._pausing is not None:
+                self._pausing.cancel()
 
     async def run(self, owner: Owner) -> NoReturn:
         """Write until cancelled."""
@@ -123,15 +130,35 @@ class JournalWriter:
             if not self._slot_of:
                 self._wanted.clear()
                 await self._wanted.wait()
-            await self._pause(TICK)
-            slot: Collection[Generation] = ()
+            if self._urgent:
+                await self._pause(TICK)
+            else:
+                await self._pause_unless_urgent(max(TICK, slot_at - self._clock()))
+                if self._urgent:
+                    continue  # what else becomes urgent within the tick is written with it
+            slots: list[Collection[Generation]] = []
             if self._clock() >= slot_at:
-                slot_at = self._clock() + self._slot_seconds
-                at = (at + 1) % len(self._slots)
-                slot = self._slots[at]
-            due = self._due(slot)
+                together = self._slots_together()
+                slot_at = self._clock() + together * self._slot_seconds
+                slots = [self._slots[(at + n) % len(self._slots)] for n in range(together)]
+                at = (at + together) % len(self._slots)
+            due = self._due(slots)
             for start in range(0, len(due), MAX_SESSIONS):
                 await self._write(due[start : start + MAX_SESSIONS], owner)
+
+    def _slots_together(self) -> int:
+        """Return the number of slots that are written at a time, so that a round trip has about `ENOUGH` sessions."""
+        slots = len(self._slots)
+        return max(1, min(slots, ENOUGH * slots // max(1, len(self._slot_of))))
+
+    async def _pause_unless_urgent(self, seconds: float) -> None:
+        """Wait for so many seconds, or until `flush_soon` is called."""
+        pausing = self._pausing = asyncio.ensure_future(self._pause(seconds))
+        try:
+            await asyncio.wait([pausing])
+        finally:
+            self._pausing = None
+            pausing.cancel()
 
     async def confirm(self, generations: Collection[Generation], owner: Owner) -> bool:
         """Ask Redis at once whether these are still this worker's. Returns True if Redis answered."""
@@ -141,14 +168,19 @@ class JournalWriter:
         """Count all viewers elsewhere as present for a while, because Redis was away or came back empty."""
         self._watch_expiry_suspended_until = self._clock() + REGISTER_AGAIN
 
-    def _due(self, slot: Collection[Generation]) -> list[Generation]:
+    def _due(self, slots: Collection[Collection[Generation]]) -> list[Generation]:
+        """Return what is to be written now: the urgent ones, and those of these slots that have something."""
         now = self._clock()
         urgent, self._urgent = self._urgent, set()
         due = list(urgent)
-        for generation in slot:
-            unsaved = generation.has_unsaved()
-            if generation not in urgent and (unsaved or now - self._asked_at[generation] >= ASK_AFTER):
-                due.append(generation)
+        asked_before = now - ASK_AFTER
+        for slot in slots:
+            due += [
+                generation
+                for generation in slot
+                if (generation.has_unsaved() or self._asked_at[generation] <= asked_before)
+                and generation not in urgent
+            ]
         return due
 
     async def _write(self, generations: list[Generation], owner: Owner) -> bool:
@@ -165,28 +197,30 @@ class JournalWriter:
         if refused:
             self.suspend_watch_expiry()
             self.limit_pending()
-
-        async def note(one: tuple[Generation, Appended | None]) -> None:
-            generation, answer = one
-            if generation in self._slot_of:  # else it has ended meanwhile
-                # A refused one is not asked about at every tick either.
-                self._asked_at[generation] = now
-                if answer is not None:
-                    await self._note(generation, answer, owner)
-
-        await for_each(zip(generations, answers, strict=True), note, doing="note what the journal answered")
+        lost: list[Generation] = []
+        for generation, answer in zip(generations, answers, strict=True):
+            if generation not in self._slot_of:
+                continue  # it has ended meanwhile
+            self._asked_at[generation] = now  # a refused one is not asked about at every tick either
+            if answer is not None and answer.state is not State.RUNNING:
+                lost.append(generation)
+            elif answer is not None:
+                try:
+                    self._note(generation, answer)
+                except Exception:  # the journals of the others must go on
+                    log.exception("journal answer not noted", session=short(generation.session_id))
+        await for_each(lost, owner.on_session_lost, doing="note what the journal answered")
         return not refused
 
-    async def _note(self, generation: Generation, answer: Appended, owner: Owner) -> None:
-        if answer.state is not State.RUNNING:
-            await owner.on_session_lost(generation)
-            return
+    def _note(self, generation: Generation, answer: Appended) -> None:
         generation.saved = answer.last
         generation.feed.trim(answer.last)
         if answer.watched > 0 or self._clock() >= self._watch_expiry_suspended_until:
             generation.note_elsewhere(watched=answer.watched > 0)
         if answer.cancel:
             generation.cancel()
+        if not generation.has_unsaved():
+            return
         left = len(self._batch_of(generation).events)
         if left >= MAX_WRITE or (left and generation.watched_elsewhere):
             self._urgent.add(generation)
