@@ -29,10 +29,12 @@ def demand_of(body: Mapping[str, Any], models: Iterable[str]) -> Demand:
     """
     images = sounds = 0
     for entry in _objects(body.get("messages")) + _objects(body.get("input")):
-        for part in _objects(entry.get("content")) + _objects(entry.get("output")):
-            kind = part.get("type")
-            images += kind in _PICTURES
-            sounds += kind == "input_audio"
+        for parts in (entry.get("content"), entry.get("output")):
+            if isinstance(parts, list):  # most are texts
+                for part in _objects(parts):
+                    kind = part.get("type")
+                    images += kind in _PICTURES
+                    sounds += kind == "input_audio"
         images += len(_list(entry.get("images")))
         sounds += bool(entry.get("audio"))
     modalities, tools = _list(body.get("modalities")), _objects(body.get("tools"))

@@ -234,8 +234,13 @@ class Store:
         """Return the replies, and count the round trip. The reply of a call that Redis refused is a `ResponseError`."""
         # As `bounded_call`, written out: its two context managers were a twentieth of a /prepare (measured).
         began = time.monotonic()
+        give_up_at = asyncio.get_running_loop().time() + timeout
         try:
-            return await self._answers(calls, asyncio.get_running_loop().time() + timeout)
+            replies = await self._send(calls, give_up_at)
+            for reply in replies:
+                if isinstance(reply, NoScriptError):  # Redis is new, or was restarted
+                    return await self._send_again(calls, replies, give_up_at)
+            return replies
         except (RedisError, OSError, TimeoutError) as error:
             self.errors += 1
             raise _store_error(error) from error
@@ -257,39 +262,30 @@ class Store:
             return []
         give_up_at = asyncio.get_running_loop().time() + timeout
         with store_errors():
-            return await self._send([command_call(*command).packed for command in commands], give_up_at)
+            return await self._send([command_call(*command) for command in commands], give_up_at)
 
-    async def _answers(self, calls: Sequence[Call], give_up_at: float) -> list[Any]:
-        """Return the replies. Scripts that Redis does not know are loaded."""
-        alone = any(call.waits for call in calls)
-        replies = await self._send([call.packed for call in calls], give_up_at, alone=alone)
+    async def _send_again(self, calls: Sequence[Call], replies: list[Any], give_up_at: float) -> list[Any]:
+        """Load all scripts, run those calls again whose script Redis did not know, and return all replies."""
         unknown = [n for n, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-        if unknown:  # Redis is new, or was restarted
-            loads = self._loads()
-            again = await self._send([*loads, *(calls[n].packed for n in unknown)], give_up_at)
-            for n, reply in zip(unknown, again[len(loads) :], strict=True):
-                replies[n] = reply
-        return replies
+        loads = self._loads()
+        again = await self._send([*loads, *(calls[n] for n in unknown)], give_up_at)
+        found = dict(zip(unknown, again[len(loads) :], strict=True))
+        return [found.get(n, reply) for n, reply in enumerate(replies)]
 
-    async def _send(self, packed: Sequence[bytes], give_up_at: float, *, alone: bool = False) -> list[Any]:
-        """Write packed commands and read their replies.
-
-        Args:
-            packed: the commands.
-            give_up_at: the time of the event loop until which the replies are waited for.
-            alone: use a connection on which no other call waits for a reply.
-        """
+    async def _send(self, calls: Sequence[Call], give_up_at: float) -> list[Any]:
+        """Send calls until this time of the event loop, and return their replies: that of a refused one is an error."""
+        packed = b"".join([call.packed for call in calls])
         replies = None
-        if not alone and sum(map(len, packed)) <= MAX_SHARED:
+        if len(packed) <= MAX_SHARED and True not in [call.waits for call in calls]:
             shared = self._shared
             if shared is None or shared.retired:
                 async with asyncio.timeout_at(give_up_at):
                     shared = await self._open_shared()
             if shared.takes_calls:
-                replies = await shared.ask(packed, give_up_at)
+                replies = await shared.ask(packed, len(calls), give_up_at)
         if replies is None:
             async with asyncio.timeout_at(give_up_at):
-                replies = await self._send_alone(packed)
+                replies = await self._send_alone(packed, len(calls))
         for reply in replies:
             if isinstance(reply, Exception):
                 await self._note_error(reply)
@@ -343,16 +339,16 @@ class Store:
         finally:
             await connection.disconnect(nowait=True)
 
-    async def _send_alone(self, packed: Sequence[bytes]) -> list[Any]:
-        """Write packed commands to a connection of their own, and read their replies.
+    async def _send_alone(self, packed: bytes, count: int) -> list[Any]:
+        """Write so many packed commands to a connection of their own, and read their replies.
 
         The pipeline of the library takes 29 to 40 µs for a command of 3 KB, this takes 13 (measured). That is most of
         the cost of a journal.
         """
         connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]  # as the library has it
         try:
-            await connection.send_packed_command([b"".join(packed)])
-            replies = [await _read_reply(connection) for _ in packed]
+            await connection.send_packed_command([packed])
+            replies = [await _read_reply(connection) for _ in range(count)]
             if any(isinstance(reply, ReadOnlyError | MasterDownError) for reply in replies):
                 await connection.disconnect()
             return replies
@@ -366,8 +362,8 @@ class Store:
             if isinstance(reply, ResponseError):
                 raise reply
 
-    def _loads(self) -> list[bytes]:
-        return [_packed(("SCRIPT", "LOAD", text)) for text in self._texts]
+    def _loads(self) -> list[Call]:
+        return [command_call("SCRIPT", "LOAD", text) for text in self._texts]
 
     async def _reconnect(self) -> None:
         """Close the idle connections, which lead to a server that is not the primary any more.
@@ -515,6 +511,8 @@ class Script:
         self._name = name
         self._store = store
         self._names = frozenset(name.removesuffix("...") for name in (*text.keys, *text.args))
+        self._order = (*text.keys, *text.args)
+        self._lists = any(name.endswith("...") for name in self._order)
         store.register(text.lua)
         sha = hashlib.sha1(text.lua.encode(), usedforsecurity=False).hexdigest()
         self._head = ("EVALSHA", sha)
@@ -544,8 +542,12 @@ class Script:
         """
         if values.keys() != self._names:
             raise TypeError(f"the script takes {sorted(self._names)}, not {sorted(values)}")
-        keys = _in_order(self.text.keys, values)
-        return Call(_packed((*self._head, len(keys), *keys, *_in_order(self.text.args, values))), self._name)
+        keys, args = self.text.keys, self.text.args
+        if not self._lists:
+            words = [values[name] for name in self._order]
+            return Call(_packed((*self._head, len(keys), *words)), self._name)
+        key_words = _in_order(keys, values)
+        return Call(_packed((*self._head, len(key_words), *key_words, *_in_order(args, values))), self._name)
 
 
 def _in_order(names: Sequence[str], values: Mapping[str, Any]) -> list[Any]:

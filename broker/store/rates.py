@@ -110,13 +110,17 @@ class Rates:
         return status._replace(reset=left)
 
     def _key(self, client: str, rate: Rate) -> str:
-        # Named as `limits` names it, so that its own tools can read and clear the window.
-        return self._prefix + _item(rate).key_for(client)
+        before, after = _around_client(rate)
+        return f"{self._prefix}{before}{client}{after}"
 
 
 @lru_cache(maxsize=256)
-def _item(rate: Rate) -> RateLimitItemPerSecond:
-    return RateLimitItemPerSecond(rate.count, rate.seconds, namespace="prepare")
+def _around_client(rate: Rate) -> tuple[str, str]:
+    """Return the key's text before and after the client. `limits` names it so, and its tools can clear a window."""
+    before, _, after = (
+        RateLimitItemPerSecond(rate.count, rate.seconds, "prepare").key_for("\0").partition("\0")
+    )
+    return before, after
 
 
 def _function(name: str, script: bytes) -> str:

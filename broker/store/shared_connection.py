@@ -20,8 +20,6 @@ from redis.exceptions import ConnectionError as LineError
 from redis.exceptions import InvalidResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from redis.asyncio.connection import AbstractConnection
 
 MAX_UNSENT: Final = 1024 * 1024
@@ -83,7 +81,7 @@ class SharedConnection(asyncio.Protocol):
         """True if a call may be added."""
         return not (self.retired or self._full or len(self._waiting) >= MAX_CALLS)
 
-    def ask(self, packed: Sequence[bytes], give_up_at: float) -> asyncio.Future[list[Any]]:
+    def ask(self, packed: bytes, count: int, give_up_at: float) -> asyncio.Future[list[Any]]:
         """Send packed commands. Returns their replies; the one of a refused command is an exception.
 
         The replies are one exception alone if the connection is lost, or if they have not come in time. The commands
@@ -91,13 +89,14 @@ class SharedConnection(asyncio.Protocol):
 
         Args:
             packed: the commands.
+            count: their number.
             give_up_at: the time of the event loop until which the replies are waited for.
         """
         answer: asyncio.Future[list[Any]] = self._loop.create_future()
         if not self._unsent:
             self._loop.call_soon(self._flush)
-        self._unsent += packed
-        self._waiting.append(_Waiting(len(packed), self._loop.time(), give_up_at, answer))
+        self._unsent.append(packed)
+        self._waiting.append(_Waiting(count, self._loop.time(), give_up_at, answer))
         if self._timer is None:
             self._timer = self._loop.call_later(TICK, self._tick)
         return answer

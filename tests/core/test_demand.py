@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from broker.core.demand import SEARCHES_OF_A_TOOL, demand_of
 from broker.core.pricing import Demand
@@ -46,3 +48,30 @@ def test_everything_with_its_own_price_is_counted(body: dict[str, Any], demand: 
 
 def test_a_model_that_searches_by_its_name_searches_once() -> None:
     assert demand_of(asked(), ["a/b", "c/d:Online"]) == Demand(searches=1)
+
+
+PARTS = st.lists(st.sampled_from([IMAGE, SOUND, {"type": "input_image"}, {"type": "text"}, "bare", None]))
+ENTRIES = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "content": PARTS | st.text(max_size=3) | st.none(),
+            "output": PARTS | st.text(max_size=3),
+            "images": st.lists(st.just(IMAGE)) | st.none(),
+            "audio": st.sampled_from([None, {}, {"id": "a"}]),
+        },
+    )
+    | st.none()
+)
+
+
+@given(ENTRIES, ENTRIES)
+def test_every_picture_and_sound_counts_once(messages: list[Any], items: list[Any]) -> None:
+    pictures = sounds = 0
+    for entry in filter(None, messages + items):
+        parts = [part for key in ("content", "output") for part in entry.get(key) or () if type(part) is dict]
+        pictures += len([part for part in parts if part["type"] in ("image_url", "input_image")])
+        pictures += len(entry.get("images") or ())
+        sounds += len([part for part in parts if part["type"] == "input_audio"]) + bool(entry.get("audio"))
+    found = demand_of({"messages": messages, "input": items}, ["a/b"])
+    assert (found.images, found.sounds) == (pictures, sounds)
