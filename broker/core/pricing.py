@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from broker.core.tokens import AUDIO_TOKENS, IMAGE_TOKENS
@@ -109,9 +110,9 @@ class Override:
     certain: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Prices:
-    """The price list of one model.
+    """The price list of one model. Two of them are equal only if they are the same object.
 
     Attributes:
         listed: its prices.
@@ -253,11 +254,19 @@ def worst_case(
     Every token counts at the highest price that may apply: of the list and all overrides, written to the cache, or as
     reasoning. A picture costs its tokens, and its own price where one is listed.
     """
-    if prices is None or not prices.unreadable.isdisjoint(_touched(demand)):
+    if prices is None:
         return None
-    rates = dearest(prices)
-    prompt = max(rates.prompt, rates.cache_read, rates.cache_write, rates.cache_write_1h)
-    output = max(rates.completion, rates.reasoning)
+    if demand == TEXT_ONLY:  # as most: the other prices would add nothing
+        request, prompt, output = _dearest_of_text(prices)
+        return _total(request, (max(prompt_tokens, 0), prompt), (max(output_tokens, 0), output))
+    return worst_case_of_all(prompt_tokens, output_tokens, prices, demand)
+
+
+def worst_case_of_all(prompt_tokens: int, output_tokens: int, prices: Prices, demand: Demand) -> int | None:
+    """Return the `worst_case` of a request with any demand."""
+    if not prices.unreadable.isdisjoint(_touched(demand)):
+        return None
+    request, prompt, output = _dearest_of_text(prices)
     if demand.draws:
         output = max(output, _dearest_of(prices, "image_output"))
     if demand.speaks:
@@ -265,7 +274,7 @@ def worst_case(
     image_token = max(_ZERO, _dearest_of(prices, "image_token") - prompt)
     heard = max(_dearest_of(prices, "audio"), _dearest_of(prices, "input_audio_cache"))
     return _total(
-        rates.request,
+        request,
         (max(prompt_tokens, 0), prompt),
         (max(output_tokens, 0), output),
         (demand.images, _dearest_of(prices, "image")),
@@ -273,6 +282,17 @@ def worst_case(
         (demand.sounds * AUDIO_TOKENS, max(_ZERO, heard - prompt)),
         (demand.searches, _dearest_of(prices, "web_search")),
     )
+
+
+@lru_cache(maxsize=1024)
+def _dearest_of_text(prices: Prices) -> tuple[Decimal, Decimal, Decimal]:
+    """Return the highest price of a request, of a token of its prompt, and of a token of its answer.
+
+    Kept for each price list: it is needed three times at every /prepare, and changes only with the list of models.
+    """
+    rates = dearest(prices)
+    prompt = max(rates.prompt, rates.cache_read, rates.cache_write, rates.cache_write_1h)
+    return rates.request, prompt, max(rates.completion, rates.reasoning)
 
 
 def _touched(demand: Demand) -> set[str]:

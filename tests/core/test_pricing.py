@@ -25,6 +25,7 @@ from broker.core.pricing import (
     to_nano,
     to_usd,
     worst_case,
+    worst_case_of_all,
 )
 
 MINI = {
@@ -400,6 +401,13 @@ def test_no_usage_costs_more_than_its_worst_case(
     if worst is not None:
         assert cost is not None
         assert cost <= worst
+
+
+@given(pricings, st.integers(-5, 10**6), st.integers(-5, 10**6))
+def test_a_text_is_priced_like_any_request(pricing: Any, prompt: int, output: int) -> None:
+    priced = parse_prices({"pricing": pricing})
+    if priced is not None:
+        assert worst_case(prompt, output, priced) == worst_case_of_all(prompt, output, priced, Demand())
 
 
 @given(json)
