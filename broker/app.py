@@ -173,7 +173,7 @@ async def build(
         )
         stack.push_async_callback(worker.close)
         waiting = app[keys.WAITING] = WaitingPages()
-        metrics.watch(worker, sessions, store, upstream, waiting)
+        metrics.watch(worker, sessions, store, upstream, waiting, quotas)
         worker.start()
         _add_checks(app, settings)
         naming = app[keys.NAMING] = await stack.enter_async_context(_naming(settings, store))

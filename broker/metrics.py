@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from broker.core.pricing import to_usd
 from broker.core.session import State
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric
 
+    from broker.core.accounts import Quotas
     from broker.core.session_report import SessionReport
     from broker.metrics_directory import MetricsDirectory
     from broker.relay.worker import Worker
@@ -35,6 +37,12 @@ QUICK = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.3, 1.0)
 LAG = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 CANCEL = (0.005, 0.01, 0.05, 0.1, 0.3, 1, 3)
 """Upper bounds of histograms, in seconds."""
+
+# Series that alerts look at are there from the start: of a series that begins with 1, Prometheus sees no increase.
+_RARE_ENDS = ((State.LOST, "worker_lost"), (State.FAILED, "internal_error"))
+_RARE_REFUSALS = ("internal_error", "overloaded")
+_RESUMES = ("here", "elsewhere", "ended", "expired", "refused")
+_RARE_STATUSES = dict.fromkeys(("none", "401", "402"), 0)
 
 
 class PlainHistogram:
@@ -138,6 +146,12 @@ class Metrics:
             buckets=LAG,
             registry=registry,
         )
+        for state, code in _RARE_ENDS:
+            self._sessions.labels(state.value, code)
+        for code in _RARE_REFUSALS:
+            self._refused.labels(code)
+        for result in _RESUMES:
+            self._resumes.labels(result)
 
     def session_ended(self, report: SessionReport) -> None:
         """Count a session that ended."""
@@ -191,9 +205,11 @@ class Metrics:
         store: Store,
         upstream: UpstreamClient,
         waiting: Sized,
+        quotas: Quotas,
     ) -> None:
         """Read these at every scrape."""
-        self.registry.register(_Watched(worker, sessions, store, upstream, waiting, self.gaps, self._redis))
+        parts = (worker, sessions, store, upstream, waiting, quotas)
+        self.registry.register(_Watched(*parts, self.gaps, self._redis))
 
     def families(self) -> list[Metric]:
         """Return all metrics of this broker, without the times at which their series began, which double them."""
@@ -234,6 +250,7 @@ class _Watched(Collector):
         store: Store,
         upstream: UpstreamClient,
         waiting: Sized,
+        quotas: Quotas,
         gaps: PlainHistogram,
         redis: Mapping[str, PlainHistogram],
     ) -> None:
@@ -242,6 +259,7 @@ class _Watched(Collector):
         self._store = store
         self._upstream = upstream
         self._waiting = waiting
+        self._quotas = quotas
         self._gaps = gaps
         self._redis = redis
 
@@ -254,6 +272,13 @@ class _Watched(Collector):
         worker, store = self._worker, self._store
         gauge, count = GaugeMetricFamily, CounterMetricFamily
         yield gauge("broker_sessions_running", "Sessions that run here.", value=len(worker.running))
+        limit = worker.config.max_streams
+        yield gauge("broker_sessions_limit", "Sessions that may run here.", value=limit)
+        yield gauge(
+            "broker_daily_cost_limit_usd",
+            "The budget of a day for all clients together; 0 for none.",
+            value=to_usd(self._quotas.total_daily_cost),
+        )
         yield gauge("broker_viewers", "Streams that are open to pages.", value=len(worker.viewers))
         yield gauge("broker_queued", "Pages that wait in line for a slot.", value=len(self._waiting))
         yield gauge(
@@ -282,7 +307,7 @@ class _Watched(Collector):
             "Requests for answers, by HTTP status; none: no answer.",
             labels=["status"],
         )
-        for status, times in self._upstream.statuses.items():
+        for status, times in (_RARE_STATUSES | self._upstream.statuses).items():
             asked.add_metric([status], times)
         yield asked
         buckets, total = self._gaps.buckets()

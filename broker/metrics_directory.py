@@ -29,7 +29,7 @@ WRITE_EVERY = 1.0
 KEPT_NAMES = 1000
 """Names of ended workers that are kept beside their sum, in case that somebody has just read their files."""
 
-HIGHEST = frozenset({"broker_journal_lag_seconds"})
+HIGHEST = frozenset({"broker_journal_lag_seconds", "broker_daily_cost_limit_usd"})
 """Gauges of which the highest value counts, and not the sum."""
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 from opentelemetry.metrics import NoOpMeterProvider
-from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -63,7 +63,10 @@ def export(
     if (protocol := protocols.get("metrics")) is not None:
         exporter = import_module(f"{_PACKAGES[protocol]}.metric_exporter").OTLPMetricExporter()
         reader = PeriodicExportingMetricReader(exporter)
-        meters = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
+        # No span is current where a session is counted, so there are no exemplars to look for.
+        meters = MeterProvider(
+            [reader], resource=resource, exemplar_filter=AlwaysOffExemplarFilter(), shutdown_on_exit=False
+        )
         shutdowns.append(meters.shutdown)
 
     async def close() -> None:

@@ -283,6 +283,22 @@ async def names_of(broker: Broker) -> set[str]:
     return set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
 
 
+async def test_the_limits_that_alerts_compare_with_are_shown(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    async with running(valkey_url, upstream, max_streams=7, total_daily_cost="2.5") as broker:
+        values = await scrape(broker)
+        assert values["broker_sessions_limit"] == 7
+        assert values["broker_daily_cost_limit_usd"] == 2.5
+
+
+async def test_rare_series_are_there_before_they_happen(broker: Broker) -> None:
+    values = await scrape(broker)
+    assert values['broker_sessions_total{code="worker_lost",state="lost"}'] == 0
+    assert values['broker_refused_total{code="internal_error"}'] == 0
+    assert values['broker_upstream_requests_total{status="401"}'] == 0
+
+
 async def test_every_promised_metric_is_there(broker: Broker) -> None:
     assert PROMISED - await names_of(broker) == set()
 
