@@ -6,30 +6,24 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from broker.relay.generation import Generation
+    from broker.relay.finished import FinishedSession
 
 MAX_BYTES = 64 * 1024 * 1024
-"""Bytes of events of all finished sessions together."""
+"""Bytes of all finished sessions together."""
 
 MAX_SESSIONS = 10_000
 """Finished sessions, however small."""
 
 
 class _Entry(NamedTuple):
-    """A finished generation.
+    """A finished session, and the monotonic time at which it expires."""
 
-    Attributes:
-        size: bytes of its events when it was added. Its feed may shrink later.
-        expires_at: monotonic time.
-    """
-
-    generation: Generation
-    size: int
+    session: FinishedSession
     expires_at: float
 
 
 class FinishedCache:
-    """Generations that have ended.
+    """Sessions that have ended on this worker.
 
     Args:
         seconds: how long each one stays; 0 or less keeps none.
@@ -40,30 +34,29 @@ class FinishedCache:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._bytes = 0
 
-    def get(self, session_id: str) -> Generation | None:
-        """Return the finished generation of a session, or None."""
+    def get(self, session_id: str) -> FinishedSession | None:
+        """Return a finished session, or None."""
         entry = self._entries.get(session_id)
-        return entry.generation if entry is not None else None
+        return entry.session if entry is not None else None
 
-    def values(self) -> list[Generation]:
-        """Return all finished generations, the oldest first."""
-        return [entry.generation for entry in self._entries.values()]
+    def values(self) -> list[FinishedSession]:
+        """Return all finished sessions, the oldest first."""
+        return [entry.session for entry in self._entries.values()]
 
-    def add(self, generation: Generation, now: float) -> None:
-        """Add a generation, and drop the oldest ones until all are within the bounds."""
+    def add(self, session: FinishedSession, now: float) -> None:
+        """Add a session, and drop the oldest ones until all are within the bounds."""
         if self._seconds <= 0:
             return
-        self.drop(generation.session_id)
-        entry = _Entry(generation, generation.feed.size, now + self._seconds)
-        self._entries[generation.session_id] = entry
-        self._bytes += entry.size
+        self.drop(session.session_id)
+        self._entries[session.session_id] = _Entry(session, now + self._seconds)
+        self._bytes += session.size
         while self._bytes > MAX_BYTES or len(self._entries) > MAX_SESSIONS:
             self._drop_oldest()
 
     def drop(self, session_id: str) -> None:
         """Remove a session; does nothing where it is not here."""
         if (entry := self._entries.pop(session_id, None)) is not None:
-            self._bytes -= entry.size
+            self._bytes -= entry.session.size
 
     def expire(self, now: float) -> None:
         """Drop the sessions whose time is over."""

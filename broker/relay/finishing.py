@@ -56,6 +56,43 @@ LAST_RESORT = {
 """Event and data of a constant end of each kind. They hold nothing of the answer, so no answer can make them fail."""
 
 
+class Bill:
+    """What a generation has used, and who pays. Small: it stays in memory with the finished session.
+
+    Args:
+        reservation: the generation's reservation.
+        settlement: books usage.
+
+    Attributes:
+        usage: tokens and cost, once they have been counted.
+        worst: booked where the usage cannot be.
+        generation_id: the upstream's id, once it is known.
+    """
+
+    __slots__ = ("_reservation", "_settlement", "generation_id", "usage", "worst")
+
+    def __init__(self, reservation: Reservation, settlement: Settlement) -> None:
+        self.usage = self.worst = Usage()
+        self.generation_id: str | None = None
+        self._reservation = reservation
+        self._settlement = settlement
+
+    async def settle(self, state: State) -> None:
+        """Book the usage, or the worst case where the usage cannot be booked. May be called again.
+
+        Raises:
+            StoreUnavailable: it could not be booked now.
+        """
+        try:
+            await self._settlement.settle(self._reservation, self.usage, state, self.generation_id)
+        except StoreUnavailable:
+            raise
+        except Exception:
+            log.exception("usage cannot be settled as counted", session=short(self._reservation.session_id))
+            self.usage = self.worst
+            await self._settlement.settle(self._reservation, self.usage, state, None)
+
+
 class Finishing:
     """Proposes, decides and books the end of one generation.
 
@@ -71,7 +108,7 @@ class Finishing:
         clock: seconds that only go forward; by default the event loop's.
 
     Attributes:
-        usage: tokens and cost of the generation, once they have been counted.
+        bill: what the generation has used.
     """
 
     def __init__(
@@ -87,7 +124,7 @@ class Finishing:
         images: int = 0,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        self.usage = Usage()
+        self.bill = Bill(reservation, settlement)
         self._reservation = reservation
         self._prepared = prepared
         self._feed = feed
@@ -101,6 +138,11 @@ class Finishing:
         self._started_at = self._clock()
         self._seconds: float | None = None
         self._images = images
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens and cost of the generation, once they have been counted."""
+        return self.bill.usage
 
     async def decide(self, proposal: Proposal | None, standing: Terminal | None) -> tuple[Event, Terminal]:
         """Count the usage, and have Redis decide the end.
@@ -185,15 +227,7 @@ class Finishing:
             StoreUnavailable: it could not be booked now.
         """
         await self._count_once()
-        generation_id = self._reader.answer.generation_id
-        try:
-            await self._settlement.settle(self._reservation, self.usage, state, generation_id)
-        except StoreUnavailable:
-            raise
-        except Exception:
-            log.exception("usage cannot be settled as counted", session=self._name)
-            self.usage = self._at_worst()
-            await self._settlement.settle(self._reservation, self.usage, state, None)
+        await self.bill.settle(state)
 
     def wait_for_usage(self, state: State) -> bool:
         """Start reading on for the usage behind an error, to correct the estimate with it.
@@ -244,15 +278,15 @@ class Finishing:
         """Count the usage, unless that is done. Where it cannot be counted, it is all that was reserved."""
         if self._counted:
             return
+        bill = self.bill
+        bill.worst = usage_at_worst(self._reservation.worst) if self._reader.asked else Usage()
+        bill.generation_id = self._reader.answer.generation_id
         try:
-            self.usage = await self._count()
+            bill.usage = await self._count()
         except Exception:
             log.exception("usage cannot be counted", session=self._name)
-            self.usage = self._at_worst()
+            bill.usage = bill.worst
         self._counted = True
-
-    def _at_worst(self) -> Usage:
-        return usage_at_worst(self._reservation.worst) if self._reader.asked else Usage()
 
     async def _count(self) -> Usage:
         if self._seconds is None and self._reader.asked_at is not None:

@@ -11,6 +11,7 @@ import asyncio
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
+from weakref import WeakMethod
 
 import structlog
 
@@ -165,7 +166,7 @@ class Generation:
             self.prepared,
             feed=self.feed,
             reader=self._reader,
-            unsaved=self.unsaved,
+            unsaved=_weakly(self.unsaved),
             sessions=sessions,
             settlement=settlement,
             images=dialect.count_pictures(prepared.request),
@@ -242,6 +243,14 @@ class Generation:
             State.LOST, "error", Cursor(2, self.feed.shown + 1, end=True), error_data(WorkerLost())
         )
         self._handle(Event.FENCED, standing=end or lost)
+
+    async def settle(self) -> None:
+        """Book the usage again, because Redis may have lost it.
+
+        Raises:
+            StoreUnavailable: it could not be booked now.
+        """
+        await self.finishing.settle(self.state)
 
     async def ended(self) -> State:
         """Wait for the end, and return the state in which it ended."""
@@ -405,6 +414,9 @@ class Generation:
             for task in owned:
                 task.cancel()
             await asyncio.gather(*owned, return_exceptions=True)
+            # A cancelled task keeps its traceback, whose frames keep this object: a cycle, see `_weakly`.
+            owned.clear()
+            self._reading_task = self._abandoning = None
             if not read_on:
                 await self._close_reader()
 
@@ -493,3 +505,18 @@ class Generation:
             self.feed.trim(self.feed.last)  # no viewer will ask for these events again
         if self.transcript is not None:
             self.transcript.add(chunks)
+
+
+def _weakly(unsaved: Callable[[], Batch]) -> Callable[[], Batch]:
+    """Return a function that calls a method of a generation without keeping the generation alive.
+
+    It is for parts that the generation owns. A strong reference back to it would be a cycle, and the memory of a cycle
+    is freed by the collector only, which hardly ever looks at objects that have lived for a while.
+    """
+    reference = WeakMethod(unsaved)
+
+    def call() -> Batch:
+        method = reference()
+        return NOTHING if method is None else method()
+
+    return call

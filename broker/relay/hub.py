@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from broker.core.replay import Batch
     from broker.relay.claiming import QuotasOf
+    from broker.relay.finished import FinishedSession
     from broker.relay.mirror import Mirror
     from broker.relay.source import Source
     from broker.relay.viewer import Viewer
@@ -153,7 +154,7 @@ class Hub:
             accepted = True  # the pursuit of the claim wrote that end before
         return Cancelled(State.CANCELLED if accepted else status.state, accepted=accepted)
 
-    def _here(self, session_id: str) -> Generation | None:
+    def _here(self, session_id: str) -> Generation | FinishedSession | None:
         return self._worker.running.get(session_id) or self._worker.finished.get(session_id)
 
     async def _claim(self, session_id: str, may_wait: bool) -> Generation | None:

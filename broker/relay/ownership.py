@@ -19,8 +19,10 @@ from broker.relay.finishing import ALL, NOTHING
 from broker.relay.rounds import for_each
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+    from typing import TypeAlias
 
+    from broker.relay.finished import FinishedSession
     from broker.relay.finished_cache import FinishedCache
     from broker.relay.generation import Generation
     from broker.relay.journal_writer import JournalWriter
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from broker.store.accounts import AccountStore
     from broker.store.journal import JournalStore
     from broker.store.sessions import SessionRecord, SessionStore
+
+    Ours: TypeAlias = Generation | FinishedSession
 
 log = structlog.get_logger(__name__)
 
@@ -140,22 +144,25 @@ class Ownership:
         Raises:
             StoreUnavailable: Redis is away.
         """
-        left = [*self._running.values(), *self._finished.values()]
+        left: list[Ours] = [*self._running.values(), *self._finished.values()]
         for _ in range(REWRITE_TRIES):
             left = await self._rewrite(await self._forgotten(left))
             if not left:
                 return
             await asyncio.sleep(REWRITE_PAUSE)
-            left = [each for each in left if self._is_in_memory(each)]
+            left = [now for each in left if (now := self._in_memory(each)) is not None]
 
-    def _is_in_memory(self, generation: Generation) -> bool:
-        session_id = generation.session_id
-        return generation in (self._running.get(session_id), self._finished.get(session_id))
+    def _in_memory(self, session: Ours) -> Ours | None:
+        """Return what this worker has of a session now: it may have ended meanwhile. None if it has nothing."""
+        for found in (self._running.get(session.session_id), self._finished.get(session.session_id)):
+            if found is not None and found.claim_id == session.claim_id:
+                return found
+        return None
 
-    async def _forgotten(self, generations: Iterable[Generation]) -> list[Generation]:
-        """Return the generations of which Redis knows less than this worker."""
-        forgotten: list[Generation] = []
-        rest = iter(generations)
+    async def _forgotten(self, sessions: Iterable[Ours]) -> list[Ours]:
+        """Return the sessions of which Redis knows less than this worker."""
+        forgotten: list[Ours] = []
+        rest = iter(sessions)
         while part := list(islice(rest, CHECK_AT_ONCE)):
             records = await self._sessions.describe_many([each.session_id for each in part])
             forgotten += [
@@ -163,26 +170,26 @@ class Ownership:
             ]
         return forgotten
 
-    async def _rewrite(self, generations: list[Generation]) -> list[Generation]:
-        """Write these again. Returns the generations that Redis refused."""
-        if not generations:
+    async def _rewrite(self, sessions: Sequence[Ours]) -> list[Ours]:
+        """Write these again. Returns the sessions that Redis refused."""
+        if not sessions:
             return []
         self._writes.suspend_watch_expiry()
-        running = [each for each in generations if each.state is State.RUNNING]
+        running = [each for each in sessions if each.state is State.RUNNING]
         await self._accounts.reserve_again([each.reservation for each in running])
-        if ended := [each for each in generations if each.state is not State.RUNNING]:
+        if ended := [each for each in sessions if each.state is not State.RUNNING]:
             self._spawn(self._settle_again(ended))
-        refused: list[Generation] = []
-        for part in self._parts(generations):
+        refused: list[Ours] = []
+        for part in self._parts(sessions):
             refused += await self._write(part)
-        log.warning("sessions written again", count=len(generations) - len(refused), refused=len(refused))
+        log.warning("sessions written again", count=len(sessions) - len(refused), refused=len(refused))
         return refused
 
-    async def _settle_again(self, ended: list[Generation]) -> None:
+    async def _settle_again(self, ended: list[Ours]) -> None:
         """Book the usage of these again, because Redis may have lost it with their ends. Nothing is booked twice."""
 
-        async def settle(generation: Generation) -> None:
-            await generation.finishing.settle(generation.state)
+        async def settle(session: Ours) -> None:
+            await session.settle()
 
         left = ended
         for _ in range(REWRITE_TRIES):
@@ -192,21 +199,23 @@ class Ownership:
                 return
             await asyncio.sleep(REWRITE_PAUSE)
 
-    def _parts(self, generations: list[Generation]) -> Iterator[list[Generation]]:
-        part: list[Generation] = []
+    def _parts(self, sessions: Sequence[Ours]) -> Iterator[list[Ours]]:
+        part: list[Ours] = []
         size = 0
-        for generation in generations:
-            if part and (len(part) >= WRITE_AT_ONCE or size + generation.feed.size > WRITE_BYTES):
+        for session in sessions:
+            more = session.feed.size
+            if part and (len(part) >= WRITE_AT_ONCE or size + more > WRITE_BYTES):
                 yield part
                 part, size = [], 0
-            part.append(generation)
-            size += generation.feed.size
+            part.append(session)
+            size += more
         yield part
 
-    async def _write(self, generations: list[Generation]) -> list[Generation]:
+    async def _write(self, sessions: list[Ours]) -> list[Ours]:
         calls, last_of = [], []
-        for each in generations:
-            events = each.feed.unsaved(0, ALL) if self._resuming else NOTHING
+        for each in sessions:
+            feed = each.feed
+            events = feed.unsaved(0, ALL) if self._resuming else NOTHING
             last_of.append(events.last)
             calls.append(
                 self._sessions.restoring(
@@ -215,16 +224,16 @@ class Ownership:
                     self._worker,
                     each.prepared.spec,
                     held=events,
-                    end=each.feed.end,
+                    end=feed.end,
                 )
             )
         replies = await self._sessions.run_each(calls)
         refused = []
-        for generation, last, reply in zip(generations, last_of, replies, strict=True):
+        for session, last, reply in zip(sessions, last_of, replies, strict=True):
             if isinstance(reply, StoreRefused):
-                refused.append(generation)
+                refused.append(session)
             elif reply == 1:
-                generation.saved = last
+                session.saved = last
         return refused
 
     # This process was frozen
@@ -272,7 +281,7 @@ class Ownership:
                     generation.confirmed()
 
 
-def _knows_more(generation: Generation, record: SessionRecord | StoreRefused | None) -> bool:
+def _knows_more(session: Ours, record: SessionRecord | StoreRefused | None) -> bool:
     """Returns True if this worker knows more of a session than Redis.
 
     If the session has another claim, it is not this worker's any more. If Redis has an end, that end counts. The
@@ -284,6 +293,6 @@ def _knows_more(generation: Generation, record: SessionRecord | StoreRefused | N
         return True
     return (
         record.state is State.RUNNING
-        and record.claim_id == generation.claim_id
-        and generation.feed.end is not None
+        and record.claim_id == session.claim_id
+        and session.state is not State.RUNNING
     )

@@ -161,8 +161,10 @@ class UpstreamReader:
 
     async def close(self) -> None:
         """Close the upstream's stream. A complete answer first gets `LINGER` seconds to end by itself."""
-        # A finished session stays in memory for replay; its prompt and buffers must not stay with it.
+        # Prompt and buffers are not needed any more. Without the reference to who takes the chunks, and who owns this
+        # reader, the memory of both is freed at once; the collector would hardly ever come.
         self._request, self._decoder = b"", Decoder(self._limits.max_response)
+        self._take = _take_nothing
         stream, self._stream = self._stream, None
         if stream is None:
             return
@@ -279,3 +281,7 @@ class UpstreamReader:
         self.relayed = len(chunk)
         self.first_chunk_at = now = self._clock()
         self._take([chunk], now)
+
+
+def _take_nothing(chunks: list[bytes], now: float) -> None:
+    """Drop what comes after the answer was closed."""

@@ -15,6 +15,7 @@ import structlog
 from broker.core.errors import StoreUnavailable
 from broker.core.result import Transcript
 from broker.core.session import short
+from broker.relay.finished import FinishedSession
 from broker.relay.finished_cache import FinishedCache
 from broker.relay.generation import Generation
 from broker.relay.journal_writer import JournalWriter
@@ -76,7 +77,7 @@ class Worker:
     Attributes:
         draining: nothing new is started.
         running: the generations that run here, by session id.
-        finished: generations that ended here a short while ago.
+        finished: sessions that ended here a short while ago.
         viewers: all viewers of this worker.
         mirrors: sessions of other workers that are watched here.
         redis: what has become of Redis.
@@ -224,8 +225,9 @@ class Worker:
     def _ended(self, generation: Generation) -> None:
         self.running.pop(generation.session_id, None)
         self._journal.remove(generation)
-        if generation.wrote_its_end:
-            self.finished.add(generation, self.clock())
+        end = generation.feed.end
+        if end is not None and generation.wrote_its_end:
+            self.finished.add(FinishedSession(generation, end), self.clock())
         if self._results is not None:
             self._results.take(generation)
         generation.trace.end(None)  # does nothing after an end; else this worker was closed before it

@@ -6,28 +6,25 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from broker.core.replay import Batch
 from broker.relay import finished_cache
-from broker.relay.feed import Feed
 from broker.relay.finished_cache import FinishedCache
 
 if TYPE_CHECKING:
-    from broker.relay.generation import Generation
+    from broker.relay.finished import FinishedSession
 
 SECONDS = 300.0
 
 
 class Finished:
-    """What the cache sees of a generation."""
+    """What the cache sees of a session."""
 
     def __init__(self, session_id: str, size: int = 10) -> None:
         self.session_id = session_id
-        self.feed = Feed()
-        self.feed.add(Batch(1, 1, b"x" * size), 0.0)
+        self.size = size
 
 
-def finished(session_id: str, size: int = 10) -> Generation:
-    return cast("Generation", Finished(session_id, size))
+def finished(session_id: str, size: int = 10) -> FinishedSession:
+    return cast("FinishedSession", Finished(session_id, size))
 
 
 @pytest.fixture
@@ -36,13 +33,13 @@ def cache() -> FinishedCache:
 
 
 def ids(cache: FinishedCache) -> list[str]:
-    return [generation.session_id for generation in cache.values()]
+    return [session.session_id for session in cache.values()]
 
 
 def test_a_finished_session_is_found_by_its_id(cache: FinishedCache) -> None:
-    generation = finished("a")
-    cache.add(generation, now=0.0)
-    assert cache.get("a") is generation
+    session = finished("a")
+    cache.add(session, now=0.0)
+    assert cache.get("a") is session
     assert cache.get("b") is None
 
 
@@ -99,16 +96,3 @@ def test_a_session_added_twice_counts_once(cache: FinishedCache, monkeypatch: py
     assert cache.values() == [again]
     cache.add(finished("b", size=40), now=2.0)
     assert ids(cache) == ["a", "b"]
-
-
-def test_a_feed_that_shrinks_later_does_not_fill_the_cache(
-    cache: FinishedCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(finished_cache, "MAX_BYTES", 100)
-    for n in range(5):
-        generation = finished(str(n), size=100)
-        cache.add(generation, now=0.0)
-        generation.feed.trim(1, keep=0)  # Redis was away, and memory was short
-    cache.drop("4")
-    cache.add(finished("whole", size=100), now=0.0)
-    assert ids(cache) == ["whole"]

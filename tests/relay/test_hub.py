@@ -22,6 +22,7 @@ from broker.core.errors import (
 )
 from broker.core.replay import read_on
 from broker.core.session import START, Cursor, State
+from broker.relay.finishing import ALL
 from broker.relay.generation import Generation
 from broker.relay.hub import Cancelled
 from broker.relay.mirror import Mirror
@@ -67,7 +68,10 @@ async def test_a_running_or_finished_session_of_this_worker_is_found(here: FakeW
     assert await here.hub.find(generation.session_id, None) is generation
     here.streams[0].send(HELLO, FINISH, DONE, None)
     await generation.ended()
-    assert await here.hub.find(generation.session_id, Cursor(1, 1)) is generation
+    found = await here.hub.find(generation.session_id, Cursor(1, 1))
+    assert found.feed.end == generation.feed.end is not None
+    assert found.feed.after(0, ALL) == generation.feed.after(0, ALL)
+    assert found.prepared_by == generation.prepared_by
 
 
 async def test_a_session_of_another_worker_is_mirrored_once(here: FakeWorker, elsewhere: FakeWorker) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest_asyncio
 
 from broker.core.errors import AlreadyClaimed
 from broker.core.session import State
+from broker.relay.finished import FinishedSession
+from broker.relay.finishing import ALL
 from broker.relay.generation import Generation
 from broker.relay.worker import FINISHED_FOR
 from broker.store.connection import Store
@@ -35,6 +38,16 @@ async def finish(worker: FakeWorker, generation: Generation, stream: int = 0) ->
     await run_ready_tasks()
 
 
+def is_kept(worker: FakeWorker, generation: Generation) -> bool:
+    """Return True if what is left of a generation can be replayed: the same events, and the same end."""
+    session = worker.worker.finished.get(generation.session_id)
+    if session is None:
+        return False
+    feed, original = session.feed, generation.feed
+    assert (feed.first, feed.last, feed.end) == (original.first, original.last, original.end)
+    return feed.after(0, ALL) == original.after(0, ALL)
+
+
 async def is_settled(store: Store) -> bool:
     """Return True if one request is booked, and neither a slot nor a reservation is left."""
     booked = (await ledger(store.redis)).requests == 1
@@ -55,7 +68,7 @@ async def test_a_generation_runs_and_can_then_be_replayed(worker: FakeWorker, st
     assert worker.worker.running == {generation.session_id: generation}
     await finish(worker, generation)
     assert worker.worker.running == {}
-    assert worker.worker.finished.get(generation.session_id) is generation
+    assert is_kept(worker, generation)
     assert await state_of(worker, generation) is State.DONE
     assert await is_settled(store)
 
@@ -84,9 +97,38 @@ async def test_a_finished_session_is_cached_for_its_time(worker: FakeWorker) -> 
     await finish(worker, generation)
     now = asyncio.get_running_loop().time()
     worker.worker.finished.expire(now + 299)
-    assert worker.worker.finished.values() == [generation]
+    assert is_kept(worker, generation)
     worker.worker.finished.expire(now + 301)
     assert worker.worker.finished.values() == []
+
+
+async def test_an_ended_session_is_freed_without_the_collector(worker: FakeWorker) -> None:
+    async def is_freed(kind: type[Generation | FinishedSession]) -> bool:
+        return not any(isinstance(each, kind) and each.session_id in ids for each in gc.get_objects())
+
+    gc.disable()
+    try:
+        ids = [await ended(worker, stream) for stream in range(3)]
+        # The journal and the background work of the end may still have them for a moment.
+        await until(lambda: is_freed(Generation))
+        worker.worker.finished.expire(float("inf"))
+        await until(lambda: is_freed(FinishedSession))
+    finally:
+        gc.enable()
+
+
+async def ended(worker: FakeWorker, stream: int) -> str:
+    """Start a generation, and let it end well, fail, or be cancelled. Returns the id of its session."""
+    generation = await worker.start()
+    if stream == 0:
+        worker.streams[stream].send(HELLO, FINISH, DONE, None)
+    elif stream == 1:
+        worker.streams[stream].send(HELLO, None)
+    else:
+        generation.cancel()
+    await generation.ended()
+    await run_ready_tasks()
+    return generation.session_id
 
 
 # Bugs
@@ -164,7 +206,7 @@ async def test_a_bug_while_learning_changes_nothing(
     monkeypatch.setattr(generation.finishing, "sample", broken)
     await finish(worker, generation)
     assert generation.state is State.DONE
-    assert worker.worker.finished.get(generation.session_id) is generation
+    assert is_kept(worker, generation)
     assert await is_settled(store)
 
 
