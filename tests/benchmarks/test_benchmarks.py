@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -107,6 +108,21 @@ def test_lost_streams_are_told_and_change_the_status() -> None:
     ran = benchmarks("--scenario", "mod", *TINY, "--env", "BROKER_MAX_RESPONSE=512")
     assert ran.returncode == 1
     assert "through the broker (error response_too_large: 4)" in ran.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", ["relay", "prepare", "scripts"])
+def test_each_micro_benchmark_runs_once(name: str) -> None:
+    installed = importlib.util.find_spec("pytest_benchmark") is not None
+    options = ["-o", "addopts=", *(["--benchmark-disable"] if installed else [])]
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *options, f"tests/benchmarks/micro_{name}.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout
 
 
 def test_the_memory_benchmark_runs() -> None:
