@@ -264,8 +264,10 @@ def _native_reason(chunk: dict[str, Any]) -> object:
 def _plain_delta(chunk: dict[str, Any]) -> dict[str, Any] | None:
     """Return the delta of a chunk that says nothing but a piece of text; None for any other chunk."""
     choices = chunk.get("choices")
-    if not isinstance(choices, list) or len(choices) != 1 or chunk.get("usage") or chunk.get("x_groq"):
+    if not isinstance(choices, list) or len(choices) != 1:
         return None
+    if isinstance(chunk.get("usage"), dict) or isinstance(chunk.get("x_groq"), dict):
+        return None  # even an empty usage counts: it replaces the one before
     delta = choices[0].get("delta")
     if choices[0].get("finish_reason") or not isinstance(delta, dict):
         return None

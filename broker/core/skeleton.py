@@ -60,7 +60,8 @@ class Skeleton:
             return
         self._tries += 1
         raw = delta["content"].encode("utf-8", "replace")
-        if not _is_plain(raw):
+        # Data of several lines is not encoded as it is written here.
+        if not _is_plain(raw) or b"\n" in data:
             return
         for found in _CONTENT.finditer(data):
             start, rest = data[: found.end()], data[found.end() :]

@@ -168,3 +168,20 @@ def test_a_large_chunk_is_not_tried() -> None:
     parsed = json.loads(data)
     skeleton.learn(data, parsed, parsed["choices"][0]["delta"])
     assert skeleton.text_size(data) == 0
+
+
+def test_an_empty_usage_with_every_chunk_is_read_every_time() -> None:
+    agree(
+        chunk("a", usage={}),
+        chunk("b", usage={"prompt_tokens": 1, "completion_tokens": 2}),
+        chunk("c", usage={}),
+        chunk("d", x_groq={}),
+        chunk("e", x_groq={}),
+    )
+
+
+def test_data_of_several_lines_are_no_skeleton() -> None:
+    """An event with such data has a field name on each line; as one line of data they mean something else."""
+    answer, data = ChatAnswer(), json.dumps(json.loads(chunk("a")), indent=0).encode()
+    assert answer.read(data) == data
+    assert answer.read_plain(b"data: %b\n\n" % data) is None

@@ -184,3 +184,10 @@ def test_a_decoder_between_two_events_says_so() -> None:
     ]:
         decoder.feed(data)
         assert decoder.is_between_events is expected
+
+
+def test_a_large_event_may_come_in_tiny_pieces() -> None:
+    """What is kept is not copied again for each piece: that would take hours here."""
+    decoder, size = Decoder(10**7), 400_000
+    assert all(decoder.feed(byte) == [] for byte in (b"data: ", *[b"x"] * size, b"\n"))
+    assert decoder.feed(b"\n") == [Frame("message", b"x" * size, "")]
