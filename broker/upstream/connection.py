@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAX_HEAD = 64 * 1024
-"""Bytes of the status line and the headers of an answer."""
+"""Bytes of the status line and the headers of an answer, those of interim answers included. Behind the head, bytes that
+come without any of the body: extensions of chunks, and trailers."""
 
 MAX_UNREAD = 256 * 1024
 """Bytes of an answer that wait here while nobody takes them. With more, nothing is read from the socket."""
@@ -56,7 +57,6 @@ class Connection(asyncio.Protocol):
         "_ends_with_connection",
         "_fault",
         "_head",
-        "_head_size",
         "_headers",
         "_is_idle",
         "_keeps_alive",
@@ -64,6 +64,7 @@ class Connection(asyncio.Protocol):
         "_parser",
         "_paused",
         "_pieces",
+        "_size_without_body",
         "_take",
         "_transport",
         "_unread",
@@ -77,7 +78,6 @@ class Connection(asyncio.Protocol):
         self._lost = False
         self._paused = False
         self._pieces: list[bytes] = []
-        self._unread = 0
         self._take: Take | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._fault: BaseException | None = None
@@ -86,13 +86,16 @@ class Connection(asyncio.Protocol):
     def _begin(self) -> None:
         """Expect a new answer."""
         self._head: Head | None = None
-        self._head_size = 0
+        self._size_without_body = 0
+        self._unread = 0
         self._headers: dict[str, str] = {}
         self._ends_with_connection = False
         self._keeps_alive = False
         self._parser = httptools.HttpResponseParser(_Callbacks(self, self._pieces))
         # What widely used clients accept too.
-        self._parser.set_dangerous_leniencies(lenient_headers=True, lenient_optional_cr_before_lf=True)
+        self._parser.set_dangerous_leniencies(
+            lenient_headers=True, lenient_optional_cr_before_lf=True, lenient_spaces_after_chunk_size=True
+        )
 
     # For the client
 
@@ -125,9 +128,9 @@ class Connection(asyncio.Protocol):
         self._take = take
         try:
             while self._take is not None and not self._pass_on():
+                self._resume()
                 if self.is_complete:
                     return True
-                self._resume()
                 await self._wait()  # also until `data_received` has called a taker that needs no more
             return False
         finally:
@@ -140,7 +143,14 @@ class Connection(asyncio.Protocol):
     @property
     def is_reusable(self) -> bool:
         """True if another request may be sent."""
-        return self.is_complete and self.is_open and not self._pieces and self._keeps_alive
+        return (
+            self.is_complete
+            and self._keeps_alive
+            and self._transport is not None
+            and not (self._lost or self._pieces or self._paused)
+            # A service may answer before it has read the request, and never read the rest.
+            and self._transport.get_write_buffer_size() == 0
+        )
 
     @property
     def is_open(self) -> bool:
@@ -175,8 +185,9 @@ class Connection(asyncio.Protocol):
 
     def _break(self, cause: BaseException | None, why: str) -> None:
         """Raise `ConnectionBroken` now and at each later use."""
-        self._fault = ConnectionBroken(why)
-        self._fault.__cause__ = cause
+        if self._fault is None:
+            self._fault = ConnectionBroken(why)
+            self._fault.__cause__ = cause
         self._wake(self._fault)
         self.abort()
 
@@ -191,7 +202,7 @@ class Connection(asyncio.Protocol):
         return self._take(block)
 
     def _resume(self) -> None:
-        if self._paused and self._transport is not None:
+        if self._paused and self._transport is not None and not self._lost:
             self._paused = False
             self._transport.resume_reading()
 
@@ -210,6 +221,7 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             if not self.is_complete:
+                self._pass_on_the_last()
                 self._break(error, "the answer is not HTTP")
                 return
             self.abort()  # the answer is complete; what follows it is not taken
@@ -220,6 +232,7 @@ class Connection(asyncio.Protocol):
         # As `_pass_on`, written out: this runs for every chunk of every stream.
         pieces = self._pieces
         if pieces:
+            self._size_without_body = 0
             block = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             pieces.clear()
             try:
@@ -232,15 +245,31 @@ class Connection(asyncio.Protocol):
                 self._take = None
                 self._wake()
                 return
+        else:
+            self._count_without_body(len(data))
         if self.is_complete:
             self._wake()
+
+    def _pass_on_the_last(self) -> None:
+        """Pass on what came before a fault, so that it does not depend on how many reads there were."""
+        try:
+            if self._pass_on():
+                self._take = None
+                self._wake()
+        except BaseException as error:  # noqa: BLE001 - raised by `relay`, in the task of the reader
+            self._take = None
+            self._wake(error)
+
+    def _count_without_body(self, size: int) -> None:
+        """Count bytes that are no body, and give up where there are too many: nothing else bounds them."""
+        self._size_without_body += size
+        if self._size_without_body > MAX_HEAD and not self.is_complete:
+            self._break(None, "the head or the trailers of the answer are too large")
 
     def _keep(self, size: int) -> None:
         """Keep what nobody takes yet, and stop reading where that is too much."""
         if self._head is None:
-            self._head_size += size
-            if self._head_size > MAX_HEAD:
-                self._break(None, "the head of the answer is too large")
+            self._count_without_body(size)
             return
         if self.is_complete and not self._pieces:
             self._wake()
@@ -251,10 +280,10 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End an answer that has no other end than that of its connection; break any other."""
-        self._lost = True
+        was_aborted, self._lost = self._lost, True
         if self.is_complete:
             return
-        if self._ends_with_connection and exc is None:
+        if self._ends_with_connection and exc is None and not was_aborted:
             self.is_complete = True
             self._wake()
         else:
@@ -262,21 +291,26 @@ class Connection(asyncio.Protocol):
 
     # For the parser
 
+    def on_message_begin(self) -> None:
+        """Refuse a second answer."""
+        if self.is_complete:
+            raise ValueError("a second answer, which was not asked for")
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Note a header."""
-        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+        """Note a header. Trailers are dropped: no field that matters here may be one."""
+        if self._head is None:
+            self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         """Note the end of the head, unless it is that of an interim answer such as 103."""
-        if self.is_complete:
-            raise ValueError("a second answer, which was not asked for")
         status, headers = self._parser.get_status_code(), self._headers
         if status < 200:
             self._headers = {}
             return
-        is_chunked = "chunked" in headers.get("transfer-encoding", "").lower()
+        is_chunked = headers.get("transfer-encoding", "").rpartition(",")[2].strip().lower() == "chunked"
         self._ends_with_connection = not is_chunked and "content-length" not in headers
         self._head = Head(status, headers)
+        self._size_without_body = 0
         self._wake()
 
     def on_message_complete(self) -> None:
@@ -289,9 +323,10 @@ class Connection(asyncio.Protocol):
 class _Callbacks:
     """What the parser calls. The pieces of a body go straight into a list, without a call in Python."""
 
-    __slots__ = ("on_body", "on_header", "on_headers_complete", "on_message_complete")
+    __slots__ = ("on_body", "on_header", "on_headers_complete", "on_message_begin", "on_message_complete")
 
     def __init__(self, connection: Connection, pieces: list[bytes]) -> None:
+        self.on_message_begin = connection.on_message_begin
         self.on_header = connection.on_header
         self.on_headers_complete = connection.on_headers_complete
         self.on_message_complete = connection.on_message_complete
