@@ -97,6 +97,8 @@ def constant(node: ast.expr) -> str | None:
         value = ast.literal_eval(node)
     except ValueError:
         return None
+    if isinstance(value, bytes):  # of ASCII: it takes the same steps as the text
+        return value.decode("ascii")
     return value if isinstance(value, str) else None
 
 
