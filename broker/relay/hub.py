@@ -82,6 +82,7 @@ class Hub:
             give_up_after=self._config.session_ttl + self._config.running_ttl,
             begin=worker.start_generation,
             spawn=worker.tasks.spawn,
+            open_ahead=worker.open_ahead,
             quotas_of=quotas_of,
         )
 

@@ -169,6 +169,10 @@ class Worker:
             }
         )
 
+    def open_ahead(self) -> None:
+        """Begin to open a connection to the upstream: a generation is likely to start at once."""
+        self._upstream.open_ahead()
+
     def start_generation(self, session_id: str, reservation: Reservation, prepared: Prepared) -> Generation:
         """Start the generation of a session that was claimed here."""
         generation = Generation(

@@ -161,6 +161,10 @@ class UpstreamClient:
         lines = [f"{name}: {value}" for name, value in headers.items() if isinstance(value, str)]
         return "\r\n".join([f"POST {target} HTTP/1.1", *map(_one_line, lines), ""]).encode()
 
+    def open_ahead(self) -> None:
+        """Begin to open a connection for a request that is likely to follow at once."""
+        self._pool.open_ahead()
+
     async def ask(
         self,
         body: bytes,

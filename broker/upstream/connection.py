@@ -82,6 +82,7 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._fault: BaseException | None = None
         self._begin()
+        self._keeps_alive = True  # until an answer says otherwise
 
     def _begin(self) -> None:
         """Expect a new answer."""

@@ -11,6 +11,7 @@ import base64
 import ipaddress
 import socket
 import ssl
+from collections import deque
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -36,6 +37,9 @@ NEXT_ADDRESS = 0.25
 MAX_PROXY_HEAD = 16 * 1024
 """Bytes of a proxy's answer to CONNECT."""
 
+MAX_AHEAD = 64
+"""Connections that are opened ahead at the same time."""
+
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -60,10 +64,12 @@ class Pool:
         self._free = asyncio.Semaphore(max_connections)
         self._idle: list[tuple[Connection, float]] = []
         self._taken: set[Connection] = set()
+        self._ahead: deque[asyncio.Task[Connection]] = deque()
         self._sweep: asyncio.TimerHandle | None = None
         self._addresses: tuple[float, list[Any]] = (float("-inf"), [])
         self._tls: ssl.SSLContext | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_closed = False
 
     @property
     def host(self) -> str:
@@ -86,6 +92,36 @@ class Pool:
         user, password = unquote(self._proxy.username), unquote(self._proxy.password or "")
         return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
+    def open_ahead(self) -> None:
+        """Begin to open a connection for a request that is likely to follow at once, unless one is idle.
+
+        If no request follows, the connection is kept as an idle one. A failure is raised to the request that follows.
+        """
+        if self._idle or len(self._ahead) >= MAX_AHEAD:
+            return
+        opening = asyncio.get_running_loop().create_task(self._open())
+        self._ahead.append(opening)
+        opening.add_done_callback(self._opened_ahead)
+
+    def _opened_ahead(self, opening: asyncio.Task[Connection]) -> None:
+        """Keep a connection that was opened ahead and that nobody waits for."""
+        failed = opening.cancelled() or opening.exception() is not None
+        if opening in self._ahead:
+            self._ahead.remove(opening)
+            if not failed:
+                self._keep(opening.result())
+
+    async def _take_ahead(self) -> Connection:
+        """Wait for the connection whose opening began first."""
+        opening = self._ahead.popleft()
+        try:
+            return await opening
+        except asyncio.CancelledError:
+            # It may have been opened in the same moment.
+            if opening.done() and not opening.cancelled() and opening.exception() is None:
+                self._keep(opening.result())
+            raise
+
     async def take(self) -> Connection:
         """Return a connection for one request. It must be given to `give_back`.
 
@@ -103,7 +139,7 @@ class Pool:
         connection = self._pop_idle()
         if connection is None:
             try:
-                connection = await self._open()
+                connection = await (self._take_ahead() if self._ahead else self._open())
             except BaseException:
                 self._free.release()
                 raise
@@ -116,7 +152,11 @@ class Pool:
             return
         self._taken.discard(connection)
         self._free.release()
-        if connection.is_reusable and self._loop is not None:
+        self._keep(connection)
+
+    def _keep(self, connection: Connection) -> None:
+        """Keep a connection for the next request, or close it where that is not possible."""
+        if connection.is_reusable and self._loop is not None and not self._is_closed:
             self._idle.append((connection, self._loop.time()))
             if self._sweep is None:
                 self._sweep = self._loop.call_later(KEEPALIVE, self._close_old)
@@ -125,6 +165,9 @@ class Pool:
 
     def close(self) -> None:
         """Close all connections."""
+        self._is_closed = True
+        for opening in self._ahead:
+            opening.cancel()
         if self._sweep is not None:
             self._sweep.cancel()
         for connection in (*self._taken, *(idle for idle, _ in self._idle)):

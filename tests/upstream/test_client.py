@@ -7,6 +7,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from random import Random
 from typing import cast
 
 import pytest
@@ -317,3 +318,63 @@ async def test_a_server_that_takes_no_request_can_be_left() -> None:
         assert done
         assert asking.cancelled()
         deaf.close()
+
+
+# Opening ahead
+
+
+async def test_a_connection_opened_ahead_is_used(client: UpstreamClient, upstream: ScriptedUpstream) -> None:
+    upstream.replies = [plain]
+    client.open_ahead()
+    await upstream.connected()
+    await read(client)
+    assert upstream.connections == 1
+
+
+async def test_a_request_waits_for_the_connection_opened_ahead(
+    client: UpstreamClient, upstream: ScriptedUpstream
+) -> None:
+    upstream.replies = [plain]
+    client.open_ahead()
+    await read(client)
+    assert upstream.connections == 1
+
+
+async def test_nothing_is_opened_ahead_beside_an_idle_connection(
+    client: UpstreamClient, upstream: ScriptedUpstream
+) -> None:
+    upstream.replies = [plain]
+    await read(client)
+    client.open_ahead()
+    await read(client)
+    assert (len(upstream.calls), upstream.connections) == (2, 1)
+
+
+async def test_a_failure_ahead_is_that_of_the_request() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        async with client_of("http://{}:{}".format(*nobody.getsockname())) as client:
+            client.open_ahead()
+            assert type(await failure(client)) is UpstreamUnreachable
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_cancelled_requests_lose_no_connection(upstream: ScriptedUpstream, seed: int) -> None:
+    random = Random(seed)
+    upstream.replies = [plain]
+    async with client_of(upstream.url, max_connections=3) as client:
+        for _ in range(10):
+            asking = []
+            for _ in range(random.randint(1, 6)):
+                if random.random() < 0.5:
+                    client.open_ahead()
+                asking.append(asyncio.create_task(read(client)))
+            for task in asking:
+                for _ in range(random.randint(0, 4)):
+                    await asyncio.sleep(0)
+                if random.random() < 0.5:
+                    task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        # All places are free again: as many requests as the limit has run at the same time.
+        assert await asyncio.gather(*(read(client) for _ in range(3)))
+        assert client._pool._free._value == 3
