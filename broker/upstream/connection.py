@@ -53,7 +53,6 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_bodiless",
         "_ends_with_connection",
         "_fault",
         "_head",

@@ -137,6 +137,9 @@ class FakeUpstream:
         self._clock = clock
         self._answers = list(answers)
 
+    def open_ahead(self) -> None:
+        """Open nothing: there are no connections."""
+
     async def ask(
         self, body: bytes, *, referer: str, model: str, dialect: Dialect, **_: object
     ) -> FakeStream:
