@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -277,13 +278,13 @@ class _Connection(asyncio.Protocol):
 
 
 @asynccontextmanager
-async def scripted_upstream() -> AsyncIterator[ScriptedUpstream]:
-    """Run a scripted upstream on a free port during the block."""
+async def scripted_upstream(tls: ssl.SSLContext | None = None) -> AsyncIterator[ScriptedUpstream]:
+    """Run a scripted upstream on a free port during the block, over TLS if there is a context for it."""
     upstream = ScriptedUpstream()
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: _Connection(upstream), "127.0.0.1", 0)
+    server = await loop.create_server(lambda: _Connection(upstream), "127.0.0.1", 0, ssl=tls)
     host, port = server.sockets[0].getsockname()
-    upstream.url = f"http://{host}:{port}/api/v1"
+    upstream.url = f"{'http' if tls is None else 'https'}://{host}:{port}/api/v1"
     try:
         yield upstream
     finally:

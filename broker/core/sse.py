@@ -94,9 +94,11 @@ class Decoder:
 
         Nearly every read is of this kind. Reading it line by line, in `_read`, costs five times as much (measured).
         """
-        if self._data or self._event or self._after_cr or b"\n\n" not in data:
-            return None  # what is kept has no line end; without one here, it is not copied for each piece
+        if self._data or self._event or self._after_cr:
+            return None
         if self._partial:
+            if b"\n\n" not in data:
+                return None  # what is kept has no line end either, and is not copied for each piece
             data = b"".join((*self._partial, data))
         end = data.rfind(b"\n\n")
         tail = data[end + 2 :]

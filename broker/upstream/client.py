@@ -36,7 +36,7 @@ from broker.core.foreign import bounded_text, is_too_large_to_parse
 from broker.core.upstream_errors import fault_in_body, fault_of_status, other_cap, wait_in_headers
 from broker.telemetry.interface import NO_HEADERS
 from broker.upstream.connection import ConnectionBroken
-from broker.upstream.pool import KEEPALIVE, ConnectError, Pool
+from broker.upstream.pool import KEEPALIVE, ConnectError, Pool, secrets_of_proxy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping
@@ -58,6 +58,9 @@ MAX_CAP_NAMES = 500
 
 MAX_BLOCK = 64 * 1024
 """Bytes that are decompressed at a time."""
+
+MAX_EXPANDED = 4 * 1024 * 1024
+"""Bytes that one read may become. A few bytes can stand for a thousand times as many, which would hold the loop."""
 
 _ENCODINGS = frozenset({"gzip", "x-gzip", "deflate"})
 _CAP_NAMES = ("max_tokens", "max_completion_tokens")
@@ -101,7 +104,9 @@ class UpstreamClient:
         speaks_openrouter: Callable[[], bool] = lambda: True,
         proxy: str | None = None,
     ) -> None:
-        self.secrets: tuple[str, ...] = (api_key,)
+        # A proxy may repeat what it was sent in its own error page.
+        self._proxy_secrets = secrets_of_proxy(proxy) if proxy else ()
+        self.secrets: tuple[str, ...] = (api_key, *self._proxy_secrets)
         self.statuses: Counter[str] = Counter()
         self._speaks_openrouter = speaks_openrouter
         self._attribution = {"X-Title": title, "X-OpenRouter-Title": title}
@@ -134,7 +139,7 @@ class UpstreamClient:
 
     def use_key(self, api_key: str) -> None:
         """Use this key from now on. Messages contain neither this key nor the one before."""
-        self.secrets = (api_key, self.secrets[0])
+        self.secrets = (api_key, self.secrets[0], *self._proxy_secrets)
         self.openai.api_key = api_key
         self._starts.clear()
 
@@ -234,7 +239,7 @@ class UpstreamClient:
     ) -> tuple[UpstreamError, str | None]:
         """Return the error of a refusal, and the name of the cap that it asks for."""
         try:
-            content = await stream.read(MAX_ERROR_BODY)
+            content = await stream.read(MAX_ERROR_BODY) if stream.is_readable else b""
         finally:
             stream.close()
         wanted = other_cap(stream.status, _json(content), cap_names) if cap_names else None
@@ -248,7 +253,7 @@ class UpstreamClient:
 
     async def close(self) -> None:
         """Close all connections."""
-        self._pool.close()
+        await self._pool.close()
         await self.openai.close()
 
 
@@ -273,7 +278,9 @@ class UpstreamStream:
         self._pool = pool
         self._dialect = dialect
         self._secrets = secrets
+        self._head = b""
         self._is_stream = False
+        self._is_closed = False
         encoding = self.headers.get("content-encoding", "").strip().lower()
         self._decoder = None if encoding in {"", "identity"} else _Decompressor(encoding)
 
@@ -281,6 +288,11 @@ class UpstreamStream:
     def is_success(self) -> bool:
         """True for a status from 200 to 299."""
         return 200 <= self.status < 300
+
+    @property
+    def is_readable(self) -> bool:
+        """True unless the answer is compressed in a way that we do not know."""
+        return self._decoder is None or self._decoder.is_known
 
     async def relay(self, take: Take, max_body: int = MAX_ERROR_BODY) -> bool:
         """Pass the bytes of an event stream to `take` as they come, until it returns True or the stream ends.
@@ -301,17 +313,20 @@ class UpstreamStream:
         """
         with map_errors(self._secrets):
             if not self._is_stream:
-                head, is_stream = await self._head()
+                is_stream = await self._read_head()
+                head = self._head
                 if not (is_stream or (is_stream is None and self._is_called_event_stream())):
                     self._read_document(head + await self.read(max_body - len(head)))
                     return True
-                self._is_stream = True
+                self._is_stream, self._head = True, b""
                 if head and take(head):
                     return False
             return await self._relay(take)
 
     async def _relay(self, take: Take) -> bool:
         decoder = self._decoder
+        if self._is_closed:
+            raise ConnectionBroken("the answer was closed")
         if decoder is None:
             return await self._connection.relay(take)
         if decoder.pass_on(b"", take):
@@ -337,24 +352,30 @@ class UpstreamStream:
 
     def stop(self) -> None:
         """Pass nothing on from now on. A `relay` under way has to be cancelled by its task."""
-        self._connection.stop()
+        if not self._is_closed:
+            self._connection.stop()
 
     def close(self) -> None:
-        """Close the answer. The connection of an answer that was read to its end is kept for the next request."""
-        self._pool.give_back(self._connection)
+        """Close the answer. The connection of an answer that was read to its end is kept for the next request.
 
-    async def _head(self) -> tuple[bytes, bool | None]:
-        """Return the first bytes, and whether they show an event stream: see `is_event_stream`."""
-        head, is_stream = b"", None
+        May be called twice. Whatever is called later does not reach the connection, which may have another answer.
+        """
+        if not self._is_closed:
+            self._is_closed = True
+            self._pool.give_back(self._connection)
+
+    async def _read_head(self) -> bool | None:
+        """Read the first bytes, and return whether they show an event stream: see `is_event_stream`."""
+        is_stream = None
 
         def take(block: bytes) -> bool:
-            nonlocal head, is_stream
-            head += block  # cheap: it ends with the first block that exceeds 4 KiB in total
-            is_stream = is_event_stream(head)
-            return is_stream is True or len(head) >= MAX_HEAD
+            nonlocal is_stream
+            self._head += block  # cheap: it ends with the first block that exceeds 4 KiB in total
+            is_stream = is_event_stream(self._head)
+            return is_stream is True or len(self._head) >= MAX_HEAD
 
         await self._relay(take)
-        return head, is_stream
+        return is_stream
 
     def _read_document(self, content: bytes) -> None:
         """Note an answer that came as one JSON document.
@@ -387,11 +408,16 @@ def is_event_stream(head: bytes) -> bool | None:
 
 
 class _Decompressor:
-    """Decompresses an answer that is compressed although we asked for none, in parts of limited size."""
+    """Decompresses an answer that is compressed although we asked for none, in parts of limited size.
+
+    Attributes:
+        is_known: the encoding is one that can be decompressed.
+    """
 
     def __init__(self, encoding: str) -> None:
-        # 32 is added to the size of the window to find out which of gzip and zlib it is.
-        self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 32) if encoding in _ENCODINGS else None
+        self.is_known = encoding in _ENCODINGS
+        self._may_be_bare = encoding == "deflate"
+        self._decoder: zlib._Decompress | None = None
 
     def pass_on(self, data: bytes, take: Take) -> bool:
         """Pass the decompressed bytes to `take`. Returns True if it needs no more.
@@ -399,17 +425,34 @@ class _Decompressor:
         Raises:
             ConnectionBroken: they cannot be decompressed.
         """
-        if self._decoder is None:
+        if not self.is_known:
             raise ConnectionBroken("unknown encoding")
+        if self._decoder is None:
+            if not data:
+                return False
+            self._decoder = zlib.decompressobj(self._window(data[0]))
+        size = 0
         try:
-            block = self._decoder.decompress(self._decoder.unconsumed_tail + data, MAX_BLOCK)
-            while block:
+            data = self._decoder.unconsumed_tail + data
+            # What follows the end is ignored. The decoder would keep it.
+            while not self._decoder.eof and (block := self._decoder.decompress(data, MAX_BLOCK)):
                 if take(block):
                     return True
-                block = self._decoder.decompress(self._decoder.unconsumed_tail, MAX_BLOCK)
+                size += len(block)
+                if size > MAX_EXPANDED:
+                    raise ConnectionBroken("too much in few bytes")
+                data = self._decoder.unconsumed_tail
         except zlib.error as error:
             raise ConnectionBroken("cannot be decompressed") from error
         return False
+
+    def _window(self, first: int) -> int:
+        """Return the size of the window, which also tells the decoder what comes.
+
+        Many services send `deflate` without the header of zlib. No such data begin as zlib or gzip do.
+        """
+        is_bare = self._may_be_bare and first & 0x0F != 8 and first != 0x1F
+        return -zlib.MAX_WBITS if is_bare else zlib.MAX_WBITS | 32  # 32: find out whether it is gzip or zlib
 
 
 async def _bound_body(response: httpx2.Response) -> None:

@@ -55,19 +55,30 @@ class Pool:
         proxy: address of an HTTP proxy; its user and password are sent to it alone.
         max_connections: connections at the same time; further requests wait for one.
         connect_timeout: seconds for a connection, including the wait for a free one.
+        tls: how certificates are verified; by default with the authorities of the system.
     """
 
-    def __init__(self, url: str, *, proxy: str | None, max_connections: int, connect_timeout: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        proxy: str | None,
+        max_connections: int,
+        connect_timeout: float,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self._url = urlsplit(url)
         self._proxy = urlsplit(proxy) if proxy else None
         self._timeout = connect_timeout
+        self._max = max_connections
         self._free = asyncio.Semaphore(max_connections)
+        self._in_use = 0  # taken, or being opened to be taken
         self._idle: list[tuple[Connection, float]] = []
         self._taken: set[Connection] = set()
         self._ahead: deque[asyncio.Task[Connection]] = deque()
         self._sweep: asyncio.TimerHandle | None = None
         self._addresses: tuple[float, list[Any]] = (float("-inf"), [])
-        self._tls: ssl.SSLContext | None = None
+        self._tls = tls
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
 
@@ -87,19 +98,19 @@ class Pool:
     @property
     def proxy_authorization(self) -> str | None:
         """The value of the `Proxy-Authorization` header; None without a user."""
-        if self._proxy is None or not self._proxy.username:
-            return None
-        user, password = unquote(self._proxy.username), unquote(self._proxy.password or "")
-        return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+        credentials = _credentials(self._proxy) if self._proxy is not None else ""
+        return f"Basic {credentials}" if credentials else None
 
     def open_ahead(self) -> None:
         """Begin to open a connection for a request that is likely to follow at once, unless one is idle.
 
         If no request follows, the connection is kept as an idle one. A failure is raised to the request that follows.
         """
-        if self._idle or len(self._ahead) >= MAX_AHEAD:
+        room = min(MAX_AHEAD, self._max - self._in_use)
+        if self._idle or self._is_closed or self._free.locked() or len(self._ahead) >= room:
             return
-        opening = asyncio.get_running_loop().create_task(self._open())
+        loop = self._loop = asyncio.get_running_loop()
+        opening = loop.create_task(self._open(loop.time() + self._timeout))
         self._ahead.append(opening)
         opening.add_done_callback(self._opened_ahead)
 
@@ -128,21 +139,26 @@ class Pool:
         Raises:
             ConnectError: none could be opened in time.
         """
+        loop = self._loop = asyncio.get_running_loop()
+        until = loop.time() + self._timeout
         if self._free.locked():
             try:
-                async with asyncio.timeout(self._timeout):
+                async with asyncio.timeout_at(until):
                     await self._free.acquire()
             except TimeoutError:
                 raise ConnectError("all connections are in use") from None
         else:
             await self._free.acquire()
-        connection = self._pop_idle()
-        if connection is None:
-            try:
-                connection = await (self._take_ahead() if self._ahead else self._open())
-            except BaseException:
-                self._free.release()
-                raise
+        self._in_use += 1
+        try:
+            self._check_open()
+            connection = self._pop_idle() or await (self._take_ahead() if self._ahead else self._open(until))
+        except BaseException:
+            self._release()
+            raise
+        if not connection.is_open:  # nothing has been sent yet, so this is no broken answer
+            self._release()
+            raise ConnectError("the connection was closed at once")
         self._taken.add(connection)
         return connection
 
@@ -151,8 +167,16 @@ class Pool:
         if connection not in self._taken:
             return
         self._taken.discard(connection)
-        self._free.release()
+        self._release()
         self._keep(connection)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ConnectError("closed")
+
+    def _release(self) -> None:
+        self._in_use -= 1
+        self._free.release()
 
     def _keep(self, connection: Connection) -> None:
         """Keep a connection for the next request, or close it where that is not possible."""
@@ -163,54 +187,64 @@ class Pool:
         else:
             connection.abort()
 
-    def close(self) -> None:
-        """Close all connections."""
+    async def close(self) -> None:
+        """Close all connections, and open no more."""
         self._is_closed = True
-        for opening in self._ahead:
+        ahead = tuple(self._ahead)
+        for opening in ahead:
             opening.cancel()
         if self._sweep is not None:
             self._sweep.cancel()
         for connection in (*self._taken, *(idle for idle, _ in self._idle)):
             connection.abort()
         self._idle.clear()
+        await asyncio.gather(*ahead, return_exceptions=True)
 
     def _pop_idle(self) -> Connection | None:
         """Return the connection that was used last, which is the least likely to be closed by the other side."""
-        if not self._idle or self._loop is None:
-            return None
-        connection, since = self._idle.pop()
-        if connection.is_open and self._loop.time() - since < KEEPALIVE:
-            return connection
-        connection.abort()
-        return self._pop_idle()
+        while self._idle and self._loop is not None:
+            connection, since = self._idle.pop()
+            if connection.is_open and self._loop.time() - since < KEEPALIVE:
+                return connection
+            connection.abort()
+        return None
 
     def _close_old(self) -> None:
+        """Close the connections that are idle for `KEEPALIVE`, and come again when the next one will be."""
+        self._sweep = None
         if self._loop is None:
             return
-        oldest = self._loop.time() - KEEPALIVE
+        now = self._loop.time()
+        fresh = []
         for connection, since in self._idle:
-            if since <= oldest:
+            if connection.is_open and now - since < KEEPALIVE:
+                fresh.append((connection, since))
+            else:
                 connection.abort()
-        self._idle = [(connection, since) for connection, since in self._idle if since > oldest]
-        self._sweep = self._loop.call_later(KEEPALIVE, self._close_old) if self._idle else None
+        self._idle = fresh
+        if fresh:  # the first one is the oldest
+            self._sweep = self._loop.call_at(fresh[0][1] + KEEPALIVE, self._close_old)
 
     # Opening
 
-    async def _open(self) -> Connection:
-        loop = self._loop = asyncio.get_running_loop()
+    async def _open(self, until: float) -> Connection:
+        loop = asyncio.get_running_loop()
         first = self._proxy or self._url
+        connection = Connection()
         try:
-            async with asyncio.timeout(self._timeout):
-                connection = Connection()
+            async with asyncio.timeout_at(until), _aborted_after_failure(connection):
                 if self._proxy is None or self.is_forwarded:
                     await loop.create_connection(
                         lambda: connection, sock=await self._connect(first), **self._tls_of(first)
                     )
                 else:
                     await self._open_tunnel(loop, connection, self._proxy)
-                return connection
-        except (OSError, TimeoutError, ssl.SSLError, ConnectionBroken, UnicodeError) as error:
+        # uvloop raises a `RuntimeError` where asyncio has an `OSError`.
+        except (OSError, TimeoutError, ssl.SSLError, ConnectionBroken, UnicodeError, RuntimeError) as error:
             raise ConnectError(type(error).__name__) from error
+        if self._is_closed:
+            connection.abort()
+        return connection
 
     async def _open_tunnel(
         self, loop: asyncio.AbstractEventLoop, connection: Connection, proxy: SplitResult
@@ -221,10 +255,10 @@ class Pool:
         if self.proxy_authorization is not None:
             lines.append(f"Proxy-Authorization: {self.proxy_authorization}")
         asking = _Tunnel("\r\n".join((*lines, "", "")).encode(), loop)
-        transport, _ = await loop.create_connection(
-            lambda: asking, sock=await self._connect(proxy), **self._tls_of(proxy)
-        )
-        async with _closed_after_failure(transport):
+        async with _aborted_after_failure(asking):
+            transport, _ = await loop.create_connection(
+                lambda: asking, sock=await self._connect(proxy), **self._tls_of(proxy)
+            )
             await asking.opened
             transport.set_protocol(connection)
             tls = await loop.start_tls(
@@ -241,17 +275,11 @@ class Pool:
 
     async def _connect(self, url: SplitResult) -> socket.socket:
         found = await self._resolve(url)
-        if len(found) > 1:
-            return await aiohappyeyeballs.start_connection(found, happy_eyeballs_delay=NEXT_ADDRESS)
-        family, kind, protocol, _, address = found[0]  # a race of one costs half a millisecond (measured)
-        connected = socket.socket(family, kind, protocol)
         try:
-            connected.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(connected, address)
+            return await _connect_to(found)
         except BaseException:
-            connected.close()
+            self._addresses = (float("-inf"), [])  # the service may have moved
             raise
-        return connected
 
     async def _resolve(self, url: SplitResult) -> list[Any]:
         """Return the addresses of a host. Those of a name are kept for a short time."""
@@ -278,6 +306,37 @@ class Pool:
         return self._tls
 
 
+def secrets_of_proxy(url: str) -> tuple[str, ...]:
+    """Return what no message may contain of a proxy's address: the password in each form in which it is written."""
+    proxy = urlsplit(url)
+    if not proxy.password:
+        return ()
+    return tuple(filter(None, (_credentials(proxy), proxy.password, unquote(proxy.password))))
+
+
+def _credentials(proxy: SplitResult) -> str:
+    """Return user and password as `Proxy-Authorization` has them; empty without a user."""
+    if not proxy.username:
+        return ""
+    user, password = unquote(proxy.username), unquote(proxy.password or "")
+    return base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+async def _connect_to(found: list[Any]) -> socket.socket:
+    """Return a connection to one of these addresses."""
+    if len(found) > 1:
+        return await aiohappyeyeballs.start_connection(found, happy_eyeballs_delay=NEXT_ADDRESS)
+    family, kind, protocol, _, address = found[0]  # a race of one costs half a millisecond (measured)
+    connected = socket.socket(family, kind, protocol)
+    try:
+        connected.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(connected, address)
+    except BaseException:
+        connected.close()
+        raise
+    return connected
+
+
 class _Tunnel(asyncio.Protocol):
     """Asks a proxy for a tunnel, and waits for its answer. Nothing but that answer comes before we send more.
 
@@ -292,16 +351,23 @@ class _Tunnel(asyncio.Protocol):
         )  # nobody may wait any more
         self._request = request
         self._answer = b""
+        self._transport: asyncio.Transport | None = None
+
+    def abort(self) -> None:
+        """Close the connection to the proxy at once, with all that is in it."""
+        if self._transport is not None:
+            self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the request."""
-        cast("asyncio.Transport", transport).write(self._request)
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         """Read the head of the answer."""
-        self._answer += data
         if self.opened.done():
             return
+        self._answer += data
         if b"\r\n\r\n" in self._answer:
             status = self._answer.split(b" ", 2)[1:2]
             if status and len(status[0]) == 3 and status[0].startswith(b"2"):
@@ -318,10 +384,13 @@ class _Tunnel(asyncio.Protocol):
 
 
 @asynccontextmanager
-async def _closed_after_failure(transport: asyncio.BaseTransport) -> AsyncIterator[None]:
-    """Close a transport if the block fails or is cancelled."""
+async def _aborted_after_failure(opening: Connection | _Tunnel) -> AsyncIterator[None]:
+    """Close a connection at once if the block fails or is cancelled.
+
+    The event loop closes it too, but over TLS it waits for the other side first.
+    """
     try:
         yield
     except BaseException:
-        cast("asyncio.Transport", transport).abort()
+        opening.abort()
         raise

@@ -258,12 +258,14 @@ async def test_a_door_that_stays_shut_is_unreachable_after_its_time() -> None:
 
 
 async def test_a_wait_for_a_free_connection_has_its_time_too(upstream: ScriptedUpstream) -> None:
-    async with client_of(upstream.url, connect_timeout=0.3, max_connections=1) as client:
+    async with client_of(upstream.url, connect_timeout=5, max_connections=1) as client:
         asking = asyncio.create_task(ask(client))
         (await upstream.call()).open()
         stream = await asking
+        client._pool._timeout = 0.3  # the first connection may take its time
         assert type(await failure(client)) is UpstreamUnreachable
         stream.close()
+        client._pool._timeout = 5
         upstream.replies = [plain]
         await read(client)
     assert len(upstream.calls) == 2
