@@ -264,6 +264,19 @@ class Store:
         with store_errors():
             return await self._send([command_call(*command) for command in commands], give_up_at)
 
+    async def read(self, commands: Sequence[Sequence[Any]], *, timeout: float = CALL_TIMEOUT) -> list[Any]:
+        """Run plain commands as `commands` does, where all replies are needed. Returns their replies.
+
+        Raises:
+            StoreRefused: Redis refused one of them.
+            StoreUnavailable: Redis is away, or took longer than ``timeout`` seconds.
+        """
+        replies = await self.commands(commands, timeout=timeout)
+        for reply in replies:
+            if isinstance(reply, ResponseError):
+                raise StoreRefused(f"Redis refuses to be read: {str(reply)[:_LONGEST_CAUSE]}") from reply
+        return replies
+
     async def _send_again(self, calls: Sequence[Call], replies: list[Any], give_up_at: float) -> list[Any]:
         """Load all scripts, run those calls again whose script Redis did not know, and return all replies."""
         unknown = [n for n, reply in enumerate(replies) if isinstance(reply, NoScriptError)]

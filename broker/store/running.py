@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import orjson
 
 from broker.core.accounts import WorstCase
-from broker.core.errors import StoreUnavailable
 from broker.core.session import State
 from broker.store.buckets import BUCKETS, account_of, bucket_prefix
 from broker.store.connection import bounded_call
@@ -163,7 +162,7 @@ class RunningStore:
         members: dict[tuple[str, str], int] = {}
         cursors = dict.fromkeys(keys, b"0")
         while cursors:
-            replies = await self._read(
+            replies = await self._store.read(
                 [("ZSCAN", key, cursor, "COUNT", SCANNED_AT_ONCE) for key, cursor in cursors.items()]
             )
             for key, (cursor, flat) in zip(list(cursors), replies, strict=True):
@@ -177,18 +176,6 @@ class RunningStore:
                 break
         found = [(key, member, score) for (key, member), score in members.items()]
         return found[:limit], len(found) <= limit and not cursors
-
-    async def _read(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
-        """Return the replies to commands.
-
-        Raises:
-            StoreUnavailable: Redis refuses one of them.
-        """
-        replies = await self._store.commands(commands)
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise StoreUnavailable(f"Redis refuses to be read: {str(reply)[:200]}") from reply
-        return replies
 
     async def _sessions(self, leases: Sequence[_Lease], now_ms: int) -> list[RunningSession | None]:
         """Return the session of each lease that has one; None for a reservation that cannot be read."""

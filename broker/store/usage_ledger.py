@@ -98,13 +98,11 @@ class UsageLedger:
     async def rows(self, day: dt.date | None) -> tuple[dt.date, list[UsageRow]]:
         """Return a day and its rows. Without a day, it is today by the clock of Redis."""
         day = day or await self.today()
-        found = await self._store.commands(
+        found = await self._store.read(
             [("HGETALL", self.key_in(bucket_prefix(self._store, bucket), day)) for bucket in range(BUCKETS)]
         )
         rows: dict[tuple[str, str], dict[str, int]] = {}
         for fields in found:
-            if isinstance(fields, Exception):
-                raise fields
             for name, value in zip(fields[::2], fields[1::2], strict=True):
                 client, model, metric = name.decode().split(SEPARATOR)
                 counts = rows.setdefault((client, model), dict.fromkeys(METRICS, 0))
