@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 
     from broker.core.pricing import Prices
     from broker.identity.known_clients import KnownClients
+    from broker.metrics_directory import MetricsDirectory
     from broker.relay.results import OnEnd
     from broker.settings import Settings
     from broker.telemetry.interface import Telemetry
@@ -358,20 +359,30 @@ async def _reading(known: KnownClients) -> AsyncIterator[None]:
 @asynccontextmanager
 async def _sharing(metrics: Metrics, path: Path | None, worker_id: str) -> AsyncIterator[None]:
     """Add the metrics to those of other workers of this host, if there are any."""
-    if path is None:
+    directory = await _metrics_directory(path, worker_id) if path is not None else None
+    if directory is None:
         yield
         return
+    metrics.directory = directory
+    with closing(directory):
+        task = asyncio.create_task(keep_running("metrics", partial(directory.run, metrics.families)))
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await directory.write(metrics.families())
+
+
+async def _metrics_directory(path: Path, worker_id: str) -> MetricsDirectory | None:
+    """Return the place of this worker among the metrics; None where it cannot be made, for a worker must start."""
     from broker.metrics_directory import MetricsDirectory  # noqa: PLC0415 - not on every platform
 
-    directory = metrics.directory = await asyncio.to_thread(MetricsDirectory, path, worker_id)
-    task = asyncio.create_task(keep_running("metrics", partial(directory.run, metrics.families)))
     try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        await directory.write(metrics.families())
-        directory.close()
+        return await asyncio.to_thread(MetricsDirectory, path, worker_id)
+    except OSError as error:
+        log.warning("metrics of this worker cannot be added to those of the others", why=str(error))
+        return None
 
 
 @asynccontextmanager

@@ -12,16 +12,21 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from itertools import count
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import orjson
+import structlog
 from prometheus_client.metrics_core import Metric
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+log = structlog.get_logger(__name__)
 
 WRITE_EVERY = 1.0
 """Seconds between two writes: so old may the values of other workers be."""
@@ -44,6 +49,9 @@ class MetricsDirectory:
     def __init__(self, path: Path, worker: str) -> None:
         self._path = path
         self._worker = worker
+        self._numbers = count(1)
+        self._replacing = threading.Lock()
+        self._newest = 0
         self._lock = _open(path / f"{worker}.lock")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._add_up_ended()
@@ -55,9 +63,12 @@ class MetricsDirectory:
             await asyncio.sleep(WRITE_EVERY)
 
     async def write(self, families: Iterable[Metric]) -> None:
-        """Write the metrics of this worker."""
+        """Write the metrics of this worker. Where that is not possible, only a warning is logged."""
         content = _dump(families)
-        await asyncio.to_thread(_replace, self._path / f"{self._worker}.json", content)
+        try:
+            await asyncio.to_thread(self._write, next(self._numbers), content)
+        except OSError as error:
+            log.warning("metrics of this worker cannot be written for the others", why=str(error))
 
     async def with_others(self, families: Iterable[Metric]) -> list[Metric]:
         """Return these metrics of this worker added to those of all others."""
@@ -66,6 +77,21 @@ class MetricsDirectory:
     def close(self) -> None:
         """Let this worker count as ended."""
         os.close(self._lock)
+
+    def _write(self, number: int, content: bytes) -> None:
+        """Write one state of the metrics. States have rising numbers, and an older one never replaces a newer one.
+
+        A cancelled write goes on in its thread, so it can come after the last write of the worker.
+        """
+        fresh = self._path / f"{self._worker}.{number}.new"
+        try:
+            fresh.write_bytes(content)
+            with self._replacing:
+                if number > self._newest:
+                    fresh.replace(self._path / f"{self._worker}.json")
+                    self._newest = number
+        finally:
+            fresh.unlink(missing_ok=True)
 
     def _others(self) -> list[list[Metric]]:
         found = {
@@ -115,9 +141,8 @@ class MetricsDirectory:
                 stored = {"names": names, "families": [_plain(each) for each in families]}
                 _replace(self._path / "sum", orjson.dumps(stored))
             for name in ended:
-                for kind in ("json", "lock"):
-                    with suppress(FileNotFoundError):
-                        (self._path / f"{name}.{kind}").unlink()
+                for path in self._path.glob(f"{name}.*"):
+                    path.unlink(missing_ok=True)
 
     @contextmanager
     def _only_one(self) -> Iterator[None]:

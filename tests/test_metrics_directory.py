@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -13,8 +14,11 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import Metric
+from structlog.testing import capture_logs
 
-from broker.metrics_directory import MetricsDirectory, add_up
+from broker.app import _sharing
+from broker.metrics import Metrics
+from broker.metrics_directory import MetricsDirectory, _dump, add_up
 
 
 class Worker:
@@ -147,6 +151,57 @@ async def test_half_a_file_is_never_read(tmp_path: Path) -> None:
     while not writing.done():
         assert values(await one.with_others([]))["seconds_count"] == 2
     await writing
+
+
+async def test_a_late_write_does_not_replace_newer_values(tmp_path: Path) -> None:
+    one, other = MetricsDirectory(tmp_path, "one"), MetricsDirectory(tmp_path, "other")
+    one._write(2, _dump(worked({"done": 2}, 1, 0.0).families()))
+    one._write(1, _dump(worked({"done": 1}, 1, 0.0).families()))
+    assert values(await other.with_others([]))["sessions_total{state=done}"] == 2
+    assert names_in(tmp_path) == ["one.json", "one.lock", "other.lock", "sum.lock"]
+
+
+async def test_each_write_replaces_the_one_before(tmp_path: Path) -> None:
+    one, other = MetricsDirectory(tmp_path, "one"), MetricsDirectory(tmp_path, "other")
+    for times in (1, 2):
+        await one.write(worked({"done": times}, 1, 0.0).families())
+        assert values(await other.with_others([]))["sessions_total{state=done}"] == times
+
+
+async def test_a_failed_write_is_a_warning_and_the_next_one_counts(tmp_path: Path) -> None:
+    one, other = MetricsDirectory(tmp_path, "one"), MetricsDirectory(tmp_path, "other")
+    in_the_way = tmp_path / "one.json"
+    in_the_way.mkdir()
+    with capture_logs() as lines:
+        await one.write(worked(*ONE).families())
+    assert [line["log_level"] for line in lines] == ["warning"]
+    in_the_way.rmdir()
+    await one.write(worked(*ONE).families())
+    assert values(await other.with_others([]))["running"] == 3
+
+
+async def test_a_worker_that_cannot_write_at_its_end_has_ended(tmp_path: Path) -> None:
+    (tmp_path / "one.json").mkdir()
+    async with _sharing(Metrics(), tmp_path, "one"):
+        assert not lock_is_free(tmp_path / "one.lock")
+    assert lock_is_free(tmp_path / "one.lock")
+
+
+async def test_a_worker_starts_without_its_metrics_directory(tmp_path: Path) -> None:
+    metrics = Metrics()
+    with capture_logs() as lines:
+        async with _sharing(metrics, tmp_path / "missing", "one"):
+            assert b"broker_chunks_total" in await metrics.text_of_host()
+    assert [line["log_level"] for line in lines] == ["warning"]
+
+
+def lock_is_free(path: Path) -> bool:
+    with path.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def work(path: Path, to_parent: Connection) -> None:
