@@ -11,6 +11,7 @@ for the gap.
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import structlog
@@ -86,10 +87,11 @@ class JournalWriter:
         self._clock = clock or asyncio.get_running_loop().time
         self._pause = pause
         # A cancel must be found in time, even if events are rarely written.
-        interval = min(interval, ASK_AFTER)
-        self._slot_seconds = min(SLOT, interval)
-        slots = max(1, round(interval / self._slot_seconds))
+        self._interval = min(interval, ASK_AFTER)
+        slots = max(1, round(self._interval / SLOT))
         self._slots: list[dict[Generation, None]] = [{} for _ in range(slots)]
+        self._written_at = [float("-inf")] * slots
+        self._next_slot = 0
         self._slot_of: dict[Generation, int] = {}
         self._asked_at: dict[Generation, float] = {}
         self._urgent: set[Generation] = set()
@@ -125,7 +127,6 @@ class JournalWriter:
 
     async def run(self, owner: Owner) -> NoReturn:
         """Write until cancelled."""
-        at, slot_at = 0, 0.0
         while True:
             if not self._slot_of:
                 self._wanted.clear()
@@ -133,23 +134,36 @@ class JournalWriter:
             if self._urgent:
                 await self._pause(TICK)
             else:
-                await self._pause_unless_urgent(max(TICK, slot_at - self._clock()))
+                await self._pause_unless_urgent(max(TICK, self._next_turn() - self._clock()))
                 if self._urgent:
                     continue  # what else becomes urgent within the tick is written with it
-            slots: list[Collection[Generation]] = []
-            if self._clock() >= slot_at:
-                together = self._slots_together()
-                slot_at = self._clock() + together * self._slot_seconds
-                slots = [self._slots[(at + n) % len(self._slots)] for n in range(together)]
-                at = (at + together) % len(self._slots)
-            due = self._due(slots)
+            due = self._due(self._slots_of_this_turn())
             for start in range(0, len(due), MAX_SESSIONS):
                 await self._write(due[start : start + MAX_SESSIONS], owner)
 
-    def _slots_together(self) -> int:
-        """Return the number of slots that are written at a time, so that a round trip has about `ENOUGH` sessions."""
-        slots = len(self._slots)
-        return max(1, min(slots, ENOUGH * slots // max(1, len(self._slot_of))))
+    def _turns(self) -> int:
+        """Return in how many turns of an interval all slots are written, so that each has about `ENOUGH` sessions."""
+        return max(1, min(len(self._slots), math.ceil(len(self._slot_of) / ENOUGH)))
+
+    def _next_turn(self) -> float:
+        """Return the time of the next turn. No slot waits longer than an interval, however many sessions come."""
+        last = self._written_at[self._next_slot - 1]
+        return min(last + self._interval / self._turns(), self._written_at[self._next_slot] + self._interval)
+
+    def _slots_of_this_turn(self) -> list[Collection[Generation]]:
+        """Return the slots to be written now; none before the next turn."""
+        now = self._clock()
+        if now < self._next_turn():
+            return []
+        slots: list[Collection[Generation]] = []
+        share = math.ceil(len(self._slots) / self._turns())
+        while len(slots) < len(self._slots) and (
+            len(slots) < share or self._written_at[self._next_slot] + self._interval <= now
+        ):
+            slots.append(self._slots[self._next_slot])
+            self._written_at[self._next_slot] = now
+            self._next_slot = (self._next_slot + 1) % len(self._slots)
+        return slots
 
     async def _pause_unless_urgent(self, seconds: float) -> None:
         """Wait for so many seconds, or until `flush_soon` is called."""

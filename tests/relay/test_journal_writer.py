@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from random import Random
 from typing import TYPE_CHECKING, cast
 
 import pytest
@@ -207,6 +208,31 @@ async def test_events_are_written_within_the_interval_and_once(writing: Writing)
     generation.add()
     await writing.clock.advance(WHOLE_ROUND)
     assert writing.written() == [(1, 3), (4, 4)]
+
+
+@pytest.mark.parametrize("seed", range(30))
+async def test_no_session_waits_longer_than_the_interval(writing: Writing, seed: int) -> None:
+    """However suddenly their number changes: the turns of few sessions have many slots, those of many have few."""
+    random = Random(seed)
+    sessions: list[FakeGeneration] = []
+    unsaved_since: dict[FakeGeneration, float] = {}
+    for _ in range(12):
+        while sessions and random.random() < 0.5:
+            for _ in range(random.randint(1, len(sessions))):
+                gone = sessions.pop(random.randrange(len(sessions)))
+                writing.writer.remove(cast("Generation", gone))
+                unsaved_since.pop(gone, None)
+        burst = random.choice((0, 1, 5, 40, 300))
+        sessions += [writing.start(f"{seed}-{random.random()}") for _ in range(burst)]
+        for _ in range(random.randint(1, 30)):
+            for generation in sessions:
+                if not generation.has_unsaved():
+                    unsaved_since[generation] = writing.clock()
+                    generation.add()
+            await writing.clock.advance(TICK)
+            for generation in sessions:
+                waited = writing.clock() - unsaved_since[generation]
+                assert not generation.has_unsaved() or waited <= INTERVAL + 2 * TICK
 
 
 async def test_a_new_session_is_asked_about_in_its_first_round(writing: Writing) -> None:
