@@ -67,7 +67,9 @@ class Pool:
         connect_timeout: float,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._url = urlsplit(url)
+        # The library writes the name of a host as DNS and HTTP have it: in ASCII and in lower case.
+        self._service = httpx2.URL(url)
+        self._url = urlsplit(str(self._service))
         self._proxy = urlsplit(proxy) if proxy else None
         self._timeout = connect_timeout
         self._max = max_connections
@@ -78,17 +80,16 @@ class Pool:
         self._ahead: deque[asyncio.Task[Connection]] = deque()
         self._sweep: asyncio.TimerHandle | None = None
         self._addresses: tuple[float, list[Any]] = (float("-inf"), [])
-        self._tls = tls
+        uses_tls = "https" in (self._url.scheme, self._proxy.scheme if self._proxy is not None else "")
+        # Now, and not at the first request: reading the authorities takes tens of milliseconds.
+        self._tls = tls or (httpx2.create_ssl_context(trust_env=False) if uses_tls else None)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
 
     @property
     def host(self) -> str:
         """The value of the `Host` header: the host, and the port where it is not the usual one."""
-        port = self._url.port
-        name = self._url.hostname or ""
-        name = f"[{name}]" if ":" in name else name
-        return name if port in (None, _PORTS.get(self._url.scheme)) else f"{name}:{port}"
+        return self._service.netloc.decode()
 
     @property
     def is_forwarded(self) -> bool:
@@ -141,14 +142,11 @@ class Pool:
         """
         loop = self._loop = asyncio.get_running_loop()
         until = loop.time() + self._timeout
-        if self._free.locked():
-            try:
-                async with asyncio.timeout_at(until):
-                    await self._free.acquire()
-            except TimeoutError:
-                raise ConnectError("all connections are in use") from None
-        else:
-            await self._free.acquire()
+        try:
+            async with asyncio.timeout_at(until):
+                await self._free.acquire()
+        except TimeoutError:
+            raise ConnectError("all connections are in use") from None
         self._in_use += 1
         try:
             self._check_open()
@@ -156,6 +154,8 @@ class Pool:
         except BaseException:
             self._release()
             raise
+        if self._is_closed:  # it was closed while this task was about to go on
+            connection.abort()
         if not connection.is_open:  # nothing has been sent yet, so this is no broken answer
             self._release()
             raise ConnectError("the connection was closed at once")
@@ -240,17 +240,15 @@ class Pool:
                 else:
                     await self._open_tunnel(loop, connection, self._proxy)
         # uvloop raises a `RuntimeError` where asyncio has an `OSError`.
-        except (OSError, TimeoutError, ssl.SSLError, ConnectionBroken, UnicodeError, RuntimeError) as error:
+        except (OSError, ConnectionBroken, UnicodeError, RuntimeError) as error:
             raise ConnectError(type(error).__name__) from error
-        if self._is_closed:
-            connection.abort()
         return connection
 
     async def _open_tunnel(
         self, loop: asyncio.AbstractEventLoop, connection: Connection, proxy: SplitResult
     ) -> None:
         """Ask the proxy for a connection to the service, and begin TLS in it."""
-        target = f"{self._bracketed}:{self._url.port or _PORTS['https']}"
+        target = self.host if self._url.port else f"{self.host}:{_PORTS['https']}"
         lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
         if self.proxy_authorization is not None:
             lines.append(f"Proxy-Authorization: {self.proxy_authorization}")
@@ -261,17 +259,11 @@ class Pool:
             )
             await asking.opened
             transport.set_protocol(connection)
-            tls = await loop.start_tls(
-                transport, connection, self._context(), server_hostname=self._url.hostname
-            )
+            options = self._tls_of(self._url)
+            tls = await loop.start_tls(transport, connection, options.pop("ssl"), **options)
             if tls is None:
                 raise ConnectionBroken("the proxy has closed the connection")
             connection.connection_made(tls)
-
-    @property
-    def _bracketed(self) -> str:
-        name = self._url.hostname or ""
-        return f"[{name}]" if ":" in name else name
 
     async def _connect(self, url: SplitResult) -> socket.socket:
         found = await self._resolve(url)
@@ -298,12 +290,7 @@ class Pool:
     def _tls_of(self, url: SplitResult) -> dict[str, Any]:
         if url.scheme != "https":
             return {}
-        return {"ssl": self._context(), "server_hostname": url.hostname}
-
-    def _context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            self._tls = httpx2.create_ssl_context(trust_env=False)
-        return self._tls
+        return {"ssl": self._tls, "server_hostname": url.hostname}
 
 
 def secrets_of_proxy(url: str) -> tuple[str, ...]:
@@ -369,7 +356,7 @@ class _Tunnel(asyncio.Protocol):
             return
         self._answer += data
         if b"\r\n\r\n" in self._answer:
-            status = self._answer.split(b" ", 2)[1:2]
+            status = self._answer.split(maxsplit=2)[1:2]
             if status and len(status[0]) == 3 and status[0].startswith(b"2"):
                 self.opened.set_result(None)
             else:

@@ -62,7 +62,8 @@ async def client_of(
     client = UpstreamClient(
         base_url=url, api_key=KEY, title="A title", connect_timeout=timeout, max_connections=4, proxy=proxy
     )
-    client._pool._tls = tls
+    if tls is not None:
+        client._pool._tls = tls
     try:
         yield client
     finally:
@@ -391,6 +392,20 @@ async def test_close_ends_what_is_opened_ahead(authority: Authority) -> None:
         await until(lambda: not upstream._open)
 
 
+async def test_a_connection_that_opens_during_close_is_not_given_out(upstream: ScriptedUpstream) -> None:
+    async with pool_of(upstream.url) as pool:
+
+        def close(_: object) -> None:
+            with contextlib.suppress(StopIteration):  # it has nothing to wait for
+                pool.close().send(None)
+
+        pool.open_ahead()
+        pool._ahead[0].add_done_callback(close)  # runs before the task that waits goes on
+        with pytest.raises(ConnectError):
+            await pool.take()
+        await until(lambda: not upstream._open)
+
+
 async def test_the_failure_of_a_connection_opened_ahead_is_told() -> None:
     with refusing_address() as (host, port):
         async with client_of(f"http://{host}:{port}/v1") as client:
@@ -662,6 +677,35 @@ async def test_names_are_found_by_the_proxy_and_checked_by_us(authority: Authori
                         assert await read(client)
         assert [head.split()[1] for head in proxy.heads] == [b"service.example:443", b"other.example:444"]
         assert [call.headers["host"] for call in upstream.calls] == ["service.example"]
+
+
+@pytest.mark.parametrize("agreed", [b"HTTP/1.1 200\r\n\r\n", b"HTTP/1.0  200  OK\r\nVia: x\r\n\r\n"])
+async def test_a_proxy_may_agree_without_a_reason(authority: Authority, agreed: bytes) -> None:
+    async with scripted_upstream(authority.service()) as upstream, running_proxy(agreed) as proxy:
+        upstream.replies = [plain]
+        async with client_of(upstream.url, proxy=proxy.url, tls=authority.trust) as client:
+            assert await read(client)
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "tunnel"),
+    [
+        ("https://service.example/v1", "service.example", "service.example:443"),
+        ("https://service.example:443/v1", "service.example", "service.example:443"),
+        ("https://Service.example:8443", "service.example:8443", "service.example:8443"),
+        ("https://bücher.example", "xn--bcher-kva.example", "xn--bcher-kva.example:443"),
+        ("https://[2001:db8::1]/v1", "[2001:db8::1]", "[2001:db8::1]:443"),
+        ("https://[2001:db8::1]:444/v1", "[2001:db8::1]:444", "[2001:db8::1]:444"),
+    ],
+)
+async def test_a_host_is_written_as_http_has_it(url: str, host: str, tunnel: str) -> None:
+    async with running_proxy(b"HTTP/1.1 403 Forbidden\r\n\r\n") as proxy:
+        async with pool_of(url, proxy=proxy.url) as pool:
+            assert pool.host == host
+            with pytest.raises(ConnectError):
+                await pool.take()
+        [head] = proxy.heads
+        assert head.split()[1].decode() == tunnel
 
 
 REFUSALS: list[bytes | None] = [
