@@ -79,7 +79,7 @@ class Connection(asyncio.Protocol):
         self._pieces: list[bytes] = []
         self._take: Take | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._fault: BaseException | None = None
+        self._fault: str | None = None
         self._begin()
         self._keeps_alive = True  # until an answer says otherwise
 
@@ -166,14 +166,17 @@ class Connection(asyncio.Protocol):
     async def _wait(self) -> None:
         """Wait for the next thing to happen: a head, an end, or a fault, which is raised."""
         if self._fault is None and self._lost:
-            self._fault = ConnectionBroken("the connection was lost")
+            self._fault = "the connection was lost"
         if self._fault is not None:
-            raise self._fault
-        self._waiter = asyncio.get_running_loop().create_future()
+            raise ConnectionBroken(self._fault)
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
         try:
-            await self._waiter
+            await waiter
         finally:
+            # An error that is raised here refers to this frame, and the waiter to the error: a circle that would keep
+            # all frames above, and the prompt in them, until the next garbage collection.
             self._waiter = None
+            del waiter
 
     def _wake(self, fault: BaseException | None = None) -> None:
         """Wake the task that waits; with a fault, raise it there."""
@@ -183,12 +186,10 @@ class Connection(asyncio.Protocol):
             else:
                 self._waiter.set_result(None)
 
-    def _break(self, cause: BaseException | None, why: str) -> None:
+    def _break(self, why: str) -> None:
         """Raise `ConnectionBroken` now and at each later use."""
-        if self._fault is None:
-            self._fault = ConnectionBroken(why)
-            self._fault.__cause__ = cause
-        self._wake(self._fault)
+        self._fault = self._fault or why
+        self._wake()
         self.abort()
 
     def _pass_on(self) -> bool:
@@ -219,10 +220,10 @@ class Connection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if not self.is_complete:
                 self._pass_on_the_last()
-                self._break(error, "the answer is not HTTP")
+                self._break("the answer is not HTTP")
                 return
             self.abort()  # the answer is complete; what follows it is not taken
         take = self._take
@@ -264,15 +265,13 @@ class Connection(asyncio.Protocol):
         """Count bytes that are no body, and give up where there are too many: nothing else bounds them."""
         self._size_without_body += size
         if self._size_without_body > MAX_HEAD and not self.is_complete:
-            self._break(None, "the head or the trailers of the answer are too large")
+            self._break("the head or the trailers of the answer are too large")
 
     def _keep(self, size: int) -> None:
         """Keep what nobody takes yet, and stop reading where that is too much."""
         if self._head is None:
             self._count_without_body(size)
             return
-        if self.is_complete and not self._pieces:
-            self._wake()
         self._unread += size
         if self._unread > MAX_UNREAD and not self._paused and self._transport is not None:
             self._paused = True
@@ -287,7 +286,7 @@ class Connection(asyncio.Protocol):
             self.is_complete = True
             self._wake()
         else:
-            self._break(exc, "the connection was lost")
+            self._break("the connection was lost")
 
     # For the parser
 

@@ -18,25 +18,25 @@ class Watched(Connection):
     def __init__(self) -> None:
         self.read = 0
         self.closed = asyncio.Event()
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         super().__init__()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self.read += len(data)
-        self._news.set()
+        self._changed.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.closed.set()
-        self._news.set()
+        self._changed.set()
 
     async def until_read(self, size: int) -> None:
         """Wait until so many bytes have been read, or the connection is closed."""
         async with asyncio.timeout(PATIENCE):
             while self.read < size and not self.closed.is_set():
-                self._news.clear()
-                await self._news.wait()
+                self._changed.clear()
+                await self._changed.wait()
 
 
 class Peer:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from itertools import pairwise
@@ -87,6 +89,35 @@ async def test_a_head_may_come_byte_by_byte() -> None:
         assert (status, headers) == (201, {"x-generation-id": "gen-1", "content-length": "2"})
         await peer.say(b"hi")
         assert await whole(peer) == b"hi"
+
+
+async def test_a_connection_that_breaks_keeps_nothing_of_the_request() -> None:
+    """A prompt may be large. What an error refers to would stay until the next garbage collection, which is rare."""
+
+    class Prompt(bytearray):
+        pass
+
+    async def ask(peer: Peer, prompt: Prompt) -> None:
+        with pytest.raises(ConnectionBroken):
+            await peer.connection.ask(bytes(prompt))
+
+    kept: list[weakref.ref[Prompt]] = []
+    gc.disable()
+    try:
+        async with connected() as peer:
+            for _ in range(3):
+                prompt = Prompt(REQUEST)
+                kept.append(weakref.ref(prompt))
+                asking = asyncio.create_task(ask(peer, prompt))
+                del prompt
+                if len(kept) == 1:
+                    await peer.heard()
+                    await peer.reset()
+                await within(asking)
+                del asking
+        assert [ref() for ref in kept] == [None] * 3
+    finally:
+        gc.enable()
 
 
 async def test_interim_answers_are_skipped() -> None:
