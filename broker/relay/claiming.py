@@ -220,8 +220,8 @@ class Claiming:
                 raise StoreUnavailable  # all viewers have left
             if pursuit.withdrawn:
                 return SessionStatus(State.PREPARED)
+            self._open_ahead()  # while Redis decides; a claim with a reservation rarely loses
         pursuit.sent = True
-        self._open_ahead()  # while Redis decides; a claim with a reservation rarely loses
         return await self._sessions.claim(
             pursuit.session_id,
             pursuit.claim_id,

@@ -44,6 +44,7 @@ class Claimer:
         self.sessions = SessionStore(self.store, session_ttl=600, running_ttl=960, resume_ttl=300)
         self.accounts = AccountStore(self.store, quotas)
         self.begun: list[str] = []
+        self.opened_ahead = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.claims = Claiming(
             self.sessions,
@@ -53,11 +54,15 @@ class Claimer:
             give_up_after=100,
             begin=self._begin,
             spawn=self._spawn,
+            open_ahead=self._open_ahead,
         )
 
     def _begin(self, session: str, reservation: Reservation, prepared: Prepared) -> Generation:
         self.begun.append(session)
         return cast("Generation", session)
+
+    def _open_ahead(self) -> None:
+        self.opened_ahead += 1
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -115,6 +120,7 @@ async def test_a_claim_that_was_never_sent_is_not_pursued(store: Store, wire: Wi
     await claimer.idle()
     await until(lambda: asyncio.sleep(0, wire.count("session") >= 1))
     assert (claimer.begun, await state_of(store)) == ([], State.PREPARED)
+    assert claimer.opened_ahead == 0
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
     await claimer.claims.claim("session")  # as the page does that comes again
     assert claimer.begun == ["session"]
@@ -128,6 +134,7 @@ async def test_a_sent_claim_is_pursued_without_viewers(store: Store, wire: Wire,
     wire.unblock()
     await claimer.idle()
     assert (claimer.begun, await state_of(store)) == (["session"], State.RUNNING)
+    assert claimer.opened_ahead == 1, "however often the claim was sent"
     assert await slots(store.redis) == 1
 
 
