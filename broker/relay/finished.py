@@ -36,7 +36,7 @@ class FinishedSession:
 
     __slots__ = (
         "_bill",
-        "_held",
+        "_events",
         "claim_id",
         "end",
         "prepared",
@@ -53,16 +53,16 @@ class FinishedSession:
         self.prepared = generation.prepared
         self.saved = generation.saved
         self.end = end
-        self._held: Batch = generation.feed.unsaved(0, ALL)
+        self._events: Batch = generation.feed.unsaved(0, ALL)
         self._bill = generation.finishing.bill
-        self.size = len(self._held.events) + len(end.data) + OVERHEAD
+        self.size = len(self._events.events) + len(end.data) + OVERHEAD
 
     @property
     def feed(self) -> Feed:
-        """Its events and its end, made anew for each reader."""
-        feed = Feed(self._held.first - 1)
-        if self._held.events:
-            feed.add(self._held, 0.0)
+        """A new feed with its events and its end, for one reader."""
+        feed = Feed(self._events.first - 1)
+        if self._events.events:
+            feed.add(self._events, 0.0)
         feed.finish(self.end)
         return feed
 

@@ -67,13 +67,15 @@ class Bill:
         usage: tokens and cost, once they have been counted.
         worst: booked where the usage cannot be.
         generation_id: the upstream's id, once it is known.
+        is_counted: True once `usage` has been counted.
     """
 
-    __slots__ = ("_reservation", "_settlement", "generation_id", "usage", "worst")
+    __slots__ = ("_reservation", "_settlement", "generation_id", "is_counted", "usage", "worst")
 
     def __init__(self, reservation: Reservation, settlement: Settlement) -> None:
         self.usage = self.worst = Usage()
         self.generation_id: str | None = None
+        self.is_counted = False
         self._reservation = reservation
         self._settlement = settlement
 
@@ -81,8 +83,10 @@ class Bill:
         """Book the usage, or the worst case where the usage cannot be booked. May be called again.
 
         Raises:
-            StoreUnavailable: it could not be booked now.
+            StoreUnavailable: it could not be booked now, or is not counted yet: nothing must not be booked for it.
         """
+        if not self.is_counted:
+            raise StoreUnavailable
         try:
             await self._settlement.settle(self._reservation, self.usage, state, self.generation_id)
         except StoreUnavailable:
@@ -133,7 +137,6 @@ class Finishing:
         self._sessions = sessions
         self._settlement = settlement
         self._name = short(reservation.session_id)
-        self._counted = False
         self._clock = clock or asyncio.get_running_loop().time
         self._started_at = self._clock()
         self._seconds: float | None = None
@@ -244,8 +247,7 @@ class Finishing:
     async def _read_on(self, state: State) -> None:
         if not await self._reader.read_usage():
             return
-        self._counted = False
-        await self._count_once()
+        await self._count_now()
         # Books what could not be booked yet, or corrects what was booked as an estimate.
         await self._settlement.settle_later(
             self._reservation, self.usage, state, self._reader.answer.generation_id
@@ -275,9 +277,12 @@ class Finishing:
         )
 
     async def _count_once(self) -> None:
-        """Count the usage, unless that is done. Where it cannot be counted, it is all that was reserved."""
-        if self._counted:
-            return
+        """Count the usage, unless that is done."""
+        if not self.bill.is_counted:
+            await self._count_now()
+
+    async def _count_now(self) -> None:
+        """Count the usage. Where it cannot be counted, it is all that was reserved."""
         bill = self.bill
         bill.worst = usage_at_worst(self._reservation.worst) if self._reader.asked else Usage()
         bill.generation_id = self._reader.answer.generation_id
@@ -286,7 +291,7 @@ class Finishing:
         except Exception:
             log.exception("usage cannot be counted", session=self._name)
             bill.usage = bill.worst
-        self._counted = True
+        bill.is_counted = True
 
     async def _count(self) -> Usage:
         if self._seconds is None and self._reader.asked_at is not None:

@@ -9,13 +9,14 @@ from typing import Any, cast
 
 import pytest
 
+from broker.core.errors import StoreUnavailable
 from broker.core.events import chunk_event
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
 from broker.relay.feed import Feed
 from broker.relay.finished import FinishedSession
 from broker.relay.finishing import ALL, Bill
-from tests.relay.fakes import RESERVATION, FakeSettlement
+from tests.relay.fakes import PREPARED, RESERVATION, FakeSettlement
 
 EVENTS = 5
 
@@ -24,18 +25,20 @@ def end_at(n: int) -> Terminal:
     return Terminal(State.DONE, "done", Cursor(1, n, end=True), b'{"finishReason":"stop"}')
 
 
-def finished(feed: Feed, settlement: Any = None) -> FinishedSession:
+def finished(feed: Feed, settlement: Any = None, *, is_counted: bool = True) -> FinishedSession:
     """What is left of a generation with these events."""
     end = end_at(feed.last + 1)
     feed.finish(end)
+    bill = Bill(RESERVATION, settlement)
+    bill.is_counted = is_counted
     generation = SimpleNamespace(
         session_id="session",
         claim_id="claim",
         reservation=RESERVATION,
-        prepared=SimpleNamespace(request_id="request"),
+        prepared=PREPARED,
         saved=0,
         feed=feed,
-        finishing=SimpleNamespace(bill=Bill(RESERVATION, settlement)),
+        finishing=SimpleNamespace(bill=bill),
     )
     return FinishedSession(cast("Any", generation), end)
 
@@ -86,10 +89,17 @@ async def test_its_usage_can_be_booked_again() -> None:
     assert [state for _, state, _ in settlement.settled] == [State.DONE] * 2
 
 
+async def test_a_usage_that_is_not_counted_is_not_booked_as_nothing() -> None:
+    settlement = FakeSettlement()
+    with pytest.raises(StoreUnavailable):
+        await finished(feed_of(), settlement, is_counted=False).settle()
+    assert settlement.settled == []
+
+
 @pytest.mark.parametrize("events", [0, 3, 200])
 def test_it_takes_no_more_memory_than_it_says(events: int) -> None:
     session = finished(feed_of(events, size=300))
     mine = [session, *(value for name in FinishedSession.__slots__ if (value := getattr(session, name)))]
-    held = session._held
-    assert sum(map(sys.getsizeof, [*mine, held.events, session.end.data])) <= session.size
+    kept = session._events
+    assert sum(map(sys.getsizeof, [*mine, kept.events, session.end.data])) <= session.size
     assert not any(isinstance(each, Feed) for each in gc.get_referents(session))
