@@ -133,7 +133,7 @@ class Generation:
         self.reservation = reservation
         self.claim_id = reservation.claim_id
         # Only the reader needs the prompt, and only until it is sent.
-        self.prepared = replace(prepared, request=b"")
+        self.prepared = replace(prepared, request=b"", limits=None)
         self.feed = Feed()
         self.lifecycle = Lifecycle()
         self.saved = 0
