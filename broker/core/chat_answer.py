@@ -83,7 +83,6 @@ class ChatAnswer(Answer):
         if not size or self._reason_stands or self.over or self.complete:
             return False
         self.text_bytes += size
-        self._wrote = True
         self._quiet_usage = False
         return True
 

@@ -23,11 +23,8 @@ def chunk_event(n: int, data: bytes) -> bytes:
 
 def chunk_events(chunks: list[bytes], first: int) -> bytes:
     """Return the events of several chunks, numbered from ``first``, as one block."""
-    if len(chunks) == 1 and b"\n" not in chunks[0]:
-        return b"id: 1-%d\nevent: chunk\ndata: %b\n\n" % (
-            first,
-            chunks[0],
-        )  # as `chunk_event`, without a call
+    if len(chunks) == 1:
+        return chunk_event(first, chunks[0])
     return b"".join([chunk_event(n, data) for n, data in enumerate(chunks, first)])
 
 

@@ -321,7 +321,7 @@ async def test_a_fresh_list_is_served_from_memory(worker: Worker, upstream: Upst
     assert upstream.fetches == 1
 
 
-async def test_a_list_that_is_no_longer_fresh_is_fetched_anew(
+async def test_a_list_that_is_no_longer_fresh_is_fetched_again(
     worker: Worker, upstream: Upstream, pass_time: Pass
 ) -> None:
     catalog = worker()
