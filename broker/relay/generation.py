@@ -451,7 +451,7 @@ class Generation:
             log.exception("generation failed", session=short(self.session_id))
             return GenerationFailed()
         finally:
-            self.trace.upstream_ended()
+            self.trace.upstream_ended(self._reader.status)
         return None
 
     async def _end(self) -> None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from broker.store.journal import JournalStore
     from broker.store.sessions import Prepared, SessionStore
     from broker.store.workers import Notification, WorkerStore
-    from broker.telemetry.interface import Telemetry
+    from broker.telemetry.interface import SessionTrace, Telemetry
     from broker.upstream.client import UpstreamClient
 
 log = structlog.get_logger(__name__)
@@ -175,7 +175,23 @@ class Worker:
 
     def start_generation(self, session_id: str, reservation: Reservation, prepared: Prepared) -> Generation:
         """Start the generation of a session that was claimed here."""
-        generation = Generation(
+        trace = self._telemetry.session(session_id, prepared.model, prepared.trace)
+        try:
+            generation = self._new_generation(session_id, reservation, prepared, trace)
+        except Exception:
+            trace.end(None)
+            raise
+        self.running[session_id] = generation
+        self._journal.add(generation)
+        task = generation.start()
+        task.add_done_callback(lambda _: self._ended(generation))
+        self.tasks.adopt(task)
+        return generation
+
+    def _new_generation(
+        self, session_id: str, reservation: Reservation, prepared: Prepared, trace: SessionTrace
+    ) -> Generation:
+        return Generation(
             session_id,
             reservation,
             prepared,
@@ -190,14 +206,8 @@ class Worker:
             transcript=Transcript() if self._results is not None else None,
             report=self._report,
             note_gap=self._note_gap,
-            trace=self._telemetry.session(session_id, prepared.model, prepared.trace),
+            trace=trace,
         )
-        self.running[session_id] = generation
-        self._journal.add(generation)
-        task = generation.start()
-        task.add_done_callback(lambda _: self._ended(generation))
-        self.tasks.adopt(task)
-        return generation
 
     def check(self, now: float) -> None:
         """Check the timers of every generation, and drop finished ones whose time is over."""
@@ -227,6 +237,7 @@ class Worker:
         return list({each.claim_id: each for each in (*running, *self._late_ends.reservations())}.values())
 
     def _ended(self, generation: Generation) -> None:
+        generation.trace.end(None)  # does nothing after an end; else this worker was closed before it
         self.running.pop(generation.session_id, None)
         self._journal.remove(generation)
         end = generation.feed.end
@@ -234,7 +245,6 @@ class Worker:
             self.finished.add(FinishedSession(generation, end), self.clock())
         if self._results is not None:
             self._results.take(generation)
-        generation.trace.end(None)  # does nothing after an end; else this worker was closed before it
         self._learn_from(generation)
 
     def _learn_from(self, generation: Generation) -> None:

@@ -44,8 +44,8 @@ class SessionTrace(Protocol):
     def headers(self) -> Mapping[str, str]:
         """Headers for the request to the upstream."""
 
-    def upstream_ended(self) -> None:
-        """Note that the call of the upstream ends now."""
+    def upstream_ended(self, status: int | None) -> None:
+        """Note that the call of the upstream ends now, and the HTTP status of its last answer, if there was one."""
 
     def end(self, report: SessionReport | None) -> None:
         """End the spans; without a report where the end of the session is not known. A second call does nothing."""
@@ -54,8 +54,16 @@ class SessionTrace(Protocol):
 class Telemetry(Protocol):
     """Makes spans, and counts in metrics of OpenTelemetry."""
 
-    def preparing(self, headers: Mapping[str, str]) -> AbstractContextManager[PrepareSpan]:
-        """Return the span of a /prepare with these headers. Errors that leave its block are noted in it."""
+    def preparing(
+        self, headers: Mapping[str, str], *, path: str, scheme: str
+    ) -> AbstractContextManager[PrepareSpan]:
+        """Return the span of a /prepare. Errors that leave its block are noted in it.
+
+        Args:
+            headers: of the request.
+            path: of the request, with the prefix of an application around the broker.
+            scheme: ``http`` or ``https``, of the connection to this process.
+        """
 
     def session(self, session_id: str, model: str, context: TraceContext | None) -> SessionTrace:
         """Begin the spans of a session that starts now.
@@ -82,13 +90,13 @@ class _Nothing:
     def prepared(self, *, session_id: str, status: int, model: str, max_tokens: int, request_id: str) -> None:
         pass
 
-    def upstream_ended(self) -> None:
+    def upstream_ended(self, status: int | None) -> None:
         pass
 
     def end(self, report: SessionReport | None) -> None:
         pass
 
-    def preparing(self, headers: Mapping[str, str]) -> _Nothing:  # noqa: ARG002 - as of a `Telemetry`
+    def preparing(self, headers: Mapping[str, str], *, path: str, scheme: str) -> _Nothing:  # noqa: ARG002 - as of a `Telemetry`
         return self
 
     def __enter__(self) -> Self:

@@ -9,6 +9,7 @@ Names are those of the conventions for HTTP and for generative AI. Values that a
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,10 @@ log = structlog.get_logger(__name__)
 
 SCOPE = "session-broker"
 LONGEST_TRACE_STATE = 512
-"""Characters of a `tracestate` that are carried on; of a longer one, nothing is."""
+"""Characters of a `tracestate`, as many as W3C asks for. A longer one is not read and not carried on."""
+
+MOST_MEMBERS = 32
+"""Members of a `tracestate`, as W3C says."""
 
 TOKENS = [4**power for power in range(14)]
 SECONDS = [0.01 * 2**power for power in range(14)]
@@ -46,6 +50,10 @@ FIRST_TOKEN = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
 """Bounds of histograms, as the conventions ask for them."""
 
 _W3C = TraceContextTextMapPropagator()
+_MEMBER = re.compile(
+    r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})"  # the key
+    r"=[ -+\--<>-~]{0,255}[!-+\--<>-~]"  # the value: visible characters and spaces, but no comma and no `=`
+)
 
 
 class OpenTelemetry:
@@ -79,18 +87,18 @@ class OpenTelemetry:
         self._close = close
 
     @contextmanager
-    def preparing(self, headers: Mapping[str, str]) -> Iterator[_PrepareSpan]:
+    def preparing(self, headers: Mapping[str, str], *, path: str, scheme: str) -> Iterator[_PrepareSpan]:
         """Make the span of a /prepare, in the trace of the page or of the application around the broker."""
         around = get_current_span().get_span_context().is_valid
         span = self._tracer.start_span(
-            "POST /prepare",
-            context=None if around else _W3C.extract(headers),
+            f"POST {path}",
+            context=None if around else _W3C.extract(_trace_of(headers)),
             kind=SpanKind.SERVER,
             attributes={
                 "http.request.method": "POST",
-                "http.route": "/prepare",
-                "url.path": "/prepare",
-                "url.scheme": "http",
+                "http.route": path,  # it has no variable part
+                "url.path": path,
+                "url.scheme": _scheme_of_page(headers) or scheme,
             },
         )
         try:
@@ -119,9 +127,14 @@ class OpenTelemetry:
         return _SessionTrace(span, call, asked, self._counted)
 
     def lost(self, report: SessionReport, context: TraceContext | None) -> None:
-        """Make a span for a session whose worker is dead, and so has not sent its own."""
+        """Make a span for a session whose worker is dead, and so has not sent its own. Does not raise."""
         span = self._session_span(report.session, _W3C.extract(context or {}))
-        _end_session(span, report)
+        try:
+            _describe_session(span, report)
+        except Exception:
+            log.exception("session cannot be traced")
+        finally:
+            span.end()
 
     def _session_span(self, session_id: str, parent: Context) -> Span:
         attributes = {"broker.session": short(session_id)}
@@ -160,7 +173,7 @@ class _PrepareSpan:
 class _SessionTrace:
     """The spans of one session that runs here."""
 
-    __slots__ = ("_asked", "_began", "_call", "_counted", "_ended", "_is_over", "_span", "headers")
+    __slots__ = ("_asked", "_began", "_call", "_counted", "_ended", "_is_over", "_span", "_status", "headers")
 
     def __init__(self, span: Span, call: Span, asked: Mapping[str, Any], counted: _Counted) -> None:
         self.headers: Mapping[str, str] = _headers_of(call)
@@ -170,26 +183,29 @@ class _SessionTrace:
         self._counted = counted
         self._began = time.time_ns()
         self._ended = 0
+        self._status: int | None = None
         self._is_over = False
 
-    def upstream_ended(self) -> None:
-        """Note that the call of the upstream ends now."""
-        self._ended = self._ended or time.time_ns()
+    def upstream_ended(self, status: int | None) -> None:
+        """Note that the call of the upstream ends now, with this HTTP status."""
+        self._ended, self._status = time.time_ns(), status
 
     def end(self, report: SessionReport | None) -> None:
         """End both spans. Does not raise: the end of a session must not depend on its spans."""
         if self._is_over:
             return
         self._is_over = True
-        self.upstream_ended()
+        ended = self._ended or time.time_ns()
         try:
             if report is not None:
-                _describe_call(self._call, report)
-                self._counted.add(report, self._asked, (self._ended - self._began) / 1e9)
-            self._call.end(self._ended)
-            _end_session(self._span, report)
+                _describe_call(self._call, report, self._status)
+                _describe_session(self._span, report)
+                self._counted.add(report, self._asked, (ended - self._began) / 1e9)
         except Exception:
             log.exception("session cannot be traced")
+        finally:
+            self._call.end(ended)
+            self._span.end()
 
 
 class _Counted:
@@ -240,7 +256,7 @@ class _Counted:
         self._duration.record(seconds, {**labels, **failed})
 
 
-def _describe_call(span: Span, report: SessionReport) -> None:
+def _describe_call(span: Span, report: SessionReport, status: int | None) -> None:
     if not span.is_recording():
         return
     span.set_attributes(
@@ -254,7 +270,7 @@ def _describe_call(span: Span, report: SessionReport) -> None:
                 "gen_ai.response.time_to_first_chunk": _seconds(report.ttft_ms),
                 "gen_ai.usage.input_tokens": report.prompt_tokens,
                 "gen_ai.usage.output_tokens": report.completion_tokens,
-                "http.response.status_code": report.upstream_status,
+                "http.response.status_code": status,
                 "http.request.resend_count": report.retries or None,
                 "broker.upstream.provider": report.provider,
             }
@@ -263,25 +279,25 @@ def _describe_call(span: Span, report: SessionReport) -> None:
     _note_failure(span, report)
 
 
-def _end_session(span: Span, report: SessionReport | None) -> None:
-    if report is not None and span.is_recording():
-        span.set_attributes(
-            _known(
-                {
-                    "broker.state": report.state.value,
-                    "broker.cost_usd": report.cost,
-                    "broker.chunks": report.chunks,
-                    "broker.bytes": report.bytes,
-                    "broker.viewers": report.viewers,
-                    # Each attribute costs CPU twice, so what is seldom true is left out where it is not.
-                    "broker.resumes": report.resumes or None,
-                    "broker.queued_ms": report.queued_ms or None,
-                    "broker.estimated": report.estimated or None,
-                }
-            )
+def _describe_session(span: Span, report: SessionReport) -> None:
+    if not span.is_recording():
+        return
+    span.set_attributes(
+        _known(
+            {
+                "broker.state": report.state.value,
+                "broker.cost_usd": report.cost,
+                "broker.chunks": report.chunks,
+                "broker.bytes": report.bytes,
+                "broker.viewers": report.viewers,
+                # Each attribute costs CPU when it is set and when it is sent, so these are left out while 0 or false.
+                "broker.resumes": report.resumes or None,
+                "broker.queued_ms": report.queued_ms or None,
+                "broker.estimated": report.estimated or None,
+            }
         )
-        _note_failure(span, report)
-    span.end()
+    )
+    _note_failure(span, report)
 
 
 def _note_failure(span: Span, report: SessionReport) -> None:
@@ -292,19 +308,40 @@ def _note_failure(span: Span, report: SessionReport) -> None:
 
 
 def _note_error(span: Span, error: BaseException) -> None:
-    """Note why a /prepare was refused. The text of an error stays out: it may quote the request."""
+    """Note why a /prepare was refused. The text of an error stays out: it may quote the request.
+
+    For a server, the conventions count only statuses from 500 as errors.
+    """
     if isinstance(error, BrokerError):
-        status, kind = error.status, error.code
+        status, code = error.status, error.code
     elif isinstance(error, web.HTTPException):
-        status, kind = error.status, str(error.status)
-    elif isinstance(error, Exception):
-        status, kind = InternalError.status, InternalError.code
-    else:  # cancelled, because the page has left
+        status, code = error.status, str(error.status)
+    elif isinstance(error, Exception) and not isinstance(error, ConnectionError):
+        status, code = InternalError.status, InternalError.code
+    else:  # the page has left, so it got no answer
         span.set_attribute("error.type", "cancelled")
         return
-    span.set_attributes({"http.response.status_code": status, "error.type": kind})
+    span.set_attributes({"http.response.status_code": status, "broker.error_code": code})
     if status >= 500:
+        span.set_attribute("error.type", code)
         span.set_status(StatusCode.ERROR)
+
+
+def _trace_of(headers: Mapping[str, str]) -> TraceContext:
+    """Return the trace of a request, without a `tracestate` that is not valid: the library would log its content."""
+    trace = {"traceparent": headers.get("traceparent", "")}
+    state = headers.get("tracestate", "")
+    if len(state) <= LONGEST_TRACE_STATE:
+        members = [member for each in state.split(",") if (member := each.strip(" \t"))]
+        if len(members) <= MOST_MEMBERS and all(map(_MEMBER.fullmatch, members)):
+            trace["tracestate"] = ",".join(members)
+    return trace
+
+
+def _scheme_of_page(headers: Mapping[str, str]) -> str | None:
+    """Return the scheme that a proxy names. It is only shown, so it does not matter whether the proxy is trusted."""
+    named = headers.get("X-Forwarded-Proto", "").lower()
+    return named if named in {"http", "https"} else None
 
 
 def _headers_of(span: Span) -> TraceContext:

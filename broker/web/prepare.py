@@ -25,7 +25,8 @@ _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 async def prepare(request: web.Request) -> web.Response:
     """Validate a chat request, trim it to fit, and store it for the stream that will claim it."""
-    with request.app[TELEMETRY].preparing(request.headers) as span:
+    telemetry = request.app[TELEMETRY]
+    with telemetry.preparing(request.headers, path=request.path, scheme=request.scheme) as span:
         return await _prepare(request, span)
 
 

@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from opentelemetry.context import Context
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from broker.telemetry.otel import OpenTelemetry
+
+
+class Unended(SpanProcessor):
+    """The names of spans that were started and not ended yet."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        self.names.append(span.name)
+
+    def on_end(self, span: ReadableSpan) -> None:
+        self.names.remove(span.name)
 
 
 class Recorder:
@@ -26,6 +40,8 @@ class Recorder:
         self._metrics = InMemoryMetricReader()
         tracers = TracerProvider(shutdown_on_exit=False)
         tracers.add_span_processor(SimpleSpanProcessor(self._spans))
+        self._unended = Unended()
+        tracers.add_span_processor(self._unended)
         self.telemetry = OpenTelemetry(
             tracers,
             MeterProvider([self._metrics], shutdown_on_exit=False),
@@ -38,6 +54,11 @@ class Recorder:
     def spans(self) -> tuple[ReadableSpan, ...]:
         """All spans that have ended."""
         return self._spans.get_finished_spans()
+
+    @property
+    def unended(self) -> list[str]:
+        """The names of spans that have not ended."""
+        return self._unended.names
 
     def span(self, name: str) -> ReadableSpan:
         """Return the one span whose name begins so."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
@@ -17,8 +19,9 @@ from broker.core.session_report import SessionReport
 from broker.relay.reports import report_of_lost
 from broker.store.sessions import SessionRecord
 from broker.web import keys
+from tests import broker as brokers
 from tests.broker import KEY, QUESTION, Broker, running
-from tests.relay.fakes import PREPARED, SESSION
+from tests.relay.fakes import PREPARED, RESERVATION, SESSION
 from tests.replies import plain, refuse
 from tests.scripted import PATIENCE, Call, ScriptedUpstream
 from tests.telemetry.recorder import Recorder, attributes
@@ -30,14 +33,22 @@ NOT_SAMPLED = f"00-{TRACE}-b7ad6b7169203331-00"
 
 
 @pytest.fixture
-def recorder() -> Recorder:
-    return Recorder()
+def recorder() -> Iterator[Recorder]:
+    """A recorder for a test at whose end all spans must have ended."""
+    recorder = Recorder()
+    yield recorder
+    assert recorder.unended == []
 
 
 async def ended(recorder: Recorder, number: int = 3) -> None:
     """Wait for so many spans."""
+    await happened(lambda: len(recorder.spans) >= number)
+
+
+async def happened(condition: Callable[[], bool]) -> None:
+    """Wait for something that tells nobody."""
     async with asyncio.timeout(PATIENCE):
-        while len(recorder.spans) < number:  # noqa: ASYNC110 - spans tell nobody
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
@@ -149,6 +160,48 @@ async def test_spans_have_the_names_of_the_conventions(
     }
 
 
+async def test_the_page_is_named_as_it_was_asked_for(
+    valkey_url: str, upstream: ScriptedUpstream, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(brokers, "PREFIX", "/ai")
+    async with running(valkey_url, upstream, telemetry=recorder.telemetry) as broker:
+        await prepare(broker, **{"X-Forwarded-Proto": "https"})
+    told = attributes(recorder.span("POST /ai/prepare"))
+    assert (told["url.path"], told["http.route"], told["url.scheme"]) == (
+        "/ai/prepare",
+        "/ai/prepare",
+        "https",
+    )
+
+
+async def test_a_scheme_that_a_page_made_up_does_not_count(
+    broker_with: Callable[[], Awaitable[Broker]], recorder: Recorder
+) -> None:
+    await prepare(await broker_with(), **{"X-Forwarded-Proto": "gopher"})
+    assert attributes(recorder.span("POST /prepare"))["url.scheme"] == "http"
+
+
+def fail_in_stream(call: Call) -> None:
+    call.open()
+    call.event(b'{"error": {"code": 402, "message": "No credits."}}')
+    call.end()
+
+
+@pytest.mark.parametrize(
+    ("reply", "status"), [(fail_in_stream, 200), (Call.close, None)], ids=["200 with an error", "no answer"]
+)
+async def test_the_status_of_a_call_is_the_one_of_its_answer(
+    reply: Any, status: int | None, valkey_url: str, upstream: ScriptedUpstream, recorder: Recorder
+) -> None:
+    upstream.replies = [reply]
+    async with running(valkey_url, upstream, telemetry=recorder.telemetry) as broker:
+        await broker.read(await broker.prepare())
+        await ended(recorder)
+    told = attributes(recorder.span("chat"))
+    assert told["error.type"].startswith("upstream_")
+    assert told.get("http.response.status_code") == status
+
+
 def known_names() -> set[str]:
     constants = vars(gen_ai_attributes).items()
     return {value for name, value in constants if name.startswith("GEN_AI_") and isinstance(value, str)}
@@ -208,12 +261,29 @@ async def test_a_refused_prepare_has_its_code(
     assert (await broker.post(body)).status == status
     span = recorder.span("POST /prepare")
     assert attributes(span)["http.response.status_code"] == status
-    assert attributes(span)["error.type"] == code
-    assert span.status.status_code is StatusCode.UNSET  # the caller's fault
+    assert attributes(span)["broker.error_code"] == code
+    assert "error.type" not in attributes(span)  # the caller's fault
+    assert span.status.status_code is StatusCode.UNSET
     assert not span.events
 
 
-async def test_a_prepare_without_redis_is_an_error(
+async def test_a_page_that_leaves_while_it_prepares_ends_the_span(
+    broker_with: Callable[[], Awaitable[Broker]], recorder: Recorder
+) -> None:
+    broker = await broker_with()
+    url = urlsplit(broker.url)
+    _, writer = await asyncio.open_connection(url.hostname, url.port)
+    head = f"POST /prepare HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+    await happened(lambda: recorder.unended == ["POST /prepare"])
+    writer.close()
+    await ended(recorder, 1)
+    told = attributes(recorder.span("POST /prepare"))
+    assert told["error.type"] == "cancelled"
+    assert "http.response.status_code" not in told
+
+
+async def test_an_internal_error_is_one_in_its_trace(
     broker_with: Callable[[], Awaitable[Broker]], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broker = await broker_with()
@@ -251,16 +321,50 @@ async def test_a_bad_traceparent_begins_a_new_trace(
     assert ids(recorder.span("session"))[0] == ids(recorder.span("POST /prepare"))[0]
 
 
-async def test_a_long_tracestate_is_not_carried_on(
-    valkey_url: str, upstream: ScriptedUpstream, recorder: Recorder
+@pytest.mark.parametrize(
+    "state",
+    [
+        "shop=Quetzalcoatl",
+        "shop=Quetzalcoatl,,a@b=c d, x=1",
+        f"a={'v' * 255},b={'v' * 252}",
+        ",".join(f"k{n}=Quetzalcoatl"[:12] for n in range(32)),
+    ],
+    ids=["one", "several", "512 characters", "32 members"],
+)
+async def test_a_tracestate_is_carried_on(
+    state: str, broker_with: Callable[[], Awaitable[Broker]], upstream: ScriptedUpstream, recorder: Recorder
 ) -> None:
     upstream.replies = [plain]
-    state = ",".join(f"k{n}={'v' * 200}" for n in range(10))
-    async with running(valkey_url, upstream, telemetry=recorder.telemetry) as broker:
-        await broker.read(await prepare(broker, traceparent=PAGE, tracestate=state))
-        await ended(recorder)
-    assert "traceparent" in upstream.calls[0].headers
+    broker = await broker_with()
+    await broker.read(await prepare(broker, traceparent=PAGE, tracestate=state))
+    assert upstream.calls[0].headers["tracestate"] == state.replace(",,", ",").replace(", ", ",")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        ",".join(f"k{n}={'Quetzalcoatl' * 10}" for n in range(10)),
+        "Quetzalcoatl",
+        "a=1,Quetzal coatl=2",
+        "a=Quetzal=coatl",
+        ",".join(f"k{n}=Quetzal"[:10] for n in range(33)),
+        "a=Quetzalcoatl,a=2",
+    ],
+    ids=["too long", "no pair", "a bad key", "a bad value", "too many", "twice the same"],
+)
+async def test_a_bad_tracestate_is_neither_carried_on_nor_logged(
+    state: str,
+    broker_with: Callable[[], Awaitable[Broker]],
+    upstream: ScriptedUpstream,
+    recorder: Recorder,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    upstream.replies = [plain]
+    broker = await broker_with()
+    await broker.read(await prepare(broker, traceparent=PAGE, tracestate=state))
+    assert upstream.calls[0].headers["traceparent"].startswith(f"00-{TRACE}-")
     assert "tracestate" not in upstream.calls[0].headers
+    assert [record for record in caplog.records if record.name.startswith("opentelemetry")] == []
 
 
 async def test_a_page_that_is_not_sampled_makes_no_spans(
@@ -349,8 +453,26 @@ def test_spans_end_once_and_also_without_a_report(recorder: Recorder) -> None:
     assert "broker.state" not in attributes(recorder.span("session"))
 
 
-def test_a_broken_report_breaks_nothing(recorder: Recorder, caplog: pytest.LogCaptureFixture) -> None:
-    recorder.telemetry.session(SESSION, "a/b", None).end(object())  # type: ignore[arg-type]
+@pytest.mark.parametrize("method", ["end", "lost"])
+def test_spans_end_after_a_report_that_cannot_be_read(method: str, recorder: Recorder) -> None:
+    broken: Any = object()
+    if method == "end":
+        recorder.telemetry.session(SESSION, "a/b", None).end(broken)
+        assert [span.name for span in recorder.spans] == ["chat a/b", "session"]
+    else:
+        recorder.telemetry.lost(replace(lost(), state=broken), None)
+        assert [span.name for span in recorder.spans] == ["session"]
+
+
+async def test_a_worker_that_shuts_down_ends_its_spans(
+    valkey_url: str, upstream: ScriptedUpstream, recorder: Recorder
+) -> None:
+    async with running(valkey_url, upstream, telemetry=recorder.telemetry) as broker:
+        async with broker.stream(await broker.prepare()) as viewer:
+            (await upstream.call()).open().chunk("Hello")
+            await viewer.take(1)
+    for name in ("session", "chat"):
+        assert attributes(recorder.span(name))["error.type"] == "server_shutdown"
 
 
 async def test_a_worker_that_is_closed_ends_its_spans(
@@ -360,5 +482,15 @@ async def test_a_worker_that_is_closed_ends_its_spans(
         async with broker.stream(await broker.prepare()) as viewer:
             (await upstream.call()).open().chunk("Hello")
             await viewer.take(1)
-    assert attributes(recorder.span("session"))["error.type"] == "server_shutdown"
-    assert recorder.span("chat").end_time is not None
+            await broker.app[keys.WORKER].close()
+            assert [span.name.split()[0] for span in recorder.spans] == ["POST", "chat", "session"]
+
+
+async def test_a_session_that_cannot_start_ends_its_spans(
+    valkey_url: str, upstream: ScriptedUpstream, recorder: Recorder
+) -> None:
+    async with running(valkey_url, upstream, telemetry=recorder.telemetry) as broker:
+        odd: Any = "unheard of"
+        with pytest.raises(KeyError):
+            broker.app[keys.WORKER].start_generation(SESSION, RESERVATION, replace(PREPARED, dialect=odd))
+        assert [span.name for span in recorder.spans] == ["chat a/b", "session"]
