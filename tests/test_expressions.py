@@ -123,7 +123,7 @@ def methods_of(name: str, tree: ast.Module) -> tuple[str, ...]:
 
 
 BUNDLE = SOURCE / "web" / "client" / "client.js"
-"""Made of `src/client.js`, whose expressions are tested."""
+"""Made of `src/client.ts`, whose expressions are tested."""
 
 
 def collect_scripts() -> list[Expression]:
@@ -133,8 +133,8 @@ def collect_scripts() -> list[Expression]:
     )
     return [
         Expression(f"{path.relative_to(SOURCE)}", pattern, re.IGNORECASE if "i" in flags else 0, METHODS)
-        for path in sorted([*SOURCE.rglob("*.js"), *SOURCE.rglob("*.html")])
-        if "node_modules" not in path.parts and path != BUNDLE
+        for path in sorted(path for kind in ("js", "ts", "tsx", "html") for path in SOURCE.rglob(f"*.{kind}"))
+        if not {"node_modules", "dist"} & {*path.parts} and path != BUNDLE
         for pattern, flags in literal.findall(path.read_text())
     ]
 

@@ -1,18 +1,24 @@
-"""npm for the tests: packages of the registry in a folder of a test, and programs run to their end."""
+"""npm for the tests: packages of the registry, installed once for a run of the tests, and programs run to their end."""
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import json
 import os
 import shutil
-from typing import TYPE_CHECKING, NoReturn
+import subprocess
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-if TYPE_CHECKING:
-    from pathlib import Path
+CLIENT = Path(__file__).parents[2] / "broker" / "web" / "client"
 
-TYPESCRIPT = "typescript@5.9"
+# What the tests need beside the tools of the browser client.
+PACKAGES = ("eventsource@5", "@grafana/schema@13.2")
+INSTALL_TIMEOUT = 100.0
+
 NO_NPM = "there is no npm on this machine"
 NOT_INSTALLED = "npm could not install"
 
@@ -20,16 +26,59 @@ STRICT = ("--strict", "--noEmit", "--noUnusedLocals", "--noImplicitReturns", "--
 BROWSER = ("--target", "es2022", "--module", "esnext", "--lib", "es2022,dom,dom.asynciterable")
 
 
-async def installed(folder: Path, *packages: str) -> Path:
-    """Install packages into a folder and return where their programs are.
+@pytest.fixture(scope="session")
+def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all packages that tests use. A project beside it finds them.
 
-    Where that cannot be, the test is skipped, but fails in CI.
+    The first process of the run that needs them installs them. Where that cannot be, the test is skipped, but fails in
+    CI.
     """
-    quietly = ("--no-audit", "--no-fund", "--no-save", "--prefer-offline", "--prefix", str(folder))
-    status, told = await ran(npm(), "install", *quietly, *packages)
-    if status != 0:
-        missing(f"{NOT_INSTALLED} {', '.join(packages)}: {told[-500:]}")
-    return folder / "node_modules" / ".bin"
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "npm"
+    home.mkdir(exist_ok=True)
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (home / "installed").exists():
+            _install(home)
+            (home / "installed").touch()
+    return home / "node_modules"
+
+
+def _install(home: Path) -> None:
+    tools = json.loads((CLIENT / "package.json").read_text())["devDependencies"]
+    packages = [*(f"{name}@{version}" for name, version in tools.items()), *PACKAGES]
+    quietly = ("--no-audit", "--no-fund", "--no-save", "--prefer-offline", "--prefix", str(home))
+    try:
+        done = subprocess.run(
+            [npm(), "install", *quietly, *packages],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=INSTALL_TIMEOUT,
+        )
+    except subprocess.TimeoutExpired:
+        missing(f"{NOT_INSTALLED} within {INSTALL_TIMEOUT:.0f} s")
+    if done.returncode != 0:
+        missing(f"{NOT_INSTALLED}: {(done.stdout + done.stderr)[-500:]}")
+
+
+@pytest.fixture(scope="session")
+def built_client(node_modules: Path) -> Path:
+    """A copy of the browser client's package beside the installed packages, built there from its source."""
+    folder = node_modules.parent / f"client-{os.environ.get('PYTEST_XDIST_WORKER', '')}"
+    shutil.copytree(
+        CLIENT, folder, ignore=shutil.ignore_patterns("dist", "node_modules", "client.js", "client.d.ts")
+    )
+    done = subprocess.run(
+        [npm(), "run", "build"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=INSTALL_TIMEOUT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
 
 
 def npm() -> str:

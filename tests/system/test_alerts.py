@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from tests.system.harness import free_port, running_broker
-from tests.system.npm import STRICT, TYPESCRIPT, installed, ran
+from tests.system.npm import STRICT, ran
 from tests.system.proxy import program
 from tests.system.test_otlp import chat
 
@@ -222,16 +222,16 @@ def test_the_panels_of_the_dashboard_do_not_overlap() -> None:
 
 
 @pytest.mark.slow
-async def test_grafanas_own_types_take_the_dashboard(tmp_path: Path) -> None:
-    programs = await installed(tmp_path, TYPESCRIPT, "@grafana/schema@13.2")
-    source = tmp_path / "dashboard.ts"
+async def test_grafanas_own_types_take_the_dashboard(node_modules: Path) -> None:
+    source = node_modules.parent / "dashboard.ts"
     document = DASHBOARD.read_text()
     source.write_text(
         'import type { Dashboard } from "@grafana/schema/dist/types/raw/dashboard/x/types.gen";\n'
         f"export const dashboard: Dashboard = {document};\n"
     )
     options = ("--target", "es2022", "--module", "esnext", "--moduleResolution", "node", "--skipLibCheck")
-    status, told = await ran(str(programs / "tsc"), *STRICT, *options, str(source), cwd=tmp_path)
+    compiler = str(node_modules / ".bin" / "tsc")
+    status, told = await ran(compiler, *STRICT, *options, str(source), cwd=node_modules.parent)
     assert status == 0, told
 
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import aiohttp
 import pytest
@@ -18,14 +18,13 @@ from playwright.async_api import Browser, Page, Request, Response, Route
 
 from tests.system.browser import README, foreign_site, laid_cable, launched_chromium
 from tests.system.harness import RunningBroker, running_broker
-from tests.system.npm import BROWSER, STRICT, TYPESCRIPT, installed, npm, ran
+from tests.system.npm import BROWSER, CLIENT, STRICT, npm, ran
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-CLIENT = Path(__file__).parents[2] / "broker" / "web" / "client"
 ROOM = {"BROKER_RATE_LIMIT": "1000/minute", "BROKER_MAX_CONCURRENT_STREAMS": "50", "BROKER_RETRY_MS": "500"}
 KEYS = {**ROOM, "BROKER_API_KEYS": "reader:a-key-for-the-reader"}
 ONE = {**ROOM, "BROKER_MAX_CONCURRENT_STREAMS": "1"}
@@ -69,7 +68,7 @@ console.log(known?.state === "queued", other.state);
 
 IN_NODE = """
 import { EventSource } from "eventsource";
-import { chat } from "./client.mjs";
+import { chat } from "session-broker-client";
 
 const ask = (model, content) =>
   chat({ model, messages: [{ role: "user", content }] }, { base: process.argv[2], EventSource });
@@ -136,6 +135,18 @@ class Requests(list[str]):
     def _sent(self, request: Request) -> None:
         if "/prepare" in request.url or "/stream/" in request.url:
             self.append(f"{request.method} /{request.url.split('/')[3]}")
+
+
+class Forms(list[str]):
+    """The forms in which a page has asked for its streams."""
+
+    def __init__(self, page: Page) -> None:
+        super().__init__()
+        page.on("request", self._sent)
+
+    def _sent(self, request: Request) -> None:
+        if "/stream/" in request.url:
+            self.append(parse_qs(urlsplit(request.url).query)["events"][0])
 
 
 def is_stop(response: Response) -> bool:
@@ -205,6 +216,36 @@ async def test_a_later_loop_reads_the_whole_answer_again(client: Page) -> None:
 async def test_a_responses_request_gives_text_as_well(client: Page) -> None:
     text = await client.evaluate("read(chat({model: 'rehearsal/echo', input: 'In the other dialect'}))")
     assert text == "In the other dialect"
+
+
+async def test_a_loop_over_the_text_asks_for_the_short_form(client: Page) -> None:
+    forms = Forms(client)
+    told = await client.evaluate("""async () => {
+      const text = await read(ask("Only text"));
+      const parts = [];
+      for await (const event of ask("In short", {events: "token"}).events()) parts.push(event);
+      for await (const event of ask("In full").events()) ;
+      return {text, parts};
+    }""")
+    assert told["text"] == "Only text"
+    assert "".join(event["data"].get("text", "") for event in told["parts"]) == "In short"
+    assert {event["type"] for event in told["parts"]} == {"token", "done"}
+    assert forms == ["token", "token", "chunk"]
+
+
+async def test_events_asked_for_behind_the_text_are_complete(client: Page) -> None:
+    forms = Forms(client)
+    told = await client.evaluate("""async () => {
+      const chat = ask("The text first");
+      const text = await read(chat);
+      const types = [];
+      for await (const {type} of chat.events()) types.push(type);
+      return {text, types};
+    }""")
+    assert told["text"] == "The text first"
+    assert len(told["types"]) > 4
+    assert set(told["types"]) == {"chunk", "done"}
+    assert forms == ["token", "chunk"]
 
 
 # Failures
@@ -285,6 +326,13 @@ async def test_stop_while_preparing_is_a_cancelled_end(client: Page) -> None:
     assert told["result"]["finishReason"] == "cancelled"
     assert (told["text"], told["state"]) == ("", "ended")
     assert (await stopped.value).status == 202
+
+
+async def test_stop_does_not_wait_for_a_token(client: Page) -> None:
+    requests = Requests(client)
+    result = await client.evaluate("ask('Never mind', {token: () => new Promise(() => {})}).stop()")
+    assert result["finishReason"] == "cancelled"
+    assert requests == []
 
 
 @pytest.mark.slow
@@ -531,6 +579,15 @@ async def test_a_silent_chat_reconnects_when_its_page_is_looked_at(client: Page)
     assert (await client.evaluate("silent.stop()"))["finishReason"] == "cancelled"
 
 
+async def test_a_device_that_slept_reconnects_at_once(client: Page) -> None:
+    await client.clock.install()
+    await client.evaluate("{ window.silent = ask('Hello', {}, 'rehearsal/silence'); }")
+    await client.wait_for_function("window.silent.state === 'streaming'")
+    async with client.expect_request("**/stream/*lastEventId=*"):
+        await client.clock.fast_forward("10:00")
+    assert (await client.evaluate("silent.stop()"))["finishReason"] == "cancelled"
+
+
 @pytest.mark.slow
 async def test_a_reloaded_page_goes_on_where_it_was(client: Page) -> None:
     requests = Requests(client)
@@ -552,47 +609,60 @@ async def test_a_reloaded_page_goes_on_where_it_was(client: Page) -> None:
 # The package
 
 
-async def test_the_package_holds_the_client_and_its_types() -> None:
-    status, told = await ran(npm(), "pack", "--dry-run", "--json", "--offline", cwd=CLIENT)
-    assert status == 0, told
-    (package,) = json.loads(told[told.index("[") :])
-    assert package["name"] == "session-broker-client"
-    files = {file["path"] for file in package["files"]}
-    assert files == {"LICENSE", "client.d.ts", "client.js", "package.json"}
-    assert (CLIENT / "LICENSE").read_text() == (README.parent / "LICENSE").read_text()
-
-
 @pytest.mark.slow
-async def test_the_client_is_the_build_of_its_source(tmp_path: Path) -> None:
-    package = json.loads((CLIENT / "package.json").read_text())
-    programs = await installed(tmp_path, f"esbuild@{package['devDependencies']['esbuild']}")
-    program, *options = package["scripts"]["build"].replace("=client.js", f"={tmp_path}/client.js").split()
-    status, told = await ran(str(programs / program), *options, cwd=CLIENT)
-    assert status == 0, told
-    assert (tmp_path / "client.js").read_text() == (CLIENT / "client.js").read_text()
-
-
-@pytest.mark.slow
-async def test_the_types_are_strict_typescript(tmp_path: Path) -> None:
-    compiler = (await installed(tmp_path, TYPESCRIPT)) / "tsc"
+async def test_the_committed_client_is_the_build_of_its_source(built_client: Path) -> None:
     for name in ("client.js", "client.d.ts"):
-        shutil.copy(CLIENT / name, tmp_path)
+        assert (built_client / name).read_text() == (CLIENT / name).read_text()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def project(built_client: Path) -> Path:
+    """A fresh project into which the package is installed as it would be published."""
+    folder = built_client.parent / f"project-of-{built_client.name}"
+    folder.mkdir()
+    (folder / "package.json").write_text('{"type": "module"}')
+    status, told = await ran(
+        npm(), "pack", "--ignore-scripts", "--pack-destination", str(folder), cwd=built_client
+    )
+    assert status == 0, told
+    (packed,) = folder.glob("*.tgz")
+    quietly = ("--offline", "--no-audit", "--no-fund", "--prefix", str(folder))
+    status, told = await ran(npm(), "install", *quietly, str(packed))
+    assert status == 0, told
+    return folder
+
+
+@pytest.mark.slow
+async def test_the_package_holds_code_types_and_maps(project: Path) -> None:
+    package = project / "node_modules" / "session-broker-client"
+    files = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}
+    built = {f"dist/client.{kind}" for kind in ("js", "js.map", "d.ts")}
+    assert files == {"LICENSE", "README.md", "package.json", "src/client.ts"} | built
+    assert (CLIENT / "LICENSE").read_text() == (README.parent / "LICENSE").read_text()
+    map_of_code = json.loads((package / "dist/client.js.map").read_text())
+    assert map_of_code["sourcesContent"] == [(CLIENT / "src/client.ts").read_text()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resolution", ["bundler", "nodenext"])
+async def test_the_types_are_strict_typescript(project: Path, resolution: str) -> None:
     (lines,) = re.findall(r"^```ts\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
-    (tmp_path / "lines.ts").write_text(AROUND + lines.replace("https://broker.example", "."))
-    (tmp_path / "typed.ts").write_text(TYPED)
-    sources = [str(tmp_path / name) for name in ("lines.ts", "typed.ts")]
-    exact = ("--exactOptionalPropertyTypes", "--moduleResolution", "bundler")
-    status, told = await ran(str(compiler), *STRICT, *BROWSER, *exact, *sources)
+    name = '"session-broker-client"'
+    (project / "lines.ts").write_text(AROUND + lines.replace('"https://broker.example/client.js"', name))
+    (project / "typed.ts").write_text(TYPED.replace('"./client.js"', name))
+    sources = [str(project / each) for each in ("lines.ts", "typed.ts")]
+    module = ("--module", "nodenext") if resolution == "nodenext" else ()
+    exact = ("--exactOptionalPropertyTypes", "--moduleResolution", resolution)
+    compiler = str(project.parent / "node_modules" / ".bin" / "tsc")
+    status, told = await ran(compiler, *STRICT, *BROWSER, *exact, *module, *sources)
     assert (status, told) == (0, "")
 
 
 @pytest.mark.slow
-async def test_the_client_runs_in_node(tmp_path: Path, broker: RunningBroker) -> None:
-    await installed(tmp_path, "eventsource@4")
-    shutil.copy(CLIENT / "client.js", tmp_path / "client.mjs")
-    (tmp_path / "page.mjs").write_text(IN_NODE)
+async def test_the_client_runs_in_node(project: Path, broker: RunningBroker) -> None:
+    (project / "page.mjs").write_text(IN_NODE)
     node = shutil.which("node") or "node"
-    assert await ran(node, str(tmp_path / "page.mjs"), broker.url) == (
+    assert await ran(node, str(project / "page.mjs"), broker.url) == (
         0,
         "From Node stop\nupstream_error\ncancelled\n",
     )

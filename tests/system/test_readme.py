@@ -12,7 +12,7 @@ from broker.core.client_limits import ClientLimits
 from broker.identity.clients_file import read_clients_file
 from tests.system.browser import README, readme_lines
 from tests.system.harness import running_broker
-from tests.system.npm import BROWSER, STRICT, TYPESCRIPT, installed, ran
+from tests.system.npm import BROWSER, STRICT, ran
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,12 +32,10 @@ export {};
 @pytest.mark.slow
 @pytest.mark.parametrize("short", [False, True])
 async def test_the_lines_of_a_page_are_strict_typescript(
-    typescript: Path,
-    tmp_path: Path,
-    short: bool,
+    node_modules: Path, tmp_path: Path, short: bool
 ) -> None:
     (tmp_path / "page.ts").write_text(AROUND + readme_lines(short=short))
-    status, told = await ran(str(typescript), *STRICT, *BROWSER, str(tmp_path / "page.ts"))
+    status, told = await ran(str(node_modules / ".bin" / "tsc"), *STRICT, *BROWSER, str(tmp_path / "page.ts"))
     assert (status, told) == (0, "")
 
 
@@ -69,12 +67,6 @@ def test_the_first_two_commands_are_the_whole_setup() -> None:
     assert second.endswith("&& .venv/bin/python -m pytest\n")
     indented = re.findall(r"^ {4}\S.*$", README.read_text(), re.MULTILINE)
     assert not [line for line in indented if re.search(r"\b(broker|pip|curl|docker|pytest) ", line)]
-
-
-@pytest.fixture
-async def typescript(tmp_path: Path) -> Path:
-    """Its compiler, from the npm registry."""
-    return (await installed(tmp_path, TYPESCRIPT)) / "tsc"
 
 
 def test_the_table_of_a_client_is_one_that_the_broker_takes(tmp_path: Path) -> None:
