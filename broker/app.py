@@ -80,6 +80,9 @@ PRICES_TIMEOUT = 0.3
 NO_KEY = "rehearsal-key-that-opens-nothing"
 """Stands for the upstream's key where none is needed. Keys are removed from messages, so this is not a common word."""
 
+LONGEST_REASON = 200
+"""Characters of another library's error in a log line."""
+
 SPARE_CONNECTIONS = 20
 """Connections to the upstream in addition to those of streams: for the list of models, and streams that are ending."""
 
@@ -242,19 +245,29 @@ def _upstream(settings: Settings, url: str, kind: UpstreamKind) -> UpstreamClien
 
 
 def _telemetry(upstream_url: str, kind: UpstreamKind) -> Telemetry:
+    """Return telemetry as the standard variables say. If they cannot be used, the service runs without it."""
     protocols = otlp_protocols()
     if not protocols:
-        return NO_TELEMETRY
-    try:
-        from broker.telemetry.export import export  # noqa: PLC0415 - it needs an extra, and takes time
-    except ImportError:
-        log.warning("an OTEL_* variable names a collector, but session-broker[otel] is not installed")
         return NO_TELEMETRY
 
     def provider() -> str:
         return "openrouter" if kind.openrouter else "openai"
 
-    return export(protocols, upstream_url=upstream_url, provider=provider, version=__version__)
+    try:
+        from broker.telemetry.export import export  # noqa: PLC0415 - it needs an extra, and takes time
+
+        return export(protocols, upstream_url=upstream_url, provider=provider, version=__version__)
+    except ImportError as error:
+        log.warning(
+            "an OTEL_* variable names a collector, but session-broker[otel] is not installed", why=str(error)
+        )
+    except Exception as error:  # noqa: BLE001 - the SDK's exporters raise errors of many kinds
+        log.warning(
+            "nothing is sent to the collector: an OTEL_* variable cannot be used",
+            error=type(error).__name__,
+            why=str(error)[:LONGEST_REASON],
+        )
+    return NO_TELEMETRY
 
 
 def _upstream_key(settings: Settings) -> str:

@@ -50,9 +50,30 @@ def export(
         upstream_url: the service that is asked.
         provider: returns its name.
         version: of the broker.
+
+    Raises:
+        Exception: a variable cannot be used, or a package of the extra is missing. Nothing runs then.
     """
-    resource = _resource(version)
     shutdowns: list[Callable[[], object]] = []
+    try:
+        tracers, meters = _providers(protocols, _resource(version), shutdowns)
+    except Exception:
+        for shutdown in shutdowns:  # they have threads
+            shutdown()
+        raise
+
+    async def close() -> None:
+        await asyncio.gather(*(_bounded(shutdown) for shutdown in shutdowns))
+
+    return OpenTelemetry(
+        tracers, meters, upstream_url=upstream_url, provider=provider, version=version, close=close
+    )
+
+
+def _providers(
+    protocols: Mapping[str, str], resource: Resource, shutdowns: list[Callable[[], object]]
+) -> tuple[Any, Any]:
+    """Return the providers of spans and metrics, and add to ``shutdowns`` what ends those that run."""
     tracers: Any = NoOpTracerProvider()
     meters: Any = NoOpMeterProvider()
     if (protocol := protocols.get("traces")) is not None:
@@ -68,13 +89,7 @@ def export(
             [reader], resource=resource, exemplar_filter=AlwaysOffExemplarFilter(), shutdown_on_exit=False
         )
         shutdowns.append(meters.shutdown)
-
-    async def close() -> None:
-        await asyncio.gather(*(_bounded(shutdown) for shutdown in shutdowns))
-
-    return OpenTelemetry(
-        tracers, meters, upstream_url=upstream_url, provider=provider, version=version, close=close
-    )
+    return tracers, meters
 
 
 async def _bounded(shutdown: Callable[[], object]) -> None:
