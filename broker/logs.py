@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
 import structlog
 
+from broker.core.session import SESSION_ID, short
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -24,9 +26,7 @@ if TYPE_CHECKING:
 
 # At lower levels these log URLs, headers and bodies, and openai's level can be set from outside.
 _TALKATIVE: Final = ("openai", "httpx2", "httpcore2")
-_SESSION_ID: Final = re.compile(
-    r"\b([0-9a-f]{8})-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\b", re.IGNORECASE
-)
+_SESSION_ID: Final = re.compile(rf"\b{SESSION_ID}\b", re.IGNORECASE)
 _REQUEST_ID: Final = "request_id"
 _SHORTEST_SECRET: Final = 4  # replacing a shorter one would make every line unreadable and hide nothing
 _DEEPEST: Final = 6
@@ -149,7 +149,7 @@ def censor(secrets: Iterable[str]) -> Callable[[Any, str, EventDict], EventDict]
         return text if anywhere is None else anywhere.sub("***", text)
 
     def clean_text(text: str) -> str:
-        return _SESSION_ID.sub(r"\1…", without_secrets(text))
+        return _SESSION_ID.sub(lambda session_id: f"{short(session_id[0])}…", without_secrets(text))
 
     def clean(value: Any, depth: int = 0) -> Any:
         match value:

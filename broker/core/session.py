@@ -32,12 +32,18 @@ class State(StrEnum):
 ENDED = frozenset({State.DONE, State.FAILED, State.CANCELLED, State.ABANDONED, State.LOST})
 
 
-_SESSION_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
-_CURSOR = re.compile(r"([12])-(0|[1-9][0-9]{0,15})(\.end)?")
+SESSION_ID = "[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+"""The pattern of a session id, a UUID of version 4 in the form that /prepare returns."""
+
+CURSOR = r"([12])-(0|[1-9][0-9]{0,15})(\.end)?"
+"""The pattern of a cursor: epoch, number, and the mark of the end."""
+
+_SESSION_ID = re.compile(SESSION_ID)
+_CURSOR = re.compile(CURSOR)
 
 
 def is_session_id(text: str) -> bool:
-    """Return True if ``text`` is a UUID of version 4 in the form that /prepare returns."""
+    """Return True if ``text`` has the form of a session id."""
     return _SESSION_ID.fullmatch(text) is not None
 
 
