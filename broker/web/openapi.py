@@ -9,25 +9,24 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from aiohttp import web
 
 from broker import __version__
 from broker.core import errors
 from broker.core.parameters import PARAMETERS
 from broker.core.responses_parameters import PARAMETERS as RESPONSES_PARAMETERS
+from broker.core.session import CURSOR, SESSION_ID
+from broker.web.files import answering
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
+    from aiohttp import web
     from pydantic import TypeAdapter
 
     from broker.core.errors import BrokerError
 
 
-HEADERS = {"Cache-Control": "no-cache"}
-
-SESSION_ID = "[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
-CURSOR = r"[12]-(0|[1-9][0-9]{0,15})(\.end)?"
+HEADERS = {"Cache-Control": "no-cache", "Content-Type": "application/json"}
 
 _REFS = "#/components/schemas/"
 _ANYWHERE: tuple[type[BrokerError], ...] = (
@@ -53,14 +52,14 @@ class OpenApi:
     def __init__(self, prefix: str, *, page: bool) -> None:
         self._prefix = prefix
         self._page = page
-        self._body = b""
+        self._answer: Callable[[web.Request], Awaitable[web.StreamResponse]] | None = None
 
-    async def answer(self, _: web.Request) -> web.Response:
-        """Answer with the document."""
-        if not self._body:
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        """Answer with the document, or with 304 to a caller that has it."""
+        if self._answer is None:
             # It takes a tenth of a second, in which streams must go on.
-            self._body = await asyncio.to_thread(self._make)
-        return web.Response(body=self._body, content_type="application/json", headers=HEADERS)
+            self._answer = answering(await asyncio.to_thread(self._make), HEADERS)
+        return await self._answer(request)
 
     def _make(self) -> bytes:
         return orjson.dumps(document(self._prefix, page=self._page))
@@ -447,8 +446,9 @@ def _metrics() -> dict[str, Any]:
 
 def _file(name: str, summary: str, kind: str, schema: dict[str, Any] | None = None) -> dict[str, Any]:
     content = {kind: {"schema": schema or _TEXT}}
+    tag = {"ETag": {"schema": _TEXT, "required": True}}
     answers = {
-        "200": {"description": summary, "content": content},
+        "200": {"description": summary, "headers": tag, "content": content},
         "304": {"description": "The copy is current"},
     }
     return _operation(name, summary, answers)

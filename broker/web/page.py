@@ -5,16 +5,16 @@ These are only files: the page uses the same routes as any other page.
 
 from __future__ import annotations
 
-from hashlib import sha256
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from aiohttp import ETag, web
+from aiohttp import web
 
+from broker.web.files import answering
 from broker.web.security_headers import NOSNIFF
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Mapping
 
 PATHS = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -66,7 +66,7 @@ def _file_routes(
 ) -> list[web.RouteDef]:
     directory = files(__package__) / folder
     return [
-        web.get(path, _answering((directory / name).read_bytes(), {**headers, "Content-Type": content_type}))
+        web.get(path, answering((directory / name).read_bytes(), {**headers, "Content-Type": content_type}))
         for path, (name, content_type) in paths.items()
     ]
 
@@ -75,21 +75,3 @@ async def to_page(request: web.Request) -> web.Response:
     """Redirect a browser from the bare prefix to the path with a slash, which the page's relative addresses need."""
     query = f"?{request.query_string}" if request.query_string else ""
     return web.Response(status=308, headers={"Location": f"{request.rel_url.raw_path}/{query}"})
-
-
-def _answering(
-    body: bytes, headers: Mapping[str, str]
-) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    etag = ETag(sha256(body).hexdigest()[:32])
-
-    async def answer(request: web.Request) -> web.StreamResponse:
-        known = {tag.value for tag in request.if_none_match or ()}
-        response: web.Response
-        if known & {etag.value, "*"}:
-            response = web.Response(status=304, headers=headers)
-        else:
-            response = web.Response(body=body, headers=headers)
-        response.etag = etag
-        return response
-
-    return answer

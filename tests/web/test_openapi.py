@@ -45,6 +45,17 @@ async def test_it_is_served_to_everybody(broker: Broker) -> None:
     assert answer.json["info"]["version"] == __version__
 
 
+async def test_who_has_it_gets_a_304(broker: Broker) -> None:
+    answer = await broker.ask("GET", "/openapi.json")
+    assert answer.headers["Cache-Control"] == "no-cache"
+    tag = {"If-None-Match": answer.headers["ETag"]}
+    again = await broker.ask("GET", "/openapi.json", headers=tag)
+    assert (again.status, again.text) == (304, "")
+    assert again.headers["ETag"] == answer.headers["ETag"]
+    other = await broker.ask("GET", "/openapi.json", headers={"If-None-Match": '"other"'})
+    assert (other.status, other.headers["ETag"]) == (200, answer.headers["ETag"])
+
+
 async def test_every_address_and_method_is_in_it(valkey_url: str, upstream: ScriptedUpstream) -> None:
     async with running(valkey_url, upstream, page=True) as broker:
         served = {
