@@ -34,6 +34,12 @@ SILENCE: Final = 1.0
 TICK: Final = 0.02
 """Seconds between two looks at the time limits, while calls wait."""
 
+STOOD_STILL: Final = 0.1
+"""Seconds by which such a look is late if this process stood still. Redis is not to blame for that time."""
+
+EXCUSE: Final = 0.25
+"""Seconds that Redis then has to answer, for calls whose time is over."""
+
 _NOTHING: Final = object()
 
 
@@ -71,15 +77,23 @@ class SharedConnection(asyncio.Protocol):
         )
         self._full = False
         self._unsent: list[bytes] = []
+        self._unsent_size = 0
         self._waiting: deque[_Waiting] = deque()
         self._replies: list[Any] = []
         self._heard_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
+        self._tick_due = 0.0
+        self._excused_until = 0.0
 
     @property
     def takes_calls(self) -> bool:
         """True if a call may be added."""
-        return not (self.retired or self._full or len(self._waiting) >= MAX_CALLS)
+        return not (
+            self.retired
+            or self._full
+            or self._unsent_size >= MAX_UNSENT
+            or len(self._waiting) >= MAX_CALLS
+        )
 
     def ask(self, packed: bytes, count: int, give_up_at: float) -> asyncio.Future[list[Any]]:
         """Send packed commands. Returns their replies; the one of a refused command is an exception.
@@ -95,17 +109,19 @@ class SharedConnection(asyncio.Protocol):
         answer: asyncio.Future[list[Any]] = self._loop.create_future()
         if not self._unsent:
             self._loop.call_soon(self._flush)
+            self._unsent_size = self._transport.get_write_buffer_size()
         self._unsent.append(packed)
+        self._unsent_size += len(packed)
         self._waiting.append(_Waiting(count, self._loop.time(), give_up_at, answer))
         if self._timer is None:
-            self._timer = self._loop.call_later(TICK, self._tick)
+            self._set_timer()
         return answer
 
     def retire(self) -> None:
         """Take no more calls, and close as soon as those that wait are answered or given up."""
         self.retired = True
         if self._timer is None:
-            self._timer = self._loop.call_later(TICK, self._tick)
+            self._set_timer()
 
     def close(self) -> None:
         """Close now. Calls that wait fail."""
@@ -114,12 +130,26 @@ class SharedConnection(asyncio.Protocol):
 
     def _flush(self) -> None:
         unsent, self._unsent = self._unsent, []
-        self._transport.write(b"".join(unsent))
+        self._unsent_size = 0
+        # If the connection was lost in this turn of the event loop, uvloop raises at a write. The calls fail by
+        # `connection_lost`.
+        if not self._transport.is_closing():
+            self._transport.write(b"".join(unsent))
+
+    def _set_timer(self) -> None:
+        self._tick_due = self._loop.time() + TICK
+        self._timer = self._loop.call_at(self._tick_due, self._tick)
 
     def _tick(self) -> None:
         """Give up calls whose time is over. The timer runs only while calls wait: an idle worker sleeps."""
         self._timer = None
         now = self._loop.time()
+        if not self._excused_until and now >= self._tick_due + STOOD_STILL:
+            self._excused_until = now + EXCUSE
+        if now < self._excused_until:
+            self._set_timer()
+            return
+        self._excused_until = 0.0
         waiting = [call for call in self._waiting if not call.answer.done()]
         for call in waiting:
             if now >= call.give_up_at:
@@ -129,7 +159,7 @@ class SharedConnection(asyncio.Protocol):
         if self.retired and not waiting:
             self._transport.abort()
         elif self._waiting or self.retired:
-            self._timer = self._loop.call_later(TICK, self._tick)
+            self._set_timer()
 
     def data_received(self, data: bytes) -> None:
         """Hand each caller its replies."""

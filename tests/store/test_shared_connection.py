@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -14,11 +15,13 @@ import pytest_asyncio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from redis.asyncio import UnixDomainSocketConnection
+from redis.exceptions import ConnectionError as LineError
 from redis.exceptions import ResponseError
 
 from broker.core.errors import StoreUnavailable
 from broker.store.connection import MAX_SHARED, Store, command_call
-from broker.store.shared_connection import MAX_CALLS
+from broker.store.shared_connection import MAX_CALLS, MAX_UNSENT, SharedConnection
 from tests.scripted import PATIENCE
 from tests.system.harness import ValkeyProcess, eventually
 from tests.wire import Wire, wire_to
@@ -112,6 +115,51 @@ async def test_a_late_answer_still_reaches_who_waits(wire: Wire) -> None:
         wire.unblock()
         await slow
         await eventually(lambda: wire.open == 1)
+
+
+async def test_a_process_that_stood_still_does_not_blame_redis(store: Store) -> None:
+    await echo(store, b"before")
+    call = asyncio.create_task(echo(store, b"x", timeout=0.2))
+    await asyncio.sleep(0)
+    time.sleep(0.5)  # noqa: ASYNC251 - this process stands still
+    await call
+    assert store.connections_made == 1
+
+
+@asynccontextmanager
+async def shared_connection(valkey_url: str) -> AsyncIterator[SharedConnection]:
+    connection = UnixDomainSocketConnection(path=valkey_url.removeprefix("unix://"), protocol=2)
+    await connection.connect()  # type: ignore[no-untyped-call]  # as the library has it
+    shared = SharedConnection(connection)
+    try:
+        yield shared
+    finally:
+        shared.close()
+        await shared.closed
+        await connection.disconnect(nowait=True)
+
+
+async def test_nothing_is_written_to_a_lost_connection(valkey_url: str) -> None:
+    loop = asyncio.get_running_loop()
+    errors: list[object] = []
+    loop.set_exception_handler(lambda _, context: errors.append(context))
+    async with shared_connection(valkey_url) as shared:
+        shared.close()
+        assert [LineError] == [
+            type(reply) for reply in await shared.ask(b"PING\r\n", 1, loop.time() + PATIENCE)
+        ]
+    assert errors == []
+
+
+async def test_the_bound_of_unsent_bytes_is_kept_at_any_moment(valkey_url: str) -> None:
+    async with shared_connection(valkey_url) as shared:
+        call = command_call("ECHO", bytes(MAX_SHARED)).packed
+        answers = []
+        while shared.takes_calls:
+            answers.append(shared.ask(call, 1, asyncio.get_running_loop().time() + PATIENCE))
+        assert len(answers) == MAX_UNSENT // MAX_SHARED
+        assert await asyncio.gather(*answers) == [[bytes(MAX_SHARED)]] * len(answers)
+        assert shared.takes_calls
 
 
 async def test_a_closed_connection_fails_who_waits_at_once(store: Store, valkey_url: str) -> None:
