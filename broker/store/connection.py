@@ -103,6 +103,11 @@ class _CountingPool(BlockingConnectionPool):
         connection.register_connect_callback(self._on_connect)  # type: ignore[no-untyped-call]  # as it has it
         return connection
 
+    async def close_idle(self) -> None:
+        """Close the connections that nobody uses, without waiting for the server: it may not answer."""
+        for connection in tuple(self._available_connections):
+            await connection.disconnect(nowait=True)
+
 
 class _Credentials(UsernamePasswordCredentialProvider):
     """The user and the password that a new connection shows. They may be replaced."""
@@ -287,35 +292,44 @@ class Store:
 
     async def _send(self, calls: Sequence[Call], give_up_at: float) -> list[Any]:
         """Send calls until this time of the event loop, and return their replies: that of a refused one is an error."""
+        if not calls:
+            return []
         packed = b"".join([call.packed for call in calls])
-        replies = None
+        replies = used = None
         if len(packed) <= MAX_SHARED and True not in [call.waits for call in calls]:
             shared = self._shared
             if shared is None or shared.retired:
                 async with asyncio.timeout_at(give_up_at):
                     shared = await self._open_shared()
             if shared.takes_calls:
+                used = shared
                 replies = await shared.ask(packed, len(calls), give_up_at)
         if replies is None:
             async with asyncio.timeout_at(give_up_at):
                 replies = await self._send_alone(packed, len(calls))
         for reply in replies:
             if isinstance(reply, Exception):
-                await self._note_error(reply)
+                await self._note_error(reply, used)
         self.has_answered = True
         return replies
 
-    async def _note_error(self, error: Exception) -> None:
+    async def _note_error(self, error: Exception, used: SharedConnection | None) -> None:
         """Use other connections if those there are lead to a server that cannot serve us.
+
+        Args:
+            error: the reply to a call.
+            used: the shared connection of the call, None if it had one of its own.
 
         Raises:
             Exception: the error, if no command was answered, or none can be.
         """
         answered = isinstance(error, ResponseError)
         if not answered or isinstance(error, ReadOnlyError | MasterDownError):
-            if self._shared is not None:
-                self._shared.retire()
-            await self._reconnect()
+            # Connections that were opened after this one may lead to another server.
+            if used is None or used is self._shared:
+                await self._pool.close_idle()
+            if used is not None:
+                used.retire()
         if not answered:
             raise error
 
@@ -363,7 +377,7 @@ class Store:
             await connection.send_packed_command([packed])
             replies = [await _read_reply(connection) for _ in range(count)]
             if any(isinstance(reply, ReadOnlyError | MasterDownError) for reply in replies):
-                await connection.disconnect()
+                await connection.disconnect(nowait=True)
             return replies
         finally:
             await asyncio.shield(self._pool.release(connection))  # a second cancel must not lose a connection
@@ -377,13 +391,6 @@ class Store:
 
     def _loads(self) -> list[Call]:
         return [command_call("SCRIPT", "LOAD", text) for text in self._texts]
-
-    async def _reconnect(self) -> None:
-        """Close the idle connections, which lead to a server that is not the primary any more.
-
-        After a failover behind a stable name they would stay there, and every write would be refused.
-        """
-        await self._pool.disconnect(inuse_connections=False)
 
     def register(self, text: str) -> None:
         """Register a script, so that it is loaded with all others."""

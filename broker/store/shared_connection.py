@@ -89,10 +89,7 @@ class SharedConnection(asyncio.Protocol):
     def takes_calls(self) -> bool:
         """True if a call may be added."""
         return not (
-            self.retired
-            or self._full
-            or self._unsent_size >= MAX_UNSENT
-            or len(self._waiting) >= MAX_CALLS
+            self.retired or self._full or self._unsent_size >= MAX_UNSENT or len(self._waiting) >= MAX_CALLS
         )
 
     def ask(self, packed: bytes, count: int, give_up_at: float) -> asyncio.Future[list[Any]]:

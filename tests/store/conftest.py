@@ -1,4 +1,4 @@
-"""Tests on both event loops, which treat a lost connection differently. Production runs on uvloop, where there is one."""
+"""Tests on both event loops, which treat a lost connection differently. Production runs on uvloop."""
 
 from __future__ import annotations
 

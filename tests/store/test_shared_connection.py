@@ -117,6 +117,20 @@ async def test_a_late_answer_still_reaches_who_waits(wire: Wire) -> None:
         await eventually(lambda: wire.open == 1)
 
 
+async def test_failures_of_an_old_connection_spare_the_new(wire: Wire) -> None:
+    async with opened(wire.url) as store:
+        await echo(store, b"before")
+        wire.block = b"held"
+        held = [asyncio.create_task(echo(store, b"held", timeout=0.1 + 0.05 * n)) for n in range(8)]
+        await wire.until_blocked()
+        wire.block = b""
+        for call in held:
+            with pytest.raises(StoreUnavailable):
+                await call
+            await echo(store, b"after")
+        assert store.connections_made == 2
+
+
 async def test_a_process_that_stood_still_does_not_blame_redis(store: Store) -> None:
     await echo(store, b"before")
     call = asyncio.create_task(echo(store, b"x", timeout=0.2))
@@ -261,6 +275,31 @@ def certificate(directory: Path) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(directory / "cert.pem", directory / "key.pem")
     return context
+
+
+async def test_a_failed_call_waits_for_no_close(valkey_url: str, tmp_path: Path) -> None:
+    """With TLS, the close of a connection waits for the server, which may not answer any more."""
+    far = Wire(valkey_url.removeprefix("unix://"))
+    socket = f"{tmp_path}/tls.sock"
+    async with (
+        await asyncio.start_unix_server(far.connected, socket, ssl=certificate(tmp_path)) as server,
+        wire_to(socket) as wire,
+        opened(
+            wire.url.replace("redis:", "rediss:").replace("127.0.0.1", "localhost")
+            + f"?ssl_ca_certs={tmp_path}/cert.pem"
+        ) as store,
+    ):
+        await asyncio.gather(
+            store.redis.ping(), echo(store, b"before")
+        )  # an idle connection, and the shared one
+        wire.block = b"\x17\x03\x03"  # the head of all that is encrypted
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(StoreUnavailable):
+            await echo(store, b"lost", timeout=0.1)
+        assert asyncio.get_running_loop().time() - began < 0.9
+        wire.unblock()
+        server.close()
+    await far.close()
 
 
 async def test_redis_behind_tls_is_served_as_well(valkey_url: str, tmp_path: Path) -> None:
