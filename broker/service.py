@@ -22,7 +22,7 @@ from broker.relay.tasks import keep_running
 from broker.secret_reload import SecretReload, SecretUsers
 from broker.settings import open_door
 from broker.web import keys
-from broker.web.server import Runner
+from broker.web.server import runner_for
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -84,7 +84,7 @@ async def _serve(
             settings = settings.model_copy(update=rehearsed)
         app = web.Application()
         mount(app, "", settings)
-        runner = Runner(app)
+        runner = runner_for(app, settings)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
         await stack.enter_async_context(_reloading_secrets(settings, load, app, store_is_given=given))

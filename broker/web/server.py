@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from aiohttp.streams import StreamReader
     from aiohttp.web_request import BaseRequest
 
+    from broker.settings import Settings
+
 log = structlog.get_logger(__name__)
 
 KEEPALIVE = 75.0
@@ -44,7 +46,7 @@ HEAD_TIMEOUT = 10.0
 connections in advance."""
 
 STALL_TIMEOUT = 30.0
-"""Seconds that a client may take nothing of an answer. A stream has `BROKER_SEND_TIMEOUT` in its place."""
+"""Minimum seconds that a client may take nothing of an answer. A stream ends itself after `BROKER_SEND_TIMEOUT`."""
 
 
 class Runner(web.AppRunner):
@@ -82,6 +84,11 @@ class Runner(web.AppRunner):
             handler_cancellation=made.handler_cancellation,
             **made._kwargs,  # noqa: SLF001 - the only way to choose the class of its connections
         )
+
+
+def runner_for(app: web.Application, settings: Settings) -> Runner:
+    """Return a runner whose connections are not closed before `BROKER_SEND_TIMEOUT` is over."""
+    return Runner(app, stall_timeout=max(STALL_TIMEOUT, settings.send_timeout))
 
 
 def _answering_expectations(

@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
+import pytest
 from aiohttp import web
+from pydantic import SecretStr
 
-from broker.web.server import MAX_HEAD, Runner, _Connection
+from broker import Settings
+from broker.web.server import MAX_HEAD, Runner, _Connection, runner_for
 from tests.scripted import PATIENCE
 from tests.system.harness import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
 SHORT = 0.3
 HALF = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nX-Half: "
@@ -50,13 +54,17 @@ async def large(request: web.Request) -> web.Response:
     return web.Response(body=bytes(LARGE))
 
 
-@asynccontextmanager
-async def connected(
+def connected(
     *, head_timeout: float = PATIENCE, stall_timeout: float = PATIENCE
-) -> AsyncIterator[Client]:
+) -> AbstractAsyncContextManager[Client]:
+    return connected_to(partial(Runner, head_timeout=head_timeout, stall_timeout=stall_timeout))
+
+
+@asynccontextmanager
+async def connected_to(make_runner: Callable[[web.Application], Runner]) -> AsyncIterator[Client]:
     app = web.Application()
     app.add_routes([web.get("/health/live", hello), web.post("/prepare", hello), web.get("/models", large)])
-    runner = Runner(app, head_timeout=head_timeout, stall_timeout=stall_timeout)
+    runner = make_runner(app)
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -149,3 +157,14 @@ async def test_a_client_that_takes_nothing_is_disconnected() -> None:
         client.writer.write(b"GET /models HTTP/1.1\r\nHost: localhost\r\n\r\n")
         await eventually(lambda: client.runner.server and client.runner.server.connections)
         await eventually(lambda: client.runner.server and not client.runner.server.connections)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel has no such limit")
+@pytest.mark.parametrize(("send_timeout", "waits"), [(5, 30), (90, 90)])
+async def test_the_kernel_waits_as_long_as_a_stream_may(send_timeout: float, waits: float) -> None:
+    settings = Settings(openrouter_api_key=SecretStr("key"), send_timeout=send_timeout)
+    async with connected_to(partial(runner_for, settings=settings)) as client:
+        await eventually(lambda: client.runner.server and client.runner.server.connections)
+        assert client.other_end.transport is not None
+        tcp = client.other_end.transport.get_extra_info("socket")
+        assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == waits * 1000
