@@ -1,6 +1,7 @@
 """Limit the streams of a worker: in total, of one session, and of one address.
 
-The id of a session is enough to open streams, so without a limit one page could take all places of a worker.
+The id of a session is enough to open streams, so without a limit one page could take all places of a worker. How many
+generations a client may have is another limit, which Redis counts for all workers.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
 VIEWERS_OF_A_SESSION: Final = 16
 STREAMS_OF_AN_ADDRESS: Final = 64
-"""Streams of an address, or as many as one client may have where that is more: a client without a key is its
-address."""
+"""Streams of an address, or `BROKER_MAX_CONCURRENT_STREAMS` where that is more: a client without a key is its address.
+
+``streams`` in the clients file does not count: a request for a stream shows its session, and not its client."""
 
 OVERLOADED_RETRY: Final = 3.0
 """Seconds after which a caller may try again."""
@@ -28,7 +30,7 @@ class Occupancy:
 
     Args:
         max_streams: the limit of this worker.
-        of_a_client: generations that one client may have.
+        of_a_client: generations that a client may have, as `BROKER_MAX_CONCURRENT_STREAMS` says.
     """
 
     def __init__(self, max_streams: int, *, of_a_client: int = 0) -> None:
