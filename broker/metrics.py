@@ -8,6 +8,7 @@ few values: no client, session or model is one.
 from __future__ import annotations
 
 from bisect import bisect_left
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -18,7 +19,7 @@ from broker.core.pricing import to_usd
 from broker.core.session import State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+    from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 
     from prometheus_client.metrics_core import Metric
 
@@ -84,67 +85,46 @@ class Metrics:
 
     def __init__(self) -> None:
         self.directory: MetricsDirectory | None = None
-        self.registry = registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
         self.gaps = PlainHistogram(CHUNK_GAP)
-        self._sessions = Counter(
-            "broker_sessions",
-            "Sessions that ended, by state and error.",
-            ["state", "code"],
-            registry=registry,
+        self._redis: dict[str, PlainHistogram] = {}
+        counter = partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self._sessions = counter(
+            "broker_sessions", "Sessions that ended, by state and error.", ["state", "code"]
         )
-        self._first_chunk = Histogram(
+        self._first_chunk = histogram(
             "broker_time_to_first_chunk_seconds",
             "From the claim of a session to its first chunk.",
             buckets=FIRST_CHUNK,
-            registry=registry,
         )
-        self._session = Histogram(
-            "broker_session_seconds",
-            "From the claim of a session to its end.",
-            buckets=SESSION,
-            registry=registry,
+        self._session = histogram(
+            "broker_session_seconds", "From the claim of a session to its end.", buckets=SESSION
         )
-        self._chunks = Counter("broker_chunks", "Chunks of sessions that ended.", registry=registry)
-        self._bytes = Counter(
+        self._chunks = counter("broker_chunks", "Chunks of sessions that ended.")
+        self._bytes = counter(
             "broker_bytes",
             "Bytes of chunks of ended sessions (in), and of closed streams to pages (out).",
             ["direction"],
-            registry=registry,
         )
-        self._tokens = Counter(
-            "broker_tokens", "Tokens as booked at the end of sessions.", ["kind"], registry=registry
+        self._tokens = counter("broker_tokens", "Tokens as booked at the end of sessions.", ["kind"])
+        self._cost = counter("broker_cost_usd", "USD as booked at the end of sessions, where known.")
+        self._abandoned = counter("broker_abandoned", "Sessions that ended because nobody watched.")
+        self._retries = counter("broker_upstream_retries", "Requests that were sent again.")
+        self._resumes = counter(
+            "broker_resumes", "Streams asked for with a cursor, by what was found.", ["result"]
         )
-        self._cost = Counter(
-            "broker_cost_usd", "USD as booked at the end of sessions, where known.", registry=registry
+        self._cancels = counter("broker_cancels", "Cancels that were accepted.")
+        self._cancel = histogram(
+            "broker_cancel_seconds", "From a request to cancel to its answer.", buckets=CANCEL
         )
-        self._abandoned = Counter(
-            "broker_abandoned", "Sessions that ended because nobody watched.", registry=registry
+        self._refused = counter(
+            "broker_refused", "Requests and streams that were refused, by code.", ["code"]
         )
-        self._retries = Counter(
-            "broker_upstream_retries", "Requests that were sent again.", registry=registry
-        )
-        self._resumes = Counter(
-            "broker_resumes",
-            "Streams asked for with a cursor, by what was found.",
-            ["result"],
-            registry=registry,
-        )
-        self._cancels = Counter("broker_cancels", "Cancels that were accepted.", registry=registry)
-        self._cancel = Histogram(
-            "broker_cancel_seconds",
-            "From a request to cancel to its answer.",
-            buckets=CANCEL,
-            registry=registry,
-        )
-        self._refused = Counter(
-            "broker_refused", "Requests and streams that were refused, by code.", ["code"], registry=registry
-        )
-        self._redis: dict[str, PlainHistogram] = {}
-        self._lag = Histogram(
+        self._lag = histogram(
             "broker_event_loop_lag_seconds",
             "How much later than wanted a timer of the event loop ran.",
             buckets=LAG,
-            registry=registry,
         )
         for state, code in _RARE_ENDS:
             self._sessions.labels(state.value, code)
@@ -207,110 +187,12 @@ class Metrics:
         waiting: Sized,
         quotas: Quotas,
     ) -> None:
-        """Read these at every scrape."""
-        parts = (worker, sessions, store, upstream, waiting, quotas)
-        self.registry.register(_Watched(*parts, self.gaps, self._redis))
+        """Read the values of these parts at every scrape."""
+        read = partial(_values_of, worker, sessions, store, upstream, waiting, quotas)
+        self.registry.register(_Collected(lambda: (*read(), *self._plain_histograms())))
 
-    def families(self) -> list[Metric]:
-        """Return all metrics of this broker, without the times at which their series began, which double them."""
-        families = list(self.registry.collect())
-        for family in families:
-            family.samples = [each for each in family.samples if not each.name.endswith("_created")]
-        return families
-
-    def text(self) -> bytes:
-        """Return all metrics of this broker in Prometheus' text format."""
-        return generate_latest(_Families(self.families()))
-
-    async def text_of_host(self) -> bytes:
-        """Return the metrics of this broker and of all other workers of this host."""
-        if self.directory is None:
-            return self.text()
-        return generate_latest(_Families(await self.directory.with_others(self.families())))
-
-
-class _Families(Collector):
-    """Metrics that were collected."""
-
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        """Return them."""
-        return self._families
-
-
-class _Watched(Collector):
-    """Reads the plain integers of the parts of a broker."""
-
-    def __init__(
-        self,
-        worker: Worker,
-        sessions: SessionStore,
-        store: Store,
-        upstream: UpstreamClient,
-        waiting: Sized,
-        quotas: Quotas,
-        gaps: PlainHistogram,
-        redis: Mapping[str, PlainHistogram],
-    ) -> None:
-        self._worker = worker
-        self._sessions = sessions
-        self._store = store
-        self._upstream = upstream
-        self._waiting = waiting
-        self._quotas = quotas
-        self._gaps = gaps
-        self._redis = redis
-
-    def describe(self) -> Iterable[Metric]:
-        """Return nothing: the registry need not read the parts to know the names."""
-        return ()
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield the values of now."""
-        worker, store = self._worker, self._store
-        gauge, count = GaugeMetricFamily, CounterMetricFamily
-        yield gauge("broker_sessions_running", "Sessions that run here.", value=len(worker.running))
-        limit = worker.config.max_streams
-        yield gauge("broker_sessions_limit", "Sessions that may run here.", value=limit)
-        yield gauge(
-            "broker_daily_cost_limit_usd",
-            "The budget of a day for all clients together; 0 for none.",
-            value=to_usd(self._quotas.total_daily_cost),
-        )
-        yield gauge("broker_viewers", "Streams that are open to pages.", value=len(worker.viewers))
-        yield gauge("broker_queued", "Pages that wait in line for a slot.", value=len(self._waiting))
-        yield gauge(
-            "broker_journal_lag_seconds",
-            "How long the oldest journal with unwritten events has waited for Redis.",
-            value=worker.journal.lag(),
-        )
-        yield gauge(
-            "broker_journal_bytes",
-            "Bytes of events in memory, which Redis may lack.",
-            value=worker.journal.pending_bytes(),
-        )
-        yield count(
-            "broker_leases_lost", "Sessions that were taken from this worker.", value=worker.leases_lost
-        )
-        yield count(
-            "broker_claims_unconfirmed",
-            "Claims that not enough replicas of Redis confirmed in time.",
-            value=self._sessions.claims_unconfirmed,
-        )
-        yield count(
-            "broker_redis_errors", "Calls that Redis refused or did not answer in time.", value=store.errors
-        )
-        asked = CounterMetricFamily(
-            "broker_upstream_requests",
-            "Requests for answers, by HTTP status; none: no answer.",
-            labels=["status"],
-        )
-        for status, times in (_RARE_STATUSES | self._upstream.statuses).items():
-            asked.add_metric([status], times)
-        yield asked
-        buckets, total = self._gaps.buckets()
+    def _plain_histograms(self) -> Iterator[Metric]:
+        buckets, total = self.gaps.buckets()
         yield HistogramMetricFamily(
             "broker_chunk_gap_seconds",
             "Between two reads of chunks of one answer.",
@@ -324,3 +206,93 @@ class _Watched(Collector):
             buckets, total = seconds.buckets()
             trips.add_metric([script], buckets, total)
         yield trips
+
+    def families(self) -> list[Metric]:
+        """Return all metrics of this broker, without the times at which their series began, which double them."""
+        families = list(self.registry.collect())
+        for family in families:
+            family.samples = [each for each in family.samples if not each.name.endswith("_created")]
+        return families
+
+    def text(self) -> bytes:
+        """Return all metrics of this broker in Prometheus' text format."""
+        return generate_latest(_Collected(self.families))
+
+    async def text_of_host(self) -> bytes:
+        """Return the metrics of this broker and of all other workers of this host."""
+        if self.directory is None:
+            return self.text()
+        families = await self.directory.with_others(self.families())
+        return generate_latest(_Collected(lambda: families))
+
+
+class _Collected(Collector):
+    """Metrics that a function returns.
+
+    Args:
+        read: is called at every scrape.
+    """
+
+    def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
+        self._read = read
+
+    def describe(self) -> Iterable[Metric]:
+        """Return nothing: the registry need not read the values to know the names."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the metrics of now."""
+        return self._read()
+
+
+def _values_of(
+    worker: Worker,
+    sessions: SessionStore,
+    store: Store,
+    upstream: UpstreamClient,
+    waiting: Sized,
+    quotas: Quotas,
+) -> Iterator[Metric]:
+    """Yield what the parts of a broker count themselves."""
+    gauges = (
+        ("broker_sessions_running", "Sessions that run here.", len(worker.running)),
+        ("broker_sessions_limit", "Sessions that may run here.", worker.config.max_streams),
+        (
+            "broker_daily_cost_limit_usd",
+            "The budget of a day for all clients together; 0 for none.",
+            to_usd(quotas.total_daily_cost),
+        ),
+        ("broker_viewers", "Streams that are open to pages.", len(worker.viewers)),
+        ("broker_queued", "Pages that wait in line for a slot.", len(waiting)),
+        (
+            "broker_journal_lag_seconds",
+            "How long the oldest journal with unwritten events has waited for Redis.",
+            worker.journal.lag(),
+        ),
+        (
+            "broker_journal_bytes",
+            "Bytes of events in memory, which Redis may lack.",
+            worker.journal.pending_bytes(),
+        ),
+    )
+    counters = (
+        ("broker_leases_lost", "Sessions that were taken from this worker.", worker.leases_lost),
+        (
+            "broker_claims_unconfirmed",
+            "Claims that not enough replicas of Redis confirmed in time.",
+            sessions.claims_unconfirmed,
+        ),
+        ("broker_redis_errors", "Calls that Redis refused or did not answer in time.", store.errors),
+    )
+    for name, text, value in gauges:
+        yield GaugeMetricFamily(name, text, value=value)
+    for name, text, value in counters:
+        yield CounterMetricFamily(name, text, value=value)
+    requests = CounterMetricFamily(
+        "broker_upstream_requests",
+        "Requests for answers, by HTTP status; none: no answer.",
+        labels=["status"],
+    )
+    for status, times in (_RARE_STATUSES | upstream.statuses).items():
+        requests.add_metric([status], times)
+    yield requests
