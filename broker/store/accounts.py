@@ -23,13 +23,12 @@ from broker.core.accounts import Quotas, Usage, WorstCase
 from broker.core.errors import BeingClaimed, BudgetExceeded, Overloaded, Queued, StoreRefused, TooManyStreams
 from broker.core.session import State
 from broker.store.buckets import BUCKETS, Account, account_of, bucket_prefix, total_account
-from broker.store.connection import Store, bounded_call
 from broker.store.usage_ledger import LEDGER_S, UsageLedger
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
-    from broker.store.connection import Script
+    from broker.store.connection import Script, Store
 
 log = structlog.get_logger(__name__)
 
@@ -366,10 +365,9 @@ class AccountStore:
 
     async def ask_later(self, reservation: Reservation, seconds: float) -> None:
         """Tell other workers that this one asks for the final usage of an estimate after ``seconds``."""
-        later = await self._now() + round((seconds + ASKED_AFTER) * 1000)
+        later = await self._store.now_ms() + round((seconds + ASKED_AFTER) * 1000)
         estimates = self._account(reservation.client).shared("estimates")
-        async with bounded_call():
-            await self._store.redis.zadd(estimates, {reservation.claim_id: later}, xx=True)
+        await self._store.command("ZADD", estimates, "XX", later, reservation.claim_id)
 
     async def due_estimates(self, limit: int) -> list[Estimate]:
         """Return the estimates in some of the buckets whose final usage was not asked for in time.
@@ -430,7 +428,7 @@ class AccountStore:
 
     async def overdue(self, limit: int) -> list[Reservation]:
         """Return the open reservations of all buckets that were not renewed in time."""
-        now = await self._now()
+        now = await self._store.now_ms()
         tagged = [bucket_prefix(self._store, bucket) for bucket in range(BUCKETS)]
         replies = await self._store.commands(
             [("ZRANGEBYSCORE", f"{prefix}:open", "-inf", now, "LIMIT", 0, limit) for prefix in tagged]
@@ -459,17 +457,15 @@ class AccountStore:
         """Delay these, which could not be settled, so that the next search finds others first."""
         found = [(self._account(each.client).tagged, each.claim_id.encode()) for each in reservations]
         if found:
-            await self._try_later(found, await self._now() + round(LEASE * 1000))
+            await self._try_later(found, await self._store.now_ms() + round(LEASE * 1000))
 
     async def totals(self, client: str) -> Period:
         """Return the usage of a client today and in this month."""
-        async with bounded_call():
-            now, _ = await self._store.redis.time()
-            today = _date(int(now) // 86_400)
-            periods = (str(int(now) // 86_400), f"{today:%Y-%m}")
-            names = ("requests", "prompt", "completion", "spent_cost", "estimated")
-            fields = [f"{period}:{name}" for period in periods for name in names]
-            found: Any = await self._store.redis.hmget(self._account(client).key("account"), fields)
+        day = await self._store.now_ms() // 86_400_000
+        today = _date(day)
+        names = ("requests", "prompt", "completion", "spent_cost", "estimated")
+        fields = [f"{period}:{name}" for period in (day, f"{today:%Y-%m}") for name in names]
+        found = await self._store.command("HMGET", self._account(client).key("account"), *fields)
         values = [int(value or 0) for value in found]
         return Period(today, Totals(*values[: len(names)]), Totals(*values[len(names) :]))
 
@@ -490,12 +486,6 @@ class AccountStore:
             reply if isinstance(reply, Exception | dict) else dict(zip(reply[::2], reply[1::2], strict=True))
             for reply in replies
         ]
-
-    async def _now(self) -> int:
-        """Return the time in milliseconds since 1970, by the clock of Redis."""
-        async with bounded_call():
-            seconds, micros = await self._store.redis.time()
-        return int(seconds) * 1000 + int(micros) // 1000
 
 
 def budgets_of_client(quotas: Quotas) -> dict[str, int]:

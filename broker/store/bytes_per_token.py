@@ -6,15 +6,15 @@ models are removed. The estimate that is made of the samples is not computed her
 
 from __future__ import annotations
 
-import asyncio
 from hashlib import blake2b, sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from broker.core.bytes_per_token import Sample
-from broker.store.connection import CALL_TIMEOUT, Store, store_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from broker.store.connection import Store
 
 KEPT_OF_MODEL = 96
 KEPT_OF_CLIENT = 24
@@ -63,9 +63,7 @@ class BytesPerTokenStore:
 
     async def load(self, models: Sequence[str]) -> dict[str, list[Sample]]:
         """Return the samples of these models, the newest first. An unknown model has an empty list."""
-        with store_errors():
-            async with asyncio.timeout(CALL_TIMEOUT):
-                stored: Any = await self._store.redis.hmget(self._samples_key, list(models))
+        stored = await self._store.command("HMGET", self._samples_key, *models)
         return {model: _read(model, samples or b"") for model, samples in zip(models, stored, strict=True)}
 
 

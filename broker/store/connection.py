@@ -11,11 +11,10 @@ import asyncio
 import hashlib
 import re
 import time
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import hiredis
 import structlog
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import parse_url
@@ -25,10 +24,11 @@ from redis.credentials import UsernamePasswordCredentialProvider
 from redis.exceptions import MasterDownError, NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 from broker.core.errors import StoreRefused, StoreUnavailable
+from broker.store.call import Call, command_call, packed
 from broker.store.shared_connection import SharedConnection
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
     from redis.asyncio.connection import AbstractConnection
 
@@ -74,14 +74,6 @@ def cause_of(error: StoreUnavailable) -> str:
     """Return for the log why Redis cannot be reached: a refused connection, a certificate, a wrong password."""
     cause = error.__cause__
     return f"{type(cause).__name__} {cause}".strip()[:_LONGEST_CAUSE] if cause is not None else "not known"
-
-
-@asynccontextmanager
-async def bounded_call(timeout: float = CALL_TIMEOUT) -> AsyncIterator[None]:
-    """Bound the calls of a block to ``timeout`` seconds together, and turn every failure into `StoreUnavailable`."""
-    with store_errors():
-        async with asyncio.timeout(timeout):
-            yield
 
 
 class _CountingPool(BlockingConnectionPool):
@@ -132,12 +124,19 @@ class Store:
         channels: the prefix of the name of every worker's channel.
         connections_made: number of connections made so far, including those that replaced a lost one.
         errors: number of script calls that Redis refused or did not answer in time.
+        call_timeout: seconds of a call that has no limit of its own, including the wait for a connection.
         has_answered: True if Redis has answered a script or a command since the start of this worker.
     """
 
     def __init__(
-        self, url: str, key_prefix: str, *, observe: Callable[[str, float], None] | None = None
+        self,
+        url: str,
+        key_prefix: str,
+        *,
+        observe: Callable[[str, float], None] | None = None,
+        call_timeout: float = CALL_TIMEOUT,
     ) -> None:
+        self.call_timeout = call_timeout
         self.prefix = f"{key_prefix}:{SCHEMA}"
         self.channels = f"{self.prefix}:notifications:"
         self._texts: dict[str, None] = {}
@@ -203,11 +202,11 @@ class Store:
         """
         return Script(self, script_text(name, constants or {}, before=before), name)
 
-    async def run(self, calls: Sequence[Call], *, timeout: float = CALL_TIMEOUT) -> list[Any]:
+    async def run(self, calls: Sequence[Call], *, timeout: float | None = None) -> list[Any]:
         """Run scripts in one round trip, in this order. Returns their replies.
 
         Raises:
-            StoreUnavailable: Redis is away or full, or took longer than ``timeout`` seconds. Some scripts may have
+            StoreUnavailable: Redis is away or full, or took longer than the ``timeout``. Some scripts may have
                 run or may still run.
         """
         replies = await self._trip(calls, timeout)
@@ -217,12 +216,12 @@ class Store:
                 raise _store_error(reply) from reply
         return replies
 
-    async def run_each(self, calls: Sequence[Call], *, timeout: float = CALL_TIMEOUT) -> list[Any]:
+    async def run_each(self, calls: Sequence[Call], *, timeout: float | None = None) -> list[Any]:
         """Run scripts as `run` does. The reply of a call that Redis refuses is a `StoreRefused`; the others count.
 
         Raises:
             StoreRefused: Redis refused all calls.
-            StoreUnavailable: Redis is away, or took longer than ``timeout`` seconds.
+            StoreUnavailable: Redis is away, or took longer than the ``timeout``.
         """
         replies = await self._trip(calls, timeout)
         refused = [reply for reply in replies if isinstance(reply, ResponseError)]
@@ -235,11 +234,11 @@ class Store:
         log.warning("redis refused", calls=len(refused), error=str(refused[0])[:300])
         return [StoreRefused() if isinstance(reply, ResponseError) else reply for reply in replies]
 
-    async def _trip(self, calls: Sequence[Call], timeout: float) -> list[Any]:
+    async def _trip(self, calls: Sequence[Call], timeout: float | None) -> list[Any]:
         """Return the replies, and count the round trip. The reply of a call that Redis refused is a `ResponseError`."""
-        # As `bounded_call`, written out: its two context managers were a twentieth of a /prepare (measured).
+        # As `commands`, written out: its context manager was a twentieth of a /prepare (measured).
         began = time.monotonic()
-        give_up_at = asyncio.get_running_loop().time() + timeout
+        give_up_at = self._give_up_at(timeout)
         try:
             replies = await self._send(calls, give_up_at)
             for reply in replies:
@@ -255,32 +254,51 @@ class Store:
                 for name in {call.name for call in calls}:
                     self._observe(name, seconds)
 
-    async def commands(
-        self, commands: Sequence[Sequence[Any]], *, timeout: float = CALL_TIMEOUT
-    ) -> list[Any]:
+    async def commands(self, commands: Sequence[Sequence[Any]], *, timeout: float | None = None) -> list[Any]:
         """Run plain commands in one round trip. Returns their replies; the reply of a refused one is an error.
 
         Raises:
-            StoreUnavailable: Redis is away, or took longer than ``timeout`` seconds.
+            StoreUnavailable: Redis is away, or took longer than the ``timeout``.
         """
         if not commands:
             return []
-        give_up_at = asyncio.get_running_loop().time() + timeout
+        give_up_at = self._give_up_at(timeout)
         with store_errors():
             return await self._send([command_call(*command) for command in commands], give_up_at)
 
-    async def read(self, commands: Sequence[Sequence[Any]], *, timeout: float = CALL_TIMEOUT) -> list[Any]:
+    async def read(self, commands: Sequence[Sequence[Any]], *, timeout: float | None = None) -> list[Any]:
         """Run plain commands as `commands` does, where all replies are needed. Returns their replies.
 
         Raises:
             StoreRefused: Redis refused one of them.
-            StoreUnavailable: Redis is away, or took longer than ``timeout`` seconds.
+            StoreUnavailable: Redis is away, or took longer than the ``timeout``.
         """
         replies = await self.commands(commands, timeout=timeout)
         for reply in replies:
             if isinstance(reply, ResponseError):
                 raise StoreRefused(f"Redis refuses to be read: {str(reply)[:_LONGEST_CAUSE]}") from reply
         return replies
+
+    async def command(self, *words: Any, timeout: float | None = None) -> Any:
+        """Run one plain command and return its reply.
+
+        Raises:
+            StoreRefused: Redis refused it.
+            StoreUnavailable: Redis is away, or took longer than the ``timeout``.
+        """
+        return (await self.run([command_call(*words)], timeout=timeout))[0]
+
+    async def now_ms(self) -> int:
+        """Return the time in milliseconds since 1970, by the clock of Redis.
+
+        Raises:
+            StoreUnavailable: Redis does not answer.
+        """
+        seconds, micros = await self.command("TIME")
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    def _give_up_at(self, timeout: float | None) -> float:
+        return asyncio.get_running_loop().time() + (self.call_timeout if timeout is None else timeout)
 
     async def _send_again(self, calls: Sequence[Call], replies: list[Any], give_up_at: float) -> list[Any]:
         """Load all scripts, run those calls again whose script Redis did not know, and return all replies."""
@@ -294,19 +312,19 @@ class Store:
         """Send calls until this time of the event loop, and return their replies: that of a refused one is an error."""
         if not calls:
             return []
-        packed = b"".join([call.packed for call in calls])
+        joined = b"".join([call.packed for call in calls])
         replies = used = None
-        if len(packed) <= MAX_SHARED and True not in [call.waits for call in calls]:
+        if len(joined) <= MAX_SHARED and True not in [call.alone for call in calls]:
             shared = self._shared
             if shared is None or shared.retired:
                 async with asyncio.timeout_at(give_up_at):
                     shared = await self._open_shared()
             if shared.takes_calls:
                 used = shared
-                replies = await shared.ask(packed, len(calls), give_up_at)
+                replies = await shared.ask(joined, len(calls), give_up_at)
         if replies is None:
             async with asyncio.timeout_at(give_up_at):
-                replies = await self._send_alone(packed, len(calls))
+                replies = await self._send_alone(joined, len(calls))
         for reply in replies:
             if isinstance(reply, Exception):
                 await self._note_error(reply, used)
@@ -366,7 +384,7 @@ class Store:
         finally:
             await connection.disconnect(nowait=True)
 
-    async def _send_alone(self, packed: bytes, count: int) -> list[Any]:
+    async def _send_alone(self, joined: bytes, count: int) -> list[Any]:
         """Write so many packed commands to a connection of their own, and read their replies.
 
         The pipeline of the library takes 29 to 40 µs for a command of 3 KB, this takes 13 (measured). That is most of
@@ -374,20 +392,13 @@ class Store:
         """
         connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]  # as the library has it
         try:
-            await connection.send_packed_command([packed])
+            await connection.send_packed_command([joined])
             replies = [await _read_reply(connection) for _ in range(count)]
             if any(isinstance(reply, ReadOnlyError | MasterDownError) for reply in replies):
                 await connection.disconnect(nowait=True)
             return replies
         finally:
             await asyncio.shield(self._pool.release(connection))  # a second cancel must not lose a connection
-
-    async def _load(self) -> None:
-        """Load every script in one round trip: one after the other takes seconds if Redis is far away."""
-        give_up_at = asyncio.get_running_loop().time() + CALL_TIMEOUT
-        for reply in await self._send(self._loads(), give_up_at):
-            if isinstance(reply, ResponseError):
-                raise reply
 
     def _loads(self) -> list[Call]:
         return [command_call("SCRIPT", "LOAD", text) for text in self._texts]
@@ -397,13 +408,12 @@ class Store:
         self._texts[text] = None
 
     async def load_scripts(self) -> None:
-        """Load every registered script in one round trip.
+        """Load every registered script in one round trip: one after the other takes seconds if Redis is far away.
 
         Raises:
             StoreUnavailable: Redis is away. The scripts are loaded when one of them is first run.
         """
-        async with bounded_call():
-            await self._load()
+        await self.run(self._loads())
 
     async def takes_writes(self) -> bool:
         """Write a test key. Returns False if Redis answers and refuses.
@@ -420,8 +430,7 @@ class Store:
         Raises:
             StoreUnavailable: Redis does not answer.
         """
-        async with bounded_call():
-            await self.redis.ping()
+        await self.command("PING")
 
     async def may_evict(self) -> bool:
         """Returns True if a full Redis would evict keys, including those of running sessions.
@@ -429,9 +438,8 @@ class Store:
         Raises:
             StoreUnavailable: Redis cannot be reached.
         """
-        async with bounded_call():
-            memory: dict[str, Any] = await self.redis.info("memory")
-        return bool(memory.get("maxmemory_policy", "noeviction") != "noeviction")
+        memory = _facts(await self.command("INFO", "memory"))
+        return memory.get("maxmemory_policy", "noeviction") != "noeviction"
 
     async def may_go_back(self) -> bool:
         """Returns True if a restart of Redis would load an old snapshot and lose all later writes.
@@ -439,13 +447,12 @@ class Store:
         Raises:
             StoreUnavailable: Redis cannot be reached.
         """
-        async with bounded_call():
-            persistence: dict[str, Any] = await self.redis.info("persistence")
-            try:
-                snapshots: Any = await self.redis.config_get("save")
-            except ResponseError:  # a hosted Redis that does not allow CONFIG
-                return False
-        return bool(snapshots.get("save")) and not persistence.get("aof_enabled")
+        info, saved = await self.commands([("INFO", "persistence"), ("CONFIG", "GET", "save")])
+        if isinstance(info, ResponseError):
+            raise _store_error(info) from info
+        if isinstance(saved, ResponseError):  # a hosted Redis that does not allow CONFIG
+            return False
+        return bool(saved[1:] and saved[1]) and _facts(info).get("aof_enabled") != "1"
 
     async def close(self) -> None:
         """Close all connections."""
@@ -541,13 +548,13 @@ class Script:
         """Run it and return its reply.
 
         Raises:
-            StoreUnavailable: Redis is away or full, or took longer than `CALL_TIMEOUT`. The script may have run or may
+            StoreUnavailable: Redis is away or full, or took longer than its time limit. The script may have run or may
                 still run.
         """
-        return await self.within(CALL_TIMEOUT, values)
+        return await self.within(None, values)
 
-    async def within(self, timeout: float, values: Mapping[str, Any]) -> Any:
-        """Run it with a limit of ``timeout`` seconds and return its reply.
+    async def within(self, timeout: float | None, values: Mapping[str, Any]) -> Any:
+        """Run it with a limit of ``timeout`` seconds, by default the store's, and return its reply.
 
         Raises:
             StoreUnavailable: as when it is called.
@@ -565,9 +572,9 @@ class Script:
         keys, args = self.text.keys, self.text.args
         if not self._lists:
             words = [values[name] for name in self._order]
-            return Call(_packed((*self._head, len(keys), *words)), self._name)
+            return Call(packed((*self._head, len(keys), *words)), self._name)
         key_words = _in_order(keys, values)
-        return Call(_packed((*self._head, len(key_words), *key_words, *_in_order(args, values))), self._name)
+        return Call(packed((*self._head, len(key_words), *key_words, *_in_order(args, values))), self._name)
 
 
 def _in_order(names: Sequence[str], values: Mapping[str, Any]) -> list[Any]:
@@ -576,33 +583,10 @@ def _in_order(names: Sequence[str], values: Mapping[str, Any]) -> list[Any]:
     return [values[name] for name in names]
 
 
-class Call(NamedTuple):
-    """A script or command with its arguments, encoded in the protocol of Redis.
-
-    Attributes:
-        packed: the call.
-        name: the name of the script.
-        waits: Redis may answer it much later, and answers nothing else on its connection until then.
-    """
-
-    packed: bytes
-    name: str = "command"
-    waits: bool = False
-
-
-def command_call(*words: Any) -> Call:
-    """Return a call of a plain command, to be run by `Store.run` together with scripts."""
-    return Call(_packed(words), waits=words[0] == "WAIT")
-
-
-def _packed(words: tuple[Any, ...]) -> bytes:
-    """Return a command in the protocol of Redis: https://valkey.io/topics/protocol/.
-
-    Raises:
-        TypeError: a word is neither text nor bytes nor a number.
-    """
-    packed: bytes = hiredis.pack_command(words)  # in Python it took four times as long
-    return packed
+def _facts(info: bytes) -> dict[str, str]:
+    """Return the reply to INFO by its names."""
+    pairs = (line.partition(":") for line in info.decode(errors="replace").splitlines())
+    return {name: value for name, colon, value in pairs if colon}
 
 
 async def _read_reply(connection: AbstractConnection) -> Any:

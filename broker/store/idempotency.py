@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from broker.store.connection import bounded_call
-
 if TYPE_CHECKING:
     from broker.store.connection import Store
 
@@ -44,8 +42,7 @@ class IdempotencyStore:
         Raises:
             StoreUnavailable: Redis cannot be reached.
         """
-        async with bounded_call():
-            raw: Any = await self._store.redis.get(self._key(client, key))
+        raw = await self._store.command("GET", self._key(client, key))
         return _read(raw) if raw is not None else None
 
     async def bind(

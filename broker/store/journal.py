@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from broker.core.errors import StoreRefused
 from broker.core.replay import Batch
 from broker.core.session import State
-from broker.store.connection import Store, bounded_call
 from broker.store.sessions import SessionStatus, read_status, request_id_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from broker.store.connection import Store
 
 WATCH_MS = 5000
 """Milliseconds for which a worker counts as watching a session after its last registration."""
@@ -145,11 +146,9 @@ class JournalStore:
 
     async def leave(self, session_ids: Iterable[str]) -> None:
         """Unregister this worker as watching these sessions."""
-        async with bounded_call():
-            pipe = self._store.redis.pipeline(transaction=False)
-            for session_id in session_ids:
-                pipe.zrem(self._store.session_keys(session_id)["viewers"], self._worker)
-            await pipe.execute()
+        await self._store.read(
+            [("ZREM", self._store.session_keys(each)["viewers"], self._worker) for each in session_ids]
+        )
 
     def _read_from(self, session_id: str, after: int, entries: int, register: bool) -> dict[str, Any]:
         return {

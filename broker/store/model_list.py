@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING
 
-from broker.store.connection import Store, bounded_call
+from broker.store.call import command_call
+
+if TYPE_CHECKING:
+    from broker.store.connection import Store
 
 KEPT = 24 * 3600
 """Seconds that a list is stored and served while no newer one can be fetched."""
@@ -66,24 +69,21 @@ class CatalogStore:
         Its age is computed from its remaining time to live. That is read first, so that a list that is replaced in
         between counts as older than it is, never as younger.
         """
-        async with bounded_call(LIST_TIMEOUT):
-            left = await self._store.redis.pttl(self._list_key)
-            body: Any = await self._store.redis.get(self._list_key)
+        left = await self._store.command("PTTL", self._list_key)
+        read = command_call("GET", self._list_key)._replace(alone=True)
+        [body] = await self._store.run([read], timeout=LIST_TIMEOUT)
         return StoredList(body, max(0.0, KEPT - left / 1000)) if body is not None and left > 0 else None
 
     async def save(self, body: bytes) -> None:
         """Store a list for all workers."""
-        async with bounded_call(LIST_TIMEOUT):
-            await self._store.redis.set(self._list_key, body, ex=KEPT)
+        await self._store.command("SET", self._list_key, body, "EX", KEPT, timeout=LIST_TIMEOUT)
 
     async def acquire(self, holder: str) -> Busy | None:
         """Take the lock. Returns None if it is ours now, to be released with `release`, else why it is not."""
-        redis = self._store.redis
-        async with bounded_call():
-            if await redis.set(self._lock_key, holder, nx=True, px=round(LOCK_TTL * 1000)):
-                return None
-            current: Any = await redis.get(self._lock_key) or b""
-            left = await redis.pttl(self._lock_key)
+        if await self._store.command("SET", self._lock_key, holder, "NX", "PX", round(LOCK_TTL * 1000)):
+            return None
+        current, left = await self._store.read([("GET", self._lock_key), ("PTTL", self._lock_key)])
+        current = current or b""
         failures = int(current.removeprefix(_FAILED)) if current.startswith(_FAILED) else 0
         return Busy(failures, max(0.0, left / 1000))
 

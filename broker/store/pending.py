@@ -14,7 +14,8 @@ from broker.store.buckets import Account, account_of, total_account
 
 if TYPE_CHECKING:
     from broker.core.accounts import Quotas, WorstCase
-    from broker.store.connection import Call, Store
+    from broker.store.call import Call
+    from broker.store.connection import Store
 
 
 class PendingStore:

@@ -26,7 +26,8 @@ from broker.core.rates import Rate, RateStatus
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from broker.store.connection import Call, Store
+    from broker.store.call import Call
+    from broker.store.connection import Store
 
 MAX_REFUSED = 10_000
 """Maximum number of refused clients that a worker remembers."""

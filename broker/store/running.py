@@ -15,7 +15,6 @@ import orjson
 from broker.core.accounts import WorstCase
 from broker.core.session import State
 from broker.store.buckets import BUCKETS, account_of, bucket_prefix
-from broker.store.connection import bounded_call
 from broker.store.workers import WorkerInfo, alive_key
 
 if TYPE_CHECKING:
@@ -116,9 +115,7 @@ class RunningStore:
 
     async def read(self) -> Running:
         """Return everything that runs."""
-        async with bounded_call():
-            seconds, micros = await self._store.redis.time()
-        now_ms = int(seconds) * 1000 + int(micros) // 1000
+        now_ms = await self._store.now_ms()
         workers = await self._workers()
         leases, complete = await self._leases()
         sessions: list[RunningSession] = []

@@ -19,11 +19,13 @@ from broker.core.events import cancelled_before_start
 from broker.core.replay import Batch
 from broker.core.session import State, Terminal, parse_cursor
 from broker.core.tokens import Size  # noqa: TC001 - pydantic reads it
-from broker.store.connection import CALL_TIMEOUT, Call, Store, bounded_call, command_call
+from broker.store.call import Call, command_call
 from broker.telemetry.interface import TraceContext  # noqa: TC001 - pydantic reads it
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from broker.store.connection import Store
 
 log = structlog.get_logger(__name__)
 
@@ -271,7 +273,7 @@ class SessionStore:
         end: Terminal,
         rest: Batch,
         *,
-        timeout: float = CALL_TIMEOUT,
+        timeout: float | None = None,
         only_if_unwatched: bool = False,
     ) -> SessionStatus | EndConflict:
         """Write the end of a running session with the rest of its events, unless it has an end already.
@@ -281,7 +283,7 @@ class SessionStore:
             claim_id: the id of the claim; with another claim's id nothing changes.
             end: the end that the owner proposes.
             rest: the events that are not journaled yet, or an empty batch.
-            timeout: seconds to wait for Redis.
+            timeout: seconds to wait for Redis; by default the store's.
             only_if_unwatched: refuse while another worker watches.
 
         Returns:
@@ -370,23 +372,19 @@ class SessionStore:
 
         None if there is no such session, or if it was cancelled before its claim.
         """
-        async with bounded_call():
-            pipe = self._store.redis.pipeline(transaction=False)
-            pipe.hmget(self._key(session_id), ["state", "until", "worker"])
-            pipe.time()
-            (state, until, worker), (now, microseconds) = await pipe.execute()
+        read = command_call("HMGET", self._key(session_id), "state", "until", "worker")
+        (state, until, worker), (now, micros) = await self._store.run([read, command_call("TIME")])
         if state is None or (state == b"cancelled" and not worker):
             return None
         return (
-            max(0, (int(until or 0) - now * 1000 - microseconds // 1000) // 1000)
+            max(0, (int(until or 0) - int(now) * 1000 - int(micros) // 1000) // 1000)
             if state == b"prepared"
             else 0
         )
 
     async def forget(self, session_id: str) -> None:
         """Delete a session whose id was not returned to any client."""
-        async with bounded_call():
-            await self._store.redis.unlink(self._key(session_id))
+        await self._store.command("UNLINK", self._key(session_id))
 
 
 def _record(reply: list[bytes | None] | Exception) -> SessionRecord | StoreRefused | None:

@@ -10,7 +10,6 @@ import datetime as dt
 from typing import TYPE_CHECKING, NamedTuple
 
 from broker.store.buckets import BUCKETS, bucket_prefix
-from broker.store.connection import bounded_call
 
 if TYPE_CHECKING:
     from broker.store.connection import Store
@@ -91,9 +90,7 @@ class UsageLedger:
 
     async def today(self) -> dt.date:
         """Return the day of now (UTC), by the clock of Redis."""
-        async with bounded_call():
-            now, _ = await self._store.redis.time()
-        return dt.datetime.fromtimestamp(int(now), tz=dt.UTC).date()
+        return dt.datetime.fromtimestamp(await self._store.now_ms() // 1000, tz=dt.UTC).date()
 
     async def rows(self, day: dt.date | None) -> tuple[dt.date, list[UsageRow]]:
         """Return a day and its rows. Without a day, it is today by the clock of Redis."""

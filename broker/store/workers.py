@@ -19,7 +19,8 @@ from redis.exceptions import NoPermissionError
 
 from broker.core.errors import StoreRefused, StoreUnavailable
 from broker.core.replay import Batch
-from broker.store.connection import CALL_TIMEOUT, Store, bounded_call, command_call, store_errors
+from broker.store.call import command_call
+from broker.store.connection import CALL_TIMEOUT, Store, store_errors
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
@@ -140,8 +141,7 @@ class WorkerStore:
 
     async def tell_wiped(self) -> None:
         """Report to all workers, including those that start later, that Redis came back empty."""
-        async with bounded_call():
-            await self._store.redis.set(self._key("wiped"), "1", ex=WIPED_FOR)
+        await self._store.command("SET", self._key("wiped"), "1", "EX", WIPED_FOR)
 
     async def listen(self) -> AsyncGenerator[Notification, None]:
         """Yield the notifications of this worker until the subscription breaks.

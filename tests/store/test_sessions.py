@@ -14,7 +14,8 @@ from broker.core.errors import StoreUnavailable
 from broker.core.events import cancelled_before_start
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
-from broker.store.connection import CALL_TIMEOUT, MAX_CONNECTIONS, SCHEMA, Store, command_call
+from broker.store.call import command_call
+from broker.store.connection import CALL_TIMEOUT, MAX_CONNECTIONS, SCHEMA, Store
 from broker.store.sessions import MIN_KEPT, REMEMBERED, EndConflict, Prepared, SessionStatus, SessionStore
 from tests.system.harness import running_valkey
 

@@ -20,7 +20,8 @@ from redis.exceptions import ConnectionError as LineError
 from redis.exceptions import ResponseError
 
 from broker.core.errors import StoreUnavailable
-from broker.store.connection import MAX_SHARED, Store, command_call
+from broker.store.call import command_call
+from broker.store.connection import MAX_SHARED, Store
 from broker.store.shared_connection import MAX_CALLS, MAX_UNSENT, SharedConnection
 from tests.scripted import PATIENCE
 from tests.system.harness import ValkeyProcess, eventually
