@@ -20,7 +20,7 @@ from broker.store.connection import Store
 from tests import broker as brokers
 from tests.broker import Broker, running
 from tests.clock import Clock
-from tests.scripted import ScriptedUpstream, scripted_upstream
+from tests.scripted import PATIENCE, ScriptedUpstream, scripted_upstream
 from tests.servers import SERVERS, ServerSockets, server_binary
 from tests.system import harness
 from tests.system.npm import built_client, node_modules
@@ -88,7 +88,7 @@ def valkey_url(redis_server: str, server_sockets: Callable[[str], str]) -> str:
 @pytest_asyncio.fixture
 async def store(valkey_url: str) -> AsyncIterator[Store]:
     """A connection to it."""
-    store = Store(valkey_url, "test")
+    store = Store(valkey_url, "test", call_timeout=PATIENCE)  # on a loaded machine, Redis may take its time
     yield store
     await store.close()
 
