@@ -8,6 +8,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -116,90 +117,160 @@ async def build(
         metrics_directory: where the workers of this host add up their metrics; None for a worker alone.
     """
     async with AsyncExitStack() as stack:
-        upstream_url = settings.upstream_url
         metrics = app[keys.METRICS] = Metrics()
         store = app[keys.STORE] = Store(redis_url, settings.key_prefix, observe=metrics.asked_redis)
         stack.push_async_callback(store.close)
-        kind = UpstreamKind(settings.upstream_kind, upstream_url)
-        telemetry = app[keys.TELEMETRY] = telemetry or _telemetry(upstream_url, kind)
+        kind = UpstreamKind(settings.upstream_kind, settings.upstream_url)
+        telemetry = app[keys.TELEMETRY] = telemetry or _telemetry(settings.upstream_url, kind)
         stack.push_async_callback(telemetry.close)
-        upstream = app[keys.UPSTREAM] = _upstream(settings, upstream_url, kind)
-        stack.push_async_callback(upstream.close)
-        catalog = app[keys.CATALOG] = _catalog(settings, store, upstream, upstream_url, kind)
-        stack.push_async_callback(catalog.close)
-        await catalog.known((), timeout=0)  # a worker that only streams needs the prices too
-        bytes_per_token = BytesPerToken(BytesPerTokenStore(store, upstream_url))
-        stack.push_async_callback(bytes_per_token.close)
-        speeds = BytesPerToken(BytesPerTokenStore(store, upstream_url, "speed"), estimate=estimate_speed)
-        stack.push_async_callback(speeds.close)
-        running_ttl = int(settings.deadline) + settings.resume_ttl + AFTER_DEADLINE
+        upstream = await _upstream(stack, settings, store, kind)
+        app[keys.UPSTREAM], app[keys.CATALOG] = upstream.client, upstream.catalog
         quotas = _quotas(settings)
-        limits = app[keys.LIMITS] = ServiceLimits(
-            Limits(quotas, rates=(settings.rate_limit,), max_output_tokens=settings.max_output_tokens)
-        )
+        stores = _stores(settings, store, quotas)
+        app[keys.ACCOUNTS] = stores.accounts
+        results = Results(on_end) if on_end is not None else None
+        if results is not None:
+            app[keys.RESULTS] = results
+            stack.push_async_callback(results.close)
+        worker = app[keys.WORKER] = _worker(settings, upstream, stores, results, metrics, telemetry)
+        stack.push_async_callback(worker.close)
+        limits = app[keys.LIMITS] = _service_limits(settings, quotas)
+        app[keys.HUB] = _hub(worker, stores, limits, known)
+        waiting = app[keys.WAITING] = WaitingPages()
+        metrics.watch(worker, stores.sessions, store, upstream.client, waiting, quotas)
+        worker.start()
+        _add_checks(app, settings)
         app[keys.KNOWN_CLIENTS] = known
-        accounts = app[keys.ACCOUNTS] = AccountStore(store, quotas)
-        sessions = SessionStore(
+        naming = app[keys.NAMING] = await stack.enter_async_context(_naming(settings, store))
+        app[keys.IDENTIFIER] = await stack.enter_async_context(clients(settings, naming, known))
+        await stack.enter_async_context(_reading(known))
+        system = app[keys.SYSTEM] = SystemMessage(settings.system_file)
+        admission = app[keys.ADMISSION] = _admission(settings, store, upstream, stores, limits, system)
+        stack.push_async_callback(admission.close)
+        await stack.enter_async_context(_timers(settings, worker, metrics, metrics_directory))
+        await _prepare_redis(store)
+        yield
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Upstream:
+    """The service that is asked, and what is known of its models."""
+
+    client: UpstreamClient
+    catalog: Catalog
+    bytes_per_token: BytesPerToken
+    speeds: BytesPerToken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stores:
+    """What sessions and accounts have in Redis."""
+
+    sessions: SessionStore
+    journal: JournalStore
+    workers: WorkerStore
+    accounts: AccountStore
+    pending: PendingStore
+
+
+async def _upstream(stack: AsyncExitStack, settings: Settings, store: Store, kind: UpstreamKind) -> _Upstream:
+    """Build the parts that ask the upstream; ``stack`` closes them."""
+    url = settings.upstream_url
+    client = UpstreamClient(
+        base_url=url,
+        api_key=_upstream_key(settings) or NO_KEY,
+        title=settings.x_title,
+        connect_timeout=settings.connect_timeout,
+        max_connections=settings.max_streams + SPARE_CONNECTIONS,
+        speaks_openrouter=lambda: kind.openrouter,
+        proxy=settings.proxy_for(url),
+    )
+    stack.push_async_callback(client.close)
+    fetch = partial(fetch_models, client.openai)
+    catalog = Catalog(fetch, CatalogStore(store, url), kind=kind, ttl=settings.models_ttl)
+    stack.push_async_callback(catalog.close)
+    await catalog.known((), timeout=0)  # a worker that only streams needs the prices too
+    bytes_per_token = BytesPerToken(BytesPerTokenStore(store, url))
+    stack.push_async_callback(bytes_per_token.close)
+    speeds = BytesPerToken(BytesPerTokenStore(store, url, "speed"), estimate=estimate_speed)
+    stack.push_async_callback(speeds.close)
+    return _Upstream(client=client, catalog=catalog, bytes_per_token=bytes_per_token, speeds=speeds)
+
+
+def _stores(settings: Settings, store: Store, quotas: Quotas) -> _Stores:
+    """Build the stores of a new worker."""
+    worker_id = secrets.token_hex(8)
+    running_ttl = _running_ttl(settings)
+    return _Stores(
+        sessions=SessionStore(
             store,
             session_ttl=settings.session_ttl,
             running_ttl=running_ttl,
             resume_ttl=settings.resume_ttl,
             confirm_by=settings.redis_wait,
-        )
-        worker_id = secrets.token_hex(8)
-        journal = JournalStore(store, worker=worker_id, running_ttl=running_ttl)
-        results = None
-        if on_end is not None:
-            results = app[keys.RESULTS] = Results(on_end)
-            stack.push_async_callback(results.close)
-        worker = app[keys.WORKER] = Worker(
-            sessions=sessions,
-            journal=journal,
-            workers=WorkerStore(store, worker=worker_id, info=_worker_info(worker_id)),
-            accounts=accounts,
-            upstream=upstream,
-            limits=_generation_limits(settings),
-            money=_money(catalog, upstream, bytes_per_token, speeds),
-            config=_worker_config(settings, running_ttl),
-            results=results,
-            count=metrics.session_ended,
-            note_gap=metrics.gaps.observe,
-            telemetry=telemetry,
-        )
-        pending = PendingStore(store, quotas, session_ttl=settings.session_ttl)
-        app[keys.HUB] = Hub(
-            worker,
-            sessions=sessions,
-            journal=journal,
-            accounts=accounts,
-            pending=pending,
-            quotas_of=lambda spec: limits.of(known.limits_now(spec.client, spec.limits)).quotas,
-        )
-        stack.push_async_callback(worker.close)
-        waiting = app[keys.WAITING] = WaitingPages()
-        metrics.watch(worker, sessions, store, upstream, waiting, quotas)
-        worker.start()
-        _add_checks(app, settings)
-        naming = app[keys.NAMING] = await stack.enter_async_context(_naming(settings, store))
-        app[keys.IDENTIFIER] = await stack.enter_async_context(clients(settings, naming, known))
-        await stack.enter_async_context(_reading(known))
-        system = app[keys.SYSTEM] = SystemMessage(settings.system_file)
-        admission = app[keys.ADMISSION] = Admission(
-            store=store,
-            settings=settings,
-            catalog=catalog,
-            sessions=sessions,
-            rates=Rates(store, limit=settings.rate_limit.count, window=settings.rate_limit.seconds),
-            pending=pending,
-            limits=limits,
-            bytes_per_token=bytes_per_token,
-            idempotency=IdempotencyStore(store, ttl=settings.session_ttl + running_ttl),
-            system=system,
-        )
-        stack.push_async_callback(admission.close)
-        await stack.enter_async_context(_timers(settings, worker, metrics, metrics_directory))
-        await _prepare_redis(store)
-        yield
+        ),
+        journal=JournalStore(store, worker=worker_id, running_ttl=running_ttl),
+        workers=WorkerStore(store, worker=worker_id, info=_worker_info(worker_id)),
+        accounts=AccountStore(store, quotas),
+        pending=PendingStore(store, quotas, session_ttl=settings.session_ttl),
+    )
+
+
+def _worker(
+    settings: Settings,
+    upstream: _Upstream,
+    stores: _Stores,
+    results: Results | None,
+    metrics: Metrics,
+    telemetry: Telemetry,
+) -> Worker:
+    return Worker(
+        sessions=stores.sessions,
+        journal=stores.journal,
+        workers=stores.workers,
+        accounts=stores.accounts,
+        upstream=upstream.client,
+        limits=_generation_limits(settings),
+        money=_money(upstream),
+        config=_worker_config(settings),
+        results=results,
+        count=metrics.session_ended,
+        note_gap=metrics.gaps.observe,
+        telemetry=telemetry,
+    )
+
+
+def _hub(worker: Worker, stores: _Stores, limits: ServiceLimits, known: KnownClients) -> Hub:
+    return Hub(
+        worker,
+        sessions=stores.sessions,
+        journal=stores.journal,
+        accounts=stores.accounts,
+        pending=stores.pending,
+        quotas_of=lambda spec: limits.of(known.limits_now(spec.client, spec.limits)).quotas,
+    )
+
+
+def _admission(
+    settings: Settings,
+    store: Store,
+    upstream: _Upstream,
+    stores: _Stores,
+    limits: ServiceLimits,
+    system: SystemMessage,
+) -> Admission:
+    return Admission(
+        store=store,
+        settings=settings,
+        catalog=upstream.catalog,
+        sessions=stores.sessions,
+        rates=Rates(store, limit=settings.rate_limit.count, window=settings.rate_limit.seconds),
+        pending=stores.pending,
+        limits=limits,
+        bytes_per_token=upstream.bytes_per_token,
+        idempotency=IdempotencyStore(store, ttl=settings.session_ttl + _running_ttl(settings)),
+        system=system,
+    )
 
 
 def _add_checks(app: web.Application, settings: Settings) -> None:
@@ -230,18 +301,6 @@ async def _prepare_redis(store: Store) -> None:
             log.warning("redis may throw sessions away: set its maxmemory-policy to noeviction")
     except StoreUnavailable as error:
         log.warning("redis cannot be reached yet", why=cause_of(error))
-
-
-def _upstream(settings: Settings, url: str, kind: UpstreamKind) -> UpstreamClient:
-    return UpstreamClient(
-        base_url=url,
-        api_key=_upstream_key(settings) or NO_KEY,
-        title=settings.x_title,
-        connect_timeout=settings.connect_timeout,
-        max_connections=settings.max_streams + SPARE_CONNECTIONS,
-        speaks_openrouter=lambda: kind.openrouter,
-        proxy=settings.proxy_for(url),
-    )
 
 
 def _telemetry(upstream_url: str, kind: UpstreamKind) -> Telemetry:
@@ -275,11 +334,15 @@ def _upstream_key(settings: Settings) -> str:
     return key.get_secret_value() if key is not None else ""
 
 
-def _catalog(
-    settings: Settings, store: Store, upstream: UpstreamClient, url: str, kind: UpstreamKind
-) -> Catalog:
-    fetch = partial(fetch_models, upstream.openai)
-    return Catalog(fetch, CatalogStore(store, url), kind=kind, ttl=settings.models_ttl)
+def _running_ttl(settings: Settings) -> int:
+    """Return the seconds for which a running session is stored."""
+    return int(settings.deadline) + settings.resume_ttl + AFTER_DEADLINE
+
+
+def _service_limits(settings: Settings, quotas: Quotas) -> ServiceLimits:
+    return ServiceLimits(
+        Limits(quotas, rates=(settings.rate_limit,), max_output_tokens=settings.max_output_tokens)
+    )
 
 
 def _quotas(settings: Settings) -> Quotas:
@@ -295,15 +358,15 @@ def _quotas(settings: Settings) -> Quotas:
     )
 
 
-def _money(
-    catalog: Catalog, upstream: UpstreamClient, bytes_per_token: BytesPerToken, speeds: BytesPerToken
-) -> Money:
+def _money(upstream: _Upstream) -> Money:
+    catalog, speeds = upstream.catalog, upstream.speeds
+
     async def prices_of(model: str) -> Prices | None:
         found = (await catalog.known([model], timeout=PRICES_TIMEOUT)).get(model)
         return found.prices if found is not None else None
 
     async def fetch(generation_id: str) -> Mapping[str, Any] | None:
-        return await fetch_generation(upstream.openai, generation_id)
+        return await fetch_generation(upstream.client.openai, generation_id)
 
     async def speed_of(model: str) -> float | None:
         return (await speeds.of([model])).get(model)
@@ -313,7 +376,7 @@ def _money(
         name_of=catalog.name_in_list,
         fetch_generation=fetch,
         keeps_records=lambda: catalog.openrouter,
-        learn=bytes_per_token.learn,
+        learn=upstream.bytes_per_token.learn,
         speed_of=speed_of,
         learn_speed=speeds.learn,
     )
@@ -330,11 +393,11 @@ def _generation_limits(settings: Settings) -> GenerationLimits:
     )
 
 
-def _worker_config(settings: Settings, running_ttl: int) -> WorkerConfig:
+def _worker_config(settings: Settings) -> WorkerConfig:
     return WorkerConfig(
         max_streams=settings.max_streams,
         session_ttl=settings.session_ttl,
-        running_ttl=running_ttl,
+        running_ttl=_running_ttl(settings),
         resume_ttl=settings.resume_ttl,
         journal_interval=settings.journal_interval_ms / 1000,
     )

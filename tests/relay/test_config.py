@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from broker.app import _generation_limits, _worker_config
+from broker.app import AFTER_DEADLINE, _generation_limits, _worker_config
 from broker.settings import Settings
 
 SETTINGS = Settings(
@@ -39,5 +39,5 @@ def test_the_grace_is_zero_without_resuming() -> None:
 
 
 def test_the_limits_of_a_worker_are_those_of_the_settings() -> None:
-    config = _worker_config(SETTINGS, running_ttl=200)
-    assert tuple(config) == (7, 60, 200, 90, 0.1)
+    config = _worker_config(SETTINGS)
+    assert tuple(config) == (7, 60, 3 + 90 + AFTER_DEADLINE, 90, 0.1)
