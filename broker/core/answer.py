@@ -149,6 +149,19 @@ class Answer(ABC):
         del event
         return None
 
+    def read_many_plain(self, events: bytes) -> list[bytes]:
+        """Read the leading events that are like an earlier one but for their text, without parsing them.
+
+        Args:
+            events: complete events as they are encoded, and perhaps anything behind them.
+
+        Returns:
+            The data of these events, each to be relayed as `read` would return it. The events behind them have to be
+            decoded and read.
+        """
+        del events
+        return []
+
     @abstractmethod
     def read_mark(self) -> None:
         """Note that the upstream sent `[DONE]`."""

@@ -56,14 +56,6 @@ class ChatAnswer(Answer):
         self._wrote = False  # this chunk has content
         self._skeleton = Skeleton()
 
-    def read_plain(self, event: bytes) -> bytes | None:
-        """Read a complete event of which only the text is new."""
-        if event.endswith(b"\n\n") and event.startswith(b"data: "):
-            data = event[6:-2]
-            if self._is_like_before(data):
-                return data
-        return None
-
     def read(self, data: bytes, event: str = "message") -> bytes | None:
         """Read the data of one upstream event. A chunk of which only the text is new is not parsed.
 
@@ -77,6 +69,14 @@ class ChatAnswer(Answer):
             return data
         return super().read(data, event)
 
+    def read_plain(self, event: bytes) -> bytes | None:
+        """Read an event of which only the text is new, as `Answer.read_plain`."""
+        if event.endswith(b"\n\n") and event.startswith(b"data: "):
+            data = event[6:-2]
+            if self._is_like_before(data):
+                return data
+        return None
+
     def _is_like_before(self, data: bytes) -> bool:
         """Return True if this chunk is like an earlier one but for its text, which is counted then."""
         size = self._skeleton.text_size(data)
@@ -85,6 +85,16 @@ class ChatAnswer(Answer):
         self.text_bytes += size
         self._quiet_usage = False
         return True
+
+    def read_many_plain(self, events: bytes) -> list[bytes]:
+        """Read the leading events of which only the text is new, as `Answer.read_many_plain`."""
+        if self._reason_stands or self.over or self.complete:
+            return []
+        chunks, size = self._skeleton.match(events)
+        if chunks:
+            self.text_bytes += size
+            self._quiet_usage = False
+        return chunks
 
     @property
     def finished(self) -> bool:

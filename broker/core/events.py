@@ -25,7 +25,10 @@ def chunk_events(chunks: list[bytes], first: int) -> bytes:
     """Return the events of several chunks, numbered from ``first``, as one block."""
     if len(chunks) == 1:
         return chunk_event(first, chunks[0])
-    return b"".join([chunk_event(n, data) for n, data in enumerate(chunks, first)])
+    if b"\n" in b"".join(chunks):
+        return b"".join([chunk_event(n, data) for n, data in enumerate(chunks, first)])
+    # As `chunk_event`, without a call for each.
+    return b"".join([b"id: 1-%d\nevent: chunk\ndata: %b\n\n" % each for each in enumerate(chunks, first)])
 
 
 def terminal_event(end: Terminal) -> bytes:

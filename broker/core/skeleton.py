@@ -10,6 +10,7 @@ This is the fast path of `chat_answer`, whose slow path gives the meaning: the t
 from __future__ import annotations
 
 import re
+from itertools import takewhile
 from typing import Any
 
 import orjson
@@ -20,33 +21,69 @@ MAX_TRIES = 8
 MAX_SIZE = 4096
 """Bytes of a chunk that is tried."""
 
+DATA = b"data: "
+"""How the data of an event begin."""
+
 _PLAIN = bytes(set(range(0x20, 0x7F)) - set(b'"\\'))
 """The characters of ASCII that a JSON text has as they are."""
+
+_TEXTS = re.compile(rb"""(?:(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})++\x00)*+""")
+"""Texts as JSON has them between quotes, each followed by a zero, which no such text has."""
 
 _PROBE = "-"
 _CONTENT = re.compile(rb'"content" ?: ?"')
 
 
 class Skeleton:
-    """The parts of a chunk before and after its text. It matches nothing until `learn` has found one."""
+    """The parts of an event before and after its text. It matches nothing until `learn` has found one."""
 
-    __slots__ = ("_end", "_size", "_start", "_tries")
+    __slots__ = ("_between", "_end", "_head", "_start", "_tries")
 
     def __init__(self) -> None:
-        self._start = self._end = b""
-        self._size = 0
+        self._start = self._end = b""  # of the data of an event
+        self._head = b""  # of the event
+        self._between = b""  # between the texts of two events
         self._tries = 0
 
     def text_size(self, data: bytes) -> int:
-        """Return the UTF-8 bytes of the text of a chunk; 0 where the chunk has to be parsed."""
+        """Return the UTF-8 bytes of the text of a chunk that differs only in it; 0 where the chunk has to be parsed.
+
+        As `match` for one event, but faster: nearly every read has one.
+        """
         start, end = self._start, self._end
         if not (start and data.startswith(start) and data.endswith(end)):
             return 0
-        size = len(data) - self._size
-        if size <= 0:
+        text = data[len(start) : len(data) - len(end)]
+        if not text or len(data) < len(start) + len(end):
             return 0
-        text = data[len(start) : len(start) + size]
-        return size if not text.translate(None, _PLAIN) or _is_plain(text) else 0
+        return _plain_texts([text])[1] if text.translate(None, _PLAIN) else len(text)
+
+    def match(self, events: bytes) -> tuple[list[bytes], int]:
+        """Find the leading events that differ from the skeleton only in their text.
+
+        Args:
+            events: complete events as they are encoded, and perhaps anything behind them.
+
+        Returns:
+            The data of these events, and the UTF-8 bytes of all their texts.
+        """
+        head, end = self._head, self._end
+        if not head or not events.startswith(head):
+            return [], 0
+        # Nearly always these are all events. It is fast to suppose so and to compare: a split by one byte takes a tenth
+        # of the time of one by two, and one comparison a sixth of many (measured).
+        lines = events.split(b"\n")[:-2:2]
+        texts = [line[len(head) : len(line) - len(end)] for line in lines]
+        if head + self._between.join(texts) + end + b"\n\n" != events:
+            lines = list(takewhile(self._is_like, events.split(b"\n\n")[:-1]))
+            texts = [line[len(head) : len(line) - len(end)] for line in lines]
+        count, size = _plain_texts(texts)
+        return [line[len(DATA) :] for line in lines[:count]], size
+
+    def _is_like(self, line: bytes) -> bool:
+        """Return True if an event of one line has the parts around the text."""
+        head, end = self._head, self._end
+        return line.startswith(head) and line.endswith(end) and len(line) >= len(head) + len(end)
 
     def learn(self, data: bytes, chunk: dict[str, Any], delta: dict[str, Any]) -> None:
         """Try to make a skeleton of a chunk.
@@ -61,23 +98,29 @@ class Skeleton:
         self._tries += 1
         raw = delta["content"].encode("utf-8", "replace")
         # Data of several lines is not encoded as it is written here.
-        if not _is_plain(raw) or b"\n" in data:
+        if _plain_texts([raw])[0] == 0 or b"\\" in raw or b"\n" in data:
             return
         for found in _CONTENT.finditer(data):
             start, rest = data[: found.end()], data[found.end() :]
             if rest.startswith(raw + b'"') and _differs_only_in(start, rest[len(raw) :], chunk, delta):
                 self._start, self._end = start, rest[len(raw) :]
-                self._size = len(start) + len(self._end)
+                self._head = DATA + start
+                self._between = self._end + b"\n\n" + self._head
                 return
 
 
-def _is_plain(text: bytes) -> bool:
-    """Return True if a JSON text has these bytes as they are."""
+def _plain_texts(texts: list[bytes]) -> tuple[int, int]:
+    """Return how many of the first texts are the inside of a JSON text and not empty, and their bytes in UTF-8."""
+    joined = b" ".join(texts)
+    if not joined.translate(None, _PLAIN) and b"" not in texts:
+        return len(texts), len(joined) - len(texts) + 1
+    good = _TEXTS.match(b"\0".join(texts) + b"\0")
+    count = good[0].count(b"\0") if good is not None else 0
     try:
-        # Printable text has no control characters, which JSON refuses.
-        return b'"' not in text and b"\\" not in text and text.decode().isprintable()
-    except UnicodeDecodeError:
-        return False
+        said = orjson.loads(b'["%b"]' % b'","'.join(texts[:count])) if count else []
+    except orjson.JSONDecodeError:  # no UTF-8, or half a character
+        return 0, 0
+    return count, len("".join(said).encode())
 
 
 def _differs_only_in(start: bytes, end: bytes, chunk: dict[str, Any], delta: dict[str, Any]) -> bool:

@@ -89,6 +89,23 @@ class Decoder:
             self._hold(lines.pop())
         return self._read(lines)
 
+    def take_complete(self, data: bytes) -> tuple[bytes, bytes]:
+        """Return the complete events in the next bytes, what was kept of the first one included, and the rest.
+
+        The events may be read in another way. What is not read so, and then the rest, has to be given to `feed`. There
+        may be no events, and all is the rest, if the decoder cannot tell without reading the lines.
+        """
+        if self._data or self._event or self._after_cr:
+            return b"", data
+        end = data.rfind(b"\n\n") + 2
+        if end < 2:
+            return b"", data  # and what is kept is not copied for each piece
+        events = b"".join((*self._partial, data[:end]))
+        self._partial.clear()
+        self._partial_bytes = 0
+        self.is_between_events = True
+        return events, data[end:]
+
     def _plain_frames(self, data: bytes) -> list[Frame] | None:
         """Return the events of bytes whose complete events have one line of data and nothing else; None for any others.
 

@@ -37,6 +37,12 @@ QUIET_END = 10.0
 AFTER_ERROR = 2.0
 """Seconds that an upstream is read, only for its usage, once an answer has failed or can no longer be read."""
 
+MAX_OTHERS = 4
+"""Events of one read that are read alone among those that have nothing new but text."""
+
+FRAMING = len(b"data: \n\n")
+"""Bytes of an event around its data."""
+
 LINGER = 1.0
 """Seconds to wait for the upstream to end the stream after its last event, so that the connection can be reused."""
 
@@ -212,34 +218,81 @@ class UpstreamReader:
 
     def _read(self, block: bytes) -> bool:
         """Take the chunks of one read, also those before a failure in it. Returns True if the answer is complete."""
-        size = self.relayed + len(block)
-        if self._decoder.is_between_events and size <= self._limits.max_response:
+        now = self._clock()
+        if self._decoder.is_between_events and self.relayed + len(block) <= self._limits.max_response:
             # Nearly every read is one event with nothing new but a piece of text.
             chunk = self.answer.read_plain(block)
             if chunk is not None:
-                now = self._clock()
                 self.relayed += len(chunk)
                 self.data_due = now + self._limits.idle_timeout
                 self._take([chunk], now)
                 return False
+        chunks: list[bytes] = []
         try:
-            frames = self._decoder.feed(block)
+            has_data = self._read_events(block, chunks, now)
+        finally:
+            self._pass_on(chunks, now)
+        if chunks or has_data:
+            self.data_due = now + self._patience()
+        return self.answer.complete
+
+    def _pass_on(self, chunks: list[bytes], now: float) -> None:
+        if chunks:
+            if self.first_chunk_at is None:
+                self.first_chunk_at = now
+            self._take(chunks, now)
+
+    def _read_events(self, block: bytes, chunks: list[bytes], now: float) -> bool:
+        """Add the chunks of one read to `chunks`. Returns True if there was other data.
+
+        Of many events at a time, nearly all have nothing new but a piece of text. Those are read together, the others
+        alone, until there are more than `MAX_OTHERS` of them: then all are read one by one.
+        """
+        events, rest = self._decoder.take_complete(block)
+        has_data = False
+        try:
+            for _ in range(MAX_OTHERS):
+                events = events[self._read_plain(events, chunks) :]
+                if not events:
+                    break
+                end = events.find(b"\n\n") + 2
+                other, events = events[:end], events[end:]
+                has_data |= self._read_frames(other, chunks, now)
+            others, events, rest = events + rest, b"", b""
+            return self._read_frames(others, chunks, now) or has_data
+        except UpstreamError:
+            if self._failed:
+                with suppress(EventTooLarge):
+                    self._read_for_usage(self._decoder.feed(events + rest))
+            raise
+
+    def _read_plain(self, events: bytes, chunks: list[bytes]) -> int:
+        """Add the chunks of the leading events that need no parsing. Returns the bytes of these events."""
+        if self.relayed + len(events) > self._limits.max_response:
+            return 0
+        plain = self.answer.read_many_plain(events)
+        size = sum(map(len, plain))
+        self.relayed += size
+        chunks += plain
+        return size + FRAMING * len(plain)
+
+    def _read_frames(self, data: bytes, chunks: list[bytes], now: float) -> bool:
+        """Decode bytes, and add the chunks in them. Returns True if there was other data."""
+        if not data:
+            return False
+        try:
+            frames = self._decoder.feed(data)
         except EventTooLarge:
             raise ResponseTooLarge from None
-        if frames:
-            now = self._clock()
-            if self._take_frames(frames, now):
-                self.data_due = now + self._patience()
-        return self.answer.complete
+        return self._take_frames(frames, chunks, now)
 
     def _patience(self) -> float:
         if self.answer.over:
             return AFTER_ERROR
         return QUIET_END if self.answer.finished else self._limits.idle_timeout
 
-    def _take_frames(self, frames: list[Frame], now: float) -> bool:
-        """Take the chunks of these events. Returns True if one of them counts as data."""
-        chunks: list[bytes] = []
+    def _take_frames(self, frames: list[Frame], chunks: list[bytes], now: float) -> bool:
+        """Add the chunks of these events to `chunks`. Returns True if there was other data."""
         has_data = False
         read, over = self.answer.read, self.answer.over
         rest = iter(frames)
@@ -258,18 +311,18 @@ class UpstreamReader:
                 self._failed, self._failed_at = True, now
                 self._read_for_usage(rest)
             raise
-        finally:
-            if chunks:
-                if self.first_chunk_at is None:
-                    self.first_chunk_at = now
-                self._take(chunks, now)
-        return has_data or bool(chunks)
+        return has_data
 
     def _read_rest(self) -> None:
         """Take the last event of a body that ends without a blank line, if it can be read."""
         frames = self._decoder.flush()
         if frames and (frames[0].event == "error" or is_readable(frames[0].data)):
-            self._take_frames(frames, self._clock())
+            now = self._clock()
+            chunks: list[bytes] = []
+            try:
+                self._take_frames(frames, chunks, now)
+            finally:
+                self._pass_on(chunks, now)
 
     def _read_whole(self, document: dict[str, Any]) -> None:
         """Take a complete answer that came as one JSON document."""

@@ -24,6 +24,9 @@ class SlowAnswer(ChatAnswer):
     def read_plain(self, event: bytes) -> bytes | None:
         return None
 
+    def read_many_plain(self, events: bytes) -> list[bytes]:
+        return []
+
 
 def facts(answer: ChatAnswer) -> dict[str, Any]:
     """Return all that an answer knows."""
@@ -41,13 +44,20 @@ def outcome(answer: ChatAnswer, data: bytes, *, plain: bool) -> object:
 
 
 def agree(*chunks: bytes) -> None:
-    """Check that the fast path, on chunks and on whole events, and the slow one find the same."""
-    slow, fast, plain = SlowAnswer(), ChatAnswer(), ChatAnswer()
-    for data in chunks:
+    """Check that the fast paths, on chunks, on whole events and on many of them, and the slow one find the same."""
+    slow, fast, plain, many = SlowAnswer(), ChatAnswer(), ChatAnswer(), ChatAnswer()
+    at_once: list[bytes] = []
+    for n, data in enumerate(chunks):
+        if not at_once:
+            at_once = many.read_many_plain(b"".join(b"data: %b\n\n" % each for each in chunks[n:]))
+            is_told = bool(at_once)
         expected = outcome(slow, data, plain=False)
         assert outcome(fast, data, plain=False) == expected
         assert outcome(plain, data, plain=True) == expected
         assert facts(fast) == facts(plain) == facts(slow)
+        assert (at_once.pop(0) if is_told else outcome(many, data, plain=False)) == expected
+        if not at_once:
+            assert facts(many) == facts(slow)
 
 
 def chunk(content: object, **fields: Any) -> bytes:
@@ -138,11 +148,34 @@ def test_a_chunk_with_another_text_is_recognized() -> None:
     assert answer.text_bytes == len("Hello you") + 4 + 4
 
 
+def test_many_chunks_are_recognized_together() -> None:
+    answer = ChatAnswer()
+    answer.read(chunk("Hello"))
+    chunks = [chunk(text) for text in ("a", '\n"b"\\', "\u00e9", "\U0001f600", "\x7f")]
+    events = b"".join(b"data: %b\n\n" % data for data in chunks)
+    assert answer.read_many_plain(events) == chunks
+    assert answer.text_bytes == len("Hello") + 1 + 5 + 2 + 4 + 1
+    assert answer.read_many_plain(events + b"data: [DONE]\n\n") == chunks
+    assert answer.read_many_plain(events + b": silence\n\n" + events) == chunks
+    assert answer.read_many_plain(b": silence\n\n" + events) == []
+
+
+@pytest.mark.parametrize("odd", [b"", b"\xe2\x82", b'"', b"\\", b"\\x", b"\\ud800", b"\n", b"\0", b'","'])
+def test_a_text_that_is_no_json_is_not_taken(odd: bytes) -> None:
+    answer = ChatAnswer()
+    answer.read(chunk("|"))
+    start, end = chunk("|").split(b"|")
+    events = [b"data: %b\n\n" % data for data in (chunk("a"), start + odd + end, start + b"\xac" + end)]
+    assert len(answer.read_many_plain(b"".join(events))) <= 1
+    assert answer.text_bytes <= 2
+
+
 def test_after_a_finish_reason_every_chunk_is_parsed() -> None:
     answer = ChatAnswer()
     answer.read(chunk("Hello"))
     answer.read(json.dumps({"choices": [{"delta": {}, "finish_reason": "stop"}]}).encode())
     assert answer.read_plain(b"data: %b\n\n" % chunk(" you")) is None
+    assert answer.read_many_plain(b"data: %b\n\n" % chunk(" you")) == []
 
 
 def test_a_service_that_changes_every_chunk_is_not_tried_for_ever() -> None:

@@ -186,6 +186,18 @@ def test_a_decoder_between_two_events_says_so() -> None:
         assert decoder.is_between_events is expected
 
 
+@given(READS, st.data())
+def test_complete_events_may_be_taken_and_given_back(reads: list[bytes], data: st.DataObject) -> None:
+    """In as many parts as one likes."""
+    whole, parted = Decoder(1000, error_lines=True), Decoder(1000, error_lines=True)
+    for read in reads:
+        events, rest = parted.take_complete(read)
+        assert events == b"" or events.endswith(b"\n\n")
+        cut = data.draw(st.integers(0, len(events)))
+        frames = [*parted.feed(events[:cut]), *parted.feed(events[cut:] + rest)]
+        assert frames == whole.feed(read)
+
+
 def test_a_large_event_may_come_in_tiny_pieces() -> None:
     """What is kept is not copied again for each piece: that would take hours here."""
     decoder, size = Decoder(10**7), 400_000

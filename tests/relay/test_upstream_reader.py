@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from broker.core.dialect import CHAT
+from broker.core.dialect import CHAT, Dialect
 from broker.core.errors import (
     ResponseTooLarge,
+    SessionError,
     UpstreamError,
     UpstreamFailed,
     UpstreamInterrupted,
@@ -24,6 +29,7 @@ from broker.relay import upstream_reader
 from broker.relay.config import GenerationLimits
 from broker.relay.upstream_reader import AFTER_ERROR, QUIET_END, UpstreamReader
 from tests.clock import Clock, run_ready_tasks
+from tests.core.test_skeleton import SlowAnswer, facts
 from tests.relay.fakes import (
     DONE,
     ERROR,
@@ -40,6 +46,7 @@ from tests.relay.fakes import (
 )
 
 if TYPE_CHECKING:
+    from broker.core.chat_answer import ChatAnswer
     from broker.upstream.client import UpstreamClient
 
 FIRST_DATA, IDLE = 120.0, 60.0
@@ -91,6 +98,65 @@ class Reading:
 
 
 # Taking chunks
+
+TEXTS = ("Hello", " you", "\n", '"', "\\", "\u00e9", "\U0001f600", "")
+EVENTS = (
+    *(data(text(words)) for words in TEXTS),
+    *(b"data: %b\n\n" % json.dumps(text(words), ensure_ascii=False).encode() for words in TEXTS),
+    *(FINISH, DONE, ERROR, TOLD_USAGE, FINISH.replace(b"stop", b"error")),
+    *(b": silence\n\n", b"event: x\n" + HELLO, b"id: 7\n" + HELLO, b"\n\n", b"data: null\n\n"),
+    *(HELLO.replace(b"data: ", b"data:"), HELLO.replace(b"\n", b"\r\n"), HELLO[:-1], b"data: {\n\n"),
+    *(HELLO.replace(b"Hello", raw) for raw in (b"\xe2", b"\\x", b'","x":"', b"\0")),
+    *(b"error: It broke.\n\n", data(text("a", index=1)), data({**text("b"), "usage": {}})),
+)
+
+
+def read_all(dialect: Dialect, reads: list[bytes], limits: GenerationLimits) -> dict[str, Any]:
+    """Return all that a reader finds in these reads."""
+    taken: list[bytes] = []
+    upstream = cast("UpstreamClient", FakeUpstream(Clock()))
+    reader = UpstreamReader(
+        *(PREPARED,),
+        dialect=dialect,
+        upstream=upstream,
+        limits=limits,
+        take=lambda chunks, _: taken.extend(chunks),
+        clock=Clock(),
+    )
+    complete, error = False, None
+    due = []
+    try:
+        for read in reads:
+            complete = complete or reader._read(read)
+            due.append(reader.data_due)
+        if not complete:
+            reader._read_rest()
+    except SessionError as raised:
+        error = (type(raised), str(raised))
+    known = facts(cast("ChatAnswer", reader.answer))
+    return {
+        "taken": taken,
+        "complete": complete,
+        "error": error,
+        "known": known,
+        "due": due,
+        "relayed": reader.relayed,
+        "first": reader.first_chunk_at,
+        "failed": reader._failed,
+    }
+
+
+@given(
+    st.lists(st.sampled_from(EVENTS) | st.sampled_from(EVENTS[: len(TEXTS)]), max_size=20),
+    st.lists(st.integers(0, 2000), max_size=6),
+    st.sampled_from([300, 1000, 100_000]),
+)
+def test_events_mean_the_same_read_together_or_alone(events: list[bytes], cuts: list[int], most: int) -> None:
+    body = b"".join(events)
+    at = [0, *sorted(cuts), len(body)]
+    reads = [body[start:end] for start, end in pairwise(at) if start < end]
+    limits = replace(LIMITS, max_response=most)
+    assert read_all(CHAT, reads, limits) == read_all(replace(CHAT, answer=SlowAnswer), reads, limits)
 
 
 async def test_each_read_is_taken_at_once_with_its_time() -> None:
