@@ -36,9 +36,10 @@ from broker.core.foreign import bounded_text, is_too_large_to_parse
 from broker.core.upstream_errors import fault_in_body, fault_of_status, other_cap, wait_in_headers
 from broker.telemetry.interface import NO_HEADERS
 from broker.upstream.connection import ConnectionBroken
-from broker.upstream.pool import KEEPALIVE, ConnectError, Pool, secrets_of_proxy
+from broker.upstream.pool import KEEPALIVE, ConnectError, Pool, secrets_of_proxy, tls_context
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping
 
     from broker.core.dialect import Dialect
@@ -87,6 +88,7 @@ class UpstreamClient:
         max_connections: streams at the same time, and a few for everything else.
         speaks_openrouter: returns True if the service understands OpenRouter's own headers.
         proxy: address of an HTTP proxy for all requests.
+        tls: how certificates are verified; by default with the authorities of the system.
 
     Attributes:
         secrets: texts that no message may contain.
@@ -103,7 +105,9 @@ class UpstreamClient:
         max_connections: int,
         speaks_openrouter: Callable[[], bool] = lambda: True,
         proxy: str | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        tls = tls or tls_context(base_url, proxy)
         # A proxy may repeat what it was sent in its own error page.
         self._proxy_secrets = secrets_of_proxy(proxy) if proxy else ()
         self.secrets: tuple[str, ...] = (api_key, *self._proxy_secrets)
@@ -119,6 +123,7 @@ class UpstreamClient:
             limits=httpx2.Limits(max_connections=max_connections, keepalive_expiry=KEEPALIVE),
             trust_env=False,
             proxy=proxy,
+            verify=tls,
             event_hooks={"response": [_bound_body]},
         )
         self.openai = AsyncOpenAI(
@@ -132,7 +137,11 @@ class UpstreamClient:
             default_headers={"Accept-Encoding": "identity"},
         )
         self._pool = Pool(
-            base_url, proxy=proxy, max_connections=max_connections, connect_timeout=connect_timeout
+            base_url,
+            proxy=proxy,
+            max_connections=max_connections,
+            connect_timeout=connect_timeout,
+            tls=tls,
         )
         self._base = str(self.openai.base_url).rstrip("/")
         self._starts: dict[tuple[str, bool], bytes] = {}

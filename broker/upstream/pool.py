@@ -47,6 +47,17 @@ class ConnectError(Exception):
     """No connection could be opened in time. Nothing was sent."""
 
 
+def tls_context(url: str, proxy: str | None) -> ssl.SSLContext:
+    """Return how certificates of this service and of its proxy are verified.
+
+    Reading the authorities of the system takes a tenth of a second. Where neither speaks TLS none are read, and no
+    certificate would be accepted.
+    """
+    if "https" in (urlsplit(url).scheme, urlsplit(proxy or "").scheme):
+        return httpx2.create_ssl_context(trust_env=False)
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
 class Pool:
     """Connections to one service.
 
@@ -80,9 +91,7 @@ class Pool:
         self._ahead: deque[asyncio.Task[Connection]] = deque()
         self._sweep: asyncio.TimerHandle | None = None
         self._addresses: tuple[float, list[Any]] = (float("-inf"), [])
-        uses_tls = "https" in (self._url.scheme, self._proxy.scheme if self._proxy is not None else "")
-        # Now, and not at the first request: reading the authorities takes tens of milliseconds.
-        self._tls = tls or (httpx2.create_ssl_context(trust_env=False) if uses_tls else None)
+        self._tls = tls or tls_context(url, proxy)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
 

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,7 +30,7 @@ from broker.core.errors import (
 from broker.upstream import pool as pools
 from broker.upstream.client import MAX_EXPANDED, UpstreamClient
 from broker.upstream.connection import Connection, Take
-from broker.upstream.pool import KEEPALIVE, ConnectError, Pool
+from broker.upstream.pool import KEEPALIVE, ConnectError, Pool, tls_context
 from tests.scripted import PATIENCE, Call, Reply, ScriptedUpstream, scripted_upstream
 from tests.upstream.certificates import Authority
 from tests.upstream.proxies import running_proxy
@@ -60,10 +61,14 @@ async def client_of(
     url: str, *, proxy: str | None = None, tls: ssl.SSLContext | None = None, timeout: float = 5.0
 ) -> AsyncIterator[UpstreamClient]:
     client = UpstreamClient(
-        base_url=url, api_key=KEY, title="A title", connect_timeout=timeout, max_connections=4, proxy=proxy
+        base_url=url,
+        api_key=KEY,
+        title="A title",
+        connect_timeout=timeout,
+        max_connections=4,
+        proxy=proxy,
+        tls=tls,
     )
-    if tls is not None:
-        client._pool._tls = tls
     try:
         yield client
     finally:
@@ -564,6 +569,25 @@ async def test_requests_share_one_tls_connection(authority: Authority) -> None:
                 assert await read(client) == b"data: [DONE]\n\n"
             assert client.statuses == {"200": 3}
         assert (upstream.connections, len(upstream.calls)) == (1, 3)
+
+
+async def test_all_requests_verify_certificates_alike(authority: Authority, tmp_path: Path) -> None:
+    """Those by the library, too: the list of models."""
+    async with scripted_upstream(authority.service()) as upstream:
+        upstream.models = b'{"data": []}'
+        async with client_of(upstream.url, tls=authority.trust) as client:
+            assert (await client.openai.models.list()).data == []
+        async with client_of(upstream.url, tls=Authority(tmp_path).trust) as client:
+            with pytest.raises(openai.APIConnectionError):
+                await client.openai.models.list()
+
+
+async def test_authorities_are_read_only_for_tls() -> None:
+    assert tls_context("https://a.example", None).cert_store_stats()["x509_ca"] > 0
+    assert tls_context("http://a.example", "https://proxy.example").cert_store_stats()["x509_ca"] > 0
+    plain_text = tls_context("http://a.example", "http://proxy.example")
+    assert plain_text.cert_store_stats()["x509_ca"] == 0
+    assert (plain_text.verify_mode, plain_text.check_hostname) == (ssl.CERT_REQUIRED, True)
 
 
 async def test_a_large_answer_over_tls_waits_for_its_reader(authority: Authority) -> None:
