@@ -291,6 +291,11 @@ def test_a_certificate_is_made_once(compose: Any, tmp_path: Path) -> None:
 # The audit
 
 
+@pytest.fixture(scope="module")
+def audit() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / ".ci" / "audit.py"))
+
+
 @pytest.mark.parametrize(
     ("vulns", "status", "said"),
     [
@@ -300,10 +305,36 @@ def test_a_certificate_is_made_once(compose: Any, tmp_path: Path) -> None:
         ([{"id": "PYSEC-1", "fix_versions": ["1.1"]}], 1, "PYSEC-1, fixed in 1.1"),
     ],
 )
-def test_the_audit_fails_only_for_what_has_a_fix(vulns: list[Any] | None, status: int, said: str) -> None:
-    audit = runpy.run_path(str(ROOT / ".ci" / "audit.py"))
+def test_the_audit_fails_only_for_what_has_a_fix(
+    audit: dict[str, Any], vulns: list[Any] | None, status: int, said: str
+) -> None:
     package: dict[str, Any] = {"name": "x", "version": "1.0"}
     package |= {"skip_reason": "not found"} if vulns is None else {"vulns": vulns}
     found, text = audit["verdict"]({"dependencies": [package]})
     assert found == status
     assert said in text
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "said"),
+    [
+        ("echo 'requests: Failed to establish a new connection' >&2; exit 1", 0, "cannot be reached"),
+        ("exec sleep 60", 0, "cannot be reached"),
+        ("echo 'No module named pip_audit' >&2; exit 1", 1, "No module named pip_audit"),
+        ("exit 0", 1, "failed with status 0"),
+    ],
+)
+def test_the_audit_forgives_the_network_only(
+    audit: dict[str, Any], program: str, status: int, said: str
+) -> None:
+    found, text = audit["audit"](["sh", "-c", program], time_limit=1.0 if "sleep" in program else 30.0)
+    assert found == status
+    assert said in text
+
+
+def test_the_audit_is_of_what_the_image_installs(audit: dict[str, Any]) -> None:
+    assert audit["python_of_image"]().startswith("3.13.")
+    names = [Requirement(line).name for line in audit["locked"](audit["python_of_image"]())]
+    assert len(names) == len(set(names)) > 40
+    assert "uvloop" in names
+    assert not {"colorama", "async-timeout"} & set(names)  # of Windows, and of Python 3.11.2
