@@ -133,7 +133,8 @@ def _texts(value: Any, longest: int) -> tuple[str, ...]:
     listed = value if isinstance(value, list) else []
     if not 1 <= len(listed) <= MAX_LISTED:
         raise ValueError
-    if not all(isinstance(each, str) and 1 <= len(each) <= longest for each in listed):
+    # A text of JSON may have half a surrogate pair, which cannot be stored; it is not printable.
+    if not all(isinstance(each, str) and 1 <= len(each) <= longest and each.isprintable() for each in listed):
         raise ValueError
     return tuple(listed)
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import time
+from contextlib import suppress
 from typing import Any
 
 import jwt
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from broker.core.client_limits import ClientLimits
 from broker.core.errors import Unauthorized
+from broker.core.identity import ClientNamer
 from broker.identity.jwks import PAUSE, PublishedKeys
 from broker.identity.tokens import EXPIRED, INVALID, LEEWAY, MAX_SUBJECT, MAX_TOKEN, Subject, Tokens
 from tests.clock import Clock
@@ -335,6 +341,21 @@ async def test_no_part_of_a_token_can_be_changed_or_cut(kind: tuple[str, str, st
 )
 async def test_texts_that_are_not_tokens_are_refused(token: str) -> None:
     assert await refusal(token) == INVALID
+
+
+HALF_PAIR = st.tuples(st.text(max_size=5), st.sampled_from("\ud800\udfff"), st.text(max_size=5)).map("".join)
+TEXTS = HALF_PAIR | st.lists(HALF_PAIR, min_size=1, max_size=3)
+REGISTERED = ("sub", "iss", "aud", "jti", "exp", "nbf", "iat", "broker")
+LIMITS = ("models", "rate", "origins", "daily_cost", "expires", "\ud800")
+
+
+@given(st.sampled_from(REGISTERED), st.sampled_from(LIMITS), TEXTS)
+def test_half_a_surrogate_pair_is_refused_or_can_be_stored(claim: str, limit: str, value: object) -> None:
+    for changes in ({claim: value}, {"broker": {limit: value}}):
+        with suppress(Unauthorized):
+            subject = asyncio.run(tokens().subject_of(hs256(SECRET, **changes)))
+            TypeAdapter(ClientLimits | None).dump_json(subject.limits)
+            assert ClientNamer("secret").of_subject(subject.issuer, subject.subject).name.isprintable()
 
 
 async def test_a_huge_token_is_refused() -> None:

@@ -308,7 +308,7 @@ async def test_a_wrong_claim_is_a_401_that_says_why(valkey_url: str, upstream: S
             "The claim broker of this token is not valid: streams must be a whole number, 1 or more."
         )
         check(await broker.ask("GET", "/models", headers=token({"system": "x"})), 401, "unauthorized")
-        for claim in ({"disabled": True}, {"expires": 1}):
+        for claim in ({"disabled": True}, {"expires": 1}, {"models": ["\ud800"]}):
             check(await broker.post(headers=token(claim)), 401, "unauthorized")
 
 
