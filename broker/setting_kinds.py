@@ -14,12 +14,19 @@ from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic_core import PydanticCustomError
 
 from broker.core.rates import Rate
 
 _A_YEAR = 366 * 24 * 3600
 _UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 24 * 3600}
 _MOST_SECRETS = 8
+SHORTEST_SECRET = 32
+"""Bytes of a secret for HS256: as many as its hash has (RFC 7518, section 3.2)."""
+
+OWN_MESSAGE = "own_message"
+"""The type of an error whose text says what is wrong, in place of what the value must be. It shows no value."""
+
 _SIZES = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 # A public key is not a secret: anybody who knows it could sign tokens with it. Public keys are published in PEM
 # armour, as one line, as JSON, or as bare base64 of DER: a long one for RSA, else those of curves.
@@ -102,16 +109,26 @@ def _signing_secrets(value: Any) -> Any:
     secrets = _listed(text.replace("\n", ","))  # a file may have one per line
     if not 1 <= len(secrets) <= _MOST_SECRETS or _PUBLIC.search(text):  # a key in several lines too
         raise ValueError("secrets")
-    # A secret that has commas or lines itself stays valid.
+    if secrets == (text.strip(),):
+        return (SecretStr(secrets[0]),)
+    for position, secret in enumerate(secrets, 1):
+        # Whoever guesses the short part of a secret with a comma could sign tokens.
+        if len(secret.encode()) < SHORTEST_SECRET:
+            raise PydanticCustomError(
+                OWN_MESSAGE,
+                "must have {shortest} bytes or more in each secret of a list; number {position} is shorter"
+                " (a comma and a new line end a secret)",
+                {"shortest": SHORTEST_SECRET, "position": position},
+            )
+    # A secret that has commas itself stays valid.
     whole = [line.strip() for line in (*text.split("\n"), text) if line.strip(" \t\r\n,")]
     return tuple(map(SecretStr, dict.fromkeys((*secrets, *whole))))
 
 
 def _signing_secret(value: SecretStr) -> SecretStr:
-    secret = value.get_secret_value()
-    if _PUBLIC.search(secret) or not any(char.isprintable() and not char.isspace() for char in secret):
+    if _PUBLIC.search(value.get_secret_value()):
         raise ValueError("secret")
-    return value
+    return _visible(value)
 
 
 def _web_url(value: str) -> str:
@@ -197,7 +214,9 @@ def _without_spaces(value: SecretStr) -> SecretStr:
 
 
 def _visible(value: SecretStr) -> SecretStr:
-    if not any(char.isprintable() and not char.isspace() for char in value.get_secret_value()):
+    secret = value.get_secret_value()
+    secret.encode()  # raises ValueError for bytes of a variable that are not UTF-8: it could not be used as a key
+    if not any(char.isprintable() and not char.isspace() for char in secret):
         raise ValueError("blank")
     return value
 

@@ -515,6 +515,8 @@ def _complaint(error: ValidationError, given: Mapping[str, _Given]) -> str:
     field = str(first["loc"][0])
     if field not in Settings.model_fields:
         return f"{field} is not a setting"
+    if first["type"] == kinds.OWN_MESSAGE:
+        return f"{given[field].name} {first['msg']}"
     shown = "" if field in _NEVER_SHOWN else f", not {_quoted(given[field].value)}"
     return f"{given[field].name} must be {_expected(Settings.model_fields[field])}{shown}"
 

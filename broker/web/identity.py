@@ -16,6 +16,7 @@ from broker.core.identity import Client, ClientNamer, Proxies, bearer, network_o
 from broker.identity.jwks import PublishedKeys
 from broker.identity.known_clients import Known, KnownClients
 from broker.identity.tokens import INVALID, Subject, Tokens
+from broker.setting_kinds import SHORTEST_SECRET
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from broker.core.identity import Address
     from broker.settings import Settings
 
-_SHORTEST_SECRET: Final = 32  # RFC 7518, section 3.2: at least as many bytes as the hash of HS256
 _THIS_MACHINE: Final = "127.0.0.1"
 
 log = structlog.get_logger(__name__)
@@ -152,8 +152,8 @@ class ClientResolver:
 
 def _build_tokens(settings: Settings, published: PublishedKeys | None) -> Tokens:
     secrets = [secret.get_secret_value() for secret in settings.jwt_secret]
-    if any(len(secret.encode()) < _SHORTEST_SECRET for secret in secrets):
-        log.warning("BROKER_JWT_SECRET is short enough to be guessed", wanted=f"{_SHORTEST_SECRET} bytes")
+    if any(len(secret.encode()) < SHORTEST_SECRET for secret in secrets):
+        log.warning("BROKER_JWT_SECRET is short enough to be guessed", wanted=f"{SHORTEST_SECRET} bytes")
     if published is not None and settings.jwt_audience is None:
         log.warning("without BROKER_JWT_AUDIENCE, tokens that were issued for others are accepted too")
     return Tokens(

@@ -138,23 +138,62 @@ def test_a_secret_that_shows_nothing_is_refused(secret: str) -> None:
         Settings(jwt_secret=secret)
 
 
+@pytest.mark.parametrize("setting", ["BROKER_JWT_SECRET", "BROKER_NAME_SECRET"])
+def test_a_secret_that_is_not_utf_8_is_refused(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    monkeypatch.setenv(setting, f"{SECRET}\udcff")
+    with pytest.raises(SettingsError, match=f"^{setting} must be "):
+        load_settings()
+
+
 @pytest.mark.parametrize("secret", ["two words", "schlüssel", "MIIBfairly-short", "M" * 300, "x\0"])
 def test_any_other_text_is_a_secret(secret: str) -> None:
     assert Settings(jwt_secret=secret).secrets == (secret,)
 
 
-@pytest.mark.parametrize("listed", ["one secret, another ,", "one secret\nanother\n", ",one secret,,another"])
+ONE, ANOTHER = "one secret of 32 bytes or a bit more", "another secret that is as long as the first"
+
+
+@pytest.mark.parametrize(
+    "listed", [f"{ONE}, {ANOTHER} ,", f"{ONE}\n{ANOTHER}\n", f",{ONE},,{ANOTHER}", f"{ONE},{ANOTHER},{ONE}"]
+)
 def test_several_secrets_are_a_comma_list_or_lines(listed: str) -> None:
     settings = Settings(jwt_secret=listed)
-    assert settings.secrets[:2] == ("one secret", "another")
+    assert settings.secrets[:2] == (ONE, ANOTHER)
     assert settings.secrets[-1] == listed.strip()  # the whole text could be one secret with commas
     assert Settings(jwt_secret=SecretStr(listed)).jwt_secret == settings.jwt_secret
 
 
 def test_a_secret_with_commas_is_accepted_whole() -> None:
-    first, second = "long, with commas, and old", "long, with commas, and new"
+    first, second = f"{ONE}, {ANOTHER}", f"{ANOTHER}, {ONE}"
     assert first in Settings(jwt_secret=first).secrets
     assert {first, second} < set(Settings(jwt_secret=f"{first}\n{second}\n").secrets)
+
+
+@pytest.mark.parametrize(
+    ("listed", "position"),
+    [
+        (f"{ONE},x", 2),
+        (f"x,{ONE}", 1),
+        (f"{ONE}\n{ANOTHER}\nx\n{ONE}", 3),
+        ("x,", 1),
+        (f"{ONE},{'é' * 15}", 2),
+    ],
+)
+def test_a_short_secret_in_a_list_is_refused_with_its_position(
+    monkeypatch: pytest.MonkeyPatch, listed: str, position: int
+) -> None:
+    """Such as the parts of one long secret that has commas, each of which could be guessed."""
+    monkeypatch.setenv("BROKER_JWT_SECRET", listed)
+    with pytest.raises(SettingsError) as error:
+        load_settings()
+    assert str(error.value) == (
+        f"BROKER_JWT_SECRET must have 32 bytes or more in each secret of a list; number {position} is shorter"
+        " (a comma and a new line end a secret)"
+    )
+
+
+def test_sixteen_letters_of_two_bytes_are_long_enough() -> None:
+    assert Settings(jwt_secret=f"{ONE},{'é' * 16}").secrets[1] == "é" * 16
 
 
 @pytest.mark.parametrize("listed", [",", ",,", "a,ssh-rsa AAAA", "a,\0", ",".join("abcdefghi")])
