@@ -1,8 +1,8 @@
 """Reload secrets while the service runs: at SIGHUP, and when a file with a secret changes.
 
 Only the secrets among the settings are reloaded, and only those that were set at the start; everything else needs a
-restart. If something cannot be read, the old secrets stay in force. The file of API keys is also watched by
-`broker/identity/api_keys.py` itself.
+restart. A secret that cannot be read stays as it is, whatever happens to the others. The file of API keys is also
+watched by `broker/identity/api_keys.py` itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import structlog
 
-from broker.settings import SettingsError, secret_files, setting_name
+from broker.settings import secret_files, setting_name
 from broker.watched_file import LOOK_EVERY, file_state
 
 if TYPE_CHECKING:
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
     from broker.identity.known_clients import KnownClients
     from broker.naming import Naming
-    from broker.settings import Settings
+    from broker.settings import LoadedSecrets, Settings
     from broker.store.connection import Store
     from broker.upstream.client import UpstreamClient
     from broker.watched_file import FileState
     from broker.web.identity import ClientResolver
     from broker.web.metrics_token import MetricsToken
 
-_MOST_HIDDEN: Final = 200  # old secrets that are still removed from the logs
+_MOST_HIDDEN: Final = 200  # replaced secrets that are still removed from the logs
 
 log = structlog.get_logger(__name__)
 
@@ -39,7 +39,7 @@ class SecretUsers(NamedTuple):
 
     Attributes:
         upstream: gets the upstream's key.
-        identifier: gets the secrets of the tokens.
+        resolver: gets the secrets of the tokens.
         known: gets the API keys.
         naming: gets the secret of the names of clients.
         metrics: gets the token of /metrics.
@@ -47,7 +47,7 @@ class SecretUsers(NamedTuple):
     """
 
     upstream: UpstreamClient
-    identifier: ClientResolver
+    resolver: ClientResolver
     known: KnownClients
     naming: Naming
     metrics: MetricsToken
@@ -59,7 +59,7 @@ class SecretReload:
 
     Args:
         settings: the settings at the start.
-        load: reads all settings again; raises `SettingsError`.
+        load: reads all secrets again, as `load_secrets` does.
         users: get the new secrets.
         hide: is called with all texts that the logs must not show, before a new secret is used.
     """
@@ -68,7 +68,7 @@ class SecretReload:
         self,
         settings: Settings,
         *,
-        load: Callable[[], Settings],
+        load: Callable[[], LoadedSecrets],
         users: SecretUsers,
         hide: Callable[[Iterable[str]], None],
     ) -> None:
@@ -76,26 +76,9 @@ class SecretReload:
         self._load = load
         self._users = users
         self._hide = hide
-        self._hidden = settings.secrets
+        self._replaced: tuple[str, ...] = ()
         self._asked = asyncio.Event()
         self._seen = _states()
-
-    @property
-    def _uses(self) -> dict[str, Callable[[Any], bool]]:
-        """For each secret the function that puts a new value into force; it returns False if that is not possible."""
-        users = self._users
-        store = users.store
-        uses: dict[str, Callable[[Any], bool]] = {
-            "openrouter_api_key": _taking(lambda key: users.upstream.use_key(key.get_secret_value())),
-            "jwt_secret": _taking(
-                lambda secrets: users.identifier.use_jwt_secrets(
-                    [each.get_secret_value() for each in secrets]
-                )
-            ),
-            "metrics_token": _taking(users.metrics.replace),
-            "name_secret": _taking(lambda secret: users.naming.use_secret(secret.get_secret_value())),
-        }
-        return uses if store is None else {**uses, "redis_url": store.use_credentials}
 
     def ask(self) -> None:
         """Reload soon, whether or not a file has changed."""
@@ -118,49 +101,54 @@ class SecretReload:
             self._read_again()
 
     def _read_again(self) -> None:
-        try:
-            settings = self._load()
-        except SettingsError as error:
-            log.warning("the settings cannot be read again, the old secrets stay", reason=str(error))
-            return
-        self._hidden = tuple(dict.fromkeys((*settings.secrets, *self._hidden)))[:_MOST_HIDDEN]
-        self._hide(self._hidden)
-        log.info("secrets read again", changed=self._put_into_force(settings))
+        found, faults = self._load()
+        for fault in faults:
+            log.warning("a secret cannot be read again, the old one stays", reason=fault)
+        old = self._settings
+        update = {field: value for field, value in found.items() if getattr(old, field)}
+        if old.has_api_keys and "api_keys" in found:
+            update |= {field: found[field] for field in ("api_keys", "api_keys_file")}
+        new = self._settings = old.model_copy(update=update)
+        replaced = (secret for secret in (*old.secrets, *self._replaced) if secret not in new.secrets)
+        self._replaced = tuple(dict.fromkeys(replaced))[:_MOST_HIDDEN]
+        self._hide((*new.secrets, *self._replaced))
+        log.info("secrets read again", changed=self._put_into_force(old, new))
 
-    def _put_into_force(self, settings: Settings) -> list[str]:
-        old, changed = self._settings, []
-        update: dict[str, object] = {}
+    def _put_into_force(self, old: Settings, new: Settings) -> list[str]:
+        """Give the changed secrets to their users. Returns the names of those that are in force now."""
+        users, changed = self._users, []
+        # Always, because the file of API keys may have been read again meanwhile.
+        if new.has_api_keys and users.known.replace_api_keys(new.api_keys, new.api_keys_file):
+            changed.append(setting_name("api_keys"))
         for field, use in self._uses.items():
-            before, now = getattr(old, field), getattr(settings, field)
-            if before and now and now != before:
-                update[field] = now
-                if use(now):
-                    changed.append(setting_name(field))
-                else:
-                    log.warning("setting has changed and needs a restart", name=setting_name(field))
-        had_keys = bool(old.api_keys) or old.api_keys_file is not None
-        has_keys = bool(settings.api_keys) or settings.api_keys_file is not None
-        if had_keys and has_keys:
-            if self._users.known.replace_api_keys(settings.api_keys, settings.api_keys_file):
-                changed.append("BROKER_API_KEYS")
-            update |= {"api_keys": settings.api_keys, "api_keys_file": settings.api_keys_file}
-        self._settings = old.model_copy(update=update)
+            value = getattr(new, field)
+            if value == getattr(old, field):
+                continue
+            try:
+                is_in_force = use(value) is not False
+            except ValueError:  # such as a URL in a form that the store does not take
+                is_in_force = False
+            if is_in_force:
+                changed.append(setting_name(field))
+            else:
+                log.warning("setting has changed and needs a restart", name=setting_name(field))
         return changed
 
-
-def _taking(use: Callable[[Any], None]) -> Callable[[Any], bool]:
-    """Return a function that does this and returns True."""
-
-    def take(value: Any) -> bool:
-        use(value)
-        return True
-
-    return take
+    @property
+    def _uses(self) -> dict[str, Callable[[Any], bool | None]]:
+        """The function for each secret that puts a new value into force; it returns False if that needs a restart."""
+        users = self._users
+        return {
+            "openrouter_api_key": lambda key: users.upstream.use_key(key.get_secret_value()),
+            "jwt_secret": lambda secrets: users.resolver.use_jwt_secrets(
+                [secret.get_secret_value() for secret in secrets]
+            ),
+            "metrics_token": users.metrics.replace,
+            "name_secret": lambda secret: users.naming.use_secret(secret.get_secret_value()),
+            **({} if users.store is None else {"redis_url": users.store.use_credentials}),
+        }
 
 
 def _states() -> dict[Path, FileState]:
     """Return the versions of the files with secrets; a missing file has an empty one."""
-    try:
-        return {path: file_state(path) for path in secret_files()}
-    except SettingsError:
-        return {}  # .env cannot be read now
+    return {path: file_state(path) for path in secret_files()}

@@ -27,7 +27,7 @@ from broker.web.server import runner_for
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-    from broker.settings import Settings
+    from broker.settings import LoadedSecrets, Settings
 
 log = structlog.get_logger(__name__)
 
@@ -40,7 +40,7 @@ BACKLOG = 4096
 def serve(
     settings: Settings,
     *,
-    load: Callable[[], Settings],
+    load: Callable[[], LoadedSecrets],
     say: Callable[[str], None],
     rehearsal: bool,
     embedded: bool,
@@ -49,7 +49,7 @@ def serve(
 
     Args:
         settings: all settings.
-        load: reads all settings again, for changed secrets; raises `SettingsError`.
+        load: reads all secrets again, as `load_secrets` does.
         say: shows a line to the person who started it.
         rehearsal: run a scripted upstream beside the service and use it.
         embedded: run an embedded Valkey even where the service can be reached from outside.
@@ -67,7 +67,7 @@ async def _serve(
     settings: Settings,
     redis_url: str,
     *,
-    load: Callable[[], Settings],
+    load: Callable[[], LoadedSecrets],
     say: Callable[[str], None],
     rehearsal: bool,
 ) -> int:
@@ -135,7 +135,11 @@ def _stop_on_signals() -> asyncio.Event:
 
 @asynccontextmanager
 async def _reloading_secrets(
-    settings: Settings, load: Callable[[], Settings], app: web.Application, *, store_is_given: bool
+    settings: Settings,
+    load: Callable[[], LoadedSecrets],
+    app: web.Application,
+    *,
+    store_is_given: bool,
 ) -> AsyncIterator[None]:
     """Read secrets, system message and clients file again at SIGHUP, which never ends the service.
 
@@ -146,7 +150,7 @@ async def _reloading_secrets(
         load=load,
         users=SecretUsers(
             upstream=app[keys.UPSTREAM],
-            identifier=app[keys.IDENTIFIER],
+            resolver=app[keys.IDENTIFIER],
             known=app[keys.KNOWN_CLIENTS],
             naming=app[keys.NAMING],
             metrics=app[keys.METRICS_TOKEN],

@@ -156,7 +156,7 @@ def _proxy_url(value: str) -> str:
 def _redis_url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme == "unix":
-        complete = bool(parts.path)
+        complete = bool(parts.path) and _is_unix_query(parts.query)
     elif parts.scheme in LATER_REDIS_SCHEMES:
         complete = bool(parts.netloc)
     else:
@@ -167,6 +167,14 @@ def _redis_url(value: str) -> str:
     if not complete:
         raise ValueError("redis")
     return value
+
+
+def _is_unix_query(query: str) -> bool:
+    """Return True if all that stands behind the question mark is a database and a password."""
+    named = parse_qsl(query, keep_blank_values=True)
+    return all(
+        name == "password" or (name == "db" and re.fullmatch(r"[0-9]{1,9}", value)) for name, value in named
+    )
 
 
 def _are_tls_files(query: str, *, scheme: str) -> bool:
@@ -279,7 +287,8 @@ RedisUrl = Annotated[
     AfterValidator(_redis_url),
     Expects(
         "a redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// URL; that of rediss:// may end in"
-        " ?ssl_ca_certs=FILE, ssl_certfile=FILE and ssl_keyfile=FILE, joined by &, with files that exist"
+        " ?ssl_ca_certs=FILE, ssl_certfile=FILE and ssl_keyfile=FILE, joined by &, with files that exist;"
+        " that of unix:// in ?db=NUMBER and password=TEXT"
     ),
 ]
 ClientNamer = Annotated[tuple[Text, ...], BeforeValidator(_listed), Expects("a comma list of names")]

@@ -13,6 +13,7 @@ import difflib
 import io
 import ipaddress
 import os
+import re
 import urllib.request
 from decimal import Decimal
 from pathlib import Path
@@ -27,7 +28,7 @@ from broker import setting_kinds as kinds
 from broker.core.rates import Rate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from pydantic.fields import FieldInfo
     from pydantic_settings import PydanticBaseSettingsSource
@@ -202,9 +203,14 @@ class Settings(BaseSettings):
         return bool(self.jwt_secret) or self.jwks_url is not None
 
     @property
+    def has_api_keys(self) -> bool:
+        """True if there are API keys of ``BROKER_API_KEYS``. With an empty file there is none yet."""
+        return bool(self.api_keys) or self.api_keys_file is not None
+
+    @property
     def has_keys(self) -> bool:
-        """True if callers may send an API key. With an empty file of keys there is none yet."""
-        return bool(self.api_keys) or self.api_keys_file is not None or self.clients_file is not None
+        """True if callers may send an API key."""
+        return self.has_api_keys or self.clients_file is not None
 
     @property
     def needs_identity(self) -> bool:
@@ -224,8 +230,12 @@ class Settings(BaseSettings):
         found = [secret.get_secret_value() for secret in secrets if secret is not None]
         if self.upstream_proxy is not None and (password := urlsplit(self.upstream_proxy).password):
             found += [password, unquote(password)]
-        if self.redis_url is not None and (password := urlsplit(self.redis_url).password):
-            found += [password, unquote(password)]
+        if self.redis_url is not None:
+            parts = urlsplit(self.redis_url)
+            in_query = re.findall(r"(?:^|&)password=([^&]+)", parts.query)  # of unix://
+            for password in (parts.password, *in_query):
+                if password:
+                    found += [password, unquote(password)]
         return tuple(dict.fromkeys(found))
 
 
@@ -250,16 +260,45 @@ def load_settings(**flags: Any) -> Settings:
     given = {
         **_from_variables(_read_dotenv(), " in .env"),
         **_from_variables(os.environ),
-        **{
-            field: _Given(value, f"--{field.replace('_', '-')}")
-            for field, value in flags.items()
-            if value is not None
-        },
+        **_from_flags(flags),
     }
+    return _checked(given)
+
+
+class LoadedSecrets(NamedTuple):
+    """The secrets that are given now.
+
+    Attributes:
+        values: by their attributes in `Settings`; ``api_keys_file`` comes with the API keys.
+        faults: for each that cannot be used, a line that names it and never shows a secret.
+    """
+
+    values: dict[str, Any]
+    faults: list[str]
+
+
+def load_secrets(**flags: Any) -> LoadedSecrets:
+    """Load the secrets again, each by itself, so that one that cannot be used does not stop the others."""
+    found: dict[str, Any] = {}
+    faults: list[str] = []
+    variables: list[tuple[Mapping[str, str], str]] = [(os.environ, "")]
     try:
-        return Settings(**{field: setting.value for field, setting in given.items()})
-    except ValidationError as error:
-        raise SettingsError(_complaint(error, given)) from None
+        variables.insert(0, (_read_dotenv(), " in .env"))
+    except SettingsError as error:
+        faults.append(str(error))
+    for field in sorted(_SECRETS):
+        given: dict[str, _Given] = {}
+        try:
+            for written, where in variables:
+                given |= _from_variables(written, where, [field])
+            given |= _from_flags({field: flags.get(field)})
+            settings = _checked(given)
+            require_served_store(settings)
+        except SettingsError as error:
+            faults.append(str(error))
+        else:
+            found |= {name: getattr(settings, name) for name in given}
+    return LoadedSecrets(found, faults)
 
 
 def read_api_keys(path: Path) -> tuple[kinds.ApiKey, ...]:
@@ -269,11 +308,7 @@ def read_api_keys(path: Path) -> tuple[kinds.ApiKey, ...]:
         SettingsError: it cannot be read, or something in it is wrong.
     """
     name = f"{setting_name('api_keys')}_FILE"
-    given = {"api_keys": _Given(_read_text(path, name), name)}
-    try:
-        return Settings(api_keys=given["api_keys"].value).api_keys
-    except ValidationError as error:
-        raise SettingsError(_complaint(error, given)) from None
+    return _checked({"api_keys": _Given(_read_text(path, name), name)}).api_keys
 
 
 def read_system_file(path: Path) -> str:
@@ -306,12 +341,12 @@ def read_bytes(path: Path, name: str, *, largest: int) -> bytes:
 
 
 def secret_files() -> list[Path]:
-    """Return the files that hold secrets now, except the file of API keys.
-
-    Raises:
-        SettingsError: `.env` cannot be read.
-    """
-    written = {**_read_dotenv(), **{name: value for name, value in os.environ.items() if value}}
+    """Return the files that hold secrets now, except the file of API keys; those of a broken `.env` are left out."""
+    try:
+        written = _read_dotenv()
+    except SettingsError:
+        written = {}
+    written |= {name: value for name, value in os.environ.items() if value}
     names = (f"{setting_name(field)}_FILE" for field in sorted(_SECRETS - {"api_keys"}))
     return [Path(path) for name in names if (path := written.get(name, "").strip())]
 
@@ -443,9 +478,26 @@ def _suggestion(name: str, known: list[str]) -> str:
     return f" (did you mean {by_stem[near[0]]}?)" if near else ""
 
 
-def _from_variables(variables: Mapping[str, str], where: str = "") -> dict[str, _Given]:
+def _checked(given: Mapping[str, _Given]) -> Settings:
+    try:
+        return Settings(**{field: setting.value for field, setting in given.items()})
+    except ValidationError as error:
+        raise SettingsError(_complaint(error, given)) from None
+
+
+def _from_flags(flags: Mapping[str, Any]) -> dict[str, _Given]:
+    return {
+        field: _Given(value, f"--{field.replace('_', '-')}")
+        for field, value in flags.items()
+        if value is not None
+    }
+
+
+def _from_variables(
+    variables: Mapping[str, str], where: str = "", fields: Iterable[str] | None = None
+) -> dict[str, _Given]:
     found = {}
-    for field in Settings.model_fields:
+    for field in Settings.model_fields if fields is None else fields:
         name = setting_name(field)
         may_be_blank = field not in _NEVER_BLANK
         value = _written(variables, name, where, may_be_blank=may_be_blank)

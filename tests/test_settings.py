@@ -393,6 +393,8 @@ def test_a_bad_value_is_named_with_what_is_expected(
         ("REDIS_URL", f"redis://:{SECRET}@host?ssl_ca_certs=/etc/hostname"),
         ("REDIS_URL", f"rediss://:{SECRET}@host?ssl_ca_certs=/nowhere/ca.crt"),
         ("REDIS_URL", f"rediss://:{SECRET}@host?ssl_cert_reqs=none"),
+        ("REDIS_URL", f"unix:///run/valkey.sock?password={SECRET}&db=main"),
+        ("REDIS_URL", f"unix://:{SECRET}@/run/valkey.sock?max_connections=1"),
         ("REDIS_URL", f"http://:{SECRET}@host"),
         ("REDIS_URL", f"redis://:{SECRET}@host:99999"),
         ("BROKER_UPSTREAM_URL", f"https://user:{SECRET}@host"),
@@ -449,6 +451,8 @@ def test_all_secrets_are_known_and_none_is_in_the_representation() -> None:
     )
     assert set(settings.secrets) == {"the-key", "the signing secret", "my-key", "p%40ss", "p@ss"}
     assert not [secret for secret in settings.secrets if secret in repr(settings)]
+    settings = Settings(redis_url="unix://:one@/run/valkey.sock?db=1&password=t%40o")
+    assert set(settings.secrets) == {"one", "t%40o", "t@o"}
 
 
 def test_an_unknown_name_is_reported_with_the_nearest_setting() -> None:

@@ -19,6 +19,7 @@ from broker.logs import configure_logs
 from broker.settings import (
     SettingsError,
     contradictions,
+    load_secrets,
     load_settings,
     not_yet_served,
     otlp_protocols,
@@ -31,7 +32,7 @@ from broker.settings import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from broker.settings import Settings
+    from broker.settings import LoadedSecrets, Settings
 
 _CANNOT_LISTEN = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES, socket.EAI_NONAME})
 
@@ -55,7 +56,7 @@ def serve(flags: Mapping[str, Any], *, rehearsal: bool, embedded: bool) -> int:
         return complain(error, BAD_USE)
     configure_logs(settings.log_level, settings.log_format, secrets=settings.secrets)
     _warn(settings, unknown)
-    return _run(settings, partial(load_settings, **flags), rehearsal=rehearsal, embedded=embedded)
+    return _run(settings, partial(load_secrets, **flags), rehearsal=rehearsal, embedded=embedded)
 
 
 def require(settings: Settings, *, rehearsal: bool, embedded: bool) -> None:
@@ -91,7 +92,13 @@ def _warn(settings: Settings, unknown: list[str]) -> None:
         log.warning("setting has no effect in this release", name=name)
 
 
-def _run(settings: Settings, load: Callable[[], Settings], *, rehearsal: bool, embedded: bool) -> int:
+def _run(
+    settings: Settings,
+    load: Callable[[], LoadedSecrets],
+    *,
+    rehearsal: bool,
+    embedded: bool,
+) -> int:
     # The service with all its libraries is imported only when it is certain to run.
     from broker import service  # noqa: PLC0415 - see above
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
 SECRET = "the secret that signs the tokens of the site"
 SITE = "https://www.example.com"
-OLD = "the secret before it, which is going to be removed"
+OLD = "the secret before it that is going to be removed"
 
 
 def program(name: str) -> list[str]:

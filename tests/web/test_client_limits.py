@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ACME = {"Authorization": "Bearer one"}
 BETA = {"Authorization": "Bearer two"}
-SECRET = "the signing secret of the site, long enough"
+SECRET = "the signing secret of the site is long enough"
 CURL = {"Accept": "*/*"}
 
 
