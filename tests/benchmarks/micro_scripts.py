@@ -185,3 +185,14 @@ def test_end(steps: Steps, measure: Any) -> None:
 def test_settle(steps: Steps, measure: Any) -> None:
     spent = Usage(14, 160, cost=1000)
     measure(steps.reserved, lambda reserved: steps.accounts.settle(reserved, spent, State.DONE))
+
+
+def test_renew_50_reservations(steps: Steps, measure: Any) -> None:
+    async def ready() -> list[Reservation]:
+        return [await steps.reserved() for _ in range(50)]
+
+    assert measure(ready, steps.accounts.renew) == []
+
+
+def test_search_all_buckets(steps: Steps, measure: Any) -> None:
+    assert measure(steps.fresh, lambda _: steps.accounts.overdue(1)) == []
