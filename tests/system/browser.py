@@ -86,11 +86,11 @@ async def _ten_lines(request: web.Request) -> web.Response:
 
 
 @asynccontextmanager
-async def foreign_site() -> AsyncIterator[str]:
+async def foreign_site(folder: Path = PAGES) -> AsyncIterator[str]:
     """The test pages on a port of their own, and so of another origin than any broker; gives the URL."""
     app = web.Application()
     app.router.add_get("/ten_lines.html", _ten_lines)
-    app.router.add_static("/", PAGES)
+    app.router.add_static("/", folder)
     runner = web.AppRunner(app)
     await runner.setup()
     try:

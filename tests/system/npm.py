@@ -16,7 +16,14 @@ import pytest
 CLIENT = Path(__file__).parents[2] / "broker" / "web" / "client"
 
 # What the tests need beside the tools of the browser client.
-PACKAGES = ("eventsource@5", "@grafana/schema@13.2")
+PACKAGES = (
+    "@ai-sdk/react@4",
+    "@grafana/schema@13.2",
+    "@types/react-dom@19",
+    "eventsource@5",
+    "react-dom@19",
+    "vite@8",
+)
 INSTALL_TIMEOUT = 100.0
 
 NO_NPM = "there is no npm on this machine"
@@ -63,22 +70,33 @@ def _install(home: Path) -> None:
 
 
 @pytest.fixture(scope="session")
+def project(built_client: Path) -> Path:
+    """A fresh project beside the installed packages, with the client's package as it would be published."""
+    folder = built_client.parent / f"project-of-{built_client.name}"
+    folder.mkdir()
+    (folder / "package.json").write_text('{"type": "module"}')
+    _run("pack", "--ignore-scripts", "--pack-destination", str(folder), cwd=built_client)
+    (packed,) = folder.glob("*.tgz")
+    _run("install", "--offline", "--no-audit", "--no-fund", "--prefix", str(folder), str(packed), cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def built_client(node_modules: Path) -> Path:
     """A copy of the browser client's package beside the installed packages, built there from its source."""
     folder = node_modules.parent / f"client-{os.environ.get('PYTEST_XDIST_WORKER', '')}"
     shutil.copytree(
         CLIENT, folder, ignore=shutil.ignore_patterns("dist", "node_modules", "client.js", "client.d.ts")
     )
+    _run("run", "build", cwd=folder)
+    return folder
+
+
+def _run(*command: str, cwd: Path) -> None:
     done = subprocess.run(
-        [npm(), "run", "build"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=INSTALL_TIMEOUT,
+        [npm(), *command], cwd=cwd, capture_output=True, text=True, check=False, timeout=INSTALL_TIMEOUT
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder
 
 
 def npm() -> str:

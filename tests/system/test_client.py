@@ -18,7 +18,7 @@ from playwright.async_api import Browser, Page, Request, Response, Route
 
 from tests.system.browser import README, foreign_site, laid_cable, launched_chromium
 from tests.system.harness import RunningBroker, running_broker
-from tests.system.npm import BROWSER, CLIENT, STRICT, npm, ran
+from tests.system.npm import BROWSER, CLIENT, STRICT, ran
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -615,29 +615,17 @@ async def test_the_committed_client_is_the_build_of_its_source(built_client: Pat
         assert (built_client / name).read_text() == (CLIENT / name).read_text()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def project(built_client: Path) -> Path:
-    """A fresh project into which the package is installed as it would be published."""
-    folder = built_client.parent / f"project-of-{built_client.name}"
-    folder.mkdir()
-    (folder / "package.json").write_text('{"type": "module"}')
-    status, told = await ran(
-        npm(), "pack", "--ignore-scripts", "--pack-destination", str(folder), cwd=built_client
-    )
-    assert status == 0, told
-    (packed,) = folder.glob("*.tgz")
-    quietly = ("--offline", "--no-audit", "--no-fund", "--prefix", str(folder))
-    status, told = await ran(npm(), "install", *quietly, str(packed))
-    assert status == 0, told
-    return folder
-
-
 @pytest.mark.slow
 async def test_the_package_holds_code_types_and_maps(project: Path) -> None:
     package = project / "node_modules" / "session-broker-client"
     files = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}
-    built = {f"dist/client.{kind}" for kind in ("js", "js.map", "d.ts")}
-    assert files == {"LICENSE", "README.md", "package.json", "src/client.ts"} | built
+    sources = {f"src/{name}.ts" for name in ("ai-sdk", "client", "react", "tool-calls")}
+    built = {
+        source.replace("src/", "dist/").replace(".ts", f".{kind}")
+        for source in sources
+        for kind in ("js", "js.map", "d.ts")
+    }
+    assert files == {"LICENSE", "README.md", "package.json"} | sources | built
     assert (CLIENT / "LICENSE").read_text() == (README.parent / "LICENSE").read_text()
     map_of_code = json.loads((package / "dist/client.js.map").read_text())
     assert map_of_code["sourcesContent"] == [(CLIENT / "src/client.ts").read_text()]
