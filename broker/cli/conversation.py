@@ -12,7 +12,7 @@ from typing import Any
 from broker.cli.chat import Show, exchange
 from broker.cli.output import Output, require_output, write
 from broker.cli.talk import TalkError
-from broker.cli.words import BAD_USE, complain, print_note, printable
+from broker.cli.words import BAD_USE, complain, print_note
 
 MAX_SENT = 100
 """Messages that are sent with a turn; older ones are left out. A broker takes 200 by default."""
@@ -101,7 +101,7 @@ def converse(*, model: str | None, url: str, token: str | None = None) -> int:
             continue
         if line.lstrip().startswith("/"):
             if note := conversation.command(line):
-                print_note(printable(note))
+                print_note(note)
         elif line.strip():
             _turn(conversation, line, url, token)
     return 0

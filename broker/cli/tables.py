@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions
+from rich.measure import Measurement
 from rich.text import Text
 
 from broker.cli.output import Output
-from broker.cli.words import printable
+from broker.cli.words import one_line
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import ConsoleOptions, RenderableType, RenderResult
     from rich.table import Table
 
 # Lines are never folded except on a terminal, so that grep finds whole ones.
@@ -45,6 +47,45 @@ def show(shown: RenderableType) -> None:
     console.print(shown)
 
 
-def cell(value: object) -> Text:
-    """Return text of others on one line, unchanged otherwise. A plain string would be parsed as markup."""
-    return Text(" ".join(printable(str(value or "")).split()))
+def cell(value: object, *, style: str = "", fold: bool = True) -> Text:
+    """Return text of others on one line, without what a terminal could obey, and otherwise unchanged.
+
+    A plain string would be parsed as markup.
+
+    Args:
+        value: the text.
+        style: a style of the library.
+        fold: False for a text that ends with an ellipsis where it does not fit, instead of going on in the next line.
+    """
+    text = Text(one_line(value or ""), style=style)
+    if not fold:
+        text.no_wrap, text.overflow = True, "ellipsis"
+    return text
+
+
+class Name:
+    """A name of others on one line. Where it does not fit, its beginning is cut: ports and numbers are at the end.
+
+    Args:
+        name: the name.
+        width: columns that it takes, if there is room and the name has fewer.
+    """
+
+    def __init__(self, name: object, width: int = 0) -> None:
+        self._name = one_line(name)
+        self._width = width
+
+    def __rich_measure__(self, _console: Console, options: ConsoleOptions) -> Measurement:
+        """Return the columns that it needs."""
+        wanted = max(cell_len(self._name), self._width)
+        return Measurement(min(wanted, options.max_width), min(wanted, options.max_width))
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw it."""
+        name, room = self._name, options.max_width
+        if cell_len(name) > room:
+            name = name[len(name) - room + 1 :]
+            while cell_len(name) > room - 1:
+                name = name[1:]
+            name = f"…{name}"
+        yield Text(name, no_wrap=True)

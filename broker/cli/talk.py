@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import ssl
 from contextlib import asynccontextmanager
@@ -14,7 +13,7 @@ import aiohttp
 import orjson
 from aiohttp.hdrs import RETRY_AFTER
 
-from broker.cli.words import CREDENTIAL, after
+from broker.cli.words import CREDENTIAL, after, one_line, reason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -52,9 +51,15 @@ class Broker:
         self._anonymous = anonymous
 
     async def ask(
-        self, method: str, path: str, *, body: object = None, query: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        body: object = None,
+        query: Mapping[str, str] | None = None,
+        longest: int = LONGEST_ANSWER,
     ) -> bytes:
-        """Send a request and return the body of a successful answer.
+        """Send a request and return the body of a successful answer, which may have ``longest`` bytes.
 
         Raises:
             TalkError: no answer, or one that is not successful.
@@ -64,7 +69,7 @@ class Broker:
         async with self.open(
             method, path, data=data, headers=headers, params=query, wait=ANSWER_TIMEOUT
         ) as answer:
-            content = await whole(answer)
+            content = await whole(answer, longest)
             if answer.ok:
                 return content
             error = refusal(answer.status, content, answer.headers.get(RETRY_AFTER))
@@ -102,17 +107,17 @@ async def broker_at(url: str, token: str | None = None) -> AsyncIterator[Broker]
         yield Broker(session, base, anonymous=not token)
 
 
-async def whole(answer: aiohttp.ClientResponse) -> bytes:
+async def whole(answer: aiohttp.ClientResponse, longest: int = LONGEST_ANSWER) -> bytes:
     """Read the complete body of an answer.
 
     Raises:
-        TalkError: it is longer than any answer of a broker.
+        TalkError: it is longer than ``longest`` bytes.
     """
     content = bytearray()
     async for part in answer.content.iter_any():
         content += part
-        if len(content) > LONGEST_ANSWER:
-            raise TalkError(f"The broker's answer is longer than {LONGEST_ANSWER} bytes.")
+        if len(content) > longest:
+            raise TalkError(f"The broker's answer is longer than {longest} bytes.")
     return bytes(content)
 
 
@@ -128,13 +133,13 @@ def refusal(status: int, content: bytes, retry_after: str | None = None) -> Talk
     try:
         document = orjson.loads(content)
         error = document["error"]
-        sentence = str(error["message"])
+        sentence = one_line(error["message"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return TalkError(after(f"The broker answered with status {status} and no explanation.", wait))
     details = error.get("details")
     if isinstance(details, list):
         fields = [
-            f"{at['field']}: {at['message']}"
+            one_line(f"{at['field']}: {at['message']}")
             for at in details
             if isinstance(at, dict) and {"field", "message"} <= set(at)
         ]
@@ -171,7 +176,4 @@ def _why(error: BaseException) -> str:
     if isinstance(error, ssl.SSLError):
         return "it does not speak TLS"
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else None
-    if cause is None:
-        return "the connection broke"
-    # A failed look-up of a name has its own numbers and text.
-    return (os.strerror(cause.errno) if cause.errno and cause.errno > 0 else str(cause.strerror)).lower()
+    return "the connection broke" if cause is None else reason(cause)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from broker.cli.pieces import pieces
-from broker.cli.words import after
+from broker.cli.words import after, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,7 +71,7 @@ class Turn:
                 self.end = _done(_object(frame.data))
             case "queued":
                 place = _object(frame.data)
-                self.waits_for = (
+                self.waits_for = one_line(
                     f"Too many of your answers are being written; this is number {place.get('position')}."
                 )
             case "error":
@@ -79,7 +79,7 @@ class Turn:
         return []
 
     def _take_error(self, error: Mapping[str, Any]) -> None:
-        message = str(error.get("message") or "The answer failed.")
+        message = one_line(error.get("message") or "The answer failed.")
         if error.get("final", True):
             self.end = End(1, after(message, error.get("retryAfter")))
         else:
@@ -122,7 +122,7 @@ def _done(data: Mapping[str, Any]) -> End:
     parts = [_usage(data), _cost(data), _times(data), str(data.get("model") or "")]
     if reason not in {"stop", None}:
         parts.append(f"ended by {reason}")
-    return End(0, " · ".join(part for part in parts if part))
+    return End(0, one_line(" · ".join(part for part in parts if part)))
 
 
 def _usage(data: Mapping[str, Any]) -> str:

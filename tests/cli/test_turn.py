@@ -105,6 +105,16 @@ def test_a_final_error_ends_the_turn_with_its_message() -> None:
     assert turn.end == End(1, "Refused.")
 
 
+def test_what_the_broker_says_cannot_look_like_another_message() -> None:
+    lines = "No.\nbroker: all is well\x1b[2J"
+    turn = Turn()
+    turn.take(error(final=False, message=lines))
+    turn.take(Frame("queued", orjson.dumps({"position": "1\n2"}), ""))
+    assert turn.waits_for.endswith("this is number 1 2.")
+    assert note_of(error(final=True, message=lines)) == "No. broker: all is well[2J"
+    assert note_of(done(model="a\n\u202eb")).endswith(" · a b")
+
+
 def test_a_final_error_says_how_long_to_wait() -> None:
     data = {"code": "x", "message": "Too much.", "final": True, "retryAfter": 40}
     assert note_of(Frame("error", orjson.dumps(data), "")) == "Too much. Try again in 40 s."

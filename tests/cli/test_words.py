@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from broker.cli.words import after, complain, printable
+from broker.cli.words import after, complain, one_line, printable
 
 
 def test_text_cannot_command_the_terminal() -> None:
     assert printable("a\x1b[2Jb\rc\x07\x9b\n\td\u00e9\U0001f600") == "a[2Jbc\n\td\u00e9\U0001f600"
+
+
+@pytest.mark.parametrize("char", ["\u202e", "\u202a", "\u2066", "\u2069", "\u200e", "\u061c"])
+def test_text_cannot_change_its_order(char: str) -> None:
+    assert printable(f"a{char}b") == "ab"
+
+
+def test_text_of_others_stays_on_one_line() -> None:
+    assert one_line("Done.\nbroker: \x1b[1mall\u2028 is\twell") == "Done. broker: [1mall is well"
 
 
 def test_a_complaint_goes_to_standard_error_with_its_status(capsys: pytest.CaptureFixture[str]) -> None:
