@@ -19,11 +19,23 @@ if TYPE_CHECKING:
 
 _Key = TypeVar("_Key")
 
-FIRST_CHUNK = "broker_time_to_first_chunk_seconds"
+RUNNING = "broker_sessions_running"
+VIEWERS = "broker_viewers"
+ENDED = "broker_sessions_total"
+REFUSED = "broker_refused_total"
+CHUNKS = "broker_chunks_total"
+FIRST_CHUNK = "broker_time_to_first_chunk_seconds_bucket"
+
+MAX_TEXT = 256 * 1024
+MAX_LINE = 1024
+"""Maximum characters of the lines that are parsed, and of one of them: the parser of the library takes up to 1 µs for a
+character, and for a line of many labels the square of its length. Those of a broker have some thousands together."""
+
+_NAMES = (RUNNING, VIEWERS, ENDED, REFUSED, CHUNKS, FIRST_CHUNK)
 
 
 class NotMetricsError(ValueError):
-    """The text is not that of a broker's metrics."""
+    """The text is not that of a broker's metrics. The text of the error says why, as a part of a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +60,7 @@ class Scrape:
 
     def since(self, before: Scrape) -> Scrape:
         """Return what was added since an earlier scrape; all of it if the broker has started again in between."""
-        if self.total < before.total or _all_of(self.first_chunk) < _all_of(before.first_chunk):
+        if self.began_after(before):
             return self
         return Scrape(
             self.running,
@@ -57,6 +69,15 @@ class Scrape:
             _added(self.refused, before.refused),
             self.chunks - before.chunks,
             _added(self.first_chunk, before.first_chunk),
+        )
+
+    def began_after(self, before: Scrape) -> bool:
+        """Return True if the broker has started again since an earlier scrape: any of its counters is lower."""
+        return (
+            self.chunks < before.chunks
+            or _any_lower(self.ended, before.ended)
+            or _any_lower(self.refused, before.refused)
+            or _any_lower(self.first_chunk, before.first_chunk)
         )
 
     @property
@@ -100,31 +121,44 @@ def parse(text: str) -> Scrape:
         NotMetricsError: it is not the text of a broker's metrics.
     """
     samples: dict[str, list[Sample]] = defaultdict(list)
-    try:
-        for sample in _samples(text):
-            samples[sample.name].append(sample)
-    except ValueError as error:
-        raise NotMetricsError from error
-    if "broker_sessions_running" not in samples:
-        raise NotMetricsError
+    for sample in _samples(text):
+        if not 0 <= sample.value < math.inf:  # also false for NaN
+            raise NotMetricsError(f"the value of {sample.name} is not a count")
+        samples[sample.name].append(sample)
+    if RUNNING not in samples:
+        raise NotMetricsError("they are not those of a session broker")
+    first_chunk = {_bound(le): count for (le,), count in _by(samples[FIRST_CHUNK], "le").items()}
     return Scrape(
-        running=round(_sum(samples["broker_sessions_running"])),
-        viewers=round(_sum(samples["broker_viewers"])) if samples["broker_viewers"] else None,
-        ended={
-            (state, code): count
-            for (state, code), count in _by(samples["broker_sessions_total"], "state", "code").items()
-        },
-        refused={code: count for (code,), count in _by(samples["broker_refused_total"], "code").items()},
-        chunks=_sum(samples["broker_chunks_total"]),
-        first_chunk={
-            float(bound): count for (bound,), count in _by(samples[f"{FIRST_CHUNK}_bucket"], "le").items()
-        },
+        running=round(_sum(samples[RUNNING])),
+        viewers=round(_sum(samples[VIEWERS])) if samples[VIEWERS] else None,
+        ended={(state, code): count for (state, code), count in _by(samples[ENDED], "state", "code").items()},
+        refused={code: count for (code,), count in _by(samples[REFUSED], "code").items()},
+        chunks=_sum(samples[CHUNKS]),
+        first_chunk=first_chunk,
     )
 
 
 def _samples(text: str) -> Iterator[Sample]:
-    for family in text_string_to_metric_families(text):
-        yield from family.samples
+    # Without the lines on types, the library returns each sample under the name that it has in the text.
+    lines = [line for line in text.split("\n") if line.startswith(_NAMES)]
+    wanted = "\n".join(lines)
+    if len(wanted) > MAX_TEXT or max(map(len, lines), default=0) > MAX_LINE:
+        raise NotMetricsError("they are larger than those of any session broker")
+    try:
+        for family in text_string_to_metric_families(wanted):
+            yield from family.samples
+    except Exception as error:  # the parser raises whatever it comes upon
+        raise NotMetricsError("a line of them is broken") from error
+
+
+def _bound(le: str) -> float:
+    try:
+        bound = float(le)
+    except ValueError:
+        bound = math.nan
+    if math.isnan(bound):
+        raise NotMetricsError("the bound of a histogram is not a number")
+    return bound
 
 
 def _by(samples: list[Sample], *labels: str) -> dict[tuple[str, ...], float]:
@@ -140,6 +174,10 @@ def _sum(samples: list[Sample]) -> float:
 
 def _all_of(buckets: Mapping[float, float]) -> float:
     return max(buckets.values(), default=0.0)
+
+
+def _any_lower(now: Mapping[_Key, float], before: Mapping[_Key, float]) -> bool:
+    return any(now.get(key, 0.0) < count for key, count in before.items())
 
 
 def _added(now: Mapping[_Key, float], before: Mapping[_Key, float]) -> dict[_Key, float]:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from broker.cli.scrape import NotMetricsError, Scrape, parse
+from broker.cli.scrape import MAX_LINE, MAX_TEXT, NotMetricsError, Scrape, parse
 from broker.core.session import State
 from broker.core.session_report import SessionReport
 from broker.metrics import Metrics
@@ -71,12 +71,41 @@ def test_only_what_was_added_counts() -> None:
     assert added.quantile(0.5) == pytest.approx(0.75)
 
 
-def test_a_broker_that_was_started_again_counts_from_zero() -> None:
-    again = parse(TEXT.replace('state="done"} 10.0', 'state="done"} 1.0'))
-    assert again.since(parse(TEXT)) == again
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('state="done"} 10.0', 'state="done"} 1.0'),
+        ('broker_sessions_total{code="abandoned",state="abandoned"} 3.0\n', ""),
+        ('code="rate_limited"} 5.0', 'code="rate_limited"} 4.0'),
+        ("broker_chunks_total 700.0", "broker_chunks_total 699.0"),
+        ('le="0.5"} 4.0', 'le="0.5"} 3.0'),
+    ],
+)
+def test_a_broker_that_was_started_again_counts_from_zero(before: str, after: str) -> None:
+    earlier = parse(TEXT)
+    again = parse(TEXT.replace(before, after).replace('state="failed"} 2.0', 'state="failed"} 99.0'))
+    assert again.began_after(earlier)
+    assert again.since(earlier) == again
+    assert not earlier.began_after(earlier)
 
 
-@pytest.mark.parametrize("text", ["", "<html>", "up 1\n", "broker_sessions_running x\n", '{"error": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "<html>", "up 1\n", "broker_sessions_running x\n", '{"error": {}}'),
+        *(f"broker_sessions_running {value}\n" for value in ("NaN", "Inf", "-1")),
+        *(f"{TEXT}broker_chunks_total{rest}\n" for rest in ("", "{", '{a="} 1', '{a="b" 1', "{} 1 x")),
+        TEXT.replace('le="0.5"', 'le="NaN"'),
+        TEXT.replace('le="0.5"', 'of="0.5"'),
+        f'{TEXT}broker_chunks_total{{a="{"b" * MAX_LINE}"}} 1\n',
+        TEXT + "broker_chunks_total 1\n" * (MAX_TEXT // 22 + 1),
+    ],
+    ids=lambda text: text[-20:],
+)
 def test_other_texts_are_no_metrics_of_a_broker(text: str) -> None:
     with pytest.raises(NotMetricsError):
         parse(text)
+
+
+def test_metrics_that_are_not_shown_may_look_like_anything() -> None:
+    assert parse(f"{TEXT}other{{ NaN\n{'x' * MAX_LINE}\n") == parse(TEXT)
