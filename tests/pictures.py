@@ -59,7 +59,7 @@ def pictures() -> dict[str, str]:
     rows = usage.summed(days(), "day")
     by_client = usage.summed(days(), "client")
     return {
-        "top.svg": _svg("broker top", draw(frame(), console=Console(width=WIDTH, height=26))),
+        "top.svg": _svg("broker top", draw(frame(), width=WIDTH, height=26)),
         "sessions.svg": _svg("broker sessions", sessions.table(chosen.sessions[:10], ids, chosen)),
         "usage.svg": _svg(
             "broker usage --by day", usage.fitted(f"Usage in {AT:%Y-%m} (UTC)", "day", rows, WIDTH)
@@ -101,7 +101,7 @@ def frame() -> Frame:
         Scraped("https://eu-1.example", scrape, scrape, 60.0),
         Scraped(
             "https://eu-2.example",
-            problem="It asks for BROKER_METRICS_TOKEN. Its times and errors are not known.",
+            problem="It asks for BROKER_METRICS_TOKEN.",
         ),
     ]
     return Frame(AT, now, before, spending, scraped)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, TypeVar
 
+from broker.cli.words import reason
+from broker.core.errors import StoreRefused
 from broker.logs import configure_logs
 from broker.settings import SettingsError, load_settings, require_served_store
 from broker.store.connection import Store
@@ -12,16 +14,16 @@ from broker.store.connection import Store
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from broker.core.errors import StoreUnavailable
     from broker.settings import Settings
+
+_LONGEST_CAUSE = 200
 
 _Found = TypeVar("_Found")
 
 
-def operator_settings(what: str) -> tuple[Settings, str]:
+def operator_settings() -> tuple[Settings, str]:
     """Return the settings and the URL of Redis, and configure the logs.
-
-    Args:
-        what: what would be read, for the sentence on an embedded Valkey.
 
     Raises:
         SettingsError: a setting is wrong, or there is no URL.
@@ -29,8 +31,9 @@ def operator_settings(what: str) -> tuple[Settings, str]:
     settings = load_settings()
     require_served_store(settings)
     if settings.redis_url is None:
-        raise SettingsError(f"REDIS_URL must be set: {what} of an embedded Valkey are gone with it")
-    configure_logs(settings.log_level, settings.log_format, secrets=settings.secrets)
+        raise SettingsError("REDIS_URL must be set: an embedded Valkey can be read by its service alone")
+    # A refused call is a warning of the service. These commands say it in words, and `top` owns the screen.
+    configure_logs("error", settings.log_format, secrets=settings.secrets)
     return settings, settings.redis_url
 
 
@@ -41,6 +44,20 @@ def with_store(settings: Settings, redis_url: str, work: Callable[[Store], Await
         StoreUnavailable: Redis cannot be reached.
     """
     return asyncio.run(_with_store(settings, redis_url, work))
+
+
+def redis_problem(error: StoreUnavailable) -> str:
+    """Return for an operator why Redis cannot be read, as a sentence. The one for clients tells no cause."""
+    if error.message != error.default_message:
+        return error.message
+    does = "refuses to be read" if isinstance(error, StoreRefused) else "cannot be reached"
+    return f"Redis {does} ({_cause(error)[:_LONGEST_CAUSE].rstrip('.')})."
+
+
+def _cause(error: StoreUnavailable) -> str:
+    cause = error.__cause__
+    below = cause.__context__ if cause is not None else None  # the library's own words repeat the address
+    return reason(below) if isinstance(below, OSError) else str(cause or "") or "no answer in time"
 
 
 async def _with_store(

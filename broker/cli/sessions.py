@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from broker.cli import amounts
-from broker.cli.operator import operator_settings, with_store
+from broker.cli.operator import operator_settings, redis_problem, with_store
 from broker.cli.output import require_output, write
-from broker.cli.tables import cell, show
+from broker.cli.tables import Name, cell, show
 from broker.cli.words import BAD_USE, complain, print_note
 from broker.core.accounts import Quotas
 from broker.core.errors import StoreRefused, StoreUnavailable
@@ -31,9 +31,12 @@ from broker.store.sessions import SessionStore
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
+    from rich.console import RenderableType
+
     from broker.settings import Settings
     from broker.store.connection import Store
     from broker.store.running import Running
+    from broker.store.workers import WorkerInfo
 
 SHORTEST_ID = 8
 """Characters of an id that are shown at least. Logs have as many."""
@@ -85,11 +88,13 @@ def cancel(session: str | None, client: str | None) -> int:
 def _with_redis(work: Callable[[Store, Settings], Awaitable[int]]) -> int:
     require_output()
     try:
-        settings, redis_url = operator_settings("the sessions")
+        settings, redis_url = operator_settings()
         return with_store(settings, redis_url, lambda store: work(store, settings))
     except SettingsError as error:
         return complain(error, BAD_USE)
-    except (StoreUnavailable, NoSuchSessionError) as error:
+    except StoreUnavailable as error:
+        return complain(redis_problem(error))
+    except NoSuchSessionError as error:
         return complain(error)
 
 
@@ -152,11 +157,31 @@ def to_json(session: RunningSession, ids: dict[str, str], found: Running) -> dic
 
 def host_of(session: RunningSession, found: Running) -> str:
     """Return the machine and process of a session's worker as `host:pid`; empty if it is not among those that live."""
-    return next((f"{each.host}:{each.pid}" for each in found.workers if each.id == session.worker), "")
+    return next((address_of(each) for each in found.workers if each.id == session.worker), "")
 
 
-def table(chosen: Sequence[RunningSession], ids: dict[str, str], found: Running) -> Table:
-    """Return a table of sessions. A session without chunks has none in its column."""
+def address_of(worker: WorkerInfo) -> str:
+    """Return the machine and process of a worker as `host:pid`; empty if they are not known."""
+    return f"{worker.host}:{worker.pid}" if worker.host else ""
+
+
+def table(
+    chosen: Sequence[RunningSession],
+    ids: dict[str, str],
+    found: Running,
+    *,
+    fold: bool = True,
+    wide: bool = True,
+) -> Table:
+    """Return a table of sessions. A session without chunks has none in its column.
+
+    Args:
+        chosen: the sessions.
+        ids: the shown id of each.
+        found: everything that runs.
+        fold: show long names on several lines; otherwise they are cut.
+        wide: show the columns that names need on a narrow terminal.
+    """
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     shown.add_column("id", no_wrap=True)
     shown.add_column("client", overflow="fold", min_width=8)
@@ -165,24 +190,28 @@ def table(chosen: Sequence[RunningSession], ids: dict[str, str], found: Running)
     shown.add_column("for", justify="right", no_wrap=True)
     shown.add_column("worker", overflow="fold", min_width=7)
     shown.add_column("events", justify="right", no_wrap=True)
-    shown.add_column("size", justify="right", no_wrap=True)
-    shown.add_column("max USD", justify="right", no_wrap=True)
+    if wide:
+        shown.add_column("size", justify="right", no_wrap=True)
+        shown.add_column("max USD", justify="right", no_wrap=True)
     for each in chosen:
-        shown.add_row(
-            ids[each.session_id],
-            cell(each.client),
-            cell(each.model),
-            _state(each),
+        worker = host_of(each, found) or each.worker[:6] or "-"
+        row: list[RenderableType] = [
+            cell(ids[each.session_id]),
+            cell(each.client, fold=fold),
+            cell(each.model, fold=fold),
+            state_of(each),
             "?" if each.since_ms is None else amounts.duration((found.now_ms - each.since_ms) / 1000),
-            cell(host_of(each, found) or each.worker[:6] or "-"),
+            cell(worker) if fold else Name(worker),
             str(each.events or "-"),
             amounts.size(each.size) if each.events else "-",
             amounts.usd(each.reserved.cost),
-        )
+        ]
+        shown.add_row(*row[: len(shown.columns)])
     return shown
 
 
-def _state(session: RunningSession) -> str:
+def state_of(session: RunningSession) -> str:
+    """Return what a session is doing, in a word; `waiting` before its first chunk."""
     waits = session.activity is Activity.RUNNING and not session.events
     return "waiting" if waits else session.activity.value
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.live import Live
 
-from broker.cli.operator import operator_settings
+from broker.cli.operator import operator_settings, redis_problem
 from broker.cli.output import Output, require_output
 from broker.cli.scrape import NotMetricsError, Scrape, parse
-from broker.cli.tables import show
+from broker.cli.tables import show, terminal_width
 from broker.cli.talk import TalkError, broker_at
 from broker.cli.top_frame import Frame, Scraped, Spending, draw
 from broker.cli.words import BAD_USE, complain
@@ -47,7 +47,8 @@ RECENT = 60.0
 SCRAPE_WITHIN = 3.0
 """Seconds that a broker has to send its metrics."""
 
-LEAST_INTERVAL = 0.5
+LARGEST_METRICS = 4 * 1024 * 1024
+"""Maximum bytes of the metrics of a broker."""
 
 
 def top(urls: Sequence[str], *, once: bool, interval: float) -> int:
@@ -65,10 +66,10 @@ def top(urls: Sequence[str], *, once: bool, interval: float) -> int:
     if not once and not Output().isatty():
         return complain("the live view needs a terminal; --once prints one frame", BAD_USE)
     try:
-        settings, redis_url = operator_settings("the sessions")
+        settings, redis_url = operator_settings()
     except SettingsError as error:
         return complain(error, BAD_USE)
-    return asyncio.run(_top(settings, redis_url, urls, once=once, interval=max(LEAST_INTERVAL, interval)))
+    return asyncio.run(_top(settings, redis_url, urls, once=once, interval=interval))
 
 
 async def _top(
@@ -79,8 +80,8 @@ async def _top(
         reader = Reader(store, settings, urls)
         if once:
             frame = await reader.frame()
-            show(draw(frame))
-            return 0 if frame.running is not None and all(not each.problem for each in frame.brokers) else 1
+            show(draw(frame, width=terminal_width()))
+            return 1 if frame.problem or any(each.problem for each in frame.brokers) else 0
         await _show(reader, interval)
         return 0
     finally:
@@ -105,7 +106,7 @@ async def _show(reader: Reader, interval: float) -> None:
             frame = await _unless(quitting, reader.frame())
             if frame is None:
                 return
-            live.update(draw(frame, console=console), refresh=True)
+            live.update(draw(frame, width=console.width, height=console.height), refresh=True)
             with suppress(TimeoutError):
                 async with asyncio.timeout(interval):
                     await quitting.wait()
@@ -168,7 +169,7 @@ class Reader:
         self._limit = to_nano(settings.total_daily_cost) or 0
         token = settings.metrics_token
         self._token = token.get_secret_value() if token is not None else None
-        self._scrapes = {url: _Scrapes(url) for url in urls}
+        self._scrapes = {url: Scrapes(url) for url in urls}
         self._before: Running | None = None
         self._spending: Spending | None = None
         self._spending_at = float("-inf")
@@ -186,13 +187,17 @@ class Reader:
     async def _redis(self) -> tuple[Running | None, str]:
         try:
             running = await RunningStore(self._store).read()
-            now = asyncio.get_running_loop().time()
-            if now - self._spending_at >= SPENDING_EVERY:
-                self._spending = await self._spent()
-                self._spending_at = now
-            return running, ""
         except StoreUnavailable as error:
-            return None, str(error)
+            return None, redis_problem(error)
+        now = asyncio.get_running_loop().time()
+        if now - self._spending_at >= SPENDING_EVERY:
+            try:
+                self._spending = await self._spent()
+            except StoreUnavailable as error:
+                self._spending = None
+                return running, redis_problem(error)
+            self._spending_at = now
+        return running, ""
 
     async def _spent(self) -> Spending:
         day, rows = await self._ledger.rows(None)
@@ -205,7 +210,7 @@ class Reader:
         return Spending(day, cost, requests, failed, self._limit)
 
 
-class _Scrapes:
+class Scrapes:
     """The metrics of one broker, over time."""
 
     def __init__(self, url: str) -> None:
@@ -216,20 +221,28 @@ class _Scrapes:
         """Read the metrics, and compare them with those of a minute ago."""
         try:
             async with asyncio.timeout(SCRAPE_WITHIN), broker_at(self._url, token) as broker:
-                now = parse((await broker.ask("GET", "/metrics")).decode(errors="replace"))
+                body = await broker.ask("GET", "/metrics", longest=LARGEST_METRICS)
+            now = parse(body.decode(errors="replace"))
         except TalkError as error:
-            return Scraped(self._url, problem=f"{_why(error, token)} Its times and errors are not known.")
-        except NotMetricsError:
-            return Scraped(self._url, problem="These are not the metrics of a session broker.")
+            return Scraped(self._url, problem=_why(error, token))
+        except NotMetricsError as error:
+            return Scraped(self._url, problem=f"Its metrics cannot be read: {error}.")
         except TimeoutError:
-            return Scraped(
-                self._url, problem="It does not answer in time. Its times and errors are not known."
-            )
-        at = asyncio.get_running_loop().time()
-        while len(self._past) > 1 and at - self._past[1][0] >= RECENT:
-            self._past.popleft()
-        recent, seconds = (now.since(self._past[0][1]), at - self._past[0][0]) if self._past else (now, None)
-        self._past.append((at, now))
+            return Scraped(self._url, problem="It does not answer in time.")
+        return self.compare(now, at=asyncio.get_running_loop().time())
+
+    def compare(self, now: Scrape, *, at: float) -> Scraped:
+        """Compare what was read at this time with what was read before. If the broker has restarted, that is gone."""
+        past = self._past
+        if past and now.began_after(past[-1][1]):
+            # All of its counts have come since the last time, and those before are gone.
+            last, _ = past[-1]
+            past.clear()
+            past.append((last, Scrape()))
+        while len(past) > 1 and at - past[1][0] >= RECENT:
+            past.popleft()
+        recent, seconds = (now.since(past[0][1]), at - past[0][0]) if past else (now, None)
+        past.append((at, now))
         return Scraped(self._url, now, recent, seconds)
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from broker.cli import amounts
-from broker.cli.operator import operator_settings, with_store
+from broker.cli.operator import operator_settings, redis_problem, with_store
 from broker.cli.output import require_output, write
 from broker.cli.tables import cell, measure, show, terminal_width
 from broker.cli.words import BAD_USE, complain, print_note
@@ -110,12 +110,12 @@ def usage(day: str | None, month: str | None, *, by: str, as_json: bool = False,
         return complain("choose one of --json and --csv", BAD_USE)
     try:
         period = parse_period(day, month, by)
-        settings, redis_url = operator_settings("the usage ledger")
+        settings, redis_url = operator_settings()
         found = with_store(settings, redis_url, lambda store: _read(store, period))
     except (SettingsError, BadPeriodError) as error:
         return complain(error, BAD_USE)
     except StoreUnavailable as error:
-        return complain(error)
+        return complain(redis_problem(error))
     rows = summed(found.days, by)
     if as_json:
         told = [{**row, "cost": to_usd(row["cost"])} for row in rows]

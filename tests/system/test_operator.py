@@ -146,6 +146,7 @@ async def test_without_redis_the_commands_say_so() -> None:
     for args in (("sessions",), ("sessions", "cancel", "01234567")):
         status, out, err = await run(*args)
         assert (status, out) == (2, "")
-        assert err == "broker: REDIS_URL must be set: the sessions of an embedded Valkey are gone with it\n"
+        assert err == "broker: REDIS_URL must be set: an embedded Valkey can be read by its service alone\n"
         status, out, err = await run(*args, env={"REDIS_URL": "redis://127.0.0.1:1/0"})
-        assert (status, out, err) == (1, "", "broker: The session store cannot be reached right now.\n")
+        told = "broker: Redis cannot be reached (connection refused).\n"
+        assert (status, out, err) == (1, "", told)
