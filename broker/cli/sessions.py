@@ -9,6 +9,7 @@ import asyncio
 import datetime as dt
 import json
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -46,6 +47,7 @@ ENDS_WITHIN = 5.0
 
 CHECK_EVERY = 0.1
 AT_ONCE = 50
+SHOWN_COMPLAINTS = 10
 
 _NO_LIMITS = Quotas(
     pending=0, streams=0, daily_tokens=0, daily_cost=0, total_daily_cost=0
@@ -100,6 +102,8 @@ def _with_redis(work: Callable[[Store, Settings], Awaitable[int]]) -> int:
 
 async def _list(store: Store, client: str | None, *, as_json: bool) -> int:
     found = await RunningStore(store).read()
+    if client is not None and not found.complete:
+        found = await _of_client(store, client)
     ids = shown_ids(found.sessions)
     chosen = [each for each in found.sessions if client is None or is_client(each.client, client)]
     if as_json:
@@ -109,15 +113,33 @@ async def _list(store: Store, client: str | None, *, as_json: bool) -> int:
     else:
         print_note("Nothing runs." if client is None else f"Nothing of {client} runs.")
     if not found.complete:
-        print_note(f"There are more than these {len(found.sessions)} sessions.")
+        print_note(f"More sessions run than are read at once: these are {len(chosen)} of them.")
     if found.unreadable:
         print_note(f"{found.unreadable} more cannot be read: another release may have written them.")
     return 0
 
 
+async def _of_client(store: Store, client: str) -> Running:
+    """Return what runs of a client, by either of its names."""
+    reader = RunningStore(store)
+    one, *others = [await reader.read(client=name) for name in names_of(client)]
+    for other in others:
+        one = one._replace(
+            sessions=one.sessions + other.sessions,
+            complete=one.complete and other.complete,
+            unreadable=one.unreadable + other.unreadable,
+        )
+    return one
+
+
+def names_of(wanted: str) -> tuple[str, str]:
+    """Return the names that a client may have that is meant by this: as it is, or that of an API key."""
+    return wanted, f"key:{wanted}"
+
+
 def is_client(name: str, wanted: str) -> bool:
-    """Return True if a client is meant by this name: its whole name, or that of its API key."""
-    return name in (wanted, f"key:{wanted}")
+    """Return True if the client of this name is meant by what was wanted."""
+    return name in names_of(wanted)
 
 
 def shown_ids(running: Iterable[RunningSession]) -> dict[str, str]:
@@ -217,29 +239,43 @@ def state_of(session: RunningSession) -> str:
 
 
 async def _cancel(store: Store, settings: Settings, session: str | None, client: str | None) -> int:
-    reader = RunningStore(store)
     canceller = _Canceller(store, settings)
-    if client is not None:
-        for name in dict.fromkeys((client, f"key:{client}")):  # first what waits, or it would start meanwhile
-            await canceller.drop(name, await reader.pending(name))
-    found = await reader.read()
-    ids = shown_ids(found.sessions)
-    if client is not None:
-        chosen = {each.session_id: each.client for each in found.sessions if is_client(each.client, client)}
-        if not chosen and not canceller.dropped:
-            raise NoSuchSessionError(f"Nothing of {client} runs or waits.")
-    else:
-        named = _named(str(session).strip().lower(), ids)
+    everything = True
+    if client is None:
+        found = await RunningStore(store).read()
+        ids = shown_ids(found.sessions)
+        named = _named(str(session).strip().lower(), ids, complete=found.complete)
         chosen = {each.session_id: each.client for each in found.sessions if each.session_id == named}
-    await canceller.end(chosen)
-    late = await canceller.late(list(chosen))
-    write(_summary(len(chosen) - len(late), canceller.dropped) + "\n")
-    for session_id in late:
-        complain(f"{ids[session_id]} was cancelled, and has not ended within {ENDS_WITHIN:.0f} s.")
-    return 1 if late else 0
+    else:
+        for name in names_of(client):  # first what is pending, or it would start meanwhile
+            pending, complete = await RunningStore(store).pending(name)
+            await canceller.cancel(dict.fromkeys(pending, name))
+            everything = everything and complete
+        found = await _of_client(store, client)
+        ids = shown_ids(found.sessions)
+        chosen = {each.session_id: each.client for each in found.sessions}
+        everything = everything and found.complete and not found.unreadable
+        if everything and not chosen and not canceller.dropped and not canceller.failed:
+            raise NoSuchSessionError(f"Nothing of {client} runs or waits.")
+    accepted = await canceller.cancel(chosen)
+    late = await canceller.late(accepted)
+    write(_summary(len(accepted) - len(late), canceller.dropped) + "\n")
+    _complain_of({name: f"could not be cancelled: {why}" for name, why in canceller.failed.items()}, ids)
+    _complain_of({name: f"was cancelled, and {why}" for name, why in late.items()}, ids)
+    if not everything:
+        complain(f"There may be more of {client}: not all of its sessions can be read. Run this again.")
+    return 0 if everything and not canceller.failed and not late else 1
 
 
-def _named(prefix: str, ids: dict[str, str]) -> str:
+def _complain_of(sessions: Mapping[str, str], ids: Mapping[str, str]) -> None:
+    """Say of each session what is wrong. One that is not listed is named by the first characters of its id."""
+    for session_id, words in list(sessions.items())[:SHOWN_COMPLAINTS]:
+        complain(f"{ids.get(session_id) or session_id[:SHORTEST_ID]} {words}")
+    if (left := len(sessions) - SHOWN_COMPLAINTS) > 0:
+        complain(f"and so {left} more.")
+
+
+def _named(prefix: str, ids: Mapping[str, str], *, complete: bool) -> str:
     """Return the whole id of the session that is named.
 
     Raises:
@@ -247,7 +283,10 @@ def _named(prefix: str, ids: dict[str, str]) -> str:
     """
     named = [session_id for session_id in ids if session_id.startswith(prefix)]
     if not named:
-        raise NoSuchSessionError(f"No running session has an id that begins with {prefix[:SHORTEST_ID]}.")
+        among = "" if complete else f" among the {len(ids)} that are read, and more run"
+        raise NoSuchSessionError(
+            f"No running session has an id that begins with {prefix[:SHORTEST_ID]}{among}."
+        )
     if len(named) > 1:
         several = ", ".join(sorted(ids[each] for each in named)[:10])
         raise NoSuchSessionError(f"Several sessions begin with {prefix[:SHORTEST_ID]}: {several}. Name one.")
@@ -266,11 +305,12 @@ class _Canceller:
 
     Attributes:
         dropped: number of prepared sessions that can no longer start.
+        failed: the sessions that could not be cancelled, each with the reason as a sentence.
     """
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self.dropped = 0
-        self._store = store
+        self.failed: dict[str, str] = {}
         self._sessions = SessionStore(
             store,
             session_ttl=settings.session_ttl,
@@ -279,40 +319,66 @@ class _Canceller:
         )
         self._pending = PendingStore(store, _NO_LIMITS, session_ttl=settings.session_ttl)
 
-    async def drop(self, client: str, session_ids: Sequence[str]) -> None:
-        """Cancel prepared sessions of a client, and count them. One that was claimed meanwhile is cancelled as well."""
-        self.dropped += await self._cancel(dict.fromkeys(session_ids, client))
+    async def cancel(self, chosen: Mapping[str, str]) -> list[str]:
+        """Cancel sessions, each with its client, and return those that end as cancelled once their worker knows.
 
-    async def end(self, chosen: Mapping[str, str]) -> None:
-        """Cancel running sessions, each with its client."""
-        await self._cancel(chosen)
-
-    async def _cancel(self, chosen: Mapping[str, str]) -> int:
-        """Cancel sessions. Returns the number of those that had not been claimed."""
-        prepared = 0
+        One that fails stops no other. If Redis is away for a whole batch, the others are not tried.
+        """
+        accepted: list[str] = []
         everything = list(chosen.items())
         for start in range(0, len(everything), AT_ONCE):
             part = everything[start : start + AT_ONCE]
-            cancels = (self._sessions.cancel(session_id, cancelled_before_start()) for session_id, _ in part)
-            statuses = await asyncio.gather(*cancels)
-            for (session_id, client), status in zip(part, statuses, strict=True):
-                if status.state is State.PREPARED:
-                    prepared += 1
-                    await self._pending.forget(client, session_id)
-        return prepared
+            outcomes = await asyncio.gather(*(self._cancel(*each) for each in part))
+            for (session_id, _), outcome in zip(part, outcomes, strict=True):
+                self.failed.pop(session_id, None)  # it may have been tried as a pending one before
+                if isinstance(outcome, StoreUnavailable):
+                    self.failed[session_id] = redis_problem(outcome)
+                elif outcome is State.PREPARED:
+                    self.dropped += 1
+                else:
+                    accepted.append(session_id)
+            if all(
+                isinstance(each, StoreUnavailable) and not isinstance(each, StoreRefused) for each in outcomes
+            ):
+                self.failed |= {each: "Redis was away." for each, _ in everything[start + AT_ONCE :]}
+                break
+        return accepted
 
-    async def late(self, session_ids: Sequence[str]) -> list[str]:
-        """Wait until the sessions have ended, and return those that have not after `ENDS_WITHIN` seconds."""
+    async def _cancel(self, session_id: str, client: str) -> State | StoreUnavailable:
+        """Cancel a session. Returns its state before, or why it was not cancelled."""
+        try:
+            status = await self._sessions.cancel(session_id, cancelled_before_start())
+        except StoreUnavailable as error:
+            return error
+        if status.state is State.PREPARED:
+            with suppress(
+                StoreUnavailable
+            ):  # it is cancelled, and is counted as pending until its time is over
+                await self._pending.forget(client, session_id)
+        return status.state
+
+    async def late(self, session_ids: Sequence[str]) -> dict[str, str]:
+        """Wait until the sessions have ended. Returns those of which that is not certain, each with the reason."""
         waiting = list(session_ids)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + ENDS_WITHIN
-        while True:
-            records = await self._sessions.describe_many(waiting)
-            waiting = [
+        try:
+            while waiting := await self._not_ended(waiting):
+                if loop.time() >= deadline:
+                    return dict.fromkeys(waiting, f"has not ended within {ENDS_WITHIN:.0f} s.")
+                await asyncio.sleep(CHECK_EVERY)
+        except StoreUnavailable as error:
+            return dict.fromkeys(waiting, f"it is not known whether it has ended: {redis_problem(error)}")
+        return {}
+
+    async def _not_ended(self, session_ids: Sequence[str]) -> list[str]:
+        found: list[str] = []
+        for start in range(0, len(session_ids), AT_ONCE):
+            part = session_ids[start : start + AT_ONCE]
+            records = await self._sessions.describe_many(part)
+            found += [
                 each
-                for each, record in zip(waiting, records, strict=True)
+                for each, record in zip(part, records, strict=True)
                 if isinstance(record, StoreRefused) or (record is not None and record.state not in ENDED)
             ]
-            if not waiting or loop.time() >= deadline:
-                return waiting
-            await asyncio.sleep(CHECK_EVERY)
+        return found

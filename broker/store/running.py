@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from broker.store.connection import Store
 
 MAX_SESSIONS = 20_000
-"""Maximum number of sessions that are read. More are not listed, and `Running.complete` is False."""
+"""Maximum number of reservations that are read at once. More are not listed, and `Running.complete` is False."""
 
 BUCKETS_AT_ONCE = 64
 SCANNED_AT_ONCE = 200
@@ -86,7 +86,7 @@ class Running(NamedTuple):
         now_ms: the time in ms, by the clock of Redis.
         sessions: the longest running first.
         workers: the workers that live, including those without sessions.
-        complete: False if there are more than `MAX_SESSIONS`.
+        complete: False if more than `MAX_SESSIONS` reservations are open.
         unreadable: number of reservations that cannot be read.
     """
 
@@ -113,45 +113,49 @@ class RunningStore:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def read(self) -> Running:
-        """Return everything that runs."""
+    async def read(self, *, client: str | None = None) -> Running:
+        """Return everything that runs, or what runs of one client, of which all is read however much else runs.
+
+        Of one client, `unreadable` also counts the reservations of the clients that share its bucket.
+        """
         now_ms = await self._store.now_ms()
         workers = await self._workers()
-        leases, complete = await self._leases()
+        prefixes = [bucket_prefix(self._store, n) for n in range(BUCKETS)]
+        leases, complete = await self._leases(
+            prefixes if client is None else [account_of(self._store, client).tagged]
+        )
         sessions: list[RunningSession] = []
         unreadable = 0
         for part in _batches(leases, READ_AT_ONCE):
             found = await self._sessions(part, now_ms)
-            sessions += [each for each in found if each is not None]
+            sessions += [each for each in found if each is not None and client in (None, each.client)]
             unreadable += sum(each is None for each in found)
         sessions.sort(key=lambda each: (each.since_ms or 0, each.session_id))
         return Running(now_ms, sessions, workers, complete, unreadable)
 
-    async def pending(self, client: str) -> list[str]:
-        """Return the ids of the sessions of a client that are prepared and not claimed yet."""
+    async def pending(self, client: str) -> tuple[list[str], bool]:
+        """Return the ids of the pending sessions of a client, and whether these are all of them."""
         key = account_of(self._store, client).key("pending")
-        found, _ = await self._scan([key])
-        return [session_id for _, session_id, _ in found]
+        found, complete = await self._scan([key], limit=MAX_SESSIONS)
+        return [session_id for _, session_id, _ in found], complete
 
     async def _workers(self) -> list[WorkerInfo]:
-        found, _ = await self._scan([alive_key(self._store)])
+        found, _ = await self._scan([alive_key(self._store)], limit=MAX_SESSIONS)
         infos = (_worker_info(text) for _, text, _ in found)
         return sorted(info for info in infos if info is not None)
 
-    async def _leases(self) -> tuple[list[_Lease], bool]:
-        """Return the open reservations, and whether these are all of them."""
+    async def _leases(self, prefixes: Sequence[str]) -> tuple[list[_Lease], bool]:
+        """Return the open reservations of these buckets, and whether these are all of them."""
         leases: list[_Lease] = []
-        for buckets in _batches(range(BUCKETS), BUCKETS_AT_ONCE):
-            keys = {f"{prefix}:open": prefix for prefix in (bucket_prefix(self._store, n) for n in buckets)}
+        for part in _batches(prefixes, BUCKETS_AT_ONCE):
+            keys = {f"{prefix}:open": prefix for prefix in part}
             found, complete = await self._scan(list(keys), limit=MAX_SESSIONS - len(leases))
             leases += [_Lease(keys[key], claim_id, score) for key, claim_id, score in found]
             if not complete:
                 return leases, False
         return leases, True
 
-    async def _scan(
-        self, keys: Sequence[str], *, limit: int = MAX_SESSIONS
-    ) -> tuple[list[tuple[str, str, int]], bool]:
+    async def _scan(self, keys: Sequence[str], *, limit: int) -> tuple[list[tuple[str, str, int]], bool]:
         """Return the key, member and score of the entries of sorted sets, and whether these are all of them.
 
         ZSCAN finds every member that is there all the time, also while leases are renewed. A range by score would not.
@@ -164,7 +168,7 @@ class RunningStore:
             )
             for key, (cursor, flat) in zip(list(cursors), replies, strict=True):
                 for member, score in zip(flat[::2], flat[1::2], strict=True):
-                    members[key, member.decode()] = int(float(score))
+                    members[key, member.decode(errors="replace")] = int(float(score))
                 if int(cursor):
                     cursors[key] = cursor
                 else:
@@ -198,30 +202,27 @@ class RunningStore:
 
 
 def _session(lease: _Lease, record: Any, state: Any, now_ms: int) -> RunningSession | None:
+    if isinstance(state, Exception):
+        state = (None,) * len(_SESSION)
     try:
         _, session_id, spec, tokens, cost, since = record
         client, model = orjson.loads(spec)
-        worst = WorstCase(int(tokens), int(cost))
-        since_ms = int(since) if since else None
-        name = session_id.decode()
-    except (TypeError, ValueError):
+        now, worker, last, size, cancel, owner = state
+        ours = owner is not None and owner.decode() == lease.claim_id
+        activity = _activity(now, ours=ours, cancel=cancel is not None, overdue=lease.ends_ms < now_ms)
+        return RunningSession(
+            session_id.decode(),
+            str(client),
+            str(model),
+            activity,
+            int(since) if since else None,
+            (worker or b"").decode() if ours else "",
+            int(last or 0) if ours else 0,
+            int(size or 0) if ours else 0,
+            WorstCase(int(tokens), int(cost)),
+        )
+    except (TypeError, ValueError):  # of another release, or broken
         return None
-    if isinstance(state, Exception):
-        state = (None,) * len(_SESSION)
-    now, worker, last, size, cancel, owner = state
-    ours = owner is not None and owner.decode() == lease.claim_id
-    activity = _activity(now, ours=ours, cancel=cancel is not None, overdue=lease.ends_ms < now_ms)
-    return RunningSession(
-        name,
-        client,
-        model,
-        activity,
-        since_ms,
-        (worker or b"").decode() if ours else "",
-        int(last or 0) if ours else 0,
-        int(size or 0) if ours else 0,
-        worst,
-    )
 
 
 def _activity(state: bytes | None, *, ours: bool, cancel: bool, overdue: bool) -> Activity:

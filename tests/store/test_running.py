@@ -143,9 +143,12 @@ async def test_one_unreadable_reservation_hides_no_other(stage: Stage) -> None:
     await stage.store.redis.zadd(account.shared("open"), {"odd": 10**13, "odder": 10**13})
     await stage.store.redis.hset(account.reservation("odd"), mapping={"state": "open", "session": "s"})
     await stage.store.redis.set(account.reservation("odder"), "not a hash")
+    await stage.accounts.reserve(Reservation("oddest", "s2", "key:bob", "a/b", WORST))
+    session = stage.store.session_keys("s2")["session"]
+    await stage.store.redis.hset(session, mapping={"state": "running", "claim_id": "oddest", "last": "many"})
     found = await stage.read()
     assert [each.session_id for each in found.sessions] == [stage.session_id]
-    assert found.unreadable == 2
+    assert found.unreadable == 3
 
 
 async def test_thousands_of_sessions_are_found_in_batches(store: Store) -> None:
@@ -164,6 +167,19 @@ async def test_a_list_that_is_cut_says_so(store: Store, monkeypatch: pytest.Monk
         await accounts.reserve(Reservation(f"c{n}", f"s{n}", f"client {n}", "m", WORST))
     found = await RunningStore(store).read()
     assert (len(found.sessions), found.complete) == (3, False)
+
+
+async def test_all_of_a_client_is_read_however_much_runs(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "MAX_SESSIONS", 3)
+    accounts = AccountStore(store, QUOTAS)
+    for n in range(6):
+        await accounts.reserve(Reservation(f"c{n}", f"s{n}", f"client {n // 3}", "m", WORST))
+    for client, expected in (("client 0", {"s0", "s1", "s2"}), ("client 1", {"s3", "s4", "s5"})):
+        found = await RunningStore(store).read(client=client)
+        assert ({each.session_id for each in found.sessions}, found.complete) == (expected, True)
+    assert (await RunningStore(store).read(client="client 2")).sessions == []
 
 
 async def test_workers_are_listed_while_they_live(store: Store) -> None:
@@ -189,5 +205,6 @@ async def test_pending_sessions_of_a_client_are_found(store: Store) -> None:
     for session, client in (("s1", "ann"), ("s2", "bob"), ("s3", "ann")):
         await pending.admit(client, session, WORST, stored=10)
     reader = RunningStore(store)
-    assert sorted(await reader.pending("ann")) == ["s1", "s3"]
-    assert await reader.pending("nobody") == []
+    found, complete = await reader.pending("ann")
+    assert (sorted(found), complete) == (["s1", "s3"], True)
+    assert await reader.pending("nobody") == ([], True)
