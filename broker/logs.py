@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 # At lower levels these log URLs, headers and bodies, and openai's level can be set from outside.
 _TALKATIVE: Final = ("openai", "httpx2", "httpcore2")
+_QUOTES_HEADERS: Final = "opentelemetry.util.re"
+"""Warns of headers for a collector that it cannot parse, and quotes them. They usually hold a key."""
+
 _SESSION_ID: Final = re.compile(rf"\b{SESSION_ID}\b", re.IGNORECASE)
 _REQUEST_ID: Final = "request_id"
 _SHORTEST_SECRET: Final = 4  # replacing a shorter one would make every line unreadable and hide nothing
@@ -72,6 +75,7 @@ def configure_logs(
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(out)
+    handler.addFilter(_hide_headers)
     handler.addFilter(_worth_telling)
     handler.addFilter(Repetitions())
     handler.setFormatter(
@@ -223,6 +227,12 @@ def _words(*, colors: bool) -> Processor:
     return structlog.dev.ConsoleRenderer(
         colors=colors, exception_formatter=structlog.dev.plain_traceback, pad_event_to=0
     )
+
+
+def _hide_headers(record: logging.LogRecord) -> bool:
+    if record.name == _QUOTES_HEADERS and isinstance(record.args, tuple):
+        record.args = ("***",) * len(record.args)
+    return True
 
 
 def _worth_telling(record: logging.LogRecord) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import structlog
+from opentelemetry.util.re import parse_env_headers
 
 from broker.logs import Repetitions, censor, configure_logs, log_into_application
 from tests.clock import Clock
@@ -360,3 +361,12 @@ def test_an_application_that_has_set_up_structlog_keeps_it() -> None:
     log_into_application([KEY])
     logger().info("session ended", state="done")
     assert out.getvalue() == "state='done' event='session ended'\n"
+
+
+def test_headers_for_a_collector_are_not_quoted() -> None:
+    out = io.StringIO()
+    configure_logs("info", "json", out=out)
+    for liberal in (False, True):
+        parse_env_headers(f"Authorization: Bearer {KEY}", liberal=liberal)
+    assert [line["level"] for line in lines(out)] == ["warning"] * 2
+    assert KEY not in out.getvalue()
