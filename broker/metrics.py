@@ -1,7 +1,7 @@
 """The metrics of one broker, as Prometheus reads them at `/metrics`. Each is defined here, once.
 
-Every broker has a registry of its own, since several can run in one process. What happens seldom is counted when it
-happens. What happens at every chunk is counted by plain integers, which `watch` has read at each scrape. Labels have
+Every broker has a registry of its own, because several can run in one process. Rare events are counted by the library
+when they happen. What happens at every chunk is counted by plain integers, which are read at each scrape. Labels have
 few values: no client, session or model is one.
 """
 
@@ -39,11 +39,13 @@ LAG = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 CANCEL = (0.005, 0.01, 0.05, 0.1, 0.3, 1, 3)
 """Upper bounds of histograms, in seconds."""
 
-# Series that alerts look at are there from the start: of a series that begins with 1, Prometheus sees no increase.
-_RARE_ENDS = ((State.LOST, "worker_lost"), (State.FAILED, "internal_error"))
-_RARE_REFUSALS = ("internal_error", "overloaded")
+# Series that alerts and sums look at are there from the start: Prometheus sees no increase from nothing to 1.
+_ENDS = ((State.DONE, ""), (State.LOST, "worker_lost"), (State.FAILED, "internal_error"))
+_REFUSALS = ("internal_error", "overloaded")
+_DIRECTIONS = ("in", "out")
+_TOKEN_KINDS = ("prompt", "completion")
 _RESUMES = ("here", "elsewhere", "ended", "expired", "refused")
-_RARE_STATUSES = dict.fromkeys(("none", "401", "402"), 0)
+_STATUSES = dict.fromkeys(("200", "none", "401", "402"), 0)
 
 
 class PlainHistogram:
@@ -126,10 +128,14 @@ class Metrics:
             "How much later than wanted a timer of the event loop ran.",
             buckets=LAG,
         )
-        for state, code in _RARE_ENDS:
+        for state, code in _ENDS:
             self._sessions.labels(state.value, code)
-        for code in _RARE_REFUSALS:
+        for code in _REFUSALS:
             self._refused.labels(code)
+        for direction in _DIRECTIONS:
+            self._bytes.labels(direction)
+        for kind in _TOKEN_KINDS:
+            self._tokens.labels(kind)
         for result in _RESUMES:
             self._resumes.labels(result)
 
@@ -293,6 +299,6 @@ def _values_of(
         "Requests for answers, by HTTP status; none: no answer.",
         labels=["status"],
     )
-    for status, times in (_RARE_STATUSES | upstream.statuses).items():
+    for status, times in (_STATUSES | upstream.statuses).items():
         requests.add_metric([status], times)
     yield requests
