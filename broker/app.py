@@ -451,7 +451,7 @@ async def _sharing(metrics: Metrics, path: Path | None, worker_id: str) -> Async
 
 
 async def _metrics_directory(path: Path, worker_id: str) -> MetricsDirectory | None:
-    """Return the place of this worker among the metrics; None where it cannot be made, for a worker must start."""
+    """Return the place of this worker in the directory; None where it cannot be made, because a worker must start."""
     from broker.metrics_directory import MetricsDirectory  # noqa: PLC0415 - not on every platform
 
     try:

@@ -1,8 +1,8 @@
-"""The metrics of several workers of one host, added up: each writes its own into a directory, any of them answers.
+"""Add up the metrics of several workers of one host: each writes its own into a directory, and any of them answers.
 
 A worker writes its values every second, and at its end. Counters and histograms of workers that have ended stay in the
-sum, or Prometheus would take the loss for a restart and count everything again. Gauges count only while their worker
-lives: it holds a lock on a file, which the system takes away however the worker ends.
+sum; if they were removed, Prometheus would see a restart and count everything again. Gauges count only while their
+worker lives: it holds a lock on a file, which the system releases when the worker ends in any way.
 
 The directory belongs to one start of the service, on a local disk. Nothing happens at a chunk.
 """
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 WRITE_EVERY = 1.0
-"""Seconds between two writes: so old may the values of other workers be."""
+"""Seconds between two writes, which is how old the values of other workers can be."""
 
 KEPT_NAMES = 1000
-"""Names of ended workers that are kept beside their sum, in case that somebody has just read their files."""
+"""Names of ended workers that are stored with their sum, for a reader that has just read their files."""
 
 HIGHEST = frozenset({"broker_journal_lag_seconds", "broker_daily_cost_limit_usd"})
 """Gauges of which the highest value counts, and not the sum."""
@@ -130,7 +130,7 @@ class MetricsDirectory:
         return False
 
     def _add_up_ended(self) -> None:
-        """Replace the files of ended workers by their sum, so that many restarts leave no heap of files."""
+        """Replace the files of ended workers by their sum, so that restarts do not add more and more files."""
         with self._only_one():
             names, sums = self._read_sum()
             ended = [name for name in self._names() if not self._lives(name)]
@@ -201,7 +201,7 @@ def _open(path: Path) -> int:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that nobody ever reads a part of it."""
+    """Write a file in one step, so that nobody reads a part of it."""
     fresh = path.with_suffix(".new")
     fresh.write_bytes(content)
     fresh.replace(path)

@@ -196,7 +196,7 @@ def _relieve_collector() -> None:
 
 
 def _address_line(runner: web.AppRunner, settings: Settings) -> str:
-    """Return the address to open, as one line for the person who started it, whatever the form of the logs."""
+    """Return the address to open, as one line for the person who started the service. It is not a log line."""
     # "Every address" cannot be opened in a browser.
     host = _OF_EVERY_ADDRESS.get(settings.host, settings.host)
     verb = "Open" if settings.page else "Listening at"

@@ -1,6 +1,7 @@
 """Send spans and metrics to a collector, as the standard `OTEL_*` variables say. Needs the extra `otel`.
 
-The providers are ours alone; no global one is set. The SDK sends in threads of its own, from bounded queues.
+No global provider is set, so an application around the broker keeps its own. The SDK sends in its own threads, from
+bounded queues.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ async def _bounded(shutdown: Callable[[], object]) -> None:
 
 
 def _resource(version: str) -> Resource:
-    """Return who we are: what `OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` say, else our own name."""
-    said = Resource.create()
-    if str(said.attributes["service.name"]).startswith("unknown_service"):
-        said = said.merge(Resource({"service.name": "session-broker"}))
-    return Resource({"service.version": version}).merge(said)
+    """Return the name and version of the service; `OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` replace ours."""
+    given = Resource.create()
+    if str(given.attributes["service.name"]).startswith("unknown_service"):
+        given = given.merge(Resource({"service.name": "session-broker"}))
+    return Resource({"service.version": version}).merge(given)

@@ -82,7 +82,7 @@ class Telemetry(Protocol):
 
 
 class _Nothing:
-    """All of them, doing nothing."""
+    """Implements all of these interfaces, and does nothing."""
 
     context: TraceContext | None = None
     headers = NO_HEADERS

@@ -1,8 +1,8 @@
-"""Spans and metrics of OpenTelemetry. Imported only where they are on, because it needs the extra `otel`.
+"""Spans and metrics of OpenTelemetry. This module needs the extra `otel`, so it is imported only where they are on.
 
 The page's trace, as its `traceparent`, is the parent of the span of /prepare. That span is stored with the session and
-is the parent of the session's span, on whatever worker: one session belongs to one /prepare, so it is a child and not
-only linked. The call of the upstream is a client span in it, and its context goes to the upstream.
+is the parent of the session's span, also on another worker. It is a parent and not a link, because one session belongs
+to one /prepare. The call of the upstream is a client span in it, and its context goes to the upstream.
 
 Names are those of the conventions for HTTP and for generative AI. Values that a page or an upstream chose are cut.
 """
