@@ -6,6 +6,7 @@ Every process that is started here has ended at the end of its block, whatever a
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ import aiohttp
 
 from broker.settings import Settings, setting_name
 from tests.servers import server_binary
+from tests.system.fork_server import ForkedProcess, ForkServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -31,8 +33,18 @@ STOP_TIMEOUT = 5.0  # what a block leaves running is not worth a whole drain
 DRAIN_TIMEOUT = 35.0  # longer than the default drain
 POLL_INTERVAL = 0.02
 
+OURS = {setting_name(name) + suffix for name in Settings.model_fields for suffix in ("", "_FILE")}
+"""The environment variables of settings."""
+
 SERVER = "valkey"
 """Which of `tests.servers.SERVERS` is started here; the fixture `redis_server` sets it for a test."""
+
+
+BROKERS = ForkServer()
+"""Starts the brokers of this process of the tests."""
+atexit.register(BROKERS.close)
+
+Process = subprocess.Popen[bytes] | ForkedProcess
 
 
 class NotStartedError(AssertionError):
@@ -50,7 +62,7 @@ class RunningBroker:
 
     url: str
     port: int
-    process: subprocess.Popen[bytes]
+    process: Process
     log_path: Path
 
     def log(self) -> str:
@@ -146,9 +158,18 @@ async def running_broker(
     """
     port = int((env or {}).get("PORT") or free_port())
     settings = {"OPENROUTER_API_KEY": "sk-test", "PORT": str(port), **(env or {})}
-    command = ["-m", "broker", "serve", *(["--rehearsal"] if rehearsal else []), *args]
+    arguments = ["serve", *(["--rehearsal"] if rehearsal else []), *args]
+    environment = clean_environment(settings)
+    # A variable that is none of the broker's may change what an import does.
+    forks = hasattr(os, "pidfd_open") and all(name in OURS or name.startswith("BROKER_") for name in settings)
+
+    def start(cwd: Path, log_path: Path) -> Process:
+        if forks:
+            return BROKERS.start(arguments, environment, cwd, log_path)
+        return _spawn([sys.executable, "-m", "broker", *arguments], environment, cwd, log_path)
+
     with tempfile.TemporaryDirectory() as cwd:
-        async with running_program(command, port, env=settings, cwd=Path(cwd), ready=ready) as broker:
+        async with _running(lambda log_path: start(Path(cwd), log_path), port, ready=ready) as broker:
             yield broker
 
 
@@ -167,9 +188,20 @@ async def running_program(
     Raises:
         NotStartedError: it ended before `ready` on the port answered 200, or that did not come in time.
     """
+    command = [python, *arguments]
+    async with _running(
+        lambda log_path: _spawn(command, clean_environment(env), cwd, log_path), port, ready=ready
+    ) as broker:
+        yield broker
+
+
+@asynccontextmanager
+async def _running(
+    start: Callable[[Path], Process], port: int, *, ready: str
+) -> AsyncIterator[RunningBroker]:
     with tempfile.TemporaryDirectory(prefix="broker-test-") as name:
         log_path = Path(name, "log")
-        process = _spawn([python, *arguments], clean_environment(env), cwd, log_path)
+        process = start(log_path)
         try:
             broker = RunningBroker(f"http://127.0.0.1:{port}", port, process, log_path)
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as session:
@@ -224,9 +256,7 @@ def free_port() -> int:
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """The environment of this process, without any setting of the broker's, and then `extra`."""
-    ours = {setting_name(name) for name in Settings.model_fields}
-    ours |= {f"{name}_FILE" for name in ours}
-    kept = {n: v for n, v in os.environ.items() if n not in ours and not n.startswith("BROKER_")}
+    kept = {n: v for n, v in os.environ.items() if n not in OURS and not n.startswith("BROKER_")}
     return {**kept, "PYTHONUNBUFFERED": "1", **extra}
 
 
@@ -253,9 +283,7 @@ async def _is_ready(session: aiohttp.ClientSession, url: str) -> bool:
         return False
 
 
-async def _poll(
-    happened: Callable[[], Awaitable[bool]], process: subprocess.Popen[bytes], log_path: Path
-) -> None:
+async def _poll(happened: Callable[[], Awaitable[bool]], process: Process, log_path: Path) -> None:
     """Ask again and again until it has happened, for as long as the process lives and the time lasts."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + START_TIMEOUT
@@ -271,7 +299,7 @@ def _text(log_path: Path) -> str:
     return log_path.read_text(errors="replace")
 
 
-async def _end(process: subprocess.Popen[bytes]) -> None:
+async def _end(process: Process) -> None:
     try:
         if process.poll() is None:
             process.terminate()
