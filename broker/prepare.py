@@ -357,11 +357,11 @@ class Admission:
             client, session_id, ready.worst, stored=len(ready.body), quotas=limits.quotas
         )
         if rate is None:
-            calls = [*calls, *self._rates.hitting(client, limits.rates)]
+            calls = [*calls, self._rates.hitting(client, limits.rates)]
         try:
             own, total, *counted = await self._store.run(calls)
             if counted:
-                rate = self._rates.read(client, counted, limits.rates)
+                rate = self._rates.read(client, counted[0], limits.rates)
             rate = _allowed(rate)
             self._pending.check([own, total])
         except BaseException as error:

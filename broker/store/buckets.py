@@ -1,7 +1,7 @@
 """The keys of accounts: spread over buckets, so that a Redis Cluster can spread them over its nodes.
 
-The keys of one client are in one bucket and share its tag: account, slots, pending sessions, reservations and rows of
-the usage ledger. The keys that all clients share are in a bucket of their own.
+The keys of one client are in one bucket and share its tag: account, rates, slots, pending sessions, reservations and
+rows of the usage ledger. The keys that all clients share are in a bucket of their own.
 """
 
 from __future__ import annotations

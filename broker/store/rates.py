@@ -22,10 +22,12 @@ from limits import RateLimitItemPerSecond
 from limits.aio.storage.redis.bridge import RedisBridge
 
 from broker.core.rates import Rate, RateStatus
+from broker.store.buckets import account_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from broker.store.buckets import Account
     from broker.store.call import Call
     from broker.store.connection import Store
 
@@ -49,7 +51,6 @@ class Rates:
         self._store = store
         self._clock = clock
         self._refused: OrderedDict[tuple[str, tuple[Rate, ...]], tuple[RateStatus, float]] = OrderedDict()
-        self._prefix = f"{store.prefix}:rate:"
         self._rates = (Rate(limit, window),)
         take = _function("take", RedisBridge.SCRIPT_ACQUIRE_MOVING_WINDOW)
         look = _function("look", RedisBridge.SCRIPT_MOVING_WINDOW)
@@ -60,31 +61,35 @@ class Rates:
 
         Args:
             client: the name of the client.
-            rates: its rates, where they differ from that of the service. Each has a window of its own.
+            rates: its rates, where they differ from that of the service. Each has a window of its own, and a hit that
+                one of them refuses is counted by none.
 
         Raises:
             StoreUnavailable: Redis cannot be reached. The hit may have been counted.
         """
-        return self.read(client, await self._store.run(self.hitting(client, rates)), rates)
+        (reply,) = await self._store.run([self.hitting(client, rates)])
+        return self.read(client, reply, rates)
 
-    def hitting(self, client: str, rates: tuple[Rate, ...] | None = None) -> list[Call]:
-        """Return the calls of `hit`, to be run together with others."""
-        return [
-            self._hit.call(hits=self._key(client, rate), limit=rate.count, window=rate.seconds)
-            for rate in rates or self._rates
-        ]
+    def hitting(self, client: str, rates: tuple[Rate, ...] | None = None) -> Call:
+        """Return the call of `hit`, to be run together with others."""
+        rates = rates or self._rates
+        account = account_of(self._store, client)
+        return self._hit.call(
+            hits=[_key(account, rate) for rate in rates],
+            rates=[number for rate in rates for number in (rate.count, rate.seconds)],
+        )
 
     def read(
-        self, client: str, replies: Sequence[Sequence[int]], rates: tuple[Rate, ...] | None = None
+        self, client: str, reply: Sequence[Sequence[int]], rates: tuple[Rate, ...] | None = None
     ) -> RateStatus:
-        """Return the status of a client from the replies to the calls of `hitting`.
+        """Return the status of a client from the reply to the call of `hitting`.
 
         With several rates it is that of the refusal that lasts longest, else that of the rate with the fewest hits
-        left. A hit that one of them refuses is counted by the others.
+        left.
         """
         found = [
-            RateStatus(bool(taken), rate.count, rate.seconds, remaining, reset_ms / 1000)
-            for rate, (taken, remaining, reset_ms) in zip(rates or self._rates, replies, strict=True)
+            RateStatus(bool(admits), rate.count, rate.seconds, remaining, reset_ms / 1000)
+            for rate, (admits, remaining, reset_ms) in zip(rates or self._rates, reply, strict=True)
         ]
         refused = [status for status in found if not status.allowed]
         if not refused:
@@ -110,9 +115,10 @@ class Rates:
             return None
         return status._replace(reset=left)
 
-    def _key(self, client: str, rate: Rate) -> str:
-        before, after = _around_client(rate)
-        return f"{self._prefix}{before}{client}{after}"
+
+def _key(account: Account, rate: Rate) -> str:
+    before, after = _around_client(rate)
+    return f"{account.shared('rate')}:{before}{account.name}{after}"
 
 
 @lru_cache(maxsize=256)

