@@ -18,7 +18,7 @@ from broker import __version__
 from broker.bytes_per_token import BytesPerToken
 from broker.catalog import Catalog
 from broker.core.accounts import Quotas
-from broker.core.client_limits import Limits, ServiceLimits
+from broker.core.client_limits import LimitsInForce, ServiceLimits
 from broker.core.errors import StoreUnavailable
 from broker.core.origins import Origins
 from broker.core.pricing import to_nano
@@ -341,7 +341,7 @@ def _running_ttl(settings: Settings) -> int:
 
 def _service_limits(settings: Settings, quotas: Quotas) -> ServiceLimits:
     return ServiceLimits(
-        Limits(quotas, rates=(settings.rate_limit,), max_output_tokens=settings.max_output_tokens)
+        LimitsInForce(quotas, rates=(settings.rate_limit,), max_output_tokens=settings.max_output_tokens)
     )
 
 

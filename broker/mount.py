@@ -16,7 +16,6 @@ from aiohttp import web
 
 from broker.app import build
 from broker.core.upstream_kind import UpstreamKind
-from broker.identity.clients_file import read_clients_file
 from broker.identity.known_clients import KnownClients
 from broker.logs import log_into_application
 from broker.settings import (
@@ -101,7 +100,12 @@ def mount(
 
     ``telemetry`` takes the spans; by default that of the standard variables does. In ``metrics_directory`` several
     workers of one host add up their metrics; each of them shows the sum.
+
+    Raises:
+        SettingsError: the clients file cannot be used.
     """
+    # An application knows its clients itself; keys do not distinguish them.
+    known = KnownClients.of_settings(settings) if identify is None else KnownClients()
     prefix = prefix.rstrip("/")
     part = web.Application() if prefix else app
     add_web(part, settings, prefix=prefix)
@@ -109,7 +113,9 @@ def mount(
         app.add_subapp(prefix, part)
     # These are of the outer application, whose clean-up contexts end in the opposite order: what was set up before the
     # broker, such as a database, outlives it. Those of a sub-application would end after all others.
-    app.cleanup_ctx.append(partial(_running, part, settings, identify, on_end, telemetry, metrics_directory))
+    app.cleanup_ctx.append(
+        partial(_running, part, settings, known, identify, on_end, telemetry, metrics_directory)
+    )
     if _PARTS not in app:
         app[_PARTS] = []
         app.on_shutdown.append(_drain_all)
@@ -132,8 +138,6 @@ def _check(prefix: str, settings: Settings) -> None:
     require_served_store(settings)
     if settings.system_file is not None:
         read_system_file(settings.system_file)
-    if settings.clients_file is not None:
-        read_clients_file(settings.clients_file)
     if settings.redis_url is None and not settings.told_of_loopback:
         raise SettingsError(
             "redis_url must be set;"
@@ -157,6 +161,7 @@ async def _logging(settings: Settings, warning: str | None, _app: web.Applicatio
 async def _running(
     part: web.Application,
     settings: Settings,
+    known: KnownClients,
     identify: Identify | None,
     on_end: OnEnd | None,
     telemetry: Telemetry | None,
@@ -173,8 +178,6 @@ async def _running(
             from broker.store.embedded import embedded_valkey  # noqa: PLC0415 - only where it is used
 
             redis_url = stack.enter_context(embedded_valkey())
-        # An application knows its clients itself; keys do not distinguish them.
-        known = KnownClients.of_settings(settings) if identify is None else KnownClients()
         parts = build(
             part,
             settings,

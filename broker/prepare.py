@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from broker.bytes_per_token import BytesPerToken
     from broker.catalog import Catalog
-    from broker.core.client_limits import ClientLimits, Limits, ServiceLimits
+    from broker.core.client_limits import ClientLimits, LimitsInForce, ServiceLimits
     from broker.core.fitting import Request
     from broker.core.identity import Client
     from broker.core.model_entry import Model
@@ -90,7 +90,7 @@ class ReadyRequest(NamedTuple):
     """
 
     client: Client
-    limits: Limits
+    limits: LimitsInForce
     body: bytes
     fitted: FittedRequest
     worst: WorstCase
@@ -264,7 +264,7 @@ class Admission:
         finally:
             self._turn.release()
 
-    def _read(self, body: bytes, limits: Limits) -> Generator[None, None, Request]:
+    def _read(self, body: bytes, limits: LimitsInForce) -> Generator[None, None, Request]:
         """Count, parse, check and validate a body, in steps."""
         found = outline(body)
         yield
@@ -281,7 +281,7 @@ class Admission:
         self,
         request: Request,
         client: Client,
-        own: Limits,
+        own: LimitsInForce,
         known: Mapping[str, Model],
         bytes_per_token: Mapping[str, float],
     ) -> Generator[None, None, ReadyRequest]:

@@ -20,6 +20,11 @@ from broker.core.rates import Rate
 
 _A_YEAR = 366 * 24 * 3600
 _UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 24 * 3600}
+CLIENT_NAME = re.compile(r"[A-Za-z0-9._@+-]{1,64}")
+"""The names of clients with keys. They are part of Redis keys and tables, where other characters have a meaning."""
+
+CLIENT_NAME_FORM = "1 to 64 letters, digits or any of . _ @ + -"
+
 _MOST_SECRETS = 8
 SHORTEST_SECRET = 32
 """Bytes of a secret for HS256: as many as its hash has (RFC 7518, section 3.2)."""
@@ -95,9 +100,9 @@ def _api_keys(value: Any) -> Any:
         return value
     keys: dict[str, str] = {}
     for pair in _listed(value.replace("\n", ",")):  # a file may have one pair per line
-        # Names are part of Redis keys and tables, where other characters have a meaning.
-        match = re.fullmatch(r"([A-Za-z0-9._@+-]{1,64})\s*:\s*([!-~]+)", pair)
-        if match is None or keys.setdefault(match[2], match[1]) != match[1]:
+        name, key = (part.strip() for part in pair.partition(":")[::2])
+        is_pair = CLIENT_NAME.fullmatch(name) and re.fullmatch(r"[!-~]+", key)
+        if not is_pair or keys.setdefault(key, name) != name:
             raise ValueError("name:key")
     return tuple(ApiKey(name, SecretStr(key)) for key, name in keys.items())
 

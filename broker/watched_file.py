@@ -59,6 +59,17 @@ class WatchedFile(Generic[T]):
         self._used: FileState | None = None
         self._refused: FileState | None = None
 
+    def read(self) -> T:
+        """Return the contents, which count as read.
+
+        Raises:
+            SettingsError: the file cannot be used.
+        """
+        state = file_state(self._path)
+        content = self._read(self._path)
+        self._used = state
+        return content
+
     def changed(self) -> T | None:
         """Return the contents if they are usable and have changed since the last call, else None.
 

@@ -7,8 +7,8 @@ import secrets
 
 from broker.cli.output import OutputError, write
 from broker.cli.words import BAD_USE, complain, print_note
-from broker.identity.clients_file import CLIENT_NAME
 from broker.identity.clients_file import NAME as SETTING
+from broker.setting_kinds import CLIENT_NAME, CLIENT_NAME_FORM
 
 PREFIX = "sb_"
 """The beginning of every key, by which a scanner for leaked secrets can find one."""
@@ -20,7 +20,7 @@ def new(name: str) -> int:
     The key is stored nowhere.
     """
     if CLIENT_NAME.fullmatch(name) is None:
-        return complain("a name has 1 to 64 letters, digits or any of . _ @ + -", BAD_USE)
+        return complain(f"a name has {CLIENT_NAME_FORM}", BAD_USE)
     key = PREFIX + secrets.token_urlsafe(32)
     try:
         write(f"{key}\n\n{table(name, key)}")

@@ -76,10 +76,6 @@ def require(settings: Settings, *, rehearsal: bool, embedded: bool) -> None:
         )
     if settings.system_file is not None:
         read_system_file(settings.system_file)
-    if settings.clients_file is not None:
-        from broker.identity.clients_file import read_clients_file  # noqa: PLC0415 - only where it is used
-
-        read_clients_file(settings.clients_file)
 
 
 def _warn(settings: Settings, unknown: list[str]) -> None:
@@ -104,6 +100,8 @@ def _run(
 
     try:
         return service.serve(settings, load=load, say=_say, rehearsal=rehearsal, embedded=embedded)
+    except SettingsError as error:  # of the clients file
+        return complain(error, BAD_USE)
     except StoreUnavailable as error:
         return complain(error)
     except OSError as error:

@@ -75,7 +75,7 @@ class ClientLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class LimitsInForce:
     """All limits that are in force for a client.
 
     Attributes:
@@ -122,54 +122,44 @@ class ServiceLimits:
         service: the limits of a client that has none of its own.
     """
 
-    def __init__(self, service: Limits) -> None:
+    def __init__(self, service: LimitsInForce) -> None:
         self.service = service
         self._combined = lru_cache(maxsize=_REMEMBERED)(partial(combine, service))
 
-    def of(self, own: ClientLimits | None) -> Limits:
+    def of(self, own: ClientLimits | None) -> LimitsInForce:
         """Return all limits of a client with these limits of its own."""
         return self.service if own is None else self._combined(own)
 
 
-def combine(service: Limits, own: ClientLimits) -> Limits:
+def combine(service: LimitsInForce, own: ClientLimits) -> LimitsInForce:
     """Return the limits of a client: those of the service, changed by its own."""
+    choose = _smaller if own.narrows else _own
     quotas = service.quotas
-    if own.narrows:
-        quotas = replace(
+    rates = service.rates
+    if own.rate is not None:
+        rates = _both(rates, own.rate) if own.narrows else (own.rate,)
+    return LimitsInForce(
+        quotas=replace(
             quotas,
-            streams=min(quotas.streams, own.streams or quotas.streams),
-            daily_tokens=_smaller(quotas.daily_tokens, own.daily_tokens),
-            daily_cost=_smaller(quotas.daily_cost, own.daily_cost),
-            monthly_cost=_smaller(quotas.monthly_cost, own.monthly_cost),
-        )
-        rates = service.rates if own.rate is None else _both(service.rates, own.rate)
-        output = min(service.max_output_tokens, own.max_output_tokens or service.max_output_tokens)
-    else:
-        quotas = replace(
-            quotas,
-            streams=_own(own.streams, quotas.streams),
-            daily_tokens=_own(own.daily_tokens, quotas.daily_tokens),
-            daily_cost=_own(own.daily_cost, quotas.daily_cost),
-            monthly_cost=_own(own.monthly_cost, quotas.monthly_cost),
-        )
-        rates = service.rates if own.rate is None else (own.rate,)
-        output = _own(own.max_output_tokens, service.max_output_tokens)
-    return Limits(
-        quotas=quotas,
+            streams=choose(quotas.streams, own.streams),
+            daily_tokens=choose(quotas.daily_tokens, own.daily_tokens),
+            daily_cost=choose(quotas.daily_cost, own.daily_cost),
+            monthly_cost=choose(quotas.monthly_cost, own.monthly_cost),
+        ),
         rates=rates,
-        max_output_tokens=output,
+        max_output_tokens=choose(service.max_output_tokens, own.max_output_tokens),
         models=service.models if own.models is None else (*service.models, own.models),
         origins=_common(service.origins, own.origins),
         system=own.system,
     )
 
 
-def _own(own: int | None, service: int) -> int:
+def _own(service: int, own: int | None) -> int:
     return service if own is None else own
 
 
 def _smaller(service: int, own: int | None) -> int:
-    """Return the smaller one of two budgets; 0 is no limit."""
+    """Return the smaller one of two limits; 0 is no limit."""
     return min(service or own or 0, own or service)
 
 

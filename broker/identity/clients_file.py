@@ -12,13 +12,13 @@ import re
 import time
 import tomllib
 from contextlib import suppress
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 import structlog
 
 from broker.identity.limit_values import LimitsError, read_table
+from broker.setting_kinds import CLIENT_NAME, CLIENT_NAME_FORM
 from broker.settings import SettingsError, read_bytes
 from broker.watched_file import WatchedFile
 
@@ -39,9 +39,6 @@ MAX_KEYS: Final = 32
 LOOK_EVERY: Final = 0.25
 """Seconds between two checks of the file. A change is read at the second check that sees it."""
 
-CLIENT_NAME: Final = re.compile(r"[A-Za-z0-9._@+-]{1,64}")
-"""The names of clients, as in BROKER_API_KEYS: names are part of Redis keys and tables."""
-
 _DIGEST: Final = re.compile(r"[0-9A-Fa-f]{64}")
 
 log = structlog.get_logger(__name__)
@@ -59,14 +56,6 @@ class Tables(NamedTuple):
     names: Mapping[bytes, str]
 
 
-@dataclass(frozen=True, slots=True)
-class KeyOwner:
-    """The client of a key, and its limits."""
-
-    name: str
-    limits: ClientLimits
-
-
 class ClientsFile:
     """The clients of the file. `run` reads it again when it changes.
 
@@ -79,7 +68,6 @@ class ClientsFile:
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._tables = read_clients_file(path)
         self._file = WatchedFile(
             path,
             read_clients_file,
@@ -88,21 +76,20 @@ class ClientsFile:
             every=LOOK_EVERY,
             settles=True,
         )
+        self._tables = self._file.read()
         self._asked = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._tables.limits)
 
-    def owner_of(self, key: str) -> KeyOwner | None:
-        """Return the client of a key, None for an unknown key.
+    def owner_of(self, key: str) -> str | None:
+        """Return the name of the client of a key, None for an unknown key.
 
         The time tells nothing of the keys: what is looked up is the hash of the whole key, which a caller cannot
         approach digit by digit.
         """
         # Bytes of a header that are not UTF-8 arrive as lone surrogates.
-        tables = self._tables
-        name = tables.names.get(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest())
-        return None if name is None else KeyOwner(name, tables.limits[name])
+        return self._tables.names.get(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest())
 
     def limits_of(self, name: str) -> ClientLimits | None:
         """Return the limits of a client, None where the file has none of this name."""
@@ -120,7 +107,7 @@ class ClientsFile:
                     await self._asked.wait()
             read = self._file.read_again if self._asked.is_set() else self._file.changed
             self._asked.clear()
-            # In a thread, for a file of thousands of clients takes seconds. Streams go on between its steps.
+            # In a thread, because a file of thousands of clients takes seconds. Streams go on between its steps.
             tables = await asyncio.to_thread(self._other, read)
             if tables is not None:
                 self._tables = tables
@@ -161,7 +148,7 @@ def _tables(document: Mapping[str, Any]) -> Tables:
                 f"{where} must be a table; limits stand below the line with the name of a client"
             )
         if CLIENT_NAME.fullmatch(name) is None:
-            raise SettingsError(f"{where} must be a name of 1 to 64 letters, digits or any of . _ @ + -")
+            raise SettingsError(f"{where} must be a name of {CLIENT_NAME_FORM}")
         if "sha256" not in table:
             raise SettingsError(f"{where} must have sha256{_hint_of_dots(name, table)}")
         for digest in _digests(table["sha256"], where):

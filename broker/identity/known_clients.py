@@ -70,14 +70,12 @@ class KnownClients:
         Raises:
             Unauthorized: its owner is disabled, or its time is over.
         """
-        name, limits = self._api_keys.owner_of(key), None
-        if self.file is not None:
-            if name is not None:
-                limits = self.file.limits_of(name)
-            elif (found := self.file.owner_of(key)) is not None:
-                name, limits = found.name, found.limits
+        name = self._api_keys.owner_of(key)
+        if name is None and self.file is not None:
+            name = self.file.owner_of(key)
         if name is None:
             return None
+        limits = self._limits_of(name)
         self.check(limits)
         return Known(name, limits)
 
@@ -103,11 +101,14 @@ class KnownClients:
         limits = stored
         if self._knows and client.startswith(KEY_PREFIX):
             name = client.removeprefix(KEY_PREFIX)
-            limits = self.file.limits_of(name) if self.file is not None else None
+            limits = self._limits_of(name)
             if limits is None and not self._api_keys.has_owner(name):
                 raise Unauthorized(REVOKED)
         self.check(limits)
         return limits
+
+    def _limits_of(self, name: str) -> ClientLimits | None:
+        return self.file.limits_of(name) if self.file is not None else None
 
     def replace_api_keys(self, keys: Iterable[ApiKey], path: Path | None) -> bool:
         """Replace the API keys. Returns True if they differ from those before."""

@@ -33,9 +33,7 @@ def test_a_new_key_opens_with_its_table(tmp_path: Path) -> None:
     assert key.startswith("sb_")
     path = tmp_path / "clients.toml"
     path.write_text(printed)
-    found = ClientsFile(path).owner_of(key)
-    assert found is not None
-    assert found.name == "acme"
+    assert ClientsFile(path).owner_of(key) == "acme"
     assert key not in printed
     assert key not in done.stderr
     assert "BROKER_CLIENTS_FILE" in done.stderr
@@ -50,9 +48,7 @@ def test_no_two_keys_are_the_same(tmp_path: Path) -> None:
 def test_a_table_of_any_name_can_be_read(tmp_path: Path, name: str) -> None:
     path = tmp_path / "clients.toml"
     path.write_text(table(name, "key"))
-    found = ClientsFile(path).owner_of("key")
-    assert found is not None
-    assert found.name == name
+    assert ClientsFile(path).owner_of("key") == name
 
 
 @pytest.mark.parametrize("name", ["", "a b", "x" * 65, "a\nb", "é", "[a]"])

@@ -14,7 +14,7 @@ from broker.core.client_limits import (
     DISABLED,
     EXPIRED,
     ClientLimits,
-    Limits,
+    LimitsInForce,
     ServiceLimits,
     combine,
 )
@@ -22,14 +22,14 @@ from broker.core.errors import ModelNotAllowed, OriginNotAllowed, Unauthorized
 from broker.core.rates import Rate
 
 QUOTAS = Quotas(pending=50, streams=5, daily_tokens=1000, daily_cost=0, total_daily_cost=9, monthly_cost=70)
-SERVICE = Limits(QUOTAS, rates=(Rate(30, 60),), max_output_tokens=4096)
+SERVICE = LimitsInForce(QUOTAS, rates=(Rate(30, 60),), max_output_tokens=4096)
 
 
-def table(**values: Any) -> Limits:
+def table(**values: Any) -> LimitsInForce:
     return combine(SERVICE, ClientLimits(narrows=False, **values))
 
 
-def claim(**values: Any) -> Limits:
+def claim(**values: Any) -> LimitsInForce:
     return combine(SERVICE, ClientLimits(narrows=True, **values))
 
 
@@ -106,7 +106,7 @@ def test_a_claim_never_allows_more(
 ) -> None:
     tokens, cost, month = budgets
     quotas = Quotas(1, streams, tokens, cost, 0, monthly_cost=month)
-    limits = combine(Limits(quotas, (), output), own)
+    limits = combine(LimitsInForce(quotas, (), output), own)
     for name in ("streams", "daily_tokens", "daily_cost", "monthly_cost"):
         found, theirs, ours = getattr(limits.quotas, name), getattr(quotas, name), getattr(own, name)
         wanted = min((each for each in (theirs, ours) if each), default=0)

@@ -20,6 +20,7 @@ from broker.identity.clients_file import LARGEST, MAX_CLIENTS, ClientsFile, read
 from broker.identity.known_clients import Known, KnownClients
 from broker.setting_kinds import ApiKey
 from broker.settings import Settings, SettingsError
+from broker.watched_file import WatchedFile
 from tests.clock import Clock
 
 
@@ -57,10 +58,8 @@ def test_a_key_finds_its_client(path: Path) -> None:
     )
     file = ClientsFile(path)
     assert len(file) == 2
-    found = file.owner_of("one")
-    assert found is not None
-    assert (found.name, found.limits.streams) == ("acme", 2)
-    assert [getattr(file.owner_of(key), "name", None) for key in ("two", "three")] == ["b.c@d+e-f_9"] * 2
+    assert [file.owner_of(key) for key in ("one", "two", "three")] == ["acme", "b.c@d+e-f_9", "b.c@d+e-f_9"]
+    assert file.limits_of("acme") == ClientLimits(narrows=False, streams=2)
     for unknown in ("One", "", sha("one"), "one\udcff", "x" * 100_000):
         assert file.owner_of(unknown) is None
 
@@ -169,6 +168,25 @@ async def test_a_changed_file_is_read_again(path: Path, log: io.StringIO) -> Non
         append(path, table("acme", "one"))
         assert (await until_lines(log, "clients changed", 2))["count"] == 2
         assert file.owner_of("one") is not None
+
+
+async def test_a_file_that_did_not_change_is_read_once(path: Path) -> None:
+    reads: list[Path] = []
+
+    def read(path: Path) -> str:
+        reads.append(path)
+        return path.read_text()
+
+    clock = Clock()
+    file = WatchedFile(path, read, refusal="unusable", clock=clock)
+    assert file.read() == table("acme", "one")
+    for _ in range(3):
+        await clock.advance(60)
+        assert file.changed() is None
+    assert len(reads) == 1
+    replace_file(path, table("beta", "two"))
+    await clock.advance(60)
+    assert file.changed() == table("beta", "two")
 
 
 async def test_a_broken_file_keeps_the_clients_and_warns(path: Path, log: io.StringIO) -> None:

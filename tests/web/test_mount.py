@@ -364,13 +364,11 @@ def test_a_setting_that_is_missing_is_named(settings: dict[str, Any], named: str
     assert not list(app.router.routes())
 
 
-def test_a_missing_system_file_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="BROKER_SYSTEM_FILE"):
-        setup(
-            web.Application(),
-            prefix="/ai",
-            settings=Settings(host="127.0.0.1", openrouter_api_key=KEY, system_file=tmp_path / "nowhere"),
-        )
+@pytest.mark.parametrize("setting", ["system_file", "clients_file"])
+def test_a_missing_file_is_reported(tmp_path: Path, setting: str) -> None:
+    given: dict[str, Any] = {"host": "127.0.0.1", "openrouter_api_key": KEY, setting: tmp_path / "nowhere"}
+    with pytest.raises(SettingsError, match=f"BROKER_{setting.upper()}"):
+        setup(web.Application(), prefix="/ai", settings=Settings(**given))
 
 
 async def test_an_open_broker_causes_a_warning_at_the_start(
