@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions
 from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 
 from broker.cli.output import Output
@@ -15,7 +16,6 @@ from broker.cli.words import one_line
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderableType, RenderResult
-    from rich.table import Table
 
 # Lines are never folded except on a terminal, so that grep finds whole ones.
 _ENDLESS = 10_000
@@ -41,10 +41,22 @@ def show(shown: RenderableType) -> None:
     """
     output = Output()
     console = Console(file=output, width=None if output.isatty() else _ENDLESS)
-    # Half a number would be a wrong one: what does not fit is left to the terminal to break.
-    needed = console.measure(shown, options=console.options.update(width=_ENDLESS)).minimum
-    console.size = ConsoleDimensions(max(console.width, needed), console.height)
+    if isinstance(shown, Table):
+        # Half a number would be a wrong one: what does not fit is left to the terminal to break.
+        console.size = ConsoleDimensions(max(console.width, narrowest(shown)), console.height)
     console.print(shown)
+
+
+def narrowest(table: Table) -> int:
+    """Return the columns that a table needs if names are folded as far as they may be."""
+    folding = [column for column in table.columns if not column.no_wrap]
+    for column in folding:
+        column.max_width = column.min_width
+    try:
+        return measure(table)
+    finally:
+        for column in folding:
+            column.max_width = None
 
 
 def cell(value: object, *, style: str = "", fold: bool = True) -> Text:

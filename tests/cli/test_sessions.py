@@ -10,6 +10,7 @@ from rich.console import Console
 
 from broker.cli import sessions
 from broker.cli.sessions import is_client, shown_ids, table, to_json
+from broker.cli.tables import narrowest
 from broker.core.accounts import WorstCase
 from broker.store.running import Activity, Running, RunningSession
 from broker.store.workers import WorkerInfo
@@ -73,8 +74,10 @@ def test_a_client_is_named_as_listed_or_by_its_key(name: str, wanted: str, meant
 
 
 def test_eighty_columns_show_everything_without_a_cut() -> None:
-    lines = drawn(session(client="addr:9f86d081884c7d65", model="anthropic/claude-sonnet-4.5", size=998_400))
+    long = session(client="addr:9f86d081884c7d65", model="anthropic/claude-sonnet-4.5", size=998_400)
+    lines = drawn(long)
     assert max(map(len, lines)) <= 80
+    assert narrowest(table([long], shown_ids([long]), Running(NOW, [long], WORKERS))) <= 80
     heading, first, *rest = lines
     assert heading.split() == [
         "id",
