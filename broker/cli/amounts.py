@@ -43,6 +43,11 @@ def usd(nano: int) -> str:
     return f"{amount:,.2f}" if amount >= 1 else f"{amount:.4f}"
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number of things, such as `1 session` or `2,000 sessions`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def bar(share: float, width: int) -> str:
     """Return a bar of this share of the width, in eighths of a character; something is shown of all above zero."""
     eighths = round(min(1.0, max(0.0, share)) * width * 8)

@@ -20,7 +20,7 @@ from broker.cli import amounts
 from broker.cli.operator import operator_settings, redis_problem, with_store
 from broker.cli.output import require_output, write
 from broker.cli.tables import cell, measure, show, terminal_width
-from broker.cli.words import BAD_USE, complain, print_note
+from broker.cli.words import BAD_USE, complain, print_note, printable
 from broker.core.errors import StoreUnavailable
 from broker.core.pricing import NANO, to_usd
 from broker.settings import SettingsError
@@ -46,6 +46,7 @@ _FEW_COLUMNS = ("requests", "prompt", "completion", "USD", "failed")
 """The columns of the table, and those of a narrow terminal, which has room for bars then."""
 
 _NARROWEST_BAR, _WIDEST_BAR = 8, 40
+_FORMULA = ("=", "+", "-", "@", "\t")
 _DAYS_STORED = LEDGER_S // 86_400
 _MONTH = re.compile(r"(\d{4})-(\d{2})", re.ASCII)
 
@@ -185,12 +186,18 @@ def summed(days: Mapping[dt.date, Iterable[UsageRow]], by: str) -> list[dict[str
 
 
 def to_csv(rows: Iterable[Mapping[str, Any]], by: str) -> str:
-    """Return the rows as CSV with the names of the JSON in its header. The cost is a decimal in USD."""
+    """Return the rows as CSV with the names of the JSON in its header. The cost is a decimal in USD.
+
+    A page can send any name of a model, so a name that a spreadsheet would take for a formula gets an apostrophe before
+    it: https://owasp.org/www-community/attacks/CSV_Injection
+    """
     out = io.StringIO()
     writer = csv.DictWriter(out, [by, *METRICS], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({**row, "cost": f"{Decimal(row['cost']) / NANO:f}"})
+        name = printable(row[by])
+        safe = f"'{name}" if name.startswith(_FORMULA) else name
+        writer.writerow({**row, by: safe, "cost": f"{Decimal(row['cost']) / NANO:f}"})
     return out.getvalue()
 
 
@@ -213,7 +220,7 @@ def fitted(title: str, by: str, rows: Sequence[Mapping[str, Any]], width: int) -
     The sums stand behind the title.
     """
     requests, cost = (sum(row[metric] for row in rows) for metric in ("requests", "cost"))
-    title += f": {requests:,} requests, {amounts.usd(cost)} USD"
+    title += f": {amounts.count(requests, 'request')}, {amounts.usd(cost)} USD"
     for columns in (_COLUMNS, _FEW_COLUMNS):
         room = width - measure(table("", by, rows, columns)) - 1
         if rows and room >= _NARROWEST_BAR:

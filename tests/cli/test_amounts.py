@@ -64,6 +64,11 @@ def test_small_costs_have_more_decimals(nano: int, shown: str) -> None:
     assert amounts.usd(nano) == shown
 
 
+@pytest.mark.parametrize(("number", "shown"), [(0, "0 sessions"), (1, "1 session"), (2000, "2,000 sessions")])
+def test_one_thing_is_not_several(number: int, shown: str) -> None:
+    assert amounts.count(number, "session") == shown
+
+
 @pytest.mark.parametrize(
     ("share", "shown"),
     [(0, ""), (1e-9, "▏"), (0.5, "██"), (0.6, "██▍"), (1, "████"), (7, "████"), (-1, "")],

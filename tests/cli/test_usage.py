@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import pytest_asyncio
 
-from broker.cli.usage import parse_period, summed, usage
+from broker.cli.usage import parse_period, summed, to_csv, usage
 from broker.core.accounts import Quotas, Usage, WorstCase
 from broker.core.session import State
 from broker.store.accounts import AccountStore, Reservation
@@ -199,6 +199,14 @@ async def test_a_day_without_use_is_empty(tmp_path: Path, valkey_url: str, day: 
         "rows": [],
     }
     assert run(tmp_path, valkey_url, "--day", before).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)"])
+def test_a_name_is_no_formula_in_a_spreadsheet(name: str) -> None:
+    row = {"model": name, **dict.fromkeys(METRICS, 0)}
+    _, line, usual = to_csv([row, {**row, "model": "a/=1"}], "model").splitlines()
+    assert line.startswith(f"'{name},0,")
+    assert usual.startswith("a/=1,0,")
 
 
 async def test_csv_has_the_names_and_values_of_the_json(tmp_path: Path, valkey_url: str, day: str) -> None:
