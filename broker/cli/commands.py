@@ -202,7 +202,7 @@ def sessions(
     if context.invoked_subcommand is None:
         raise typer.Exit(command.sessions(client, as_json=json))
     if client is not None or json:
-        raise typer.BadParameter("options of `cancel` are written behind it")
+        raise typer.BadParameter("write the options of `cancel` after the word `cancel`")
 
 
 @_sessions.command()

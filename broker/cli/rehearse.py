@@ -6,7 +6,7 @@ import asyncio
 from contextlib import suppress
 
 from broker.cli.output import write
-from broker.cli.words import complain
+from broker.cli.words import complain, reason
 from broker.logs import configure_logs
 from broker.rehearsal.app import rehearsal_beside
 from broker.rehearsal.behaviours import MODELS
@@ -19,7 +19,7 @@ def rehearse(port: int) -> int:
         with suppress(KeyboardInterrupt):
             asyncio.run(_rehearse(port))
     except OSError as error:
-        return complain(f"port {port} is not available: {error.strerror}.")
+        return complain(f"port {port} is not available: {reason(error)}.")
     return 0
 
 

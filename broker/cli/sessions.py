@@ -294,7 +294,7 @@ def _named(prefix: str, ids: Mapping[str, str], *, complete: bool) -> str:
 
 
 def _summary(ended: int, dropped: int) -> str:
-    parts = [f"{ended} {'session' if ended == 1 else 'sessions'} ended"] if ended or not dropped else []
+    parts = [f"{amounts.count(ended, 'session')} ended"] if ended or not dropped else []
     if dropped:
         parts.append(f"{dropped} that {'was' if dropped == 1 else 'were'} prepared will not start")
     return f"Cancelled: {' and '.join(parts)}."

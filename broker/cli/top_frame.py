@@ -160,9 +160,9 @@ def _head(frame: Frame) -> Text:
 def _summary(running: Running) -> Text:
     states = Counter(sessions.state_of(each) for each in running.sessions)
     reserved = sum(each.reserved.cost for each in running.sessions)
-    words = [f"{len(running.sessions)} sessions"]
+    words = [amounts.count(len(running.sessions), "session")]
     words += [f"{count} {state}" for state, count in sorted(states.items()) if state != "running"]
-    words += [f"{len(_workers_of(running))} workers", f"{amounts.usd(reserved)} USD reserved"]
+    words += [amounts.count(len(_workers_of(running)), "worker"), f"{amounts.usd(reserved)} USD reserved"]
     if not running.complete:
         words.append("more sessions than are read")
     if running.unreadable:
@@ -179,7 +179,7 @@ def _spent(spending: Spending | None) -> list[Text]:
         share = cost / spending.limit
         line.append(f" of {amounts.usd(spending.limit)} ({share:.0%}) ")
         line.append(amounts.bar(share, _BAR_WIDTH), style="red" if share >= 0.9 else "cyan")
-    line.append(f" · {spending.requests:,} answers, {spending.failed:,} failed")
+    line.append(f" · {amounts.count(spending.requests, 'answer')}, {spending.failed:,} failed")
     dearest = sorted(spending.cost.items(), key=lambda item: (-item[1], item[0]))[:_SHOWN_SPENDERS]
     spenders = [f"{cell(client).plain[:_NAME_WIDTH]} {amounts.usd(nano)}" for client, nano in dearest if nano]
     return [line, cell(f"most by {', '.join(spenders)}", style="dim", fold=False)] if spenders else [line]
