@@ -142,7 +142,7 @@ async def build(
         _add_checks(app, settings)
         app[keys.KNOWN_CLIENTS] = known
         naming = app[keys.NAMING] = await stack.enter_async_context(_naming(settings, store))
-        app[keys.IDENTIFIER] = await stack.enter_async_context(clients(settings, naming, known))
+        app[keys.RESOLVER] = await stack.enter_async_context(clients(settings, naming, known))
         await stack.enter_async_context(_reading(known))
         system = app[keys.SYSTEM] = SystemMessage(settings.system_file)
         admission = app[keys.ADMISSION] = _admission(settings, store, upstream, stores, limits, system)

@@ -126,7 +126,7 @@ class SecretReload:
                 continue
             try:
                 is_in_force = use(value) is not False
-            except ValueError:  # such as a URL in a form that the store does not take
+            except ValueError:  # such as a URL in a form that the store cannot use
                 is_in_force = False
             if is_in_force:
                 changed.append(setting_name(field))
@@ -136,7 +136,7 @@ class SecretReload:
 
     @property
     def _uses(self) -> dict[str, Callable[[Any], bool | None]]:
-        """The function for each secret that puts a new value into force; it returns False if that needs a restart."""
+        """Return for each secret the function that puts a new value into force, or returns False if it cannot."""
         users = self._users
         return {
             "openrouter_api_key": lambda key: users.upstream.use_key(key.get_secret_value()),

@@ -150,7 +150,7 @@ async def _reloading_secrets(
         load=load,
         users=SecretUsers(
             upstream=app[keys.UPSTREAM],
-            resolver=app[keys.IDENTIFIER],
+            resolver=app[keys.RESOLVER],
             known=app[keys.KNOWN_CLIENTS],
             naming=app[keys.NAMING],
             metrics=app[keys.METRICS_TOKEN],

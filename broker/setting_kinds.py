@@ -117,7 +117,7 @@ def _signing_secrets(value: Any) -> Any:
     if secrets == (text.strip(),):
         return (SecretStr(secrets[0]),)
     for position, secret in enumerate(secrets, 1):
-        # Whoever guesses the short part of a secret with a comma could sign tokens.
+        # Somebody could guess the short part of a secret with a comma, and sign tokens with it.
         if len(secret.encode()) < SHORTEST_SECRET:
             raise PydanticCustomError(
                 OWN_MESSAGE,

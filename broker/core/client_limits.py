@@ -1,7 +1,7 @@
-"""The limits of one client: its own ones, and all that are in force for it. No I/O.
+"""The limits of one client: its own, and all that are in force for it. No I/O.
 
-A client has limits of its own from a table in the clients file, or from the claim ``broker`` of its JWT. What they do
-not say is as the settings of the service say.
+A client gets its own limits from a table in the clients file, or from the claim ``broker`` of its JWT. Where they say
+nothing, the settings of the service apply.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _REMEMBERED = 4096
 
 @dataclass(frozen=True, slots=True)
 class ClientLimits:
-    """The limits of a client's own. None: the service's applies.
+    """A client's own limits. For None, the service's limit applies.
 
     Attributes:
         narrows: each limit can only make that of the service smaller, as in a JWT; else it replaces that of the
             service, as in the clients file. Models and origins only narrow in both.
-        models: globs (case-sensitive) of the models that it may reach, of those that the service allows.
+        models: globs (case-sensitive) of the models that it may use, among those that the service allows.
         rate: prepares in a window.
         streams: generations at the same time.
         max_output_tokens: tokens of the longest answer.
@@ -76,7 +76,7 @@ class ClientLimits:
 
 @dataclass(frozen=True, slots=True)
 class LimitsInForce:
-    """All limits that are in force for a client.
+    """All limits that are in force for one client.
 
     Attributes:
         quotas: its slots and budgets, and what is limited for all clients together.

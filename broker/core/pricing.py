@@ -340,13 +340,15 @@ def rates_for(prices: Prices, prompt_tokens: int, minute_of_day: int | None) -> 
 
 
 def max_price(prices: Iterable[Prices], demand: Demand = TEXT_ONLY) -> dict[str, float]:
-    """Return OpenRouter's ``provider.max_price`` that excludes providers above the highest of these prices.
+    """Return the ``provider.max_price`` of OpenRouter with which it skips providers above the highest of these prices.
 
-    There is at least one price list. Prompt and completion are in USD per million tokens, the others in the units of
-    the
-    list: https://openrouter.ai/docs/client-sdks/typescript/models/maxprice. Other prices are included only where they
-        are
-    listed and apply to the request, so that no provider is excluded for a price that would not be paid.
+    Prompt and completion are in USD per million tokens, the others in the units of the price list:
+    https://openrouter.ai/docs/client-sdks/typescript/models/maxprice. The others are included only if they are listed
+    and apply to the request, so that no provider is skipped because of a price that would not be paid.
+
+    Args:
+        prices: of the models that the request can reach, at least one.
+        demand: what the request uses besides text.
     """
     known = list(prices)
     rates = [dearest(each) for each in known]

@@ -14,7 +14,7 @@ class Rate:
     seconds: int
 
     def implies(self, other: Rate) -> bool:
-        """Return True if whoever keeps to this rate keeps to the other one too."""
+        """Return True if a client that keeps to this rate always keeps to the other one too."""
         return self.count <= other.count and self.seconds >= other.seconds
 
 

@@ -136,14 +136,14 @@ class Mirrors:
         """
         with self._noting(session_id) as notified:
             followed = await self._journal.follow(session_id, after, with_request_id=True)
-        if followed.standing.state in (State.GONE, State.PREPARED):
-            return followed.standing.state
+        if followed.status.state in (State.GONE, State.PREPARED):
+            return followed.status.state
         mirror = self._open_mirrors.get(session_id)
         if mirror is None:
             mirror = self._open_mirrors[session_id] = self._new_mirror(session_id, followed, after)
             for batch in notified:  # they came before the mirror was there
                 self._take_notified(mirror, batch)
-        if followed.standing.end is not None and mirror.feed.end is None:
+        if followed.status.end is not None and mirror.feed.end is None:
             self._finish(mirror, followed)
         if session_id in self._leaving:
             self._read_soon(session_id)  # `_unregister` may just have removed the registration
@@ -229,7 +229,7 @@ class Mirrors:
             for mirror, followed in zip(part, answers, strict=True):
                 if followed is None:
                     continue  # refused: the next round asks again
-                if followed.standing.state is not State.GONE:
+                if followed.status.state is not State.GONE:
                     self._note(mirror, followed)
                 elif await self._is_gone():
                     self._release(mirror)
@@ -243,7 +243,7 @@ class Mirrors:
             mirror.feed.skip_to(followed.last)  # events are missing: viewers will find the gap
         if followed.last > mirror.feed.last:
             self._read_soon(mirror.session_id)
-        elif followed.standing.end is not None:
+        elif followed.status.end is not None:
             self._finish(mirror, followed)
 
     def _add(self, mirror: Mirror, batches: list[Batch]) -> None:
@@ -259,7 +259,7 @@ class Mirrors:
 
     @staticmethod
     def _finish(mirror: Mirror, followed: Followed) -> None:
-        end = followed.standing.end
+        end = followed.status.end
         if end is None:
             return
         if mirror.feed.last != end.id.n - 1:
@@ -275,7 +275,7 @@ class Mirrors:
         has_part = followed.last == last > after
         mirror = Mirror(
             session_id,
-            followed.standing.worker,
+            followed.status.worker,
             after if has_part else followed.last,
             self._on_unwatched,
             followed.request_id,

@@ -241,7 +241,7 @@ class Reaper:
         answer, decoder, after = dialect.answer(), Decoder(MAX_EVENT), 0
         while True:
             followed = await self._journal.follow(session_id, after, register=False)
-            if followed.standing.state is State.GONE:
+            if followed.status.state is State.GONE:
                 return None
             if not followed.batches:
                 return answer if followed.last <= after else None

@@ -59,13 +59,13 @@ class Followed(NamedTuple):
     """The result of a read.
 
     Attributes:
-        standing: the status of the session.
+        status: the status of the session.
         last: the number of its last event.
         batches: a part of the journal.
         request_id: of the /prepare; empty where it was not asked for.
     """
 
-    standing: SessionStatus
+    status: SessionStatus
     last: int
     batches: list[Batch]
     request_id: str = ""
@@ -133,7 +133,7 @@ class JournalStore:
 
     async def status(self, session_id: str) -> SessionStatus:
         """Return the status of a session, without changing anything."""
-        return (await self.follow(session_id, 0, entries=0, register=False)).standing
+        return (await self.follow(session_id, 0, entries=0, register=False)).status
 
     async def read(self, session_id: str, after: int) -> list[Batch] | None:
         """Return a part of a journal after event number ``after``, empty if nothing follows.
@@ -142,7 +142,7 @@ class JournalStore:
         it again.
         """
         followed = await self.follow(session_id, after, register=False)
-        return None if followed.standing.state is State.GONE else followed.batches
+        return None if followed.status.state is State.GONE else followed.batches
 
     async def leave(self, session_ids: Iterable[str]) -> None:
         """Unregister this worker as watching these sessions."""
@@ -166,11 +166,11 @@ def _appended(reply: bytes) -> Appended:
 
 
 def _followed(reply: list[Any]) -> Followed:
-    standing = read_status(reply[:5])
-    if standing.state is State.GONE:
-        return Followed(standing, 0, [])
+    status = read_status(reply[:5])
+    if status.state is State.GONE:
+        return Followed(status, 0, [])
     batches = [_batch(entry_id, fields) for entry_id, fields in reply[6]]
-    return Followed(standing, int(reply[5]), batches, request_id_in(reply[7]) if len(reply) > 7 else "")
+    return Followed(status, int(reply[5]), batches, request_id_in(reply[7]) if len(reply) > 7 else "")
 
 
 def _batch(entry_id: bytes, fields: list[bytes]) -> Batch:

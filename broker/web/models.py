@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from aiohttp import ETag, web
 
 from broker.core.errors import InvalidRequest
-from broker.web.keys import CATALOG, IDENTIFIER, LIMITS, SETTINGS
+from broker.web.keys import CATALOG, LIMITS, RESOLVER, SETTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,7 @@ async def get_models(request: web.Request) -> web.Response:
         InvalidRequest: the query is not valid.
         ModelsUnavailable: there is no list.
     """
-    limits = request.app[LIMITS].of(await request.app[IDENTIFIER].check(request))
+    limits = request.app[LIMITS].of(await request.app[RESOLVER].check(request))
     free = _only_free(request.query)
     listing = await request.app[CATALOG].listing(
         request.app[SETTINGS].allowed_models,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def rate_headers(status: RateStatus | None) -> dict[str, str]:
-    """Return the policy (quota, window in seconds) and where the client stands (hits left, seconds until a change).
+    """Return the policy (quota, window in seconds) and the state of the client (hits left, seconds until a change).
 
     Without a status there are none.
     """

@@ -27,7 +27,7 @@ from broker.relay.viewer import Viewer
 from broker.store.accounts import BUDGET_RETRY, STREAMS_RETRY
 from broker.web.errors import json_response, may_come_again
 from broker.web.eventstream import EventStream, jitter
-from broker.web.keys import HUB, IDENTIFIER, LOGGED, METRICS, OCCUPANCY, SETTINGS, WAITING
+from broker.web.keys import HUB, LOGGED, METRICS, OCCUPANCY, RESOLVER, SETTINGS, WAITING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,7 +61,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
             if not is_session_id(session_id):
                 raise SessionNotFound
             form = _form(request)
-            address = request.app[IDENTIFIER].network(request)
+            address = request.app[RESOLVER].network(request)
             places.enter_context(request.app[OCCUPANCY].taken(session_id, address))
             request[LOGGED] = {"session": short(session_id)}
             found = await request.app[HUB].find(session_id, cursor, may_wait=_wants_events(request))
@@ -112,7 +112,7 @@ async def _show(
 async def _refuse(request: web.Request, error: BrokerError, cursor: Cursor | None) -> web.StreamResponse:
     session_id = request.match_info["session_id"]
     if isinstance(error, Queued):
-        request.app[WAITING].told(session_id, error.retry_ms)
+        request.app[WAITING].note_waiting(session_id, error.retry_ms)
     else:
         request.app[METRICS].refused(error.code)
         if not may_come_again(error):  # else it keeps its place

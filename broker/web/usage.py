@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from broker.core.pricing import to_usd
 from broker.web.errors import json_response
-from broker.web.keys import ACCOUNTS, IDENTIFIER, LIMITS
+from broker.web.keys import ACCOUNTS, LIMITS, RESOLVER
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 async def get_usage(request: web.Request) -> web.Response:
     """Answer with the caller's own day and month (UTC)."""
-    client = await request.app[IDENTIFIER].identify(request)
+    client = await request.app[RESOLVER].identify(request)
     period = await request.app[ACCOUNTS].totals(client.name)
     return json_response(usage_to_json(period, request.app[LIMITS].of(client.limits).quotas))
 

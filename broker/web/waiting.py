@@ -27,7 +27,7 @@ class WaitingPages:
         self._clock = clock
         self._until: dict[str, float] = {}
 
-    def told(self, session_id: str, retry_ms: int) -> None:
+    def note_waiting(self, session_id: str, retry_ms: int) -> None:
         """Note that the page of a session was told to come back after so many milliseconds."""
         self._until.pop(session_id, None)
         self._until[session_id] = self._clock() + (retry_ms + LINE["LATE_MS"]) / 1000

@@ -128,7 +128,7 @@ async def test_a_refused_step_can_be_repeated_once_there_is_room(full: Stage) ->
 
 
 async def test_a_viewer_elsewhere_registers(full: Stage) -> None:
-    assert (await full.elsewhere.follow("running", 0)).standing.state is State.RUNNING
+    assert (await full.elsewhere.follow("running", 0)).status.state is State.RUNNING
     assert (await full.ask()).watched == 1
 
 

@@ -172,7 +172,7 @@ async def test_scripts_that_redis_has_lost_are_loaded_again(running: Running) ->
 async def test_a_reader_learns_how_far_it_goes_and_where_it_stands(running: Running) -> None:
     await running.append(batch(1, 3))
     followed = await running.elsewhere.follow(running.id, 1)
-    assert followed.standing == SessionStatus(State.RUNNING, "owner")
+    assert followed.status == SessionStatus(State.RUNNING, "owner")
     assert followed.last == 3
     assert read_on(followed.batches, 1) == (batch(2, 3).events, 3)
 
@@ -409,7 +409,7 @@ async def test_an_ended_session_is_written_again_with_its_end(running: Running) 
     await running.store.redis.flushall()
     await restore(running, batch(3, 6), end(7))
     followed = await running.elsewhere.follow(running.id, 2)
-    assert followed.standing.end == end(7)
+    assert followed.status.end == end(7)
     assert read_on(followed.batches, 2) == (batch(3, 6).events, 6)
 
 
@@ -481,7 +481,7 @@ async def test_the_end_of_a_session_restored_without_events_is_sent(running: Run
     await restore(running, Batch(3, 2, b""))
     await running.finish(end(3))
     followed = await running.elsewhere.follow(running.id, 2)
-    assert followed.standing.end == end(3)
+    assert followed.status.end == end(3)
     assert followed.last == 2
 
 
@@ -489,4 +489,4 @@ async def test_an_end_whose_journal_is_over_is_gone(running: Running) -> None:
     await running.append(batch(1, 2))
     await running.finish(end(3))
     await running.store.redis.unlink(running.store.session_keys(running.id)["events"])
-    assert (await running.elsewhere.follow(running.id, 0)).standing.state is State.GONE
+    assert (await running.elsewhere.follow(running.id, 0)).status.state is State.GONE

@@ -82,11 +82,11 @@ async def asking(
 ) -> AsyncIterator[Asker]:
     """A server that answers with the client it takes one for."""
     chosen = Settings(**settings)
-    async with ClientResolver(chosen, Fixed(), clock=clock or Clock()) as identifier:
+    async with ClientResolver(chosen, Fixed(), clock=clock or Clock()) as resolver:
 
         async def who(request: web.Request) -> web.Response:
             try:
-                return json_response(asdict(await identifier.identify(request)))
+                return json_response(asdict(await resolver.identify(request)))
             except BrokerError as error:
                 return error_response(error)
 

@@ -177,11 +177,11 @@ async def test_pages_in_line_are_counted_while_they_wait(
 
 def test_a_page_that_does_not_come_back_counts_no_more(clock: Clock) -> None:
     waiting = WaitingPages(clock)
-    waiting.told("first", 2000)
-    waiting.told("second", 4000)
+    waiting.note_waiting("first", 2000)
+    waiting.note_waiting("second", 4000)
     clock.now += 3
     assert len(waiting) == 1
-    waiting.told("first", 2000)
+    waiting.note_waiting("first", 2000)
     clock.now += 2
     assert len(waiting) == 1
     clock.now += 1
@@ -191,7 +191,7 @@ def test_a_page_that_does_not_come_back_counts_no_more(clock: Clock) -> None:
 def test_a_storm_of_waiting_pages_stays_bounded(clock: Clock) -> None:
     waiting = WaitingPages(clock)
     for n in range(MOST + 5):
-        waiting.told(str(n), 2000)
+        waiting.note_waiting(str(n), 2000)
     assert len(waiting) == MOST
 
 
