@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from broker.core.identity import Proxies
 from broker.settings import Settings, setting_name
 from tests.system.proxy import program, tool
 
@@ -170,6 +172,42 @@ def test_the_hosted_platforms_get_valid_settings() -> None:
     for path in (root / web["dockerfilePath"], root / railway["build"]["dockerfilePath"]):
         assert path == DEPLOY / "Dockerfile"
     assert (DEPLOY / fly["build"]["dockerfile"]).is_file()
+
+
+def proxies_of_render() -> Proxies:
+    web = yaml.safe_load((DEPLOY / "render.yaml").read_text())["services"][0]
+    [trusted] = [each["value"] for each in web["envVars"] if each["key"] == "BROKER_TRUSTED_PROXIES"]
+    return Proxies(valid({"BROKER_TRUSTED_PROXIES": trusted}).trusted_proxies)
+
+
+def proxies_of_fly() -> Proxies:
+    fly = tomllib.loads((DEPLOY / "fly.toml").read_text())
+    trusted = fly["env"]["BROKER_TRUSTED_PROXIES"]
+    return Proxies(valid({"BROKER_TRUSTED_PROXIES": trusted}).trusted_proxies)
+
+
+# Chains as these platforms were seen to send them, with the caller 198.51.100.7.
+@pytest.mark.parametrize(
+    ("proxies", "peer", "forwarded"),
+    [
+        (proxies_of_render(), "10.21.157.68", "198.51.100.7, 172.70.247.28, 10.19.6.53"),
+        (proxies_of_render(), "10.21.157.68", "198.51.100.7, 104.22.17.40"),
+        (proxies_of_fly(), "172.16.8.2", "198.51.100.7, 66.241.125.180"),
+        (proxies_of_fly(), "172.16.8.2", "198.51.100.7, 2a09:8280:1::af:1aa1:0"),
+    ],
+)
+def test_each_caller_of_a_hosted_platform_has_its_address(
+    proxies: Proxies, peer: str, forwarded: str
+) -> None:
+    caller = ipaddress.ip_address("198.51.100.7")
+    assert proxies.caller(peer, [forwarded]) == caller
+    assert proxies.caller(peer, [f"203.0.113.9, {forwarded}"]) == caller  # the first one is invented
+
+
+def test_a_program_at_cloudflare_cannot_invent_an_address() -> None:
+    at_cloudflare = "2a06:98c0:3600::103"
+    caller = proxies_of_render().caller("10.0.0.1", [f"203.0.113.9, {at_cloudflare}, 172.70.247.28"])
+    assert caller == ipaddress.ip_address(at_cloudflare)
 
 
 def test_the_hosted_platforms_let_a_broker_drain() -> None:
