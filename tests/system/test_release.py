@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 
 from broker import __version__
 from tests.system.harness import clean_environment, free_port, running_program
@@ -67,11 +68,13 @@ def metadata(built: tuple[Path, Path]) -> Message:
         return email.message_from_bytes(archive.read(name))
 
 
-def test_the_changelog_and_the_client_have_the_same_version() -> None:
+def test_the_version_is_the_same_everywhere() -> None:
     changes = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     package = (ROOT / "broker/web/client/package.json").read_text()
     assert changes[0] == __version__
     assert f'"version": "{__version__}"' in package
+    [image] = yaml.safe_load((ROOT / "deploy/kubernetes/kustomization.yaml").read_text())["images"]
+    assert image["newTag"] == __version__
 
 
 @pytest.mark.slow
@@ -110,7 +113,14 @@ def test_the_files_have_all_and_nothing_of_this_machine(built: tuple[Path, Path]
     assert {name.partition("/")[0] for name in names} == {"broker", f"session_broker-{__version__}.dist-info"}
     with tarfile.open(sdist) as archive_of_source:
         sources = {name.partition("/")[2] for name in archive_of_source.getnames()}
-    assert {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "tests/conftest.py"} <= sources
+    assert {
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        "pyproject.toml",
+        "tests/conftest.py",
+        ".ci/run",
+    } <= sources
     assert not [name for name in names | sources if "__pycache__" in name or "node_modules" in name]
 
 
