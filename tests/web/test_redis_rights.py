@@ -116,6 +116,23 @@ async def test_a_whole_life_needs_no_other_right(
     assert used - granted() <= OPTIONAL
 
 
+async def test_another_database_needs_one_more_right(
+    limited: tuple[ValkeyProcess, redis.asyncio.Redis, str],
+) -> None:
+    _, admin, url = limited
+    other = url.removesuffix("/0") + "/3"
+    readme = (RIGHTS.parent / "README.md").read_text()
+    for right, works in (("-select", False), ("+select", True)):
+        await admin.execute_command("ACL", "SETUSER", "broker", right)  # type: ignore[no-untyped-call]
+        async with redis.asyncio.Redis.from_url(other) as client:
+            if works:
+                assert await client.ping()
+            else:
+                with pytest.raises(redis.exceptions.NoPermissionError):
+                    await client.ping()
+    assert "`+select`" in readme
+
+
 async def test_what_is_outside_is_refused(
     limited: tuple[ValkeyProcess, redis.asyncio.Redis, str],
 ) -> None:
