@@ -137,9 +137,13 @@ class JournalWriter:
                 await self._pause_unless_urgent(max(TICK, self._next_turn() - self._clock()))
                 if self._urgent:
                     continue  # what else becomes urgent within the tick is written with it
-            due = self._due(self._slots_of_this_turn())
-            for start in range(0, len(due), MAX_SESSIONS):
-                await self._write(due[start : start + MAX_SESSIONS], owner)
+            await self._write_due(owner)
+
+    async def _write_due(self, owner: Owner) -> None:
+        """Write what is due now. In a method of its own: while `run` waits, it must not keep what has ended."""
+        due = self._due(self._slots_of_this_turn())
+        for start in range(0, len(due), MAX_SESSIONS):
+            await self._write(due[start : start + MAX_SESSIONS], owner)
 
     def _turns(self) -> int:
         """Return in how many turns of an interval all slots are written, so that each has about `ENOUGH` sessions."""

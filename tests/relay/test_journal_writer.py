@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator
 from random import Random
 from typing import TYPE_CHECKING, cast
@@ -266,6 +267,18 @@ async def test_a_removed_session_is_not_written(writing: Writing) -> None:
     generation.add()
     await writing.clock.advance(WHOLE_ROUND)
     assert writing.store.calls == []
+
+
+async def test_a_session_that_was_written_and_removed_is_freed(writing: Writing) -> None:
+    generation = writing.start()
+    generation.add()
+    await writing.clock.advance(WHOLE_ROUND)
+    assert writing.written() == [(1, 1)]
+    writing.writer.remove(cast("Generation", generation))
+    await writing.clock.advance(WHOLE_ROUND)
+    kept = weakref.ref(generation)
+    del generation
+    assert kept() is None
 
 
 async def test_many_sessions_take_several_round_trips(writing: Writing) -> None:
