@@ -90,7 +90,7 @@ def _rate(value: Any) -> Any:
 
 
 def _positive_rate(rate: Rate) -> Rate:
-    if rate.count < 1 or rate.seconds < 1:
+    if rate.count < 1 or not 1 <= rate.seconds <= _A_YEAR:
         raise ValueError(rate)
     return rate
 

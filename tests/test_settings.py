@@ -340,6 +340,7 @@ def test_no_budget_that_is_taken_comes_to_none(amount: str, monkeypatch: pytest.
         ("BROKER_RATE_LIMIT", "30", "a rate such as 30/minute, not '30'"),
         ("BROKER_RATE_LIMIT", "0/minute", "a rate such as 30/minute, not '0/minute'"),
         ("BROKER_RATE_LIMIT", "3/0 minutes", "a rate such as 30/minute, not '3/0 minutes'"),
+        ("BROKER_RATE_LIMIT", "3/367 days", "a rate such as 30/minute, not '3/367 days'"),
         ("BROKER_DAILY_COST", "-1", "an amount in USD such as 2.50, from 0 to 1000000, not '-1'"),
         ("BROKER_DAILY_COST", "NaN", "an amount in USD such as 2.50, from 0 to 1000000, not 'NaN'"),
         (
