@@ -2,7 +2,8 @@
 
 Only the secrets among the settings are reloaded, and only those that were set at the start; everything else needs a
 restart. A secret that cannot be read stays as it is, whatever happens to the others. The file of API keys is also
-watched by `broker/identity/api_keys.py` itself.
+watched by `broker/identity/api_keys.py` itself, which also works inside an application; here its keys are hidden from
+the logs.
 """
 
 from __future__ import annotations

@@ -341,13 +341,13 @@ def read_bytes(path: Path, name: str, *, largest: int) -> bytes:
 
 
 def secret_files() -> list[Path]:
-    """Return the files that hold secrets now, except the file of API keys; those of a broken `.env` are left out."""
+    """Return the files that hold secrets now. Those that a broken `.env` names are left out."""
     try:
         written = _read_dotenv()
     except SettingsError:
         written = {}
     written |= {name: value for name, value in os.environ.items() if value}
-    names = (f"{setting_name(field)}_FILE" for field in sorted(_SECRETS - {"api_keys"}))
+    names = (f"{setting_name(field)}_FILE" for field in sorted(_SECRETS))
     return [Path(path) for name in names if (path := written.get(name, "").strip())]
 
 

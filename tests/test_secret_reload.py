@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from broker.identity.known_clients import KnownClients
 from broker.secret_reload import SecretReload, SecretUsers
-from broker.settings import Settings, load_secrets, load_settings, setting_name
+from broker.settings import Settings, load_secrets, load_settings, secret_files, setting_name
 from broker.store.connection import Store
 from broker.web.metrics_token import MetricsToken
 
@@ -211,6 +211,11 @@ async def test_all_secrets_in_force_are_hidden_however_many(log: io.StringIO) ->
         write(NEW)
         await reload.ask()
         assert len(reload.hidden) < 250
+
+
+def test_all_files_of_secrets_are_watched() -> None:
+    """That of the API keys too, so that the logs hide a new key."""
+    assert {path.name for path in secret_files()} == OLD.keys()
 
 
 def test_a_flag_wins_over_a_file_of_the_secret() -> None:
