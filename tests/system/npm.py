@@ -19,6 +19,7 @@ CLIENT = Path(__file__).parents[2] / "broker" / "web" / "client"
 PACKAGES = (
     "@ai-sdk/react@4",
     "@grafana/schema@13.2",
+    "@microsoft/fetch-event-source@2",
     "@types/react-dom@19",
     "eventsource@5",
     "react-dom@19",

@@ -1,22 +1,26 @@
-"""The client's package in projects of Vite: the hook for React and the transport for the AI SDK, in a real Chromium.
+"""The recipes for pages, in a real Chromium: projects of Vite with React and the AI SDK, a plain page, a login.
 
-The projects are the recipes, and a test page with a component that can be unmounted.
+Another project has a component that the test can unmount.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
+import jwt
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, Page, Request, expect
+from playwright.async_api import Browser, Page, Request, Route, expect
 
-from tests.system.browser import PAGES, foreign_site, launched_chromium
-from tests.system.harness import RunningBroker, running_broker
-from tests.system.npm import ran
+from tests.system.browser import PAGES, foreign_site, laid_cable, launched_chromium
+from tests.system.harness import RunningBroker, free_port, running_broker, running_program
+from tests.system.npm import missing, ran
 from tests.system.test_client import LONG, PATIENCE, ROOM, Requests, is_stop
 
 if TYPE_CHECKING:
@@ -25,7 +29,10 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
-PROJECTS = {"react": RECIPES / "react", "ai-sdk": RECIPES / "ai-sdk", "hook": PAGES / "hook"}
+ADDRESS = "https://broker.example"  # the broker's in the recipes
+SECRET = "the secret that signs the tokens of the site"
+BUILT = ("react", "ai-sdk", "fetch-event-source")
+PROJECTS = {"hook": PAGES / "hook", **{name: RECIPES / name for name in BUILT}}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -178,6 +185,16 @@ async def test_the_ai_sdk_calls_tools_and_sends_their_results(page: Page, site: 
     ]
 
 
+async def test_fetch_event_source_survives_a_cut(page: Page, site: str, broker: RunningBroker) -> None:
+    async with laid_cable(broker.port) as (cable, base):
+        query = urlencode({"base": base, "model": "rehearsal/echo", "ask": LONG})
+        await page.goto(f"{site}/fetch-event-source/dist/index.html?{query}")
+        await page.wait_for_function("answer.textContent.includes('word40 ')")
+        cable.cut()
+        await expect(page).to_have_title(re.compile("USD"), timeout=PATIENCE)
+    await expect(page.locator("#answer")).to_have_text(LONG)
+
+
 # A component
 
 
@@ -237,3 +254,77 @@ async def test_a_queued_hook_is_stopped_before_its_turn(page: Page, site: str) -
         "cancelled",
         False,
     ]
+
+
+# Pages without a build
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def plain(page: Page, broker: RunningBroker, tmp_path: Path) -> AsyncIterator[Page]:
+    """The plain page, with the address of this broker."""
+    source = (RECIPES / "page" / "index.html").read_text()
+    assert source.count(ADDRESS) == 1
+    (tmp_path / "index.html").write_text(source.replace(ADDRESS, broker.url))
+    async with foreign_site(tmp_path) as site:
+        await page.goto(f"{site}/index.html")
+        yield page
+
+
+async def test_a_plain_page_has_a_conversation(plain: Page) -> None:
+    requests = Requests(plain)
+    await ask(plain, "Say this back to me.")
+    await expect(plain.locator("[role=status]")).to_have_text("")
+    await ask(plain, "And this.")
+    await expect(plain.locator("main p")).to_have_text(["Say this back to me."] * 2 + ["And this."] * 2)
+    assert requests == ["POST /prepare", "GET /stream"] * 2
+
+
+async def test_a_plain_page_goes_on_after_a_reload(plain: Page) -> None:
+    await ask(plain, LONG)
+    await plain.wait_for_function("document.querySelector('.assistant')?.textContent.includes('word40 ')")
+    await plain.reload()
+    await plain.wait_for_function("document.querySelector('.assistant')?.textContent.includes('word60 ')")
+    async with plain.expect_response(is_stop):
+        await plain.click("text=Stop")
+    await expect(plain.locator("[role=status]")).to_have_text("")
+    shown = await plain.locator("main p").all_inner_texts()
+    assert shown[0] == LONG
+    assert LONG.startswith(shown[1])
+
+
+async def test_a_plain_page_shows_why_an_answer_failed(plain: Page) -> None:
+    await plain.goto(f"{plain.url}?model=rehearsal/mid-stream-error")
+    await ask(plain, "Hello")
+    await expect(plain.locator("[role=alert]")).not_to_have_text("")
+    assert await plain.locator(".assistant").count() == 1
+
+
+async def test_a_login_fetches_a_token_when_the_broker_refuses_its_own(page: Page) -> None:
+    node = shutil.which("node") or missing("there is no node on this machine")
+    expired = jwt.encode({"sub": "ann", "exp": time.time() - 100}, SECRET, algorithm="HS256")
+    fetched: list[str] = []
+
+    def sent(request: Request) -> None:
+        if request.url.endswith(("/chat-token", "/prepare")):
+            fetched.append(request.url.rsplit("/", 1)[1])
+
+    async def expire(route: Route) -> None:
+        await route.fulfill(body=expired)
+
+    page.on("request", sent)
+    port = free_port()
+    async with running_broker(env={**ROOM, "BROKER_JWT_SECRET": SECRET}) as broker:
+        env = {"PORT": str(port), "BROKER": broker.url, "CHAT_TOKEN_SECRET": SECRET}
+        server = RECIPES / "login" / "server.mjs"
+        async with running_program([server], port, env=env, cwd=RECIPES, ready="/", python=node) as site:
+            await page.goto(site.url)
+            await ask(page, "Let me in")
+            await expect(page.locator("[role=alert]")).to_have_text("Please log in.")
+            async with page.expect_response("**/login"):
+                await page.click("text=Log in")
+            await page.route("**/chat-token", expire, times=1)
+            await ask(page, "Let me in now")
+            await expect(page.locator("#answer")).to_have_text("Let me in now")
+            await ask(page, "And again")
+            await expect(page.locator("#answer")).to_have_text("And again")
+    assert fetched == ["chat-token", "chat-token", "prepare", "chat-token", "prepare", "prepare"]

@@ -31,10 +31,10 @@ export interface Place {
     of: number;
 }
 export interface Options {
-    /** The URL of the broker; otherwise the folder from which this module was loaded. */
+    /** The URL of the broker; otherwise the folder from which /client.js was loaded, or, from npm, the page's origin. */
     base?: string | undefined;
-    /** For `Authorization: Bearer`. A function is called for each /prepare, and once more after a 401. */
-    token?: string | (() => string | null | undefined | Promise<string | null | undefined>) | undefined;
+    /** For `Authorization: Bearer`. A function is called for each /prepare, and once more, with true, after a 401. */
+    token?: string | ((again: boolean) => string | null | undefined | Promise<string | null | undefined>) | undefined;
     /** Leaves the chat when it is aborted, as `break` does. */
     signal?: AbortSignal | undefined;
     /** Prepare once, however often this is called with the same key and request. */

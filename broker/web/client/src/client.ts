@@ -43,11 +43,11 @@ export interface Place {
 }
 
 export interface Options {
-  /** The URL of the broker; otherwise the folder from which this module was loaded. */
+  /** The URL of the broker; otherwise the folder from which /client.js was loaded, or, from npm, the page's origin. */
   base?: string | undefined;
 
-  /** For `Authorization: Bearer`. A function is called for each /prepare, and once more after a 401. */
-  token?: string | (() => string | null | undefined | Promise<string | null | undefined>) | undefined;
+  /** For `Authorization: Bearer`. A function is called for each /prepare, and once more, with true, after a 401. */
+  token?: string | ((again: boolean) => string | null | undefined | Promise<string | null | undefined>) | undefined;
 
   /** Leaves the chat when it is aborted, as `break` does. */
   signal?: AbortSignal | undefined;
@@ -550,10 +550,10 @@ async function prepare(body: string, options: Options): Promise<string> {
   const { token, idempotencyKey } = options;
   for (let again = false; ; again = true) {
     const headers: Record<string, string> = { "Content-Type": "application/json" };
-    const bearer = typeof token === "function" ? await token() : token;
+    const bearer = typeof token === "function" ? await token(again) : token;
     if (bearer) headers.Authorization = `Bearer ${bearer}`;
     if (idempotencyKey) headers["Idempotency-Key"] = idempotencyKey;
-    const signal = AbortSignal.timeout(PREPARE_TIMEOUT);
+    const signal = AbortSignal.timeout?.(PREPARE_TIMEOUT); // React Native has none
     let response, text: string;
     try {
       response = await fetch(`${baseOf(options)}/prepare`, { method: "POST", headers, body, signal });
