@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from broker.cli.keys import table
+from broker.cli.keys import new, table
 from broker.identity.clients_file import ClientsFile
 from tests.system.harness import clean_environment
 
 
-def keys_new(tmp_path: Path, name: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "broker", "keys", "new", name],
+def test_a_new_key_opens_with_its_table(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "broker", "keys", "new", "acme"],
         cwd=tmp_path,
         env=clean_environment({}),
         capture_output=True,
@@ -23,10 +23,6 @@ def keys_new(tmp_path: Path, name: str) -> subprocess.CompletedProcess[str]:
         timeout=30,
         check=False,
     )
-
-
-def test_a_new_key_opens_with_its_table(tmp_path: Path) -> None:
-    done = keys_new(tmp_path, "acme")
     assert done.returncode == 0
     key, _, printed = done.stdout.partition("\n\n")
     assert len(key) > 40
@@ -39,9 +35,12 @@ def test_a_new_key_opens_with_its_table(tmp_path: Path) -> None:
     assert "BROKER_CLIENTS_FILE" in done.stderr
 
 
-def test_no_two_keys_are_the_same(tmp_path: Path) -> None:
-    first, second = keys_new(tmp_path, "acme"), keys_new(tmp_path, "acme")
-    assert first.stdout.partition("\n")[0] != second.stdout.partition("\n")[0]
+def test_no_two_keys_are_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = set()
+    for _ in range(2):
+        assert new("acme") == 0
+        keys.add(capsys.readouterr().out.partition("\n")[0])
+    assert len(keys) == 2
 
 
 @pytest.mark.parametrize("name", ["a", "a-b_C9", "a.b", "ann@example.com", "x+y", "9"])
@@ -52,8 +51,7 @@ def test_a_table_of_any_name_can_be_read(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a b", "x" * 65, "a\nb", "é", "[a]"])
-def test_a_name_that_no_table_can_have_is_refused(tmp_path: Path, name: str) -> None:
-    done = keys_new(tmp_path, name)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr == "broker: a name has 1 to 64 letters, digits or any of . _ @ + -\n"
+def test_a_name_that_no_table_can_have_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert new(name) == 2
+    told = "broker: a name has 1 to 64 letters, digits or any of . _ @ + -\n"
+    assert capsys.readouterr() == ("", told)
