@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -112,6 +113,13 @@ class Terminal:
                 self._shown += (await asyncio.to_thread(os.read, self.ours, 4096)).decode()
         self._shown = self._shown.partition(words)[2]
 
+    async def until_it_waits(self) -> None:
+        """Wait until the command sleeps. A signal between its prompt and its wait for a key counts at the next key."""
+        await eventually(self._sleeps)
+
+    def _sleeps(self) -> bool:
+        return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
     def keys(self, keys: bytes) -> None:
         os.write(self.ours, keys)
 
@@ -191,6 +199,7 @@ async def test_ctrl_c_stops_the_answer_and_keeps_the_conversation() -> None:
         await terminal.until("> ")
         assert broker.asked == ["cancel"]
         assert broker.prepared[1]["messages"] == [user("One?"), assistant("Half an"), user("Two?")]
+        await terminal.until_it_waits()
         terminal.process.send_signal(signal.SIGINT)  # drops the line
         await terminal.until("> ")
         terminal.keys(b"/quit\r")
