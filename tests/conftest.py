@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from itertools import zip_longest
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -58,6 +60,49 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("form", ["", "/ai"], ids=["service", "embedded"], indirect=True)
     if "redis_server" in metafunc.fixturenames and path.startswith(ON_EVERY_SERVER):
         metafunc.parametrize("redis_server", SERVERS, indirect=True)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes run tests: two for each core, for most of the time of the long ones is waiting."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 2 * cores
+
+
+LONGEST = [
+    f"test_{name}.py"
+    for name in (
+        "money_law",
+        "silence",
+        "storm",
+        "quality",
+        "slow_clients",
+        "walk",
+        "money",
+        "dead_workers",
+        "once",
+    )
+]
+"""The files that take longest; `test_quality.py` has the type checker."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start files that take long first, each beside a short one.
+
+    Most of a long test goes by in waiting, which leaves its core to others; and a long file that began last would leave
+    the other cores idle. (`--no-loadscope-reorder` keeps this order: else the files with the most tests came first.)
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    slow: list[list[pytest.Item]] = []
+    short: list[list[pytest.Item]] = []
+    for path, file in files.items():
+        is_slow = path.name in LONGEST or any(item.get_closest_marker("slow") for item in file)
+        (slow if is_slow else short).append(file)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    slow.sort(key=lambda file: places.get(file[0].path.name, len(places)))
+    pairs = zip_longest(slow, short, fillvalue=list[pytest.Item]())
+    items[:] = [item for pair in pairs for file in pair for item in file]
 
 
 @pytest.fixture(scope="session")
