@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from limits import RateLimitItemPerSecond
 from limits.aio.storage.redis.bridge import RedisBridge
 
 from broker.core.rates import Rate, RateStatus
@@ -117,17 +115,8 @@ class Rates:
 
 
 def _key(account: Account, rate: Rate) -> str:
-    before, after = _around_client(rate)
-    return f"{account.shared('rate')}:{before}{account.name}{after}"
-
-
-@lru_cache(maxsize=256)
-def _around_client(rate: Rate) -> tuple[str, str]:
-    """Return the key's text before and after the client. `limits` names it so, and its tools can clear a window."""
-    before, _, after = (
-        RateLimitItemPerSecond(rate.count, rate.seconds, "prepare").key_for("\0").partition("\0")
-    )
-    return before, after
+    # Without the limit: where it changes, the hits of the window still count.
+    return f"{account.shared('rate')}:{rate.seconds}:{account.name}"
 
 
 def _function(name: str, script: bytes) -> str:

