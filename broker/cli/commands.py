@@ -169,8 +169,8 @@ def top(
 ) -> None:
     """Watch workers, streams, first-chunk times, errors and spending; q or Ctrl-C ends it.
 
-    REDIS_URL and BROKER_KEY_PREFIX, in the environment or in .env, say where the workers are. Their metrics come from
-    each --url, by default from the broker of this machine; BROKER_METRICS_TOKEN opens those of others.
+    REDIS_URL and BROKER_KEY_PREFIX, in the environment or in .env, say where the workers are. Metrics come from each
+    --url, by default from the broker of this machine; a broker of another machine asks for BROKER_METRICS_TOKEN.
     """
     from broker.cli import top as command  # noqa: PLC0415 - see the module
 
@@ -212,7 +212,7 @@ def cancel(
 ) -> None:
     """End a session, or all of a client, also those that are prepared and have not started.
 
-    It is what the stop button of a page does: each ends as cancelled, and is paid as far as it came.
+    It does what the stop button of a page does: each session ends as cancelled, and what came before that is paid.
     """
     from broker.cli import sessions as command  # noqa: PLC0415 - see the module
 
