@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from broker.core.client_limits import ClientLimits
 
 NAME: Final = "BROKER_CLIENTS_FILE"
-LARGEST: Final = 4 * 1024 * 1024
-"""Bytes of the file. It takes up to 2.3 s to read so many (measured), and a revoked key is refused within 3 s."""
+LARGEST: Final = 2 * 1024 * 1024
+"""Bytes of the file. Reading so many takes about a second, and up to two on a busy machine (measured). A revoked key
+must be refused within 3 s."""
 
-MAX_CLIENTS: Final = 16_384
+MAX_CLIENTS: Final = 8192
 MAX_KEYS: Final = 32
 """Keys of one client."""
 
