@@ -71,15 +71,15 @@ def pytest_xdist_auto_num_workers() -> int:
 LONGEST = [
     f"test_{name}.py"
     for name in (
-        "money_law",
-        "silence",
-        "storm",
-        "quality",
-        "slow_clients",
-        "walk",
         "money",
+        "silence",
         "dead_workers",
-        "once",
+        "walk",
+        "quality",
+        "money_law",
+        "client",
+        "browser",
+        "openapi",
     )
 ]
 """The files that take longest; `test_quality.py` has the type checker."""
