@@ -441,6 +441,26 @@ async def test_a_chat_that_is_left_and_asked_again_at_once_goes_on(client: Page)
 
 
 @pytest.mark.slow
+async def test_a_resume_that_is_left_and_asked_again_at_once_goes_on(client: Page) -> None:
+    """As React does in its StrictMode after a reload."""
+    requests = Requests(client)
+    told = await client.evaluate(
+        """async question => {
+          const remember = sessionStorage;
+          for await (const text of ask(question, {remember, keep: true})) break;
+          const controller = new AbortController();
+          resume(null, "", {remember, signal: controller.signal});
+          controller.abort();
+          const text = await read(resume(null, "", {remember}));
+          return {text, after: resume(null, "", {remember})};
+        }""",
+        LONG,
+    )
+    assert told == {"text": LONG, "after": None}
+    assert "DELETE /stream" not in requests
+
+
+@pytest.mark.slow
 async def test_two_chats_with_one_key_share_one_session(client: Page) -> None:
     requests = Requests(client)
     told = await client.evaluate(

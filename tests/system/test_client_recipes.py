@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 import jwt
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, Page, Request, Route, expect
+from playwright.async_api import Browser, Page, Request, expect
 
 from tests.system.browser import PAGES, foreign_site, laid_cable, launched_chromium
 from tests.system.harness import RunningBroker, free_port, running_broker, running_program
@@ -51,11 +51,12 @@ async def chromium() -> AsyncIterator[Browser]:
 async def site(project: Path, broker: RunningBroker) -> AsyncIterator[str]:
     """The projects, checked by TypeScript and built by Vite for this broker."""
     programs = project.parent / "node_modules" / ".bin"
-    env = f"VITE_BROKER={broker.url}"
+    # React calls everything twice in StrictMode only in its build for development.
+    env = (f"VITE_BROKER={broker.url}", "NODE_ENV=development")
     for name, source in PROJECTS.items():
         shutil.copytree(source, project / name)
         build = ("build", "--base", "./", "--logLevel", "warn")
-        status, told = await ran("env", env, str(programs / "vite"), *build, cwd=project / name)
+        status, told = await ran("env", *env, str(programs / "vite"), *build, cwd=project / name)
         assert status == 0, told
     options = json.loads((RECIPES / "react" / "tsconfig.json").read_text())
     (project / "tsconfig.json").write_text(json.dumps({**options, "include": ["*/*.tsx"]}))
@@ -233,21 +234,21 @@ async def test_a_component_that_keeps_its_answer_finds_it_again(page: Page, site
 
 
 async def test_a_fast_answer_is_shown_in_few_renders(page: Page, site: str) -> None:
-    await mount(page, site, "Hurry", "{model: 'rehearsal/fast'}")
-    told = await page.evaluate("""async () => {
-      while (chat.state !== "ended") await new Promise(requestAnimationFrame);
-      const {content, result} = chat.messages[1];
-      return {renders, seen: document.querySelector("p").textContent, content, ms: result.totalMs,
-              tokens: result.usage.completion_tokens};
+    """The model writes 180 tokens a second."""
+    await mount(page, site, "Hurry", "{model: 'rehearsal/long'}")
+    await page.wait_for_function("chat.messages[1]?.content.length > 1500")
+    told = await page.evaluate("""() => {
+      const {content} = chat.messages[1];
+      chat.stop();
+      return {renders, words: content.split(" ").length, seen: document.querySelector("p").textContent, content};
     }""")
     assert told["seen"] == f"Hurry\n{told['content']}"
-    assert told["tokens"] > 1000
-    assert told["renders"] < 20 + told["ms"] / 30
-    assert told["renders"] < told["tokens"] / 4
+    assert told["renders"] < told["words"] / 2
 
 
-async def test_a_queued_hook_is_stopped_before_its_turn(page: Page, site: str) -> None:
-    await mount(page, site, "Never mind")
+async def test_a_hook_stops_its_answer(page: Page, site: str) -> None:
+    await mount(page, site, LONG)
+    await page.wait_for_function("chat.state !== 'idle'")
     await page.evaluate("chat.stop()")
     await page.wait_for_function("chat.state === 'ended'")
     assert await page.evaluate("[chat.messages.at(-1).result?.finishReason, chat.busy]") == [
@@ -308,9 +309,6 @@ async def test_a_login_fetches_a_token_when_the_broker_refuses_its_own(page: Pag
         if request.url.endswith(("/chat-token", "/prepare")):
             fetched.append(request.url.rsplit("/", 1)[1])
 
-    async def expire(route: Route) -> None:
-        await route.fulfill(body=expired)
-
     page.on("request", sent)
     port = free_port()
     async with running_broker(env={**ROOM, "BROKER_JWT_SECRET": SECRET}) as broker:
@@ -322,9 +320,18 @@ async def test_a_login_fetches_a_token_when_the_broker_refuses_its_own(page: Pag
             await expect(page.locator("[role=alert]")).to_have_text("Please log in.")
             async with page.expect_response("**/login"):
                 await page.click("text=Log in")
-            await page.route("**/chat-token", expire, times=1)
+            await page.evaluate(
+                """expired => {
+                  const real = fetch;
+                  window.fetch = async (...asked) => {
+                    window.fetch = real;
+                    return new Response(expired);
+                  };
+                }""",
+                expired,
+            )
             await ask(page, "Let me in now")
             await expect(page.locator("#answer")).to_have_text("Let me in now")
             await ask(page, "And again")
             await expect(page.locator("#answer")).to_have_text("And again")
-    assert fetched == ["chat-token", "chat-token", "prepare", "chat-token", "prepare", "prepare"]
+    assert fetched == ["chat-token", "prepare", "chat-token", "prepare", "prepare"]

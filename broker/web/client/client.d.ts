@@ -1,4 +1,4 @@
-/*! The browser client of the Session Broker. MIT. Types: client.d.ts */
+/*! The Session Broker's client. MIT. Types: client.d.ts */
 /** Follows one session. Iterate over it for the text of the answer, as often as wanted, each time from its start. */
 export interface Chat extends AsyncIterable<string> {
     /** Iterate over all events, those of the text included. */

@@ -47,14 +47,14 @@ export class BrokerChatTransport<UI_MESSAGE extends UIMessage = UIMessage> imple
     const messages = convert(asked.messages);
     const body = { ...(model && { model }), ...parameters, ...asked.body, messages };
     const continues = asked.messages.at(-1)?.role === "assistant"; // the results of tools are parts of its message
-    return answerOf(chat(body, this.#optionsOf(asked)), asked.abortSignal, continues);
+    return answerOf(chat(body, this.#optionsOf(asked)), continues);
   }
 
   async reconnectToStream(asked: Parameters<ChatTransport<UI_MESSAGE>["reconnectToStream"]>[0]): Promise<ReadableStream<UIMessageChunk> | null> {
     const options = this.#optionsOf(asked);
     const { remember } = options;
     const known = remember && resume(null, "", { ...options, remember });
-    return known && !(await isGone(known)) ? answerOf(known, asked.abortSignal) : null;
+    return known && !(await isGone(known)) ? answerOf(known) : null;
   }
 
   #optionsOf({ chatId, headers, abortSignal }: ChatRequestOptions & { chatId: string; abortSignal?: AbortSignal | undefined }): Options {
@@ -90,22 +90,16 @@ async function isGone(followed: Chat): Promise<boolean> {
 }
 
 /** Return the answer as the AI SDK reads it. It fails with the `BrokerError`, which `useChat` then has as its `error`. */
-function answerOf(followed: Chat, signal: AbortSignal | undefined, continues = false): ReadableStream<UIMessageChunk> {
+function answerOf(followed: Chat, continues = false): ReadableStream<UIMessageChunk> {
   const events = followed.events();
   // The same id after a reload, so that a message which the page has stored by half is replaced.
   const parts = createParts(() => (continues ? {} : { messageId: `answer-${followed.sessionId?.slice(0, 8)}` }));
   return new ReadableStream<UIMessageChunk>({
-    start(controller) {
-      const stopped = () => controller.error(new DOMException("The answer was stopped.", "AbortError"));
-      if (signal?.aborted) stopped();
-      else signal?.addEventListener("abort", stopped, { once: true });
-    },
     async pull(controller) {
       try {
         // A pull has to give something, and not every event says something.
-        for (let given = 0; !given && !signal?.aborted; ) {
+        for (let given = 0; !given; ) {
           const { value, done } = await events.next();
-          if (signal?.aborted) return;
           if (done) return controller.close();
           for (const part of parts(value)) {
             controller.enqueue(part);

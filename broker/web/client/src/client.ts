@@ -1,4 +1,4 @@
-/*! The browser client of the Session Broker. MIT. Types: client.d.ts */
+/*! The Session Broker's client. MIT. Types: client.d.ts */
 
 // `npm run build` makes of this file client.js, which is served, and client.d.ts.
 
@@ -434,6 +434,7 @@ function follow(options: Options, shared: Shared, sessionId: string | null = nul
     const found = await shared._ready.catch(() => null);
     if (shared._users) return cancelled();
     shared._forget();
+    forget();
     if (found) await cancel(address(found));
     // A line that waits to reconnect would learn of the end too late.
     if (source?.readyState !== OPEN && found) open();
@@ -441,7 +442,7 @@ function follow(options: Options, shared: Shared, sessionId: string | null = nul
 
   /** What a page does that breaks off its loop. */
   function leave() {
-    if (options.keep) end(new BrokerError({ code: LEFT, message: "The page left; the session goes on." }));
+    if (options.keep) end(new BrokerError({ code: LEFT, message: "The page left." }));
     else stop();
   }
 
@@ -453,7 +454,7 @@ function follow(options: Options, shared: Shared, sessionId: string | null = nul
     Object.values(timers).forEach(clearTimeout);
     if (!stopping && !--shared._users) shared._forget();
     const left = (failure as BrokerError | null)?.code === LEFT;
-    if (!left && recall(options)?.[0] === chat.sessionId) options.remember!.removeItem(slotOf(options));
+    if (!left && !stopping) forget();
     if (failure) settle._reject(failure);
     else settle._resolve(result!);
     say("ended");
@@ -477,6 +478,11 @@ function follow(options: Options, shared: Shared, sessionId: string | null = nul
 
   function address(id: string) {
     return `${baseOf(options)}/stream/${id}`;
+  }
+
+  /** Remember the session no longer. Not at once after a stop: in StrictMode, React stops and resumes in one go. */
+  function forget() {
+    if (recall(options)?.[0] === chat.sessionId) options.remember!.removeItem(slotOf(options));
   }
 
   function save() {
