@@ -13,6 +13,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
 import structlog
@@ -33,7 +34,7 @@ _SESSION_ID: Final = re.compile(rf"\b{SESSION_ID}\b", re.IGNORECASE)
 _REQUEST_ID: Final = "request_id"
 _SHORTEST_SECRET: Final = 4  # replacing a shorter one would make every line unreadable and hide nothing
 _DEEPEST: Final = 6
-_FIRST: Final = ("timestamp", "level", "event", "logger")
+_FIRST: Final = ("timestamp", "level", "event", "logger", "worker_number")
 
 REPEATED_AFTER: Final = 60.0
 """Seconds after a warning in which the same warning is not written again."""
@@ -41,7 +42,18 @@ REPEATED_AFTER: Final = 60.0
 _MOST_WARNINGS: Final = 500
 _SESSION_LINE: Final = "session ended"
 # The fields that distinguish two warnings of one event. Ids of sessions and requests do not: each failure has another.
-_KIND_FIELDS: Final = ("code", "status", "script", "doing", "loop", "error", "reason", "setting", "name")
+_KIND_FIELDS: Final = (
+    "code",
+    "status",
+    "script",
+    "doing",
+    "loop",
+    "error",
+    "reason",
+    "setting",
+    "name",
+    "number",
+)
 
 
 def configure_logs(
@@ -49,14 +61,16 @@ def configure_logs(
     log_format: Literal["text", "json"] | None,
     *,
     secrets: Iterable[str] = (),
+    worker: int | None = None,
     out: TextIO | None = None,
 ) -> None:
-    """Configure all logs of this process. Called once, at the start.
+    """Configure all logs of this process. Called at the start, and again for new secrets.
 
     Args:
         level: `debug`, `info`, `warning`, `error` or `critical`.
         log_format: ``text`` for people, ``json`` for machines; None is text on a terminal, else JSON.
         secrets: texts that must not appear in any line.
+        worker: the number of this worker, for each line, where several write to one place.
         out: standard error where it is None.
     """
     out = sys.stderr if out is None else out
@@ -67,6 +81,7 @@ def configure_logs(
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        *([] if worker is None else [partial(_add_worker, worker)]),
     ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -215,6 +230,11 @@ def _kind_of(record: logging.LogRecord, fields: Mapping[str, Any]) -> tuple[obje
         error = type(error)
     texts = (str(fields.get(name, ""))[:100] for name in _KIND_FIELDS)
     return record.name, record.levelno, str(fields.get("event"))[:200], str(error)[:100], *texts
+
+
+def _add_worker(number: int, _logger: Any, _method: str, event: EventDict) -> EventDict:
+    event["worker_number"] = number
+    return event
 
 
 def _in_reading_order(_logger: Any, _method: str, event: EventDict) -> EventDict:

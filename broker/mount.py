@@ -202,7 +202,7 @@ async def _drain_all(app: web.Application) -> None:
 
 async def _drain(part: web.Application) -> None:
     worker, settings = part[keys.WORKER], part[keys.SETTINGS]
-    if worker.draining:  # `broker serve` drains before it closes its listener
+    if worker.ending:  # `broker serve` drains before it closes its listener
         return
     log.info("draining", seconds=settings.drain_timeout)
     await worker.drain(settings.drain_timeout)

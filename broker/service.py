@@ -1,6 +1,7 @@
 """Run the service as a process: its event loop, its signals, its listener, and the order of its shutdown.
 
-The parts of the service are built in `broker.app`.
+The parts of the service are built in `broker.app`. One worker is the whole service, and runs by `serve`. Of several,
+each runs by `serve_for_parent`, in a process that `broker.worker_process` prepares and `broker.supervisor` starts.
 """
 
 from __future__ import annotations
@@ -8,33 +9,62 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import resource
 import signal
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import structlog
 from aiohttp import web
 
+from broker.core.errors import StoreUnavailable
 from broker.logs import configure_logs
 from broker.mount import mount
+from broker.process import BACKLOG, address_line, embedded_store, log_address, raise_file_limit
 from broker.relay.tasks import keep_running
 from broker.secret_reload import SecretReload, SecretUsers
-from broker.settings import open_door
 from broker.web import keys
 from broker.web.server import runner_for
+from broker.web.shared_listener import SharedListener
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    import socket
+    from collections.abc import AsyncIterator, Callable, Coroutine
+    from pathlib import Path
+    from typing import Any
 
     from broker.settings import LoadedSecrets, Settings
 
 log = structlog.get_logger(__name__)
 
-_OF_EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
+KNOCK_EVERY = 0.2
+"""Seconds between two questions whether Redis answers."""
 
-BACKLOG = 4096
-"""Connections that may wait to be accepted, because all pages of a lost worker reconnect at the same time."""
+LINGER = 1.0
+"""Seconds that a worker that is replaced still answers on its open connections, with `Connection: close`. Who uses such
+a connection often has left it by then, and no request is lost at its close."""
+
+
+class Parent(NamedTuple):
+    """What a worker has from its parent.
+
+    Attributes:
+        number: of this worker, from 1.
+        sockets: the listening sockets that all workers share.
+        redis_url: that of the embedded Valkey; None where the settings name another.
+        metrics_directory: where the workers add up their metrics.
+        replaces: another worker still serves, and ends when this one is ready: nothing is served before Redis answers.
+        report_ready: tells the parent that this worker serves.
+        watch: calls a function once the parent wants this worker to leave, or has died itself. It is called with an
+            event loop running.
+    """
+
+    number: int
+    sockets: list[socket.socket]
+    redis_url: str | None
+    metrics_directory: Path | None
+    replaces: bool
+    report_ready: Callable[[], None]
+    watch: Callable[[Callable[[], None]], None]
 
 
 def serve(
@@ -54,60 +84,125 @@ def serve(
         rehearsal: run a scripted upstream beside the service and use it.
         embedded: run an embedded Valkey even where the service can be reached from outside.
     """
-    _raise_file_limit()
-    with _embedded_store(settings, wanted=embedded or settings.redis_url is None) as redis_url:
-        runner = _new_runner()
-        with runner:
-            status = runner.run(_serve(settings, redis_url, load=load, say=say, rehearsal=rehearsal))
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the loop is about to restore the default
-            return status
+    raise_file_limit()
+    with embedded_store(settings, wanted=embedded) as redis_url:
+        return _run(_serve(settings, redis_url, load=load, say=say, rehearsal=rehearsal))
+
+
+def serve_for_parent(settings: Settings, parent: Parent, *, load: Callable[[], LoadedSecrets]) -> int:
+    """Run one worker of several until it is stopped, and return the exit status."""
+    raise_file_limit()
+    return _run(_serve_for_parent(settings, parent, load=load))
+
+
+def _run(service: Coroutine[Any, Any, None]) -> int:
+    with _new_runner() as runner:
+        runner.run(service)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the loop is about to restore the default
+    return 0
 
 
 async def _serve(
     settings: Settings,
-    redis_url: str,
+    redis_url: str | None,
     *,
     load: Callable[[], LoadedSecrets],
     say: Callable[[str], None],
     rehearsal: bool,
-) -> int:
-    stopping = _stop_on_signals()
+) -> None:
+    stopping = _stop_on_signals(second=os._exit)
     async with AsyncExitStack() as stack:
-        # The host is given in any case, for here it is known where the application listens.
-        given = settings.redis_url == redis_url  # else it is embedded
-        settings = settings.model_copy(update={"host": settings.host, "redis_url": redis_url})
         if rehearsal:
             from broker.rehearsal.app import rehearsal_beside  # noqa: PLC0415 - only here, and it takes time
 
             url = await stack.enter_async_context(rehearsal_beside())
-            rehearsed = {"upstream_url": url, "upstream_kind": "openrouter", "upstream_proxy": None}
-            settings = settings.model_copy(update=rehearsed)
-        app = web.Application()
-        mount(app, "", settings)
-        runner = runner_for(app, settings)
-        stack.push_async_callback(runner.cleanup)
-        await runner.setup()
-        await stack.enter_async_context(_reloading_secrets(settings, load, app, store_is_given=given))
+            settings = rehearsed(settings, url)
+        runner = await stack.enter_async_context(_running(settings, redis_url, load))
         site = web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)
         await site.start()
-        say(_address_line(runner, settings))
-        _log_address(runner, settings, rehearsal=rehearsal)
+        port = int(runner.addresses[0][1]) if runner.addresses else settings.port
+        say(address_line(settings, port))
+        log_address(settings, port, rehearsal=rehearsal)
         _relieve_collector()
         await stopping.wait()
-        await app.shutdown()  # drains, while the listener still answers the proxy and the pages
+        await runner.app.shutdown()  # drains, while the listener still answers the proxy and the pages
         await site.stop()
-    return 0
 
 
-@contextmanager
-def _embedded_store(settings: Settings, *, wanted: bool) -> Iterator[str]:
-    if not wanted and settings.redis_url is not None:
-        yield settings.redis_url
-        return
-    from broker.store.embedded import embedded_valkey  # noqa: PLC0415 - only where it is used
+async def _serve_for_parent(settings: Settings, parent: Parent, *, load: Callable[[], LoadedSecrets]) -> None:
+    # The parent knows whether a second signal means haste, for a service manager may send one to every process.
+    stopping, leaving = _stop_on_signals(second=lambda _: None), asyncio.Event()
+    parent.watch(leaving.set)
+    async with AsyncExitStack() as stack:
+        runner = await stack.enter_async_context(_running(settings, parent.redis_url, load, parent))
+        if parent.replaces and not await _first_of(_redis_answers(runner.app), stopping, leaving):
+            return
+        listener = SharedListener(cast("web.Server", runner.server), parent.sockets)
+        stack.callback(listener.close)
+        listener.start()
+        parent.report_ready()
+        log.info("worker ready")
+        _relieve_collector()
+        await _first_of(stopping.wait(), leaving)
+        if not stopping.is_set():
+            listener.close()  # the others take new connections
+            await _first_of(_leave(runner.app, settings), stopping)
+        await runner.app.shutdown()
 
-    with embedded_valkey() as url:
-        yield url
+
+async def _leave(app: web.Application, settings: Settings) -> None:
+    """Start nothing new, and finish all streams. None of them can take longer than the deadline."""
+    log.info("leaving", streams=len(app[keys.WORKER].running))
+    await asyncio.gather(app[keys.WORKER].leave(settings.deadline), asyncio.sleep(LINGER))
+
+
+async def _redis_answers(app: web.Application) -> None:
+    """Wait until Redis has answered once."""
+    store = app[keys.STORE]
+    while not store.has_answered:
+        try:
+            await store.takes_writes()
+        except StoreUnavailable:
+            await asyncio.sleep(KNOCK_EVERY)
+
+
+async def _first_of(work: Coroutine[Any, Any, object], *events: asyncio.Event) -> bool:
+    """Do some work until it is done or an event is set. Returns True if it is done."""
+    tasks = [asyncio.create_task(each) for each in (work, *(event.wait() for event in events))]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            tasks[0].result()
+            return True
+        return False
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def rehearsed(settings: Settings, upstream_url: str) -> Settings:
+    """Return the settings with the scripted upstream."""
+    values = {"upstream_url": upstream_url, "upstream_kind": "openrouter", "upstream_proxy": None}
+    return settings.model_copy(update=values)
+
+
+@asynccontextmanager
+async def _running(
+    settings: Settings, redis_url: str | None, load: Callable[[], LoadedSecrets], parent: Parent | None = None
+) -> AsyncIterator[web.AppRunner]:
+    """Run all parts of the service during the block; the caller opens and closes the listener."""
+    settings = settings.model_copy(update={"redis_url": redis_url or settings.redis_url})
+    app = web.Application()
+    mount(app, "", settings, metrics_directory=parent.metrics_directory if parent is not None else None)
+    runner = runner_for(app, settings)
+    try:
+        await runner.setup()
+        number = parent.number if parent is not None else None
+        async with _reloading_secrets(settings, load, app, store_is_given=redis_url is None, number=number):
+            yield runner
+    finally:
+        await runner.cleanup()
 
 
 def _new_runner() -> asyncio.Runner:
@@ -118,13 +213,13 @@ def _new_runner() -> asyncio.Runner:
     return asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
 
-def _stop_on_signals() -> asyncio.Event:
-    """Return an event that the first SIGTERM or SIGINT sets. The second one ends the process at once."""
+def _stop_on_signals(*, second: Callable[[int], object]) -> asyncio.Event:
+    """Return an event that the first SIGTERM or SIGINT sets. ``second`` is called at each further one."""
     stopping = asyncio.Event()
 
     def stop(number: int) -> None:
         if stopping.is_set():
-            os._exit(128 + number)
+            second(128 + number)
         stopping.set()
 
     loop = asyncio.get_running_loop()
@@ -140,6 +235,7 @@ async def _reloading_secrets(
     app: web.Application,
     *,
     store_is_given: bool,
+    number: int | None,
 ) -> AsyncIterator[None]:
     """Read secrets, system message and clients file again at SIGHUP, which never ends the service.
 
@@ -156,7 +252,9 @@ async def _reloading_secrets(
             metrics=app[keys.METRICS_TOKEN],
             store=app[keys.STORE] if store_is_given else None,
         ),
-        hide=lambda secrets: configure_logs(settings.log_level, settings.log_format, secrets=secrets),
+        hide=lambda secrets: configure_logs(
+            settings.log_level, settings.log_format, secrets=secrets, worker=number
+        ),
     )
 
     def read_again() -> None:
@@ -174,16 +272,6 @@ async def _reloading_secrets(
         await asyncio.gather(task, return_exceptions=True)
 
 
-def _raise_file_limit() -> None:
-    """Raise the limit of open files. Each stream needs two, and the usual limit is made for programs with `select`."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (ValueError, OSError):
-            log.warning("the limit on open files stays low", limit=soft)
-
-
 def _relieve_collector() -> None:
     """Exclude objects that live as long as the process from garbage collection.
 
@@ -193,40 +281,3 @@ def _relieve_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-
-
-def _address_line(runner: web.AppRunner, settings: Settings) -> str:
-    """Return the address to open, as one line for the person who started the service. It is not a log line."""
-    # "Every address" cannot be opened in a browser.
-    host = _OF_EVERY_ADDRESS.get(settings.host, settings.host)
-    verb = "Open" if settings.page else "Listening at"
-    return f"{verb} {_url(host, _port(runner, settings))}"
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _port(runner: web.AppRunner, settings: Settings) -> int:
-    return int(runner.addresses[0][1]) if runner.addresses else settings.port
-
-
-def _log_address(runner: web.AppRunner, settings: Settings, *, rehearsal: bool) -> None:
-    url = _url(settings.host, _port(runner, settings))
-    log.info("listening", url=url, rehearsal=rehearsal, **_limits_in_force(settings))
-    if (warning := open_door(settings)) is not None:
-        log.warning(warning)
-
-
-def _limits_in_force(settings: Settings) -> dict[str, str]:
-    """Return the limits in force, for the one line at the start."""
-    limits = {
-        "rate": f"{settings.rate_limit.count}/{settings.rate_limit.seconds}s",
-        "streams": str(settings.max_concurrent_streams),
-        "daily_tokens": str(settings.daily_tokens or ""),
-        "daily_cost": str(settings.daily_cost or ""),
-        "monthly_cost": str(settings.monthly_cost or ""),
-        "total_daily_cost": str(settings.total_daily_cost or ""),
-        "identity": "required" if settings.needs_identity else "address",
-    }
-    return {name: value for name, value in limits.items() if value}

@@ -409,16 +409,13 @@ def unknown_settings(environ: Mapping[str, str] | None = None) -> list[str]:
 
 def not_yet_served(settings: Settings) -> list[str]:
     """Return the names of settings that were given but have no effect in this release."""
-    names = []
-    if not settings.takes_tokens:
-        names += [
-            f"{setting_name(field)} without BROKER_JWT_SECRET or BROKER_JWKS_URL"
-            for field in ("jwt_audience", "jwt_issuer")
-            if getattr(settings, field) is not None
-        ]
-    if settings.workers > 1:
-        names.append("BROKER_WORKERS above 1")
-    return names
+    if settings.takes_tokens:
+        return []
+    return [
+        f"{setting_name(field)} without BROKER_JWT_SECRET or BROKER_JWKS_URL"
+        for field in ("jwt_audience", "jwt_issuer")
+        if getattr(settings, field) is not None
+    ]
 
 
 def require_served_store(settings: Settings) -> None:

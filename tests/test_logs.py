@@ -67,6 +67,14 @@ def test_a_line_is_json_with_its_time_level_logger_and_values() -> None:
     assert list(line) == ["timestamp", "level", "event", "logger", "model", "messages"]
 
 
+def test_a_line_of_one_worker_of_several_has_its_number() -> None:
+    out = io.StringIO()
+    configure_logs("info", "json", worker=2, out=out)
+    logger().info("session prepared")
+    logging.getLogger("aiohttp").warning("from a library")
+    assert [line["worker_number"] for line in lines(out)] == [2, 2]
+
+
 @pytest.mark.parametrize("form", ["json", "text"])
 @pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\x0b", "\x1b[2K", "\x85", "\u2028"])
 def test_a_value_never_begins_a_line_of_its_own(form: Literal["json", "text"], end: str) -> None:

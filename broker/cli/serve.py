@@ -32,7 +32,7 @@ from broker.settings import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from broker.settings import LoadedSecrets, Settings
+    from broker.settings import Settings
 
 _CANNOT_LISTEN = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES, socket.EAI_NONAME})
 
@@ -47,16 +47,38 @@ def serve(flags: Mapping[str, Any], *, rehearsal: bool, embedded: bool) -> int:
     """
     # Until the service can reload its secrets at this signal, the signal must not end it.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
+    environment = dict(os.environ)
+
+    def load() -> Settings:
         settings = load_settings(**flags)
         pass_on_otel_settings()
         unknown = unknown_settings()
         require(settings, rehearsal=rehearsal, embedded=embedded)
+        if settings.workers > 1 and settings.clients_file is not None:  # one worker reads it itself
+            from broker.identity.clients_file import read_clients_file  # noqa: PLC0415 - only where it is used
+
+            read_clients_file(settings.clients_file)
+        configure_logs(settings.log_level, settings.log_format, secrets=settings.secrets)
+        _warn(settings, unknown)
+        # The host is given in any case, for here it is known where the application listens.
+        return settings.model_copy(update={"host": settings.host})
+
+    try:
+        settings = load()
     except SettingsError as error:
         return complain(error, BAD_USE)
-    configure_logs(settings.log_level, settings.log_format, secrets=settings.secrets)
-    _warn(settings, unknown)
-    return _run(settings, partial(load_secrets, **flags), rehearsal=rehearsal, embedded=embedded)
+    if settings.workers == 1:
+        # The service with all its libraries is imported only when it is certain to run.
+        from broker import service  # noqa: PLC0415 - see above
+
+        read = partial(load_secrets, **flags)
+        run = partial(service.serve, load=read, say=_say, rehearsal=rehearsal, embedded=embedded)
+    else:
+        from broker import supervisor  # noqa: PLC0415 - see above
+
+        command = supervisor.Command(flags, environment, rehearsal, embedded, load=load, say=_say)
+        run = partial(supervisor.serve, command=command)
+    return _run(run, settings)
 
 
 def require(settings: Settings, *, rehearsal: bool, embedded: bool) -> None:
@@ -88,18 +110,9 @@ def _warn(settings: Settings, unknown: list[str]) -> None:
         log.warning("setting has no effect in this release", name=name)
 
 
-def _run(
-    settings: Settings,
-    load: Callable[[], LoadedSecrets],
-    *,
-    rehearsal: bool,
-    embedded: bool,
-) -> int:
-    # The service with all its libraries is imported only when it is certain to run.
-    from broker import service  # noqa: PLC0415 - see above
-
+def _run(serve: Callable[[Settings], int], settings: Settings) -> int:
     try:
-        return service.serve(settings, load=load, say=_say, rehearsal=rehearsal, embedded=embedded)
+        return serve(settings)
     except SettingsError as error:  # of the clients file
         return complain(error, BAD_USE)
     except StoreUnavailable as error:

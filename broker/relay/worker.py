@@ -76,6 +76,8 @@ class Worker:
 
     Attributes:
         draining: nothing new is started.
+        replaced: nothing new is started because another worker of this host takes it.
+        ending: `drain` has begun.
         running: the generations that run here, by session id.
         finished: sessions that ended here a short while ago.
         viewers: all viewers of this worker.
@@ -103,7 +105,7 @@ class Worker:
         telemetry: Telemetry = NO_TELEMETRY,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        self.draining = False
+        self.draining = self.replaced = self.ending = False
         self.running: dict[str, Generation] = {}
         self.finished = FinishedCache(config.resume_ttl or FINISHED_FOR)
         self.viewers: set[Viewer] = set()
@@ -221,12 +223,21 @@ class Worker:
 
     async def drain(self, timeout: float) -> None:
         """Start nothing new, let generations finish for ``timeout`` seconds, and end the rest."""
-        self.draining = True
-        self.mirrors.release_viewers()
-        await self.tasks.finish(timeout)
+        self.ending = True
+        await self._finish(timeout)
         for generation in tuple(self.running.values()):
             generation.shut_down()
         await self.tasks.finish(SHUTDOWN_TIMEOUT)
+
+    async def leave(self, timeout: float) -> None:
+        """Leave everything new to another worker, and let generations finish for ``timeout`` seconds."""
+        self.replaced = True
+        await self._finish(timeout)
+
+    async def _finish(self, timeout: float) -> None:
+        self.draining = True
+        self.mirrors.release_viewers()
+        await self.tasks.finish(timeout)
 
     async def close(self) -> None:
         """Cancel the tasks that are left."""

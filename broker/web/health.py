@@ -24,8 +24,9 @@ async def ready(request: web.Request) -> web.Response:
 
     503 until Redis has answered once, and while draining. When Redis goes away later, all workers lose it at the same
     time, and a proxy that excluded all of them would cut every stream. So the answer is a 200 that names the problem.
+    A worker that is replaced answers for the service, whose other workers take what is new.
     """
-    if request.app[WORKER].draining:
+    if request.app[WORKER].ending:
         return _not_ready("draining", Draining(), "shutting down")
     store = request.app[STORE]
     try:

@@ -13,6 +13,7 @@ from aiohttp import hdrs, web
 from broker.core.errors import (
     BrokerError,
     BudgetExceeded,
+    Draining,
     InvalidRequest,
     LimitError,
     Queued,
@@ -27,7 +28,7 @@ from broker.relay.viewer import Viewer
 from broker.store.accounts import BUDGET_RETRY, STREAMS_RETRY
 from broker.web.errors import json_response, may_come_again
 from broker.web.eventstream import EventStream, jitter
-from broker.web.keys import HUB, LOGGED, METRICS, OCCUPANCY, RESOLVER, SETTINGS, WAITING
+from broker.web.keys import HUB, LOGGED, METRICS, OCCUPANCY, RESOLVER, SETTINGS, WAITING, WORKER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,6 +40,9 @@ FORMS: Mapping[str, type[Viewer]] = {"": Viewer, "chunk": Viewer, "token": Token
 
 COME_AGAIN_MS = 3000
 """Milliseconds after which a page should reconnect to a session that cannot be served now."""
+
+COME_TO_ANOTHER_MS = 200
+"""The same where this worker is replaced: a new connection reaches another one."""
 
 
 async def stream(request: web.Request) -> web.StreamResponse:
@@ -118,7 +122,8 @@ async def _refuse(request: web.Request, error: BrokerError, cursor: Cursor | Non
         if not may_come_again(error):  # else it keeps its place
             request.app[WAITING].left(session_id)
     if may_come_again(error):
-        return await _say(request, b"", jitter(COME_AGAIN_MS))
+        replaced = isinstance(error, Draining) and request.app[WORKER].replaced
+        return await _say(request, b"", jitter(COME_TO_ANOTHER_MS if replaced else COME_AGAIN_MS))
     if isinstance(error, Queued):
         return await _say(request, queued_event(error.position, error.of), error.retry_ms)
     if isinstance(error, LimitError) and not (isinstance(error, BudgetExceeded) and error.final):

@@ -252,12 +252,13 @@ async def test_flags_win_over_the_environment() -> None:
 
 
 async def test_unknown_and_ineffective_settings_cause_warnings() -> None:
-    async with running_broker(env={"BROKER_WORKERS": "2", "BROKER_HEARTBEET": "5"}) as broker:
+    async with running_broker(env={"BROKER_JWT_ISSUER": "us", "BROKER_HEARTBEET": "5"}) as broker:
         warned = [
             (line["event"], line["name"]) for line in events(broker.log()) if line["level"] == "warning"
         ]
     assert ("unknown setting", "BROKER_HEARTBEET (did you mean BROKER_HEARTBEAT?)") in warned
-    assert ("setting has no effect in this release", "BROKER_WORKERS above 1") in warned
+    ineffective = "BROKER_JWT_ISSUER without BROKER_JWT_SECRET or BROKER_JWKS_URL"
+    assert ("setting has no effect in this release", ineffective) in warned
 
 
 async def test_sessions_are_stored_in_the_given_redis() -> None:

@@ -20,7 +20,7 @@ from dotenv import dotenv_values
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from broker.service import _limits_in_force
+from broker.process import _limits_in_force
 from broker.settings import Settings, open_door, setting_name
 from tests.system.harness import running_broker
 from tests.system.image import DOCKERFILE, instructions, sent_to_the_builder

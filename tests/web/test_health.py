@@ -59,6 +59,17 @@ async def test_a_broker_that_drains_is_not_ready(broker: Broker) -> None:
     assert (await broker.ask("GET", "/health/live")).status == 200
 
 
+async def test_a_worker_that_is_replaced_sends_pages_to_the_others(broker: Broker) -> None:
+    session = await broker.prepare()
+    await broker.app[keys.WORKER].leave(0)
+    ready = await broker.ask("GET", "/health/ready")
+    assert (ready.status, ready.headers["Connection"]) == (200, "close"), "the service is ready"
+    async with broker.stream(session) as connection:
+        assert await connection.rest() == []
+        retry = int(connection.blocks[0].splitlines()[0].removeprefix(b"retry: "))
+        assert retry < 500, "another worker is there already"
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
