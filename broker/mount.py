@@ -24,7 +24,6 @@ from broker.settings import (
     not_yet_served,
     open_door,
     read_system_file,
-    require_served_store,
 )
 from broker.web import keys
 from broker.web.application_clients import ApplicationClients
@@ -135,7 +134,6 @@ def _check(prefix: str, settings: Settings) -> None:
     asks_openrouter = UpstreamKind("auto", settings.upstream_url).openrouter
     if asks_openrouter and settings.openrouter_api_key is None:
         raise SettingsError("openrouter_api_key must be set, or upstream_url to another service")
-    require_served_store(settings)
     if settings.system_file is not None:
         read_system_file(settings.system_file)
     if settings.redis_url is None and not settings.told_of_loopback:

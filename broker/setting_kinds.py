@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_core import PydanticCustomError
 
 from broker.core.rates import Rate
+from broker.core.redis_url import servers_in
 
 _A_YEAR = 366 * 24 * 3600
 _UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 24 * 3600}
@@ -43,7 +44,6 @@ _PUBLIC = re.compile(
 # The form in which browsers write the header. They send no origin of another form.
 _ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://[a-z0-9._~:\[\]-]+")
 REDIS_SCHEMES = ("redis", "rediss", "unix")
-LATER_REDIS_SCHEMES = ("redis+sentinel", "redis+cluster")
 _TLS_FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 
 
@@ -159,11 +159,10 @@ def _proxy_url(value: str) -> str:
 
 
 def _redis_url(value: str) -> str:
-    parts = urlsplit(value)
+    several = servers_in(value)
+    parts = urlsplit(value if several is None else several.of_one)
     if parts.scheme == "unix":
         complete = bool(parts.path) and _is_unix_query(parts.query)
-    elif parts.scheme in LATER_REDIS_SCHEMES:
-        complete = bool(parts.netloc)
     else:
         complete = parts.scheme in REDIS_SCHEMES and bool(parts.hostname) and parts.port != 0
         # The library takes what it cannot read for database 0, or fails at every connection.
@@ -291,9 +290,10 @@ RedisUrl = Annotated[
     str,
     AfterValidator(_redis_url),
     Expects(
-        "a redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// URL; that of rediss:// may end in"
-        " ?ssl_ca_certs=FILE, ssl_certfile=FILE and ssl_keyfile=FILE, joined by &, with files that exist;"
-        " that of unix:// in ?db=NUMBER and password=TEXT"
+        "a redis://, rediss://, unix://, redis+sentinel://host:port,host:port/service/database or"
+        " redis+cluster://host:port,host:port URL; those of rediss may end in ?ssl_ca_certs=FILE, ssl_certfile=FILE"
+        " and ssl_keyfile=FILE, joined by &, with files that exist; that of unix:// in ?db=NUMBER and password=TEXT;"
+        " that of sentinels in ?sentinel_username=TEXT and sentinel_password=TEXT"
     ),
 ]
 ClientNamer = Annotated[tuple[Text, ...], BeforeValidator(_listed), Expects("a comma list of names")]

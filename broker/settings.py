@@ -18,7 +18,7 @@ import urllib.request
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, unquote_plus, urlsplit
 
 from dotenv.parser import parse_stream
 from pydantic import Field, ValidationError
@@ -232,10 +232,12 @@ class Settings(BaseSettings):
             found += [password, unquote(password)]
         if self.redis_url is not None:
             parts = urlsplit(self.redis_url)
-            in_query = re.findall(r"(?:^|&)password=([^&]+)", parts.query)  # of unix://
+            in_query = re.findall(
+                r"(?:^|&)(?:sentinel_)?password=([^&]+)", parts.query
+            )  # of unix://, of sentinels
             for password in (parts.password, *in_query):
                 if password:
-                    found += [password, unquote(password)]
+                    found += [password, unquote(password), unquote_plus(password)]
         return tuple(dict.fromkeys(found))
 
 
@@ -293,7 +295,6 @@ def load_secrets(**flags: Any) -> LoadedSecrets:
                 given |= _from_variables(written, where, [field])
             given |= _from_flags({field: flags.get(field)})
             settings = _checked(given)
-            require_served_store(settings)
         except SettingsError as error:
             faults.append(str(error))
         else:
@@ -416,17 +417,6 @@ def not_yet_served(settings: Settings) -> list[str]:
         for field in ("jwt_audience", "jwt_issuer")
         if getattr(settings, field) is not None
     ]
-
-
-def require_served_store(settings: Settings) -> None:
-    """Check that this release supports the store that is named, if one is.
-
-    Raises:
-        SettingsError: it does not.
-    """
-    if settings.redis_url is not None and urlsplit(settings.redis_url).scheme in kinds.LATER_REDIS_SCHEMES:
-        # Storing sessions in a store that nobody chose would be worse than not starting.
-        raise SettingsError("REDIS_URL must be redis://, rediss:// or unix:// in this release")
 
 
 def open_door(settings: Settings) -> str | None:

@@ -36,7 +36,7 @@ OLD = {
 NEW = {name: value.replace("old", "new") for name, value in OLD.items()}
 BROKEN = {
     "OPENROUTER_API_KEY": "",
-    "REDIS_URL": "redis+sentinel://:hidden-value@127.0.0.1:1/service/0",
+    "REDIS_URL": "redis+ring://:hidden-value@127.0.0.1:1/service/0",
     "BROKER_API_KEYS": "hidden-value",
     "BROKER_JWT_SECRET": f"{OLD['BROKER_JWT_SECRET']}\nhidden-value",
     "BROKER_METRICS_TOKEN": "hidden value",
@@ -89,7 +89,7 @@ class Users:
         """The settings whose new values are in force."""
         new = {
             "OPENROUTER_API_KEY": self.key == NEW["OPENROUTER_API_KEY"],
-            "REDIS_URL": self.store._credentials.password == "the-new-password",
+            "REDIS_URL": self.store._address.credentials.password == "the-new-password",
             "BROKER_API_KEYS": self.known.owner_of("the-new-key-of-acme") is not None,
             "BROKER_JWT_SECRET": NEW["BROKER_JWT_SECRET"] in self.jwt,
             "BROKER_METRICS_TOKEN": self.metrics.is_shown(NEW["BROKER_METRICS_TOKEN"]),

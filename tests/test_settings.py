@@ -293,6 +293,7 @@ def test_an_unusable_file_is_reported(
         ("REDIS_URL", "rediss://host/?ssl_ca_certs=/etc/passwd", "rediss://host/?ssl_ca_certs=/etc/passwd"),
         ("REDIS_URL", "rediss://user:pw@host:6380/2", "rediss://user:pw@host:6380/2"),
         ("REDIS_URL", "redis+sentinel://a:1,b:2/main/0", "redis+sentinel://a:1,b:2/main/0"),
+        ("REDIS_URL", "rediss+cluster://u:p@a:1,b", "rediss+cluster://u:p@a:1,b"),
         (
             "BROKER_CORS_ORIGINS",
             "https://A.example:443/,http://b:8080",

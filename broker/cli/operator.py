@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from broker.cli.words import reason
 from broker.core.errors import StoreRefused
 from broker.logs import configure_logs
-from broker.settings import SettingsError, load_settings, require_served_store
+from broker.settings import SettingsError, load_settings
 from broker.store.connection import Store
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ def operator_settings() -> tuple[Settings, str]:
         SettingsError: a setting is wrong, or there is no URL.
     """
     settings = load_settings()
-    require_served_store(settings)
     if settings.redis_url is None:
         raise SettingsError("REDIS_URL must be set: an embedded Valkey can be read by its service alone")
     # A refused call is a warning of the service. These commands say it in words, and `top` owns the screen.

@@ -25,7 +25,6 @@ from broker.settings import (
     otlp_protocols,
     pass_on_otel_settings,
     read_system_file,
-    require_served_store,
     unknown_settings,
 )
 
@@ -89,7 +88,6 @@ def require(settings: Settings, *, rehearsal: bool, embedded: bool) -> None:
     """
     if settings.openrouter_api_key is None and not rehearsal:
         raise SettingsError("OPENROUTER_API_KEY must be set, or start with --rehearsal, which needs no key")
-    require_served_store(settings)
     otlp_protocols()
     if settings.redis_url is None and not embedded and not settings.listens_on_loopback:
         raise SettingsError(

@@ -379,6 +379,6 @@ class _Canceller:
             found += [
                 each
                 for each, record in zip(part, records, strict=True)
-                if isinstance(record, StoreRefused) or (record is not None and record.state not in ENDED)
+                if isinstance(record, StoreUnavailable) or (record is not None and record.state not in ENDED)
             ]
         return found

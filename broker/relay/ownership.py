@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import structlog
 
-from broker.core.errors import StoreRefused, StoreUnavailable
+from broker.core.errors import StoreUnavailable
 from broker.core.session import State, short
 from broker.relay.finishing import ALL, NOTHING
 from broker.relay.rounds import for_each
@@ -230,7 +230,7 @@ class Ownership:
         replies = await self._sessions.run_each(calls)
         refused = []
         for session, last, reply in zip(sessions, last_of, replies, strict=True):
-            if isinstance(reply, StoreRefused):
+            if isinstance(reply, StoreUnavailable):
                 refused.append(session)
             elif reply == 1:
                 session.saved = last
@@ -281,13 +281,13 @@ class Ownership:
                     generation.confirmed()
 
 
-def _knows_more(session: Ours, record: SessionRecord | StoreRefused | None) -> bool:
+def _knows_more(session: Ours, record: SessionRecord | StoreUnavailable | None) -> bool:
     """Returns True if this worker knows more of a session than Redis.
 
     If the session has another claim, it is not this worker's any more. If Redis has an end, that end counts. The
     journal writer writes events that are missing in the journal.
     """
-    if isinstance(record, StoreRefused):
+    if isinstance(record, StoreUnavailable):
         return False
     if record is None or record.state is State.PREPARED:
         return True

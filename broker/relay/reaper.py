@@ -167,27 +167,27 @@ class Reaper:
     async def _end(self, orphans: Sequence[Reservation]) -> dict[str, SessionRecord | None]:
         """End the sessions of reservations that are not renewed any more, in two round trips.
 
-        Returns the record of each session by claim id, without those that Redis refuses to read or to end.
+        Returns the record of each session by claim id, without those that Redis cannot read or end now.
         """
         records = await self._sessions.describe_many([orphan.session_id for orphan in orphans])
         ended: dict[str, SessionRecord | None] = {}
         running: list[tuple[Reservation, SessionRecord]] = []
         for orphan, record in zip(orphans, records, strict=True):
-            if isinstance(record, StoreRefused):
+            if isinstance(record, StoreUnavailable):
                 continue
             if record is not None and record.claim_id == orphan.claim_id and record.state is State.RUNNING:
                 running.append((orphan, record))
             else:
                 ended[orphan.claim_id] = record
         for (orphan, record), status in zip(running, await self._mark_lost(running), strict=True):
-            if not isinstance(status, StoreRefused):
+            if not isinstance(status, StoreUnavailable):
                 self._report(orphan, record, status)
                 ended[orphan.claim_id] = replace(record, state=status.state)
         return ended
 
     async def _mark_lost(
         self, running: Sequence[tuple[Reservation, SessionRecord]]
-    ) -> list[SessionStatus | StoreRefused]:
+    ) -> list[SessionStatus | StoreUnavailable]:
         if not running:
             return []
         try:

@@ -47,7 +47,7 @@ class RedisWatch:
         self._workers = workers
         self._clock = clock
         self._marker: str | None = None
-        self._server: str | None = None
+        self._servers: frozenset[str] = frozenset()
         self._started_without_redis = False
         self._wiped_here_at = float("-inf")
         self._wiped_elsewhere = False
@@ -85,7 +85,7 @@ class RedisWatch:
         """
         connections = self._workers.connections_made
         try:
-            marker, wiped, server, now_ms = await self._workers.marker()
+            marker, wiped, servers, now_ms = await self._workers.marker()
         except StoreUnavailable:
             self._started_without_redis = self._started_without_redis or self._marker is None
             raise
@@ -99,12 +99,12 @@ class RedisWatch:
             await self._workers.tell_wiped()
             log.warning("redis came back empty")
             self.to_rewrite.set()
-        elif self._server and server and self._server != server:
+        elif servers and not self._servers <= servers:  # one is gone; one that has come has lost nothing
             self._new_since_ms = now_ms
             self._claims_paused_until = self._clock() + CLAIMS_PAUSE
             log.warning("redis is another server than before", claims_paused_s=CLAIMS_PAUSE)
             self.to_rewrite.set()
-        self._marker, self._server = marker, server
+        self._marker, self._servers = marker, servers
 
     async def run(self) -> NoReturn:
         """Check again and again until cancelled."""

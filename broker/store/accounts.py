@@ -18,9 +18,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import orjson
 import structlog
+from redis.exceptions import ResponseError
 
 from broker.core.accounts import Quotas, Usage, WorstCase
-from broker.core.errors import BeingClaimed, BudgetExceeded, Overloaded, Queued, StoreRefused, TooManyStreams
+from broker.core.errors import (
+    BeingClaimed,
+    BudgetExceeded,
+    Overloaded,
+    Queued,
+    StoreRefused,
+    StoreUnavailable,
+    TooManyStreams,
+)
 from broker.core.session import State
 from broker.store.buckets import BUCKETS, Account, account_of, bucket_prefix, total_account
 from broker.store.usage_ledger import LEDGER_S, UsageLedger
@@ -243,7 +252,7 @@ class AccountStore:
                 refused += [
                     each
                     for (each, *_), reply in zip(steps, replies, strict=True)
-                    if isinstance(reply, StoreRefused)
+                    if isinstance(reply, StoreUnavailable)
                 ]
         return refused
 
@@ -422,7 +431,7 @@ class AccountStore:
         return [
             part[number - 1]
             for part, reply in zip(by_bucket.values(), replies, strict=True)
-            if not isinstance(reply, StoreRefused)
+            if not isinstance(reply, StoreUnavailable)
             for number in reply
         ]
 
@@ -433,6 +442,10 @@ class AccountStore:
         replies = await self._store.commands(
             [("ZRANGEBYSCORE", f"{prefix}:open", "-inf", now, "LIMIT", 0, limit) for prefix in tagged]
         )
+        for reply in replies:
+            # Those of a node that is away could not be renewed: they must not be overdue when it is back.
+            if isinstance(reply, Exception) and not isinstance(reply, ResponseError):
+                raise StoreUnavailable from reply
         found = [
             (prefix, claim_id)
             for prefix, claims in zip(tagged, replies, strict=True)

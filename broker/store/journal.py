@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from broker.core.errors import StoreRefused
+from broker.core.errors import StoreUnavailable
 from broker.core.replay import Batch
 from broker.core.session import State
 from broker.store.sessions import SessionStatus, read_status, request_id_in
@@ -91,7 +91,7 @@ class JournalStore:
     async def append(self, appends: Sequence[Append]) -> list[Appended | None]:
         """Journal events of several sessions in one round trip. Returns a result for each, in the same order.
 
-        The result is None if Redis refused that append.
+        The result is None if Redis refused that append, or if its node of a cluster is away.
         """
         calls = [
             self._append.call(
@@ -104,7 +104,7 @@ class JournalStore:
             for append in appends
         ]
         replies = await self._store.run_each(calls)
-        return [None if isinstance(reply, StoreRefused) else _appended(reply) for reply in replies]
+        return [None if isinstance(reply, StoreUnavailable) else _appended(reply) for reply in replies]
 
     async def follow(
         self,
@@ -122,14 +122,14 @@ class JournalStore:
     async def follow_many(self, wanted: Sequence[tuple[str, int]]) -> list[Followed | None]:
         """Call `follow` for several sessions in one round trip, each with the number after which to read.
 
-        The result is None if Redis refused that read.
+        The result is None if Redis refused that read, or if its node of a cluster is away.
         """
         calls = [
             self._follow.call(**self._read_from(session_id, after, READ_ENTRIES, True))
             for session_id, after in wanted
         ]
         replies = await self._store.run_each(calls)
-        return [None if isinstance(reply, StoreRefused) else _followed(reply) for reply in replies]
+        return [None if isinstance(reply, StoreUnavailable) else _followed(reply) for reply in replies]
 
     async def status(self, session_id: str) -> SessionStatus:
         """Return the status of a session, without changing anything."""

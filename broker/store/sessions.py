@@ -20,6 +20,7 @@ from broker.core.replay import Batch
 from broker.core.session import State, Terminal, parse_cursor
 from broker.core.tokens import Size  # noqa: TC001 - pydantic reads it
 from broker.store.call import Call, command_call
+from broker.store.connection import failure
 from broker.telemetry.interface import TraceContext  # noqa: TC001 - pydantic reads it
 
 if TYPE_CHECKING:
@@ -207,10 +208,14 @@ class SessionStore:
         """
         claim = self._claim.call(session=self._key(session_id), claim_id=claim_id, worker=worker)
         # On the connection of the claim: WAIT waits for the writes of its own connection.
-        wait = [command_call("WAIT", self._confirm_by, CONFIRM_MS)] if self._confirm_by else []
+        wait = (
+            [command_call("WAIT", self._confirm_by, CONFIRM_MS)._replace(key=claim.key)]
+            if self._confirm_by
+            else []
+        )
         # A failure of a later call must not hide that the claim has won: the session would run nowhere. It is logged.
         reply, *others = await self._store.run_each([claim, *also, *wait])
-        if isinstance(reply, StoreRefused):
+        if isinstance(reply, StoreUnavailable):
             raise reply
         confirmed = not wait or (isinstance(others[-1], int) and others[-1] >= self._confirm_by)
         if reply[0] == b"won" and not confirmed:
@@ -234,14 +239,16 @@ class SessionStore:
     async def describe(self, session_id: str) -> SessionRecord | None:
         """Return the record of a session, None if Redis has none."""
         [record] = await self.describe_many([session_id])
-        if isinstance(record, StoreRefused):
+        if isinstance(record, StoreUnavailable):
             raise record
         return record
 
-    async def describe_many(self, session_ids: Sequence[str]) -> list[SessionRecord | StoreRefused | None]:
+    async def describe_many(
+        self, session_ids: Sequence[str]
+    ) -> list[SessionRecord | StoreUnavailable | None]:
         """Return the records of several sessions in one round trip.
 
-        None for each that Redis does not have, and a `StoreRefused` for each that cannot be read.
+        None for each that Redis does not have, and a `StoreUnavailable` for each that cannot be read.
         """
         names = ("state", "claim_id", "worker", "spec", "end_data", "prepared_at", "until")
         replies = await self._store.commands([("HMGET", self._key(each), *names) for each in session_ids])
@@ -309,13 +316,13 @@ class SessionStore:
     ) -> SessionStatus:
         """Do what `mark_lost_many` does for one session."""
         [status] = await self.mark_lost_many([(session_id, claim_id)], error=error, cancelled=cancelled)
-        if isinstance(status, StoreRefused):
+        if isinstance(status, StoreUnavailable):
             raise status
         return status
 
     async def mark_lost_many(
         self, claims: Sequence[tuple[str, str]], *, error: bytes, cancelled: bytes
-    ) -> list[SessionStatus | StoreRefused]:
+    ) -> list[SessionStatus | StoreUnavailable]:
         """End sessions of dead workers in one round trip; as cancelled, where a cancel was accepted.
 
         Args:
@@ -325,7 +332,7 @@ class SessionStore:
             cancelled: data of the `done`, should it be that.
 
         Returns:
-            The status of each session, or a `StoreRefused`.
+            The status of each session, or a `StoreUnavailable`.
         """
         calls = [
             self._mark_lost.call(
@@ -334,7 +341,7 @@ class SessionStore:
             for session_id, claim_id in claims
         ]
         replies = await self._store.run_each(calls)
-        return [reply if isinstance(reply, StoreRefused) else read_status(reply) for reply in replies]
+        return [reply if isinstance(reply, StoreUnavailable) else read_status(reply) for reply in replies]
 
     def restoring(
         self, session_id: str, claim_id: str, worker: str, spec: Spec, *, held: Batch, end: Terminal | None
@@ -364,7 +371,7 @@ class SessionStore:
         )
 
     async def run_each(self, calls: Sequence[Call]) -> list[Any]:
-        """Run calls of `restoring` in one round trip. The reply of one that is refused is a `StoreRefused`."""
+        """Run calls of `restoring` in one round trip. The reply of one that failed is a `StoreUnavailable`."""
         return await self._store.run_each(calls)
 
     async def remaining(self, session_id: str) -> int | None:
@@ -373,7 +380,8 @@ class SessionStore:
         None if there is no such session, or if it was cancelled before its claim.
         """
         read = command_call("HMGET", self._key(session_id), "state", "until", "worker")
-        (state, until, worker), (now, micros) = await self._store.run([read, command_call("TIME")])
+        clock = command_call("TIME")._replace(key=read.key)
+        (state, until, worker), (now, micros) = await self._store.run([read, clock])
         if state is None or (state == b"cancelled" and not worker):
             return None
         return (
@@ -387,9 +395,9 @@ class SessionStore:
         await self._store.command("UNLINK", self._key(session_id))
 
 
-def _record(reply: list[bytes | None] | Exception) -> SessionRecord | StoreRefused | None:
+def _record(reply: list[bytes | None] | Exception) -> SessionRecord | StoreUnavailable | None:
     if isinstance(reply, Exception):
-        return StoreRefused()
+        return failure(reply)
     state, claim_id, worker, spec, end_data, prepared_at, until = (value or b"" for value in reply)
     if not state:
         return None

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 import structlog
+from redis.exceptions import ConnectionError as LineError
 from redis.exceptions import NoPermissionError
 
 from broker.core.errors import StoreRefused, StoreUnavailable
 from broker.core.replay import Batch
-from broker.store.call import command_call
-from broker.store.connection import CALL_TIMEOUT, Store, store_errors
+from broker.store.connection import Store, store_errors
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
@@ -63,18 +63,18 @@ class Notification(NamedTuple):
 
 
 class MarkerStatus(NamedTuple):
-    """The marker and the server that has it.
+    """The marker and the servers that have the data.
 
     Attributes:
         marker: the word that all workers know, until Redis loses it.
         wiped: True if a worker has noticed in the last seconds that Redis came back empty.
-        server: the run id of the server process; empty if Redis does not return it.
+        servers: the run ids of the server processes, of which a cluster has several; empty if they are not told.
         now_ms: the clock of Redis, in ms.
     """
 
     marker: str
     wiped: bool
-    server: str
+    servers: frozenset[str]
     now_ms: int
 
 
@@ -110,7 +110,7 @@ class WorkerStore:
         constants = {"MARKER_S": MARKER_TTL, "ALIVE_MS": round(ALIVE_FOR * 1000)}
         self._read_marker = store.script("marker", constants)
         self._warned = False
-        self._names_server = True
+        self._names_servers = True
 
     @property
     def connections_made(self) -> int:
@@ -118,7 +118,7 @@ class WorkerStore:
         return self._store.connections_made
 
     async def marker(self) -> MarkerStatus:
-        """Return the marker and the server that has it. Make the marker if there is none."""
+        """Return the marker and the servers that have the data. Make the marker if there is none."""
         read = self._read_marker.call(
             marker=self._key("marker"),
             wiped=self._key("wiped"),
@@ -126,18 +126,21 @@ class WorkerStore:
             new_marker=secrets.token_hex(8),
             worker=self._info,
         )
-        if not self._names_server:
+        if not self._names_servers:
             [found] = await self._store.run([read])
-            return _marker_status(found, "")
-        found, info = await self._store.run_each([read, command_call("INFO", "server")])
-        if isinstance(found, StoreRefused):
+            return _marker_status(found, frozenset())
+        found, *infos = await self._store.run_each([read, *await self._store.everywhere("INFO", "server")])
+        if isinstance(found, StoreUnavailable):
             raise found
-        if isinstance(info, StoreRefused):  # a user without the right to INFO
+        if any(isinstance(info, StoreRefused) for info in infos):  # a user without the right to INFO
             log.warning("redis does not tell which server it is; a failover is not noticed")
-            self._names_server = False
-            return _marker_status(found, "")
-        run_id = _RUN_ID.search(info.decode())
-        return _marker_status(found, run_id[1] if run_id else "")
+            self._names_servers = False
+            return _marker_status(found, frozenset())
+        for info in infos:
+            if isinstance(info, StoreUnavailable):
+                raise info
+        run_ids = (_RUN_ID.search(info.decode()) for info in infos)
+        return _marker_status(found, frozenset(run_id[1] for run_id in run_ids if run_id))
 
     async def tell_wiped(self) -> None:
         """Report to all workers, including those that start later, that Redis came back empty."""
@@ -150,9 +153,7 @@ class WorkerStore:
             StoreUnavailable: it broke. Notifications sent until the next subscription are lost.
         """
         with store_errors():
-            async with self._store.redis.pubsub() as pubsub:
-                async with asyncio.timeout(CALL_TIMEOUT):
-                    await pubsub.subscribe(f"{self._store.channels}{self.worker}")
+            async with self._store.subscribed(f"{self._store.channels}{self.worker}") as pubsub:
                 try:
                     async for data in _messages(pubsub):
                         yield _notification(data)
@@ -188,13 +189,15 @@ async def _messages(pubsub: PubSub) -> AsyncIterator[bytes]:
             asked = True
         else:
             asked = False
-            if message["type"] == "message":
+            if message["type"] in ("message", "smessage"):
                 yield message["data"]
+            elif message["type"] == "sunsubscribe":
+                raise LineError("the channel has moved to another node")
 
 
-def _marker_status(reply: list[Any], server: str) -> MarkerStatus:
+def _marker_status(reply: list[Any], servers: frozenset[str]) -> MarkerStatus:
     marker, wiped, now_ms = reply
-    return MarkerStatus(marker.decode(), bool(wiped), server, int(now_ms))
+    return MarkerStatus(marker.decode(), bool(wiped), servers, int(now_ms))
 
 
 def _notification(data: bytes) -> Notification:

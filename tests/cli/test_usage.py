@@ -312,11 +312,12 @@ def test_a_redis_that_is_away_is_reported_in_one_line(tmp_path: Path) -> None:
     assert found.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("url", ["redis+sentinel://x/y", "redis+cluster://x/0"])
+@pytest.mark.parametrize("url", ["redis+ring://x", "redis+sentinel://x", "redis+cluster://x/1"])
 def test_an_unsupported_redis_is_reported_in_one_line(tmp_path: Path, url: str) -> None:
     found = run(tmp_path, url)
-    told = "broker: REDIS_URL must be redis://, rediss:// or unix:// in this release\n"
-    assert (found.returncode, found.stdout, found.stderr) == (2, "", told)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("broker: REDIS_URL must be ")
+    assert found.stderr.count("\n") == 1
 
 
 async def test_a_redis_that_refuses_leaves_standard_output_alone(tmp_path: Path, valkey_url: str) -> None:

@@ -28,7 +28,8 @@ class FakeRedis:
         self.checks += 1
         if self.away:
             raise StoreUnavailable
-        return MarkerStatus(self.marker_now, self.wiped, self.server, 5_000)
+        servers = frozenset(self.server.split())
+        return MarkerStatus(self.marker_now, self.wiped, servers, 5_000)
 
     async def tell_wiped(self) -> None:
         self.wiped = True
@@ -53,6 +54,15 @@ async def test_nothing_is_written_again_in_ordinary_operation(watching: Watching
     assert not watching.watch.to_rewrite.is_set()
     assert await watching.watch.is_gone()
     assert await watching.watch.claims_paused_since() is None
+
+
+async def test_a_node_that_comes_to_a_cluster_is_no_failover(watching: Watching) -> None:
+    for servers in ("one two", "two three"):
+        watching.redis.server = servers
+        await watching.watch.check()
+        lost_one = servers == "two three"
+        assert watching.watch.to_rewrite.is_set() == lost_one
+        assert (await watching.watch.claims_paused_since() is not None) == lost_one
 
 
 async def test_all_workers_are_told_that_redis_came_back_empty(watching: Watching) -> None:

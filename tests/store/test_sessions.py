@@ -15,7 +15,8 @@ from broker.core.events import cancelled_before_start
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
 from broker.store.call import command_call
-from broker.store.connection import CALL_TIMEOUT, MAX_CONNECTIONS, SCHEMA, Store
+from broker.store.connection import CALL_TIMEOUT, SCHEMA, Store
+from broker.store.node import MAX_CONNECTIONS
 from broker.store.sessions import MIN_KEPT, REMEMBERED, EndConflict, Prepared, SessionStatus, SessionStore
 from tests.system.harness import running_valkey
 

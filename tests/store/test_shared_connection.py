@@ -21,7 +21,8 @@ from redis.exceptions import ResponseError
 
 from broker.core.errors import StoreUnavailable
 from broker.store.call import command_call
-from broker.store.connection import MAX_SHARED, Store
+from broker.store.connection import Store
+from broker.store.node import MAX_SHARED
 from broker.store.shared_connection import MAX_CALLS, MAX_UNSENT, SharedConnection
 from tests.scripted import PATIENCE
 from tests.system.harness import ValkeyProcess, eventually

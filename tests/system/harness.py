@@ -84,11 +84,13 @@ class ValkeyProcess:
 
     Attributes:
         keeps: it has all it knew when it starts again; else it keeps nothing on disk.
+        options: more of its command line.
     """
 
     port: int
     directory: Path
     keeps: bool = False
+    options: Sequence[str] = ()
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     @property
@@ -99,13 +101,19 @@ class ValkeyProcess:
     async def start(self) -> None:
         """Start it, empty unless it keeps what it knew, and wait until it answers."""
         assert self.process is None, "it is running"
-        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        options += (
+        log_path = self.directory / "log"
+        self.process = _spawn(
+            [server_binary(SERVER), *self.arguments()], os.environ, self.directory, log_path
+        )
+        await _poll(self._answers, self.process, log_path)
+
+    def arguments(self) -> list[str]:
+        """Return its command line behind the program."""
+        arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        arguments += (
             ["--appendonly", "yes", "--appendfsync", "always"] if self.keeps else ["--appendonly", "no"]
         )
-        log_path = self.directory / "log"
-        self.process = _spawn([server_binary(SERVER), *options], os.environ, self.directory, log_path)
-        await _poll(self._answers, self.process, log_path)
+        return [*arguments, *self.options]
 
     def kill(self) -> None:
         """End it as a power cut would, and wait for that."""
@@ -133,7 +141,7 @@ class ValkeyProcess:
             return False
         try:
             writer.write(b"PING\r\n")
-            return await reader.readline() == b"+PONG\r\n"
+            return (await reader.readline()).startswith((b"+PONG", b"-NOAUTH"))
         except OSError:
             return False
         finally:
@@ -223,10 +231,10 @@ async def healed(valkey: ValkeyProcess) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def running_valkey(*, keeps: bool = False) -> AsyncIterator[ValkeyProcess]:
+async def running_valkey(*, keeps: bool = False, options: Sequence[str] = ()) -> AsyncIterator[ValkeyProcess]:
     """Run a separate Valkey during the block; with ``keeps`` it survives a power cut."""
     with tempfile.TemporaryDirectory(prefix="broker-test-") as name:
-        valkey = ValkeyProcess(free_port(), Path(name), keeps)
+        valkey = ValkeyProcess(free_port(), Path(name), keeps, options)
         try:
             await valkey.start()
             yield valkey

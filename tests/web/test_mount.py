@@ -354,7 +354,6 @@ async def test_without_redis_url_a_local_application_has_a_valkey(upstream: Scri
         ({"redis_url": "redis://localhost"}, "openrouter_api_key"),
         ({"openrouter_api_key": KEY}, "redis_url"),
         ({"openrouter_api_key": KEY, "host": "0.0.0.0"}, "redis_url"),
-        ({"openrouter_api_key": KEY, "redis_url": "redis+cluster://localhost"}, "REDIS_URL"),
     ],
 )
 def test_a_setting_that_is_missing_is_named(settings: dict[str, Any], named: str) -> None:

@@ -14,8 +14,15 @@ local function whole(number)
 end
 
 -- Notify a worker about a session. If the Redis user has no rights to channels, the rest of the script still runs.
+-- In a cluster, `told` collects the notifications instead, and the caller sends them.
 local function notify(channels, worker, kind, session, text)
-  redis.pcall('PUBLISH', channels .. worker, kind .. ' ' .. string.match(session, '{(.-)}') .. (text or ''))
+  local message = kind .. ' ' .. string.match(session, '{(.-)}') .. (text or '')
+  if told then
+    told[#told + 1] = channels .. worker
+    told[#told + 1] = message
+  else
+    redis.pcall('PUBLISH', channels .. worker, message)
+  end
 end
 
 -- Return the workers that are registered as watching a session.

@@ -1,0 +1,206 @@
+"""Which servers a URL of Redis means, and how they are reached. The store knows no difference between them."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from redis.asyncio import Redis
+from redis.asyncio.connection import SSLConnection, parse_url
+from redis.asyncio.sentinel import (
+    MasterNotFoundError,
+    SentinelManagedConnection,
+    SentinelManagedSSLConnection,
+)
+from redis.credentials import UsernamePasswordCredentialProvider
+from redis.exceptions import RedisError
+
+from broker.core.redis_url import Kind, Servers, servers_in
+from broker.store.cluster import Cluster
+from broker.store.node import Node, Pool, no_retry
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from redis.asyncio.connection import AbstractConnection
+
+    from broker.store.call import Call
+
+ASK_SENTINEL: Final = 0.3
+"""Maximum seconds for which one sentinel is asked. Then the next one is."""
+
+_LOCATION: Final = ("host", "port")
+
+
+class Credentials(UsernamePasswordCredentialProvider):
+    """The user and the password that a new connection shows. They may be replaced."""
+
+    @property
+    def if_set(self) -> Credentials | None:
+        """Return them, or None if there is nothing to show."""
+        return self if self.username or self.password else None
+
+    def take(self, other: Credentials) -> None:
+        """Use those of another from now on."""
+        self.username, self.password = other.username, other.password
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """What a URL of Redis says.
+
+    Attributes:
+        options: of each connection to a server, as the client library names them.
+        credentials: what such a connection shows.
+        several: what the URL says of several servers, without secrets; None if it is the URL of one.
+        of_sentinels: what a connection to a sentinel shows.
+    """
+
+    options: dict[str, Any]
+    credentials: Credentials
+    several: Servers | None
+    of_sentinels: Credentials
+
+    @property
+    def is_cluster(self) -> bool:
+        """True if the keys are spread over several servers."""
+        return self.several is not None and self.several.kind is Kind.CLUSTER
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """Read a URL.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        several = servers_in(url)
+        options: dict[str, Any] = dict(parse_url(url if several is None else several.of_one))
+        credentials = Credentials(options.pop("username", None), options.pop("password", None))
+        if several is None:
+            return cls(options, credentials, None, Credentials(None, None))
+        for name in _LOCATION:
+            del options[name]
+        own = Credentials(several.sentinel_username or None, several.sentinel_password or None)
+        several = several._replace(of_one="", sentinel_username="", sentinel_password="")
+        return cls(options, credentials, several, own)
+
+    def take_credentials(self, other: Address) -> bool:
+        """Use the users and passwords of another address for all new connections.
+
+        Returns False and changes nothing if anything else differs, or if only one of both has a password.
+        """
+        pairs = ((self.credentials, other.credentials), (self.of_sentinels, other.of_sentinels))
+        if (self.options, self.several) != (other.options, other.several) or any(
+            (ours.if_set is None) != (theirs.if_set is None) for ours, theirs in pairs
+        ):
+            return False
+        for ours, theirs in pairs:
+            ours.take(theirs)
+        return True
+
+
+def open_servers(
+    address: Address,
+    scripts: Callable[[], list[Call]],
+    on_connect: Callable[[AbstractConnection], Awaitable[None]],
+) -> Node | Cluster:
+    """Return what runs the calls. No connection is opened yet.
+
+    Args:
+        address: where the servers are.
+        scripts: returns the calls that load all scripts.
+        on_connect: is called for every new connection.
+    """
+    several = address.several
+    if several is None:
+        return Node(Pool(address.options, address.credentials.if_set, on_connect), scripts)
+    if several.kind is Kind.SENTINEL:
+        return Node(SentinelPool(address, several, on_connect), scripts)
+
+    def node(host: str, port: int) -> Node:
+        options = {**address.options, "host": host, "port": port}
+        return Node(Pool(options, address.credentials.if_set, on_connect), scripts)
+
+    return Cluster(several.hosts, node, scripts)
+
+
+class SentinelPool(Pool):
+    """Opens connections to the primary that the sentinels name, whichever server that is by then.
+
+    Args:
+        address: how to connect.
+        several: where the sentinels are.
+        on_connect: is called for every new connection.
+    """
+
+    # What the connections of the library ask for:
+    is_master = True
+    check_connection = False
+
+    def __init__(
+        self,
+        address: Address,
+        several: Servers,
+        on_connect: Callable[[AbstractConnection], Awaitable[None]],
+    ) -> None:
+        options = dict(address.options)
+        tls = options.pop("connection_class", None) is SSLConnection
+        kind = SentinelManagedSSLConnection if tls else SentinelManagedConnection
+        # The library holds the pool in each connection, and each connection in the pool.
+        pool = weakref.proxy(self)
+        super().__init__(
+            {**options, "connection_class": kind, "connection_pool": pool},
+            address.credentials.if_set,
+            on_connect,
+        )
+        self._service = several.service
+        of_sentinel = {name: value for name, value in options.items() if name != "db"}
+        self._sentinels = [
+            Redis(
+                host=host,
+                port=port,
+                **of_sentinel,
+                ssl=tls,
+                credential_provider=address.of_sentinels.if_set,
+                socket_timeout=None,
+                socket_connect_timeout=ASK_SENTINEL,
+                retry=no_retry(),
+                protocol=2,
+                driver_info=None,
+            )
+            for host, port in several.hosts
+        ]
+
+    async def get_master_address(self) -> tuple[str, int]:
+        """Return host and port of the primary.
+
+        Raises:
+            MasterNotFoundError: no sentinel knows one that seems to live.
+        """
+        causes = []
+        for sentinel in self._sentinels:
+            try:
+                async with asyncio.timeout(ASK_SENTINEL):
+                    state: Any = await sentinel.sentinel_master(self._service)
+            except (RedisError, OSError, TimeoutError) as error:
+                causes.append(f"{type(error).__name__} {error}".strip())
+                continue
+            if state["is_master"] and not (state["is_sdown"] or state["is_odown"]):
+                self._ask_first(sentinel)
+                return str(state["ip"]), int(state["port"])
+            causes.append("the primary is down")
+        raise MasterNotFoundError(f"no sentinel names a primary: {'; '.join(dict.fromkeys(causes))}")
+
+    def _ask_first(self, sentinel: Redis) -> None:
+        self._sentinels = [sentinel, *(each for each in self._sentinels if each is not sentinel)]
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await super().aclose()
+        await _close_all(self._sentinels)
+
+
+async def _close_all(clients: Sequence[Redis]) -> None:
+    await asyncio.gather(*(client.aclose() for client in clients), return_exceptions=True)
