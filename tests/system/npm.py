@@ -8,10 +8,14 @@ import json
 import os
 import shutil
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CLIENT = Path(__file__).parents[2] / "broker" / "web" / "client"
 
@@ -27,6 +31,9 @@ PACKAGES = (
 )
 INSTALL_TIMEOUT = 100.0
 
+MAKING_TIMEOUT = 300
+"""Seconds, of a test that may be the first of the run to need the packages, or the client built and installed."""
+
 NO_NPM = "there is no npm on this machine"
 NOT_INSTALLED = "npm could not install"
 
@@ -38,18 +45,25 @@ BROWSER = ("--target", "es2022", "--module", "esnext", "--lib", "es2022,dom,dom.
 def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all packages that tests use. A project beside it finds them.
 
-    The first process of the run that needs them installs them. Where that cannot be, the test is skipped, but fails in
-    CI.
+    Where they cannot be installed, the test is skipped, but fails in CI.
     """
     base = tmp_path_factory.getbasetemp()
     home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "npm"
     home.mkdir(exist_ok=True)
-    with (home / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (home / "installed").exists():
+    with _made_once(home, "packages") as needed:
+        if needed:
             _install(home)
-            (home / "installed").touch()
     return home / "node_modules"
+
+
+@contextmanager
+def _made_once(home: Path, what: str) -> Iterator[bool]:
+    """Give True to the first process of the run that needs it. The others wait until it is made."""
+    with (home / f"{what}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = home / f"{what}.made"
+        yield not made.exists()
+        made.touch()
 
 
 def _install(home: Path) -> None:
@@ -71,25 +85,29 @@ def _install(home: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def project(built_client: Path) -> Path:
-    """A fresh project beside the installed packages, with the client's package as it would be published."""
-    folder = built_client.parent / f"project-of-{built_client.name}"
-    folder.mkdir()
-    (folder / "package.json").write_text('{"type": "module"}')
-    _run("pack", "--ignore-scripts", "--pack-destination", str(folder), cwd=built_client)
-    (packed,) = folder.glob("*.tgz")
-    _run("install", "--offline", "--no-audit", "--no-fund", "--prefix", str(folder), str(packed), cwd=folder)
+def built_client(node_modules: Path) -> Path:
+    """A copy of the browser client's package beside the installed packages, built there from its source."""
+    folder = node_modules.parent / "client"
+    with _made_once(folder.parent, "client") as needed:
+        if needed:
+            built = shutil.ignore_patterns("dist", "node_modules", "client.js", "client.d.ts")
+            shutil.copytree(CLIENT, folder, ignore=built)
+            _run("run", "build", cwd=folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def built_client(node_modules: Path) -> Path:
-    """A copy of the browser client's package beside the installed packages, built there from its source."""
-    folder = node_modules.parent / f"client-{os.environ.get('PYTEST_XDIST_WORKER', '')}"
-    shutil.copytree(
-        CLIENT, folder, ignore=shutil.ignore_patterns("dist", "node_modules", "client.js", "client.d.ts")
-    )
-    _run("run", "build", cwd=folder)
+def project(built_client: Path) -> Path:
+    """A fresh project beside the installed packages, with the client's package as it would be published."""
+    folder = built_client.parent / "project"
+    with _made_once(folder.parent, "project") as needed:
+        if needed:
+            folder.mkdir()
+            (folder / "package.json").write_text('{"type": "module"}')
+            _run("pack", "--ignore-scripts", "--pack-destination", str(folder), cwd=built_client)
+            (packed,) = folder.glob("*.tgz")
+            quietly = ("--offline", "--no-audit", "--no-fund", "--prefix", str(folder))
+            _run("install", *quietly, str(packed), cwd=folder)
     return folder
 
 

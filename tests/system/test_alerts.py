@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from tests.system.harness import free_port, running_broker
-from tests.system.npm import STRICT, ran
+from tests.system.npm import MAKING_TIMEOUT, STRICT, ran
 from tests.system.proxy import program
 from tests.system.test_otlp import chat
 
@@ -222,6 +222,7 @@ def test_the_panels_of_the_dashboard_do_not_overlap() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(MAKING_TIMEOUT)
 async def test_grafanas_own_types_take_the_dashboard(node_modules: Path) -> None:
     source = node_modules.parent / "dashboard.ts"
     document = DASHBOARD.read_text()

@@ -18,7 +18,7 @@ from playwright.async_api import Browser, Page, Request, Response, Route
 
 from tests.system.browser import README, foreign_site, laid_cable, launched_chromium
 from tests.system.harness import RunningBroker, running_broker
-from tests.system.npm import BROWSER, CLIENT, STRICT, ran
+from tests.system.npm import BROWSER, CLIENT, MAKING_TIMEOUT, STRICT, ran
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -684,12 +684,14 @@ async def test_hundreds_of_answers_leave_nothing_behind(client: Page) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(MAKING_TIMEOUT)
 async def test_the_committed_client_is_the_build_of_its_source(built_client: Path) -> None:
     for name in ("client.js", "client.d.ts"):
         assert (built_client / name).read_text() == (CLIENT / name).read_text()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(MAKING_TIMEOUT)
 async def test_the_package_holds_code_types_and_maps(project: Path) -> None:
     package = project / "node_modules" / "session-broker-client"
     files = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}
@@ -706,6 +708,7 @@ async def test_the_package_holds_code_types_and_maps(project: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(MAKING_TIMEOUT)
 async def test_the_types_are_strict_typescript(project: Path) -> None:
     """Resolved as Node does it; the recipes resolve them as bundlers do."""
     (lines,) = re.findall(r"^```ts\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
@@ -720,6 +723,7 @@ async def test_the_types_are_strict_typescript(project: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(MAKING_TIMEOUT)
 async def test_the_client_runs_in_node(project: Path, broker: RunningBroker) -> None:
     (project / "page.mjs").write_text(IN_NODE)
     node = shutil.which("node") or "node"

@@ -20,13 +20,17 @@ from playwright.async_api import Browser, Page, Request, expect
 
 from tests.system.browser import PAGES, foreign_site, laid_cable, launched_chromium
 from tests.system.harness import RunningBroker, free_port, running_broker, running_program
-from tests.system.npm import missing, ran
+from tests.system.npm import MAKING_TIMEOUT, missing, ran
 from tests.system.test_client import LONG, PATIENCE, ROOM, Requests, is_stop
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(MAKING_TIMEOUT),
+    pytest.mark.asyncio(loop_scope="module"),
+]
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
 ADDRESS = "https://broker.example"  # the broker's in the recipes
