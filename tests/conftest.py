@@ -25,9 +25,9 @@ from tests.clock import Clock
 from tests.scripted import PATIENCE, ScriptedUpstream, scripted_upstream
 from tests.servers import SERVERS, ServerSockets, server_binary
 from tests.system import harness
-from tests.system.npm import built_client, node_modules, project
+from tests.system.npm import axe_core, built_client, node_modules, project
 
-__all__ = ["built_client", "node_modules", "project"]  # fixtures of tests with packages of npm
+__all__ = ["axe_core", "built_client", "node_modules", "project"]  # fixtures of tests with packages of npm
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so every program that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -52,7 +52,8 @@ def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home.mkdir(exist_ok=True)
     with _made_once(home, "packages") as needed:
         if needed:
-            _install(home)
+            tools = json.loads((CLIENT / "package.json").read_text())["devDependencies"]
+            _install(home, [*(f"{name}@{version}" for name, version in tools.items()), *PACKAGES])
     return home / "node_modules"
 
 
@@ -66,9 +67,7 @@ def _made_once(home: Path, what: str) -> Iterator[bool]:
         made.touch()
 
 
-def _install(home: Path) -> None:
-    tools = json.loads((CLIENT / "package.json").read_text())["devDependencies"]
-    packages = [*(f"{name}@{version}" for name, version in tools.items()), *PACKAGES]
+def _install(home: Path, packages: list[str]) -> None:
     quietly = ("--no-audit", "--no-fund", "--no-save", "--prefer-offline", "--prefix", str(home))
     try:
         done = subprocess.run(
@@ -82,6 +81,14 @@ def _install(home: Path) -> None:
         missing(f"{NOT_INSTALLED} within {INSTALL_TIMEOUT:.0f} s")
     if done.returncode != 0:
         missing(f"{NOT_INSTALLED}: {(done.stdout + done.stderr)[-500:]}")
+
+
+@pytest.fixture(scope="session")
+def axe_core(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The source of axe, which checks a page for what keeps people out. It is no part of the project."""
+    home = tmp_path_factory.mktemp("axe")
+    _install(home, ["axe-core@4"])
+    return (home / "node_modules" / "axe-core" / "axe.min.js").read_text()
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from playwright.async_api import expect
 
 from broker.rehearsal.app import rehearsal_beside
 from tests.system.browser import README, Complaints, launched_chromium
+from tests.system.chat_page import ask
 from tests.system.harness import RunningBroker, eventually, free_port, running_program
 
 if TYPE_CHECKING:
@@ -99,9 +100,7 @@ async def test_the_chat_page_works_under_the_prefix(shop: RunningBroker, directo
         await page.context.request.post(f"{shop.url}/login", form=LOGIN)
         complaints = Complaints(page)
         await page.goto(f"{shop.url}/ai")
-        await page.get_by_label("Model", exact=True).select_option("rehearsal/echo")
-        await page.get_by_role("textbox").fill("Three pears, please.")
-        await page.get_by_role("button", name="Send").click()
+        await ask(page, "rehearsal/echo", "Three pears, please.")
         await expect(page.locator("article .answer").last).to_have_text(
             "Three pears, please.", timeout=PATIENCE
         )

@@ -17,6 +17,7 @@ from yarl import URL
 
 from broker.settings import Settings
 from tests.system.browser import Complaints, launched_chromium
+from tests.system.chat_page import ask
 from tests.system.harness import free_port, running_broker
 from tests.system.proxy import (
     EVENTS,
@@ -236,10 +237,7 @@ async def test_the_page_works_over_tls_and_http_2() -> None:
         complaints = Complaints(page)
         await page.goto(proxy.url)
         protocol = await page.evaluate("performance.getEntriesByType('navigation')[0].nextHopProtocol")
-        await page.get_by_label("Model", exact=True).select_option("rehearsal/fast")
-        await page.get_by_role("textbox").fill("Tell me everything.")
-        await page.get_by_role("button", name="Send").click()
-        turn = page.get_by_role("log").get_by_role("article")
+        turn = await ask(page, "rehearsal/fast", "Tell me everything.")
         await expect(turn).to_contain_text(re.compile(r"\$0\.\d+ · [\d,]+ tokens in"), timeout=30_000)
         assert len(await turn.inner_text()) > 1000
         assert protocol == "h2"

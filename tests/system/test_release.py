@@ -107,6 +107,8 @@ def test_the_files_have_all_and_nothing_of_this_machine(built: tuple[Path, Path]
         "broker/py.typed",
         "broker/store/lua/claim.lua",
         "broker/web/page/page.js",
+        "broker/web/page/vendor/marked.js",
+        "broker/web/page/vendor/marked.LICENSE",
         "broker/web/client/client.js",
     ):
         assert each in names

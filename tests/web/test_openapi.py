@@ -12,7 +12,7 @@ from broker import __version__
 from broker.core import errors
 from broker.web.not_served import PATHS as NOT_SERVED
 from broker.web.openapi import document
-from broker.web.page import PATHS as PAGE
+from broker.web.page import page_routes
 from tests.broker import running
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ async def test_every_address_and_method_is_in_it(valkey_url: str, upstream: Scri
         for method in operations
         if method != "parameters"
     }
-    files_of_the_page = set(PAGE) - {"/"}
+    files_of_the_page = {route.path for route in page_routes()} - {"/"}
     wanted = {
         (path, method)
         for path, method in served

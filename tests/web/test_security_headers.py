@@ -9,7 +9,7 @@ import pytest
 from aiohttp import hdrs
 
 from broker.prepare import Admission
-from broker.web.page import CLIENT_PATHS, PATHS
+from broker.web.page import client_routes, page_routes
 from tests.broker import QUESTION, running
 from tests.replies import plain
 from tests.web.test_server import get, sent
@@ -104,8 +104,9 @@ async def test_a_bug_has_the_headers(broker: Broker, monkeypatch: pytest.MonkeyP
 
 
 async def test_the_page_alone_may_load_its_own_files(valkey_url: str, upstream: ScriptedUpstream) -> None:
+    page = {route.path for route in page_routes()}
     async with running(valkey_url, upstream, page=True) as broker:
-        for path in (*PATHS, *CLIENT_PATHS):
+        for path in (*page, *(route.path for route in client_routes())):
             answer = await broker.ask("GET", path)
-            assert ("script-src 'self'" in answer.headers["Content-Security-Policy"]) == (path in PATHS)
+            assert ("script-src 'self'" in answer.headers["Content-Security-Policy"]) == (path in page)
             assert len(answer.headers.getall("Content-Security-Policy")) == 1  # type: ignore[attr-defined]

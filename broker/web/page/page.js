@@ -1,316 +1,312 @@
-// The chat page: the conversation and its views, the composer, the choice of models.
-// page-stream.js follows an answer; this file shows it. All text is inserted as text, never as markup.
+// The chat page: connects the open conversation with its views, the store and the broker.
 
-import { AnswerStream } from "./page-stream.js";
-import { account, advice, context, price, total } from "./page-text.js";
+import { Follower, isRunning, newAnswer, newId } from "./answer.js";
+import { cancelEdit, edit, showRunning, startComposer } from "./composer.js";
+import { messagesFor, runningOf, toMarkdown, toTurns } from "./conversation.js";
+import { $, make, translate } from "./dom.js";
+import { total } from "./format.js";
+import { currentModel, isRehearsal, loadModels, modelOf, nameOf, openModels, startModels } from "./models.js";
+import { announce, offerUndo } from "./notices.js";
+import { startPainter } from "./painter.js";
+import { remedy } from "./problem.js";
+import { EXPORT, LANGUAGE, LIVE, SAY, SHORTCUTS, UNDO } from "./sentences.js";
+import { accessKey, parameters, setAccessKey, settings, startSettings } from "./settings.js";
+import { showConversations, showUsage, titleOf } from "./side.js";
+import * as store from "./store.js";
+import { shownOf } from "./turn.js";
 
-// The number changes with the shape of a turn. Another broker of this origin has another path.
-const STORE = `session-broker-1${location.pathname}`;
-const TURNS_SENT = 99; // with the new message 199: by default brokers accept 200 messages, and trim by themselves
-const MANY_MODELS = 12;
-const MODEL_PAUSES = [2_000, 10_000, 30_000];
-const MODEL_TIMEOUT = 10_000;
+const SAVE_MS = 500;
+const SAID = 600; // characters of an answer that a screen reader is told at its end
 
-const $ = (id) => document.getElementById(id);
-const state = restored();
-const views = new Map();
-let models = [];
-let listed = loadModels(); // the first attempt; a message sent before its end waits for it
-let stream = null; // the answer that is being written
-let following = true; // whether the reader is at the bottom
+let conversation = null; // the record of the open one; a new chat gets it with its first message
+let turns = [];
+const followers = new Map(); // by answer id: the follower and its answer, those of other conversations too
+let listed = null; // the first load of the models
 
-// ---- the conversation, stored over a reload ------------------------------------------------------------------------
+// ---- asking --------------------------------------------------------------------------------------------------------
 
-function restored() {
-  try {
-    return { turns: [], model: "", key: "", ...JSON.parse(sessionStorage.getItem(STORE)) };
-  } catch {
-    return { turns: [], model: "", key: "" };
-  }
+async function send(question, turnId = null) {
+  const later = turnId === null ? [] : turns.slice(turns.findIndex(({ id }) => id === turnId) + 1);
+  if (later.length) removeTurns(later, UNDO.turns(later.length));
+  await ask(turnId, question);
 }
 
-function save() {
-  const withoutImages = (name, value) => (name === "images" ? undefined : value);
-  for (const replacer of [null, withoutImages]) {
-    try {
-      return sessionStorage.setItem(STORE, JSON.stringify(state, replacer));
-    } catch {
-      // No room, or no storage: an older state still resumes, from its own cursor.
+/** Ask once more, or for the first time. Earlier answers of the turn stay, and can be gone back to. */
+async function ask(turnId, question, { model, from } = {}) {
+  const now = Date.now();
+  conversation ??= { id: newId(), title: titleOf(question), created: now, updated: now };
+  conversation.updated = now;
+  const answer = newAnswer(conversation.id, turnId ?? newId(), question, model ?? currentModel());
+  if (from) Object.assign(answer, { text: from.text, from: from.text.length });
+  let turn = turns.find(({ id }) => id === answer.turn);
+  if (!turn) turns.push((turn = { id: answer.turn, tries: [] }));
+  turn.tries.push(answer);
+  toEnd();
+  if (location.hash !== `#${conversation.id}`) history.pushState(null, "", `#${conversation.id}`);
+  repaint(turn);
+  controls();
+  await Promise.all([store.keep(conversation, [answer]), listed]);
+  answer.model ||= model ?? currentModel();
+  const messages = messagesFor(turns, answer, settings.system);
+  answer.sent = JSON.stringify(messages).length;
+  follow(turn, answer, { ...(answer.model && { model: answer.model }), messages, ...parameters() });
+  showList();
+}
+
+function follow(turn, answer, request = null) {
+  announce(LIVE.writing);
+  const follower = new Follower(answer, {
+    request,
+    key: accessKey(),
+    changed: (isNews) => {
+      repaint(turn);
+      saveSoon(answer, isNews);
+    },
+    ended: () => ended(turn, answer),
+  });
+  followers.set(answer.id, { follower, answer });
+  repaint(turn);
+  controls();
+}
+
+function ended(turn, answer) {
+  followers.delete(answer.id);
+  save(answer, true);
+  if (answer.problem?.code === "unauthorized") askKey();
+  showUsage();
+  if (!turns.some(({ id }) => id === turn.id)) return;
+  repaint(turn);
+  controls();
+  announce(answer.problem ? LIVE.failed(remedy(answer)[0]) : LIVE.ended(answer.text.slice(0, SAID)));
+}
+
+function stop() {
+  for (const answer of runningOf(turns)) followers.get(answer.id)?.follower.stop();
+}
+
+const saves = new Map();
+
+function saveSoon(answer, isNews) {
+  if (isNews) return save(answer, true);
+  if (!saves.has(answer.id)) saves.set(answer.id, setTimeout(() => save(answer), SAVE_MS));
+}
+
+function save(answer, isNews = false) {
+  clearTimeout(saves.get(answer.id));
+  saves.delete(answer.id);
+  return store.progress(answer, isNews);
+}
+
+// ---- what can be done with a turn ----------------------------------------------------------------------------------
+
+const actions = {
+  again: (turn) => ask(turn.id, shownOf(turn).question, { model: modelOf(shownOf(turn).model)?.id }),
+  model: (turn) => openModels((model) => ask(turn.id, shownOf(turn).question, { model })),
+  continue: (turn) => ask(turn.id, shownOf(turn).question, { model: shownOf(turn).model, from: shownOf(turn) }),
+  edit: (turn) => edit(turn.id, shownOf(turn).question),
+  remove: (turn) => removeTurns([turn], UNDO.turn),
+  newChat: () => open(null),
+  key: askKey,
+  pick(turn, answer) {
+    answer.picked = Date.now();
+    repaint(turn);
+    store.keep(conversation, [answer]);
+  },
+};
+
+function removeTurns(some, text) {
+  const before = turns;
+  const answers = some.flatMap(({ tries }) => tries);
+  const kept = conversation;
+  turns = turns.filter((turn) => !some.includes(turn));
+  show();
+  store.forgetAnswers(kept.id, answers.map(({ id }) => id));
+  offerUndo(text, async () => {
+    await store.keep(kept, answers);
+    if (conversation?.id !== kept.id) return open(kept.id);
+    turns = [...before, ...turns.filter((turn) => !before.includes(turn))];
+    show();
+  });
+}
+
+async function removeConversation(record) {
+  const answers = await store.answersOf(record.id);
+  if (conversation?.id === record.id) await open(null);
+  await store.forgetConversation(record.id);
+  showList();
+  offerUndo(UNDO.conversation, async () => {
+    await store.keep(record, answers);
+    open(record.id);
+  });
+}
+
+// ---- conversations -------------------------------------------------------------------------------------------------
+
+/** Open a conversation, or a new chat with null. Answers of the one before are followed on, unseen. */
+async function open(id, isHistory = false) {
+  cancelEdit();
+  const record = id && (await store.conversations()).find((each) => each.id === id);
+  const answers = record ? await store.answersOf(id) : [];
+  conversation = record || null;
+  turns = toTurns(answers.map((answer) => followers.get(answer.id)?.answer ?? answer));
+  toEnd();
+  if (!isHistory && location.hash.slice(1) !== (conversation?.id ?? "")) {
+    history.pushState(null, "", conversation ? `#${conversation.id}` : location.pathname + location.search);
+  }
+  show();
+  goOn();
+  showList();
+  if ($("side").matches(":popover-open")) $("side").hidePopover();
+  toText();
+}
+
+/** Follow what is under way: after a reload, in another tab, when a conversation is opened again. */
+function goOn() {
+  for (const turn of turns) {
+    for (const answer of turn.tries.filter(isRunning)) {
+      if (followers.has(answer.id)) continue;
+      if (answer.sessionId) follow(turn, answer);
+      else if (Date.now() - answer.at > 5_000 || performance.now() < 5_000) {
+        answer.problem = { code: "not_sent", message: "" }; // the page was left before the request was sent
+        repaint(turn);
+        controls();
+      }
     }
   }
 }
 
-const underWay = (turn) => !turn.result && !turn.problem;
-
-function messages(question) {
-  const told = state.turns.filter((turn) => turn.text).slice(-TURNS_SENT);
-  const pairs = told.flatMap((turn) => [
-    { role: "user", content: turn.question },
-    { role: "assistant", content: turn.text },
-  ]);
-  return [...pairs, { role: "user", content: question }];
+/** Another tab has changed this conversation: take what it knows, and keep what this tab is further with. */
+async function merge(id) {
+  showList();
+  if (conversation?.id !== id) return;
+  const known = new Map(turns.flatMap(({ tries }) => tries).map((answer) => [answer.id, answer]));
+  const stored = await store.answersOf(id);
+  if (conversation?.id !== id) return;
+  const merged = stored.map((answer) => {
+    const mine = known.get(answer.id);
+    if (!mine || (isRunning(mine) && !followers.has(mine.id))) return answer;
+    mine.picked = Math.max(mine.picked, answer.picked);
+    return mine;
+  });
+  turns = toTurns(merged, turns);
+  show();
+  for (const turn of turns) {
+    for (const answer of turn.tries.filter(isRunning)) {
+      if (answer.sessionId && !followers.has(answer.id)) follow(turn, answer);
+    }
+  }
 }
 
-function submit() {
-  const question = $("text").value.trim();
-  if (stream || !question) return $("text").focus();
-  const request = { messages: messages(question) };
-  const turn = { question, model: "", sessionId: null, cursor: "", text: "", reasoning: "", tools: {}, sources: [] };
-  state.turns.push(turn);
-  $("text").value = "";
-  following = true;
-  toText();
-  handIn(turn, request);
-  save();
+function showList() {
+  showConversations(conversation?.id, { open, remove: removeConversation });
 }
 
-async function handIn(turn, request) {
-  const stream = follow(turn);
-  await listed;
-  state.model = turn.model = $("model").value;
-  await stream.prepare(turn.model ? { ...request, model: turn.model } : request, state.key);
-  save();
+function exportMarkdown() {
+  const text = toMarkdown(conversation.title, turns, nameOf);
+  const link = make("a", { href: URL.createObjectURL(new Blob([text], { type: "text/markdown" })) });
+  link.download = `${conversation.title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 50) || EXPORT.fileName}.md`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-function follow(turn) {
-  stream = new AnswerStream(turn, { changed: () => repaint(turn), ended: () => ended(turn) });
-  repaint(turn);
+// ---- what is shown -------------------------------------------------------------------------------------------------
+
+const { repaint, redraw, toEnd } = startPainter({ turnsOf: () => turns, followerOf: (answer) => followers.get(answer.id)?.follower, actions });
+
+/** Show the turns of now, and what goes with them. */
+function show() {
+  redraw();
   controls();
-  return stream;
 }
 
-function ended(turn) {
-  stream = null;
-  if (turn.problem?.code === "withdrawn") putBack(turn);
-  else repaint(turn);
-  if (turn.problem?.code === "unauthorized") $("access").hidden = false;
-  controls();
-  save();
+function controls() {
+  const running = runningOf(turns).length > 0;
+  showRunning(running);
+  $("conversation").ariaBusy = String(running);
+  $("welcome").hidden = turns.length > 0;
+  $("export").hidden = !turns.length;
+  $("rehearsal").hidden = !isRehearsal();
+  $("rehearsalMore").hidden = !isRehearsal();
+  const answers = turns.flatMap(({ tries }) => tries);
+  const sum = total(answers, modelOf);
+  $("total").hidden = !sum;
+  if (sum) $("total").replaceChildren(sum.cost, make("span", {}, ` · ${sum.tokens}`));
+  document.title = conversation ? `${conversation.title} · ${SAY.title}` : SAY.title;
 }
 
-function stop() {
-  toText();
-  $("stop").disabled = true;
-  stream?.stop();
-}
-
-/** Move the focus away from a button before it is disabled, but not on a phone, where the keyboard would open. */
+/** Move the focus to the box, but not on a phone, where the keyboard would open. */
 function toText() {
   if (matchMedia("(pointer: fine)").matches) $("text").focus({ preventScroll: true });
 }
 
-/** Remove a turn without an answer from the conversation, and put its question back into the box. */
-function putBack(turn) {
-  state.turns = state.turns.filter((other) => other !== turn);
-  views.get(turn)?.root.remove();
-  views.delete(turn);
-  const box = $("text");
-  box.value = [turn.question, box.value].filter(Boolean).join("\n");
-  box.focus();
-  controls();
-  save();
+// A silence is told with its seconds, though nothing comes that would cause a paint.
+setInterval(() => {
+  for (const turn of turns) if (followers.get(shownOf(turn).id)?.follower.state === "stalled") repaint(turn);
+}, 1000);
+
+// ---- the key, and the keys -----------------------------------------------------------------------------------------
+
+function askKey() {
+  $("access").hidden = false;
+  $("key").focus();
 }
 
-function newChat() {
-  for (const turn of state.turns.filter((turn) => !underWay(turn))) {
-    views.get(turn)?.root.remove();
-    views.delete(turn);
-  }
-  state.turns = state.turns.filter(underWay);
-  controls();
-  save();
-  $("text").focus();
-}
-
-// ---- views ---------------------------------------------------------------------------------------------------------
-
-/** Make the elements of one turn, and `paint`, which shows its present contents. */
-function view(turn) {
-  const root = $("turn").content.cloneNode(true).firstElementChild;
-  const part = (selector) => root.querySelector(selector);
-  const answer = part(".answer").appendChild(new Text());
-  const reasoning = part(".reasoning p").appendChild(new Text());
-  part(".question").textContent = turn.question;
-  part("h2").classList.toggle("long", turn.question.length > 160 || turn.question.includes("\n"));
-  part(".problem button").addEventListener("click", () => putBack(turn));
-
-  function paint() {
-    const running = underWay(turn);
-    root.classList.toggle("running", running);
-    grow(answer, turn.text);
-    grow(reasoning, turn.reasoning);
-    part(".reasoning").hidden = !turn.reasoning;
-    put(part(".tools"), Object.values(turn.tools).map((tool) => `${tool.name}(${tool.arguments})`).join("\n"));
-    depict(part(".images"), turn.images ?? []);
-    cite(part(".sources"), turn.sources);
-    put(part(".status"), running ? status(turn) : "");
-    put(part(".account"), turn.result ? account(turn) : "");
-    part(".problem").hidden = !turn.problem;
-    if (turn.problem) explain(part, turn.problem);
-  }
-  return { root, paint };
-}
-
-function depict(box, urls) {
-  for (const src of urls.slice(box.children.length)) {
-    box.append(Object.assign(document.createElement("img"), { src, alt: "Image of the answer" }));
-  }
-  box.hidden = !urls.length;
-}
-
-function cite(list, sources) {
-  for (const { url, title } of sources.slice(list.children.length)) {
-    const link = document.createElement("a");
-    Object.assign(link, { href: url, textContent: title, target: "_blank", rel: "noopener noreferrer" });
-    list.appendChild(document.createElement("li")).append(link);
-  }
-  list.hidden = !sources.length;
-}
-
-function explain(part, problem) {
-  put(part(".sentence"), problem.message);
-  put(part(".advice"), advice(problem));
-  put(part(".problem code"), problem.code);
-}
-
-function put(element, text) {
-  if (element.textContent !== text) element.textContent = text;
-  element.hidden = !text;
-}
-
-/** Append new text, so that the reader's selection stays. */
-function grow(node, text) {
-  if (node.length < text.length) node.appendData(text.slice(node.length));
-}
-
-function status(turn) {
-  switch (stream?.state) {
-    case "preparing": return "Sending…";
-    case "waiting": return `${stream.notice} It goes on by itself as soon as there is room.`;
-    case "reconnecting": return "Reconnecting… The answer goes on where it was.";
-    case "stopping": return "Stopping…";
-    default: return turn.text ? "" : turn.reasoning ? "Thinking…" : "Waiting for the first word…";
-  }
-}
-
-const pending = new Set();
-
-/** Paint a turn with the next frame, however many chunks come before it. */
-function repaint(turn) {
-  if (!pending.size) requestAnimationFrame(paintPending);
-  pending.add(turn);
-}
-
-function paintPending() {
-  const turns = [...pending];
-  pending.clear();
-  for (const turn of turns.filter((turn) => state.turns.includes(turn))) {
-    if (!views.has(turn)) {
-      views.set(turn, view(turn));
-      $("conversation").append(views.get(turn).root);
-    }
-    views.get(turn).paint();
-  }
-  if (following) window.scrollTo({ top: document.documentElement.scrollHeight, behavior: "instant" });
-}
-
-function controls() {
-  $("send").disabled = stream !== null;
-  $("stop").disabled = stream === null;
-  $("conversation").setAttribute("aria-busy", String(stream !== null));
-  $("welcome").hidden = state.turns.length > 0;
-  $("newChat").hidden = state.turns.every(underWay);
-  put($("total"), total(state.turns));
-}
-
-// ---- models --------------------------------------------------------------------------------------------------------
-
-/** Load the list, again until it is there. All attempts but the first run in the background. */
-async function loadModels([pause, ...later] = MODEL_PAUSES) {
-  const headers = state.key ? { Authorization: `Bearer ${state.key}` } : {};
-  try {
-    const response = await fetch("models", { headers, signal: AbortSignal.timeout(MODEL_TIMEOUT) });
-    if (response.ok) return offer((await response.json()).data);
-    if (response.status === 401) {
-      $("access").hidden = false;
-      return;
-    }
-  } catch {
-    // Handled like an answer without a list: shown below, and tried again.
-  }
-  $("model").replaceChildren(new Option("Default model", ""));
-  put($("about"), "The list of models is not available right now; the broker's default model is used.");
-  if (pause) setTimeout(() => loadModels(later), pause);
-}
-
-function offer(list) {
-  models = list.map((model) => ({ ...model, label: `${model.id} — ${price(model.pricing)}` }));
-  $("filter").hidden = models.length <= MANY_MODELS;
-  narrow();
-}
-
-/** List the models that match the filter; the chosen one stays chosen while it is among them. */
-function narrow() {
-  const sought = $("filter").value.trim().toLowerCase();
-  const left = models.filter((model) => `${model.label} ${model.name ?? ""}`.toLowerCase().includes(sought));
-  const chosen = left.find((model) => model.id === state.model) ?? left[0];
-  if (!chosen) return put($("about"), models.length ? "No model matches this filter." : "This broker offers no model.");
-  $("model").replaceChildren(...left.map((model) => new Option(model.label, model.id)));
-  $("model").value = chosen.id;
-  describe();
-}
-
-function describe() {
-  const model = models.find(({ id }) => id === $("model").value);
-  if (!model) return;
-  const unit = price(model.pricing).startsWith("$") && "$ per 1M tokens";
-  put($("about"), [model.name, context(model.context_length), unit].filter(Boolean).join(" · "));
-}
-
-// ---- actions of the reader -----------------------------------------------------------------------------------------
-
-$("composer").addEventListener("submit", (event) => {
-  event.preventDefault();
-  submit();
-});
-$("text").addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  submit();
-});
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && stream && !$("stop").disabled && event.target !== $("filter")) stop();
-});
-$("stop").addEventListener("click", stop);
-$("newChat").addEventListener("click", newChat);
-$("filter").addEventListener("input", narrow);
-$("filter").addEventListener("keydown", (event) => {
-  if (event.key === "Enter") event.preventDefault();
-});
-$("model").addEventListener("change", () => {
-  state.model = $("model").value;
-  describe();
-  save();
-});
 $("access").addEventListener("submit", (event) => {
   event.preventDefault();
-  state.key = $("key").value.trim();
+  setAccessKey($("key").value.trim());
+  $("key").value = "";
   $("access").hidden = true;
-  save();
-  listed = loadModels();
+  listed = loadModels(askKey);
+  showUsage();
+  const last = turns.at(-1);
+  if (last && shownOf(last).problem?.code === "unauthorized") actions.again(last);
+  else toText();
 });
-addEventListener("scroll", () => {
-  const { scrollTop, clientHeight, scrollHeight } = document.documentElement;
-  following = scrollHeight - scrollTop - clientHeight < 48;
-}, { passive: true });
-addEventListener("pagehide", save);
+
+const COMMANDS = { k: () => openModels(), O: () => open(null), "/": () => $("shortcuts").showModal() };
+
+document.addEventListener("keydown", (event) => {
+  const command = (event.ctrlKey || event.metaKey) && !event.altKey && COMMANDS[event.shiftKey ? event.key.toUpperCase() : event.key];
+  if (!command || document.querySelector("dialog[open]")) return;
+  event.preventDefault();
+  command();
+});
 
 // ---- the start -----------------------------------------------------------------------------------------------------
 
-for (const turn of [...state.turns]) {
-  repaint(turn);
-  if (!underWay(turn)) continue;
-  if (turn.sessionId) follow(turn).open();
-  else putBack(turn); // the page was left before the request was sent
+document.documentElement.lang = LANGUAGE;
+translate(SAY);
+$("shortcutList").append(...SHORTCUTS.flatMap(([keys, does]) => [make("dt", {}, make("kbd", {}, keys)), make("dd", {}, does)]));
+for (const dialog of document.querySelectorAll("dialog")) {
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog || event.target.closest(".close")) dialog.close();
+  });
 }
-controls();
+startModels(() => {
+  controls();
+  turns.forEach(repaint);
+});
+startSettings();
+startComposer({
+  send,
+  stop,
+  last: () => turns.length > 0 && { turn: turns.at(-1).id, question: shownOf(turns.at(-1)).question },
+});
+$("newChat").addEventListener("click", () => open(null));
+$("newChatTop").addEventListener("click", () => open(null));
+$("export").addEventListener("click", exportMarkdown);
+$("openShortcuts").addEventListener("click", () => $("shortcuts").showModal());
+$("rehearsalList").addEventListener("click", () => openModels());
+$("toEnd").addEventListener("click", () => {
+  toEnd();
+  toText();
+});
+addEventListener("popstate", () => open(location.hash.slice(1) || null, true));
+addEventListener("pagehide", () => {
+  for (const answer of runningOf(turns)) if (followers.has(answer.id)) save(answer);
+});
+store.onOtherTab(merge);
+listed = loadModels(askKey);
+showUsage();
+await open(location.hash.slice(1) || null, true);
+document.documentElement.dataset.ready = "";

@@ -12,9 +12,11 @@ export function take(turn, chunk) {
   const said = { text: "", reasoning: "", images: [] };
   add(said, delta.content);
   add(said, delta.refusal);
+  if (words(delta.refusal) || list(delta.content).some((part) => part?.type === "refusal")) turn.refused = true;
   for (const image of list(delta.images)) add(said, image);
   turn.text += said.text;
   turn.reasoning += said.reasoning + reasoning(delta);
+  if (list(delta.reasoning_details).some((detail) => detail?.type === "reasoning.encrypted")) turn.encrypted = true;
   for (const url of said.images) picture(turn, url);
   for (const call of list(delta.tool_calls)) {
     const known = (turn.tools[Number(call?.index ?? 0)] ??= { name: "", arguments: "" });
