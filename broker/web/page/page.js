@@ -45,9 +45,10 @@ async function ask(turnId, question, { model, from } = {}) {
   if (location.hash !== `#${conversation.id}`) history.pushState(null, "", `#${conversation.id}`);
   repaint(turn);
   controls();
+  const those = turns; // another conversation may be open when the models are there
   await Promise.all([store.keep(conversation, [answer]), listed]);
   answer.model ||= model ?? currentModel();
-  const messages = messagesFor(turns, answer, settings.system);
+  const messages = messagesFor(those, answer, settings.system);
   answer.sent = JSON.stringify(messages).length;
   follow(turn, answer, { ...(answer.model && { model: answer.model }), messages, ...parameters() });
   showList();
@@ -184,7 +185,8 @@ async function merge(id) {
   if (conversation?.id !== id) return;
   const merged = stored.map((answer) => {
     const mine = known.get(answer.id);
-    if (!mine || (isRunning(mine) && !followers.has(mine.id))) return answer;
+    const isOlder = mine && !followers.has(mine.id) && (isRunning(mine) || mine.problem?.code === "not_sent");
+    if (!mine || isOlder) return answer;
     mine.picked = Math.max(mine.picked, answer.picked);
     return mine;
   });
