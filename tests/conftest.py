@@ -75,6 +75,7 @@ LONGEST = [
         "silence",
         "dead_workers",
         "walk",
+        "page",
         "quality",
         "money_law",
         "client",
