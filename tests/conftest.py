@@ -79,6 +79,7 @@ LONGEST = [
         "quality",
         "money_law",
         "client",
+        "client_recipes",
         "browser",
         "openapi",
     )
