@@ -118,10 +118,16 @@ def measure(scenario: Scenario, place: Place, tell: Callable[[str, Progress], No
         mode: Mode = "broker" if scenario.streams else "prepare"
         samples = _Samples(broker, lambda p: tell("broker", p))
         before, redis_before, upstream_before = _costs(broker, place)
+        shares_before = [processes.cost(pid) for pid in broker.workers()]
         through = _run(mode, broker.port, scenario, place, samples)
         time.sleep(_SETTLE)
         broker.check()
         after, redis_after, upstream_after = _costs(broker, place)
+        shares = [
+            late.cpu - early.cpu
+            for pid, early in zip(broker.workers(), shares_before, strict=True)
+            if early is not None and (late := processes.cost(pid)) is not None
+        ]
     result.lost += _lost("through the broker", through)
     redis_cpu = redis_after - redis_before
     result.figures |= _rates(scenario, through)
@@ -131,6 +137,8 @@ def measure(scenario: Scenario, place: Place, tell: Callable[[str, Progress], No
         if scenario.memory:
             streams = min(scenario.work.concurrent, scenario.work.streams)
             result.figures["memory_stream_kib"] = (samples.peak - before.memory) / 1024 / streams
+    if shares and sum(shares):
+        result.figures["busiest_share"] = 100 * max(shares) / sum(shares)
     result.figures["load_busy"] = 100 * through.cpu / through.seconds
     if upstream_before and upstream_after:
         result.figures["upstream_busy"] = 100 * (upstream_after.cpu - upstream_before.cpu) / through.seconds

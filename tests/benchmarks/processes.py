@@ -122,15 +122,24 @@ class Broker:
             raise BenchmarkError(f"the broker ended with {status}:\n{self._log.read_text()[-3000:]}")
 
     def cost(self) -> Cost | None:
-        """Return what it has cost so far."""
-        return cost(self.pid)
+        """Return what it has cost so far, all its workers together."""
+        costs = [found for pid in (self.pid, *self.workers()) if (found := cost(pid)) is not None]
+        return Cost(sum(each.cpu for each in costs), sum(each.memory for each in costs)) if costs else None
+
+    def workers(self) -> list[int]:
+        """Return the processes that it has started for workers; none where it is one itself."""
+        try:
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        except OSError:
+            return []
+        return [int(pid) for pid in children if "worker_main" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 @contextmanager
 def running_broker(
     redis_url: str, upstream_port: int, cores: Cores, settings: dict[str, str]
 ) -> Iterator[Broker]:
-    """Run a worker during the block, on its own core, with no limit that the load could reach."""
+    """Run a worker on its own core, or several on all cores, with no limit that the load could reach."""
     port = free_port()
     environment = {
         "OPENROUTER_API_KEY": "sk-none",
@@ -156,7 +165,8 @@ def running_broker(
             )
         try:
             if cores.broker:
-                os.sched_setaffinity(process.pid, cores.broker)
+                several = settings.get("BROKER_WORKERS", "1") != "1"
+                os.sched_setaffinity(process.pid, cores.broker | cores.others if several else cores.broker)
             broker = Broker(port, process, log)
             _wait_until_ready(broker)
             yield broker

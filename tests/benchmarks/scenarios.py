@@ -94,6 +94,7 @@ FIGURES: Final = {
     "prepare_p50_ms": Figure("/prepare answered p50, ms", 2),
     "memory_stream_kib": Figure("memory a stream, KiB"),
     "broker_busy": Figure("broker's core busy, %", 0),
+    "busiest_share": Figure("the busier worker's share of their CPU, %", 0),
     "load_busy": Figure("load's core busy, %", 0),
     "upstream_busy": Figure("upstream's core busy, %", 0),
 }

@@ -364,6 +364,21 @@ class Session:
             assert line.status == 200
             return await line.rest()
 
+    async def read_through(self, worker: Worker, cursor: str | None = None) -> list[Event]:
+        """Read it to its end as an EventSource does, over as many connections as that takes.
+
+        A connection that is refused or breaks is an error.
+        """
+        events: list[Event] = []
+        while True:
+            async with self.stream(worker, cursor) as line:
+                assert line.status == 200
+                events += await line.rest()
+                cursor = line.last_id or cursor
+            if events and events[-1].kind in ("done", "error"):
+                return events
+            await asyncio.sleep(line.retry / 1000)
+
     async def cancel(self, worker: Worker, *, post: bool = False) -> Answer:
         """Stop it, in one of the two ways."""
         if post:

@@ -23,7 +23,7 @@ from tests.system.harness import eventually, running_broker
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.events import Connection, Event
+    from tests.events import Connection
     from tests.system.cluster import Session, Worker
     from tests.system.harness import RunningBroker
 
@@ -75,21 +75,6 @@ async def all_serve(service: RunningBroker | Worker) -> None:
     await eventually(lambda: len(lines(service.log(), "worker ready")) == 2)
 
 
-async def read(session: Session, worker: Worker, cursor: str | None = None) -> list[Event]:
-    """Read a session to its end as an EventSource does, over as many connections as that takes.
-
-    A connection that is refused or breaks fails the test. ``cursor`` is the last event that the page has.
-    """
-    events: list[Event] = []
-    while not (events and events[-1].kind in ("done", "error")):
-        async with session.stream(worker, cursor) as line:
-            assert line.status == 200
-            events += await line.rest()
-            cursor = line.last_id or cursor
-        await asyncio.sleep(line.retry / 1000)
-    return events
-
-
 async def answered(broker: RunningBroker) -> bool:
     """Return True if a chat is answered to its end."""
     body = {"messages": [{"role": "user", "content": "Who are you?"}]}
@@ -116,7 +101,7 @@ async def test_rolling_restarts_under_load_are_noticed_by_no_page() -> None:
 
         async def page(script: Script) -> None:
             session = await cluster.prepare(service, script)
-            end = check_whole(await read(session, service), session.marker)
+            end = check_whole(await session.read_through(service), session.marker)
             assert (end.kind, session.calls) == ("done", 1)
 
         running = [asyncio.create_task(page(LONG)) for _ in range(RUNNING)]
@@ -159,7 +144,7 @@ async def test_a_dead_worker_is_replaced_and_others_notice_nothing() -> None:
             try:
                 return check_whole(await connection.rest(), session.marker, after=2).kind
             except Broken:
-                last = (await read(session, service, connection.last_id))[-1]
+                last = (await session.read_through(service, connection.last_id))[-1]
                 return str(last.json["code"])
 
         ends = Counter(await asyncio.gather(*map(end, sessions, connections)))
