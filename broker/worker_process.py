@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -59,6 +60,7 @@ def main() -> int:
     """Run the worker until its end, and return the exit status."""
     # Until the service can reload its secrets at this signal, the signal must not end it.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    parent = os.getppid()
     line = sys.stdin.buffer.readline()
     if not line:  # the parent has died
         return 0
@@ -74,7 +76,10 @@ def main() -> int:
     if settings.redis_url is None and order.redis_url is None:
         return complain("REDIS_URL must be set, as it was at the start", BAD_USE)
     configure_logs(settings.log_level, settings.log_format, secrets=settings.secrets, worker=order.number)
-    return _run(settings, order, report)
+    status = _run(settings, order, report)
+    if order.metrics_directory is not None and os.getppid() != parent:  # it could not remove it itself
+        shutil.rmtree(order.metrics_directory, ignore_errors=True)
+    return status
 
 
 def _run(settings: Settings, order: Order, report: int) -> int:

@@ -54,6 +54,12 @@ def workers_of(parent: int) -> set[int]:
     return {int(pid) for pid in children if "worker_main.py" in Path(f"/proc/{pid}/cmdline").read_text()}
 
 
+def metrics_directory(worker: int) -> Path:
+    files = [path.readlink() for path in Path(f"/proc/{worker}/fd").iterdir()]
+    [directory] = {path.parent for path in files if path.suffix == ".lock"}
+    return directory
+
+
 def runs(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -162,10 +168,12 @@ async def test_parts_beside_the_workers_outlive_them_and_end_with_the_parent() -
         workers = workers_of(broker.process.pid)
         os.kill(min(workers), signal.SIGKILL)
         assert await answered(broker)
+        metrics = metrics_directory(max(workers))
         broker.process.kill()
         await eventually(lambda: not any(map(runs, workers | {broker.process.pid})))
         with socket.create_server(("127.0.0.1", broker.port)):
             pass  # nobody listens there
+        assert not metrics.exists()
 
 
 async def test_bad_settings_at_sighup_leave_the_workers_as_they_are(tmp_path: Path) -> None:
