@@ -41,9 +41,12 @@ for name in [name for name in os.environ if name.startswith("OTEL_")]:
 settings.register_profile("broker", deadline=None)
 settings.load_profile("broker")
 
-ON_EVERY_SERVER = ("tests/store/", "tests/relay/", "tests/web/test_limits.py", "tests/web/test_usage.py")
-"""Tests that run once on each server of `tests.servers.SERVERS`; all others run on Valkey. What they ask for by the
-fixture `redis_server`, `valkey_url`, `store` or `broker`."""
+ON_EVERY_SERVER = "tests/store/"
+"""Tests that run once on each server of `tests.servers.SERVERS`, which they ask for by the fixture `redis_server`,
+`valkey_url`, `store` or `broker`."""
+
+ON_THE_OLDEST = ("tests/relay/", "tests/web/test_limits.py", "tests/web/test_usage.py")
+"""Tests that run on Valkey and on the oldest Redis that is served; all others run on Valkey."""
 
 
 IN_BOTH_FORMS = tuple(
@@ -60,6 +63,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("form", ["", "/ai"], ids=["service", "embedded"], indirect=True)
     if "redis_server" in metafunc.fixturenames and path.startswith(ON_EVERY_SERVER):
         metafunc.parametrize("redis_server", SERVERS, indirect=True)
+    elif "redis_server" in metafunc.fixturenames and path.startswith(ON_THE_OLDEST):
+        metafunc.parametrize("redis_server", ("valkey", "redis"), indirect=True)
 
 
 def pytest_xdist_auto_num_workers() -> int:

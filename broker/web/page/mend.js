@@ -1,20 +1,23 @@
 // Close what is still open in Markdown that is being written, so that half a mark is never shown as text and then taken
 // back. Plain functions: no document.
 
-const HALF_LINE = /(^|\n)[ \t]*([-=*_+#>~`|]{1,6}|\d{1,9}[.)]?|[-*+]\s\[[ xX]?\]?|!?\[?)[ \t]*$/; // may still become anything
+const HALF_LINE = /^[ \t]*(?:(?:[-=*_+#>~`|]{1,6}|\d{1,9}[.)]?|[-*+]\s\[[ xX]?\]?|!\[?|\[)[ \t]*)?$/; // may still become anything
 const TABLE_HEAD = /^ {0,3}\|.*(\n *\|?[-:| ]*)?$/;
 const FENCE = /^ {0,3}(```|~~~)/;
-const CHECKBOX = /(^|\n)\s*[-*+]\s$/; // the bracket behind this
+const CHECKBOX = /^\s*[-*+]\s$/; // the bracket behind this
 const LONGEST = 4000; // of the last paragraph; marks further apart are not paired
 
 /** Return the last, unfinished block as it can be shown now. */
 export function mend(block) {
   if (FENCE.test(block)) return block.replace(/\n[ ]{0,3}[`~]{1,2}$/, "");
   if (TABLE_HEAD.test(block)) return "";
-  const shown = block.replace(HALF_LINE, "");
+  const shown = HALF_LINE.test(lastLine(block)) ? block.slice(0, Math.max(block.lastIndexOf("\n"), 0)) : block;
   const start = Math.max(shown.lastIndexOf("\n\n") + 1, shown.length - LONGEST, 0);
   return shown.slice(0, start) + mendLine(shown.slice(start));
 }
+
+// Expressions read one line only: on a whole block they could take a time that grows with its square.
+const lastLine = (text) => text.slice(text.lastIndexOf("\n") + 1);
 
 function mendLine(text) {
   const open = [];
@@ -30,7 +33,7 @@ function mendLine(text) {
       const rest = text.slice(at);
       const half = /^\[([^\]\n]*)(\](\([^)\n]*)?)?$/.exec(rest);
       const before = text.slice(0, at);
-      if (half && !CHECKBOX.test(before)) return closed(before.replace(/!$/, "") + half[1], open);
+      if (half && !CHECKBOX.test(lastLine(before))) return closed(before.replace(/!$/, "") + half[1], open);
     } else if (mark === "*" || mark === "_" || (mark === "~" && text[at + 1] === "~")) {
       const run = text.startsWith(mark + mark, at) ? mark + mark : mark;
       const before = text[at - 1] ?? " ";

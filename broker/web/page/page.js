@@ -206,7 +206,7 @@ function showList() {
 function exportMarkdown() {
   const text = toMarkdown(conversation.title, turns, nameOf);
   const link = make("a", { href: URL.createObjectURL(new Blob([text], { type: "text/markdown" })) });
-  link.download = `${conversation.title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 50) || EXPORT.fileName}.md`;
+  link.download = `${conversation.title.replace(/[\s.,:;*?"<>|\\/]+/g, "-").slice(0, 50) || EXPORT.fileName}.md`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
