@@ -63,6 +63,8 @@ def answers(directory: Path) -> list[Any]:
     if not (directory / "answers.db").exists():
         return []
     with closing(sqlite3.connect(directory / "answers.db")) as database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchall():
+            return []  # the file is made before its table
         return database.execute("SELECT customer, state, text, cost FROM answers").fetchall()
 
 
