@@ -197,7 +197,9 @@ class Spenders:
                         for key in keys:
                             self._check(name, key.decode(), limit, await redis.hgetall(key))
             except (RedisError, OSError, TimeoutError):
-                continue
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    return  # the library has turned the cancellation into an error of its own
 
     def _check(self, name: str, key: str, limit: int, fields: Any) -> None:
         days, months = (
