@@ -17,6 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.events import Broken
+from tests.money import until
 from tests.system.cluster import Script, check_whole, running_cluster
 from tests.system.harness import eventually, running_broker
 
@@ -36,8 +37,6 @@ LONG = Script(chunks=90, pause=0.1)
 RUNNING = 60
 NEW_EVERY = 0.05
 STREAMS = 6
-METRICS_WRITTEN = 2.5
-"""Seconds after which each worker has written its metrics for the others."""
 
 
 def lines(log: str, event: str) -> list[dict[str, Any]]:
@@ -155,9 +154,12 @@ async def test_a_dead_worker_is_replaced_and_others_notice_nothing() -> None:
 
         ends = Counter(await asyncio.gather(*map(end, sessions, connections)))
         assert ends == {"worker_lost": STREAMS // 2, "done": STREAMS // 2}
-        await asyncio.sleep(METRICS_WRITTEN)
-        counted = [await metric(service, "broker_sessions_total") for _ in range(8)]
-        assert set(counted) == {STREAMS}, "whichever worker answers"
+
+        async def all_are_counted() -> bool:
+            """Whichever worker answers."""
+            return {await metric(service, "broker_sessions_total") for _ in range(8)} == {STREAMS}
+
+        await until(all_are_counted)
 
 
 async def test_parts_beside_the_workers_outlive_them_and_end_with_the_parent() -> None:
