@@ -116,7 +116,7 @@ class SecretReload:
         log.info("secrets read again", changed=self._put_into_force(old, new))
 
     def _put_into_force(self, old: Settings, new: Settings) -> list[str]:
-        """Give the changed secrets to their users. Returns the names of those that are in force now."""
+        """Give the changed secrets to their users. Returns the names of the secrets that are in force now."""
         users, changed = self._users, []
         # Always, because the file of API keys may have been read again meanwhile.
         if new.has_api_keys and users.known.replace_api_keys(new.api_keys, new.api_keys_file):

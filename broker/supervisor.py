@@ -47,7 +47,7 @@ START_TIMEOUT = 60.0
 """Seconds from the start of a worker until it serves."""
 
 STOP_SPARE = 8.0
-"""Seconds that a worker may take to end, in addition to those that its streams have."""
+"""Seconds that a worker may take to end, in addition to the time that its streams have."""
 
 _WORKER = Path(__file__).with_name("worker_main.py")
 _MEMORY = Path("/dev/shm")  # noqa: S108 - a private directory is made in it
@@ -411,7 +411,7 @@ class Supervisor:
         self.stopping.set()
 
     async def _end_all(self) -> None:
-        """Let all workers drain at the same time, and kill those that take too long."""
+        """Let all workers drain at the same time, and kill each that takes too long."""
         if not self._alive:
             return
         log.info("draining", workers=len(self._alive), seconds=self._settings.drain_timeout)

@@ -320,7 +320,7 @@ class _Canceller:
         self._pending = PendingStore(store, _NO_LIMITS, session_ttl=settings.session_ttl)
 
     async def cancel(self, chosen: Mapping[str, str]) -> list[str]:
-        """Cancel sessions, each with its client, and return those that end as cancelled once their worker knows.
+        """Cancel sessions, each with its client. Returns the ones that end as cancelled once their worker knows.
 
         One that fails stops no other. If Redis is away for a whole batch, the others are not tried.
         """

@@ -1,4 +1,4 @@
-"""The URL of several Redis servers: those that a Sentinel watches, or a cluster.
+"""The URL of several Redis servers: a group that a Sentinel watches, or a cluster.
 
     redis+sentinel://user:password@host:port,host:port/service/database?sentinel_username=…&sentinel_password=…
     redis+cluster://user:password@host:port,host:port

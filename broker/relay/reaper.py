@@ -167,7 +167,7 @@ class Reaper:
     async def _end(self, orphans: Sequence[Reservation]) -> dict[str, SessionRecord | None]:
         """End the sessions of reservations that are not renewed any more, in two round trips.
 
-        Returns the record of each session by claim id, without those that Redis cannot read or end now.
+        Returns the record of each session by claim id. A session that Redis cannot read or end now is left out.
         """
         records = await self._sessions.describe_many([orphan.session_id for orphan in orphans])
         ended: dict[str, SessionRecord | None] = {}

@@ -38,7 +38,7 @@ AFTER_ERROR = 2.0
 """Seconds that an upstream is read, only for its usage, once an answer has failed or can no longer be read."""
 
 MAX_OTHERS = 4
-"""Events of one read that are read alone among those that have nothing new but text."""
+"""Events of one read that are read one by one, where all others have nothing new but text."""
 
 FRAMING = len(b"data: \n\n")
 """Bytes of an event around its data."""
