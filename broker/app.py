@@ -75,8 +75,8 @@ log = structlog.get_logger(__name__)
 AFTER_DEADLINE = 60
 """Seconds that a running session's keys outlive its deadline and its journal."""
 
-PRICES_TIMEOUT = 0.3
-"""Seconds that the end of an answer waits for prices, where this worker has no list yet."""
+PRICES_TIMEOUT = 2.0
+"""Seconds from its start in which a worker without a list lets the end of an answer without a cost wait for prices."""
 
 NO_KEY = "rehearsal-key-that-opens-nothing"
 """Stands for the upstream's key where none is needed. Keys are removed from messages, so this is not a common word."""
@@ -373,6 +373,7 @@ def _money(upstream: _Upstream) -> Money:
 
     return Money(
         prices_of=prices_of,
+        has_prices=lambda: catalog.has_list,
         name_of=catalog.name_in_list,
         fetch_generation=fetch,
         keeps_records=lambda: catalog.openrouter,

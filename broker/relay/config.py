@@ -53,6 +53,7 @@ class Money(NamedTuple):
 
     Attributes:
         prices_of: returns the prices of a model.
+        has_prices: returns True if there is a list of prices.
         name_of: returns the name of a model in the list, empty where it is not there; None without a list.
         fetch_generation: fetches the upstream's record of a generation.
         keeps_records: returns True if the upstream has such records; only OpenRouter does.
@@ -62,6 +63,7 @@ class Money(NamedTuple):
     """
 
     prices_of: PricesOf
+    has_prices: Callable[[], bool]
     name_of: Callable[[str], str | None]
     fetch_generation: FetchGeneration
     keeps_records: Callable[[], bool]

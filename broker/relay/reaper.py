@@ -233,6 +233,9 @@ class Reaper:
                 answer, orphan, prompt_tokens=session.spec.prompt_tokens, asked=True
             )
             generation_id = answer.generation_id
+            if self._settlement.may_be_priced_later(orphan, spent):  # nobody waits for it, unlike for an end
+                await self._accounts.put_off([orphan])
+                return
         await self._settlement.settle(orphan, spent, state, generation_id)
         log.warning("settled for a dead worker", session=short(orphan.session_id), estimated=spent.estimated)
 

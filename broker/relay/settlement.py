@@ -45,6 +45,9 @@ MAX_ASKING = 1000
 MAX_READING_ON = 200
 """Failed answers that one worker reads on for their usage at the same time. The estimates of others stay."""
 
+PRICES_AWAITED = 60.0
+"""Seconds from its start in which a worker without a list of prices does not settle the sessions of dead workers."""
+
 GIVE_UP_AFTER = 600.0
 """Seconds after which a settlement that Redis does not take is given up."""
 
@@ -74,6 +77,7 @@ class Settlement:
         self._spawn = spawn
         self._clock = clock
         self._pause = pause
+        self._started = clock()
         self._asking: set[str] = set()
         self._reading_on = 0
 
@@ -113,6 +117,18 @@ class Settlement:
             if (least := reported_cost(answer.interim_counts or {})) is not None and not reported:
                 cost = max(cost or 0, least)
         return usage_of(usage, cost, estimated=not reported and reported_cost(usage) is None)
+
+    def may_be_priced_later(self, reservation: Reservation, usage: Usage) -> bool:
+        """Return True if the cost of this usage is unknown only because this worker has just started.
+
+        The request had a price when it was admitted, so there is a list of prices, which this worker will have soon.
+        """
+        return (
+            usage.cost is None
+            and reservation.worst.cost > 0
+            and not self._money.has_prices()
+            and self._clock() - self._started < PRICES_AWAITED
+        )
 
     async def settle(
         self, reservation: Reservation, usage: Usage, state: State, generation_id: str | None

@@ -81,6 +81,7 @@ class Telling(World):
         self.usage, self.place = usage, place
         money = Money(
             prices_of=self.prices_of,
+            has_prices=lambda: True,
             name_of=lambda model: model,
             fetch_generation=cast("Any", None),
             keeps_records=lambda: False,

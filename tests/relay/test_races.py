@@ -166,7 +166,15 @@ async def unknown(_: object) -> None:
     return None
 
 
-def reaper_of(store: Store, accounts: AccountStore, clock: Callable[[], float] = time.monotonic) -> Reaper:
+NO_MONEY = Money(unknown, lambda: True, lambda model: model, unknown, lambda: True, unknown, unknown, unknown)
+
+
+def reaper_of(
+    store: Store,
+    accounts: AccountStore,
+    clock: Callable[[], float] = time.monotonic,
+    money: Money = NO_MONEY,
+) -> Reaper:
     def spawn(work: Coroutine[Any, Any, Any]) -> None:
         work.close()
         pytest.fail("there is nothing to ask the upstream")
@@ -175,11 +183,7 @@ def reaper_of(store: Store, accounts: AccountStore, clock: Callable[[], float] =
         accounts,
         SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300),
         JournalStore(store, worker="living", running_ttl=960),
-        Settlement(
-            accounts,
-            Money(unknown, lambda model: model, unknown, lambda: True, unknown, unknown, unknown),
-            spawn=spawn,
-        ),
+        Settlement(accounts, money, spawn=spawn, clock=clock),
         clock,
     )
 

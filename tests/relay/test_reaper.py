@@ -14,17 +14,20 @@ from broker.core.accounts import WorstCase
 from broker.core.dialect import DialectName
 from broker.core.errors import StoreUnavailable
 from broker.core.events import cancelled_before_start, chunk_events
+from broker.core.pricing import Prices, parse_prices
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
 from broker.core.session_report import SessionReport
 from broker.relay.reaper import AT_ONCE, Reaper
+from broker.relay.settlement import PRICES_AWAITED
 from broker.store.accounts import LEASE, AccountStore, Reservation
 from broker.store.buckets import account_of
 from broker.store.connection import Store
 from broker.store.journal import Append, JournalStore
-from broker.store.sessions import MIN_KEPT, Prepared, SessionStatus, SessionStore
+from broker.store.sessions import MIN_KEPT, Prepared, SessionRecord, SessionStatus, SessionStore
+from tests.clock import Clock
 from tests.money import Ledger, ledger, open_reservations, slots
-from tests.relay.test_races import FREE, come, reaper_of, reserved
+from tests.relay.test_races import FREE, NO_MONEY, come, reaper_of, reserved
 from tests.wire import wire_to
 
 PREPARED = Prepared(
@@ -36,6 +39,7 @@ CREATED = b'{"type":"response.created","response":{"usage":null}}'
 WORDS = b'{"type":"response.output_text.delta","output_index":0,"delta":"four"}'
 COMPLETED = b'{"type":"response.completed","response":{"usage":{"input_tokens":3,"output_tokens":4,"cost":0.00000005}}}'
 USAGE = b'"usage":{"prompt_tokens":3,"completion_tokens":4},"cost":0.00000005'
+PRICES = parse_prices({"pricing": {"prompt": "0.000001", "completion": "0.000001"}})
 WORST = Ledger(requests=1, estimated=1, spent_tokens=10, spent_cost=100)
 
 
@@ -93,8 +97,11 @@ class Dead:
 
     async def found(self, rounds: int = 1) -> None:
         """Let all leases expire, and run the reaper of another worker."""
+        await self.found_by(reaper_of(self.store, self.accounts), rounds)
+
+    async def found_by(self, reaper: Reaper, rounds: int = 1) -> None:
+        """Let all leases expire, and run this reaper."""
         await come(self.store, "open")
-        reaper: Reaper = reaper_of(self.store, self.accounts)
         for _ in range(rounds):
             assert await reaper._round(), "Redis could be reached"
 
@@ -160,6 +167,53 @@ async def test_a_journal_is_counted_in_the_dialect_it_is_in(
     await dead.found()
     account = await ledger(store.redis)
     assert account._replace(reserved_tokens=0, reserved_cost=0) == booked
+
+
+class Listing:
+    """The list of prices of a worker that has just started.
+
+    Attributes:
+        prices: of every model; None until there is a list.
+        clock: the worker's clock.
+    """
+
+    def __init__(self) -> None:
+        self.prices: Prices | None = None
+        self.clock = Clock()
+
+    async def prices_of(self, _model: str) -> Prices | None:
+        return self.prices
+
+    def reaper(self, dead: Dead) -> Reaper:
+        """Return the reaper of this worker."""
+        money = NO_MONEY._replace(prices_of=self.prices_of, has_prices=lambda: self.prices is not None)
+        return reaper_of(dead.store, dead.accounts, self.clock, money)
+
+
+async def test_a_worker_without_prices_settles_for_a_dead_one_when_it_has_them(store: Store) -> None:
+    dead, listing = Dead(store), Listing()
+    await dead.said("1", CHUNK)
+    reaper = listing.reaper(dead)
+    for seconds in (0.0, PRICES_AWAITED - 1):
+        listing.clock.now += seconds
+        await dead.found_by(reaper)
+        assert await dead.is_open("1")
+        [record] = await dead.sessions.describe_many(["session-1"])
+        assert isinstance(record, SessionRecord)
+        assert record.state is State.LOST  # viewers do not wait for prices
+    listing.prices = PRICES
+    await dead.found_by(reaper)
+    assert await ledger(store.redis) == Ledger(1, 1, 4 + 2, (4 + 2) * 1000)
+
+
+async def test_a_worker_that_gets_no_prices_settles_without_them(store: Store) -> None:
+    dead, listing = Dead(store), Listing()
+    await dead.said("1", CHUNK)
+    reaper = listing.reaper(dead)
+    listing.clock.now += PRICES_AWAITED
+    await dead.found_by(reaper)
+    assert (await ledger(store.redis)).spent_cost == 0
+    assert not await dead.is_open("1")
 
 
 async def test_an_error_without_its_journal_is_booked_at_its_worst(store: Store) -> None:
@@ -290,14 +344,6 @@ async def test_a_claim_repeated_after_a_cancel_gets_the_end(store: Store) -> Non
 
 
 # One liveness
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 async def test_an_orphan_is_ended_even_if_its_worker_is_alive(store: Store) -> None:

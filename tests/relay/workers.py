@@ -55,6 +55,7 @@ class FakeWorker:
             accounts=self.accounts,
             money=Money(
                 prices_of=_unknown,
+                has_prices=lambda: True,
                 name_of=lambda model: model,
                 fetch_generation=_unknown,
                 keeps_records=lambda: False,
