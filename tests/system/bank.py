@@ -28,11 +28,14 @@ ASKED = 30 + ASKED_AFTER
 async def running_bank(
     workers: int = 2, *, keeps: bool = False, **settings: object
 ) -> AsyncIterator[tuple[Cluster, Redis]]:
-    """A cluster whose upstream has prices."""
+    """A cluster whose upstream has prices, which every worker knows when the block begins."""
     async with (
         running_cluster(workers, keeps=keeps, models=price_list(), **settings) as cluster,
         cluster.redis() as redis,
     ):
+        for worker in cluster.workers:
+            answer = await cluster.ask("GET", worker, "/models")  # waits for the list
+            assert answer.status == 200, answer
         yield cluster, redis
 
 
