@@ -54,6 +54,7 @@ from broker.web import keys
 from broker.web.metrics_token import MetricsToken
 from broker.web.occupancy import Occupancy
 from broker.web.refused_origins import RefusedOrigins
+from broker.web.turns import Turns
 from broker.web.waiting import WaitingPages
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ async def build(
         metrics.watch(worker, stores.sessions, store, upstream.client, waiting, quotas)
         worker.start()
         _add_checks(app, settings)
+        app[keys.TURNS] = Turns(streaming=lambda: bool(worker.viewers))
         app[keys.KNOWN_CLIENTS] = known
         naming = app[keys.NAMING] = await stack.enter_async_context(_naming(settings, store))
         app[keys.RESOLVER] = await stack.enter_async_context(clients(settings, naming, known))

@@ -24,12 +24,14 @@ from broker.web.identity import ClientResolver
 from broker.web.metrics_token import MetricsToken
 from broker.web.occupancy import Occupancy
 from broker.web.refused_origins import RefusedOrigins
+from broker.web.turns import Turns
 from broker.web.waiting import WaitingPages
 
 SETTINGS = web.AppKey("settings", Settings)
 ORIGINS = web.AppKey("origins", Origins)
 REFUSED_ORIGINS = web.AppKey("refused_origins", RefusedOrigins)
 OCCUPANCY = web.AppKey("occupancy", Occupancy)
+TURNS = web.AppKey("turns", Turns)
 STORE = web.AppKey("store", Store)
 CATALOG = web.AppKey("catalog", Catalog)
 ACCOUNTS = web.AppKey("accounts", AccountStore)

@@ -11,7 +11,7 @@ from aiohttp import hdrs, web
 from broker.core.errors import BodyTooLarge, InvalidJson, InvalidRequest, UnsupportedMediaType
 from broker.core.session import short
 from broker.web.errors import json_response
-from broker.web.keys import ADMISSION, LIMITS, LOGGED, REQUEST_ID, RESOLVER, SETTINGS, TELEMETRY
+from broker.web.keys import ADMISSION, LIMITS, LOGGED, REQUEST_ID, RESOLVER, SETTINGS, TELEMETRY, TURNS
 from broker.web.rates import rate_headers
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ async def prepare(request: web.Request) -> web.Response:
 
 
 async def _prepare(request: web.Request, span: PrepareSpan) -> web.Response:
+    await request.app[TURNS].wait()
     client = await request.app[RESOLVER].identify(request)
     origin = request.headers.get(hdrs.ORIGIN, "")
     request.app[LIMITS].of(client.limits).check_origin(origin)

@@ -28,7 +28,7 @@ from broker.relay.viewer import Viewer
 from broker.store.accounts import BUDGET_RETRY, STREAMS_RETRY
 from broker.web.errors import json_response, may_come_again
 from broker.web.eventstream import EventStream, jitter
-from broker.web.keys import HUB, LOGGED, METRICS, OCCUPANCY, RESOLVER, SETTINGS, WAITING, WORKER
+from broker.web.keys import HUB, LOGGED, METRICS, OCCUPANCY, RESOLVER, SETTINGS, TURNS, WAITING, WORKER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,6 +67,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
             form = _form(request)
             address = request.app[RESOLVER].network(request)
             places.enter_context(request.app[OCCUPANCY].taken(session_id, address))
+            await request.app[TURNS].wait()
             request[LOGGED] = {"session": short(session_id)}
             found = await request.app[HUB].find(session_id, cursor, may_wait=_wants_events(request))
             request.app[WAITING].left(session_id)
