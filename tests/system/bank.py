@@ -26,15 +26,23 @@ ASKED = 30 + ASKED_AFTER
 
 @asynccontextmanager
 async def running_bank(
-    workers: int = 2, *, keeps: bool = False, **settings: object
+    workers: int = 2, *, keeps: bool = False, key: str = "", **settings: object
 ) -> AsyncIterator[tuple[Cluster, Redis]]:
-    """A cluster whose upstream has prices, which every worker knows when the block begins."""
+    """A cluster whose upstream has prices, which every worker knows when the block begins.
+
+    Args:
+        workers: how many.
+        keeps: their Valkey survives a power cut.
+        key: an API key of a client, where the settings ask for one.
+        settings: as those of a cluster.
+    """
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     async with (
         running_cluster(workers, keeps=keeps, models=price_list(), **settings) as cluster,
         cluster.redis() as redis,
     ):
         for worker in cluster.workers:
-            answer = await cluster.ask("GET", worker, "/models")  # waits for the list
+            answer = await cluster.ask("GET", worker, "/models", headers=headers)  # waits for the list
             assert answer.status == 200, answer
         yield cluster, redis
 

@@ -59,6 +59,7 @@ async def test_no_account_exceeds_its_limit_under_faults(tmp_path: Path) -> None
     clients(path, limit)
     async with running_bank(
         keeps=True,
+        key="three",
         api_keys="cyd:three",
         clients_file=path,
         total_daily_cost=f"{limit / NANO}",
