@@ -32,6 +32,7 @@ from broker.upstream.client import MAX_EXPANDED, UpstreamClient
 from broker.upstream.connection import Connection, Take
 from broker.upstream.pool import KEEPALIVE, ConnectError, Pool, tls_context
 from tests.scripted import PATIENCE, Call, Reply, ScriptedUpstream, scripted_upstream
+from tests.stopwatch import Stopwatch
 from tests.upstream.certificates import Authority
 from tests.upstream.proxies import running_proxy
 
@@ -276,12 +277,12 @@ async def test_the_wait_and_the_connection_share_one_time(upstream: ScriptedUpst
             first = await pool.take()
             pool._addresses = (float("inf"), [(socket.AF_INET, socket.SOCK_STREAM, 6, "", silent)])
             first.abort()  # so that a new one is needed
-            began = loop.time()
+            stopwatch = Stopwatch()
             waiting = asyncio.create_task(pool.take())
             loop.call_later(0.8, pool.give_back, first)
             with pytest.raises(ConnectError):
                 await waiting
-            assert loop.time() - began < 1.7
+            assert stopwatch.seconds < 1.7
 
 
 async def test_a_connection_is_given_back_once(upstream: ScriptedUpstream) -> None:

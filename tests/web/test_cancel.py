@@ -11,6 +11,7 @@ import pytest
 
 from tests.broker import Answer, Broker, running
 from tests.scripted import Call, Reply, ScriptedUpstream
+from tests.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from tests.events import Event
@@ -68,11 +69,10 @@ async def test_a_running_session_ends_for_all_its_viewers(
         call.chunk("Hello")
         await connection.take(1)
         await other.take(1)
-        loop = asyncio.get_running_loop()
-        asked = loop.time()
+        stopwatch = Stopwatch()
         assert accepted(await cancel(broker, session))
         await call.wait_gone()
-        assert call.gone_at - asked < 1
+        assert stopwatch.seconds < 1
         [event] = await connection.rest()
         assert_cancelled(event, "1-2.end")
         assert [event] == await other.rest()
@@ -101,10 +101,10 @@ async def test_a_session_can_be_stopped_before_its_first_token(
     session = await broker.prepare()
     async with broker.stream(session) as connection:
         call = await upstream.call()
-        asked = asyncio.get_running_loop().time()
+        stopwatch = Stopwatch()
         assert accepted(await broker.cancel(session))
         await call.wait_gone()
-        assert call.gone_at - asked < 1
+        assert stopwatch.seconds < 1
         [event] = await connection.rest()
     assert_cancelled(event, "1-1.end")
     assert event.json["ttftMs"] is None
@@ -237,10 +237,10 @@ async def test_a_session_can_be_cancelled_from_another_worker(
             call = (await upstream.call()).open()
             call.chunk("Hello")
             await connection.take(1)
-            asked = asyncio.get_running_loop().time()
+            stopwatch = Stopwatch()
             assert accepted(await other.cancel(session))
             await call.wait_gone()
-            assert call.gone_at - asked < 1
+            assert stopwatch.seconds < 1
             assert_cancelled((await connection.rest())[-1], "1-2.end")
         assert (await other.cancel(session)).json == {"state": "cancelled"}
 

@@ -10,6 +10,7 @@ import pytest_asyncio
 
 from tests.broker import Broker, running
 from tests.scripted import PATIENCE, ScriptedUpstream
+from tests.stopwatch import Stopwatch
 from tests.system.harness import ValkeyProcess, healed
 from tests.wire import wire_to
 
@@ -26,18 +27,6 @@ async def broker(exposed_broker: Broker) -> Broker:
     """A broker that has reached its Redis once."""
     assert (await exposed_broker.ask("GET", "/health/ready")).status == 200
     return exposed_broker
-
-
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._start = self._loop.time()
-
-    @property
-    def seconds(self) -> float:
-        return self._loop.time() - self._start
 
 
 async def is_asked_to_come_again(broker: Broker, session: str, cursor: str | None = None) -> bool:
