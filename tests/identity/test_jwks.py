@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import aiohttp
 import jwt
 import pytest
 from aiohttp import web
@@ -27,7 +28,7 @@ from broker.identity.jwks import (
     PublishedKeys,
     parse_keys,
 )
-from tests.clock import Clock
+from tests.clock import PATIENCE, Clock
 from tests.identity.issuer import KeyServer, key_server, key_set, member, private_key, serving
 
 OLD, NEW = member("RSA", kid="old"), member("RSA other", kid="new")
@@ -244,6 +245,10 @@ async def test_a_server_that_does_not_answer_is_given_up(clock: Clock) -> None:
             with pytest.raises(Overloaded, match=LATER):
                 await has(keys)
             server.hold.set()
+            assert keys._http is not None
+            keys._http._timeout = aiohttp.ClientTimeout(
+                PATIENCE
+            )  # on a loaded machine, an answer takes its time
             clock.now += PAUSE_WITHOUT_KEYS
             assert await has(keys)
 
