@@ -23,6 +23,7 @@ from broker.store.connection import SCHEMA
 from tests import responses
 from tests.events import Broken, Connection, Event, opened
 from tests.scripted import NOTHING, PATIENCE, Call, ScriptedUpstream, chunk, scripted_upstream
+from tests.stopwatch import Stopwatch
 from tests.system.harness import (
     DRAIN_TIMEOUT,
     POLL_INTERVAL,
@@ -306,6 +307,11 @@ class Cluster:
         answer = await self.ask("POST", worker, "/prepare", json=question(marker, in_responses=in_responses))
         assert answer.status == 201, answer
         return Session(self, str(answer.json["sessionId"]), marker)
+
+    def stopwatch(self) -> Stopwatch:
+        """A stopwatch that does not count the time that a worker or the Valkey waits for a core."""
+        pids = [worker.process.pid for worker in self.workers if worker.broker is not None]
+        return Stopwatch(*pids, *([self.valkey.process.pid] if self.valkey.process is not None else []))
 
     def redis(self) -> redis.asyncio.Redis:
         """A client of the Valkey; close it."""

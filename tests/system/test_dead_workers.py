@@ -150,8 +150,9 @@ async def test_a_worker_that_wakes_after_it_was_reaped_is_fenced() -> None:
             assert (end.json["code"], end.id) == ("worker_lost", "2-4.end")
             owner.thaw()
             assert await until_the_end(line) == [end], "and nothing of what came meanwhile"
-            async with asyncio.timeout(1):
-                await call.call.gone.wait()
+            stopwatch = cluster.stopwatch()
+            await call.call.wait_gone()
+            assert stopwatch.seconds < 1
             for worker in cluster.workers:
                 assert check_lost(await session.read(worker), session.marker) == end
             assert [event async for event in entries(cluster, session)] == [1, 2, 3]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
+from tests.scripted import PATIENCE
 from tests.system.cluster import (
     Cluster,
     Script,
@@ -226,8 +227,10 @@ async def test_a_journal_follows_a_fast_answer(cluster: Cluster) -> None:
         call = await session.call()
         call.chunks(2500, size=3000)
         await line.take(2500)
-        async with asyncio.timeout(10):  # at one write an interval it would be 15
+        stopwatch = cluster.stopwatch()
+        async with asyncio.timeout(2 * PATIENCE):
             await cluster.journaled(session, 2500)
+        assert stopwatch.seconds < 10  # at one write an interval it would be 15
         call.done()
         await line.rest()
 
