@@ -49,8 +49,12 @@ def lines(log: str, event: str) -> list[dict[str, Any]]:
 
 def workers_of(parent: int) -> set[int]:
     """The processes of the workers of a service."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return {int(pid) for pid in children if "worker_main.py" in Path(f"/proc/{pid}/cmdline").read_text()}
+    found = set()
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        with suppress(OSError):  # it has ended meanwhile
+            if "worker_main.py" in Path(f"/proc/{pid}/cmdline").read_text():
+                found.add(int(pid))
+    return found
 
 
 def metrics_directory(worker: int) -> Path:
