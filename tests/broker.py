@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp import web
+from redis.asyncio import Redis
 
 from broker.mount import mount
 from broker.settings import Settings
 from broker.web.server import Runner
 from tests.events import Connection, Event, opened
+from tests.redis_client import client_of
 from tests.scripted import NOTHING, PATIENCE, ScriptedUpstream
 
 KEY = "sk-or-v1-0123456789abcdef"
@@ -55,11 +57,13 @@ class Broker:
         url: where it answers, with its prefix.
         app: its own application, without that of which it is a part.
         http: to ask it with.
+        redis: to look at what it has stored.
     """
 
     url: str
     app: web.Application
     http: aiohttp.ClientSession
+    redis: Redis
 
     async def ask(self, method: str, path: str, **options: Any) -> Answer:
         """Send a request as curl does, and return the answer."""
@@ -141,7 +145,10 @@ async def running(
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         host, port = runner.addresses[0]
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(PATIENCE)) as http:
-            yield Broker(f"http://{host}:{port}{PREFIX}", app, http)
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(PATIENCE)) as http,
+            aclosing(client_of(redis_url)) as redis,
+        ):
+            yield Broker(f"http://{host}:{port}{PREFIX}", app, http, redis)
     finally:
         await runner.cleanup()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from urllib.parse import quote
 from redis.asyncio import Redis
 
 from tests.money import until
+from tests.redis_client import client_of
 from tests.system.harness import ValkeyProcess, free_port, running_valkey
 
 if TYPE_CHECKING:
@@ -20,7 +22,11 @@ SERVICE = "main"
 USER, PASSWORD = "watcher", "for/sentinels+only"
 """What the sentinels ask for."""
 
-WATCH = {"down-after-milliseconds": 800, "failover-timeout": 3000, "parallel-syncs": 1}
+FAILOVER = 40.0
+"""Seconds within which a replica must have been promoted; sentinels wait between two attempts."""
+
+DOWN_AFTER_MS = 800
+"""Milliseconds of silence after which a primary is replaced."""
 
 
 class SentinelProcess(ValkeyProcess):
@@ -53,22 +59,61 @@ class SentinelSet:
     """
 
     def __init__(
-        self, primary: ValkeyProcess, replica: ValkeyProcess, sentinels: list[SentinelProcess]
+        self,
+        primary: ValkeyProcess,
+        replica: ValkeyProcess,
+        sentinels: list[SentinelProcess],
+        down_after_ms: int = DOWN_AFTER_MS,
     ) -> None:
         self.primary, self.replica, self.sentinels = primary, replica, sentinels
+        self._watch = {
+            "down-after-milliseconds": down_after_ms,
+            "failover-timeout": 3000,
+            "parallel-syncs": 1,
+        }
         hosts = ",".join(f"127.0.0.1:{each.port}" for each in sentinels)
         secret = f"sentinel_username={USER}&sentinel_password={quote(PASSWORD, safe='')}"
         self.url = f"redis+sentinel://{hosts}/{SERVICE}/0?{secret}"
 
+    @property
+    def _all(self) -> list[ValkeyProcess]:
+        return [*self.sentinels, self.primary, self.replica]
+
+    @property
+    def is_running(self) -> bool:
+        """True between a start and a kill of all."""
+        return self.primary.is_running or self.replica.is_running
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that run."""
+        return [pid for each in self._all for pid in each.pids]
+
+    def freeze(self) -> None:
+        """Freeze all of them, so that none replaces another."""
+        for each in self._all:
+            each.freeze()
+
+    def thaw(self) -> None:
+        """Let all of them go on where they were frozen."""
+        for each in reversed(self._all):
+            each.thaw()
+
+    def kill(self) -> None:
+        """End all of them as a power cut would."""
+        for each in self._all:
+            each.kill()
+
     async def start(self) -> None:
-        """Let all of them know each other."""
+        """Start those that do not run, and let all know each other. What was the primary becomes it again."""
+        await asyncio.gather(*(each.start() for each in self._all if not each.is_running))
         async with Redis(port=self.replica.port) as replica:
             await replica.replicaof("127.0.0.1", self.primary.port)
         await self.in_step()
         for each in self.sentinels:
             async with each.client() as sentinel:
                 await sentinel.sentinel_monitor(SERVICE, "127.0.0.1", self.primary.port, 2)
-                for name, value in WATCH.items():
+                for name, value in self._watch.items():
                     await sentinel.sentinel_set(SERVICE, name, value)
         await until(self._all_see_all)
 
@@ -81,8 +126,12 @@ class SentinelSet:
 
     async def empty(self) -> None:
         """Remove all keys."""
-        async with Redis(port=self.primary.port) as primary:
-            await primary.flushall()
+        async with self.client() as client:
+            await client.flushall()
+
+    def client(self) -> Redis:
+        """Return a client of the primary, whichever that is; close it."""
+        return client_of(self.url)
 
     async def in_step(self) -> None:
         """Wait until the replica has all that the primary has now."""
@@ -97,6 +146,54 @@ class SentinelSet:
 
             await until(has_all)
 
+    async def primaries(self) -> list[ValkeyProcess]:
+        """Return what is the primary now."""
+        return [self.primary]
+
+    async def fail_over(self, primary: ValkeyProcess) -> None:
+        """End the primary as a power cut would, and wait until its replica has been promoted."""
+        primary.kill()
+        await until(self._is_told, within=FAILOVER)
+
+    async def _is_told(self) -> bool:
+        """Return True if all sentinels name the replica as the primary, and it agrees."""
+        return await self._named() == {self.replica.port} and await self.is_replaced()
+
+    async def _named(self) -> set[int]:
+        """Return the ports of those that sentinels name as the primary."""
+        found: set[int] = set()
+        for each in self.sentinels:
+            async with each.client() as sentinel:
+                state: Any = await sentinel.sentinel_master(SERVICE)
+                found.add(int(state["port"]))
+        return found
+
+    async def settled(self) -> None:
+        """Wait until all agree on the primary, and the other one follows it, as after a freeze."""
+        await until(self._agree, within=FAILOVER)
+        await self.in_step()
+
+    async def _agree(self) -> bool:
+        named = await self._named()
+        if named == {self.replica.port}:
+            self.primary, self.replica = self.replica, self.primary
+        async with Redis(port=self.primary.port) as primary, Redis(port=self.replica.port) as replica:
+            leads, follows = await primary.info("replication"), await replica.info("replication")
+        return bool(
+            named == {self.primary.port}
+            and leads["role"] == "master"
+            and follows["role"] == "slave"
+            and follows["master_port"] == self.primary.port
+        )
+
+    async def heal(self) -> None:
+        """Start the server again that was ended. It follows the one that has replaced it."""
+        self.primary, self.replica = self.replica, self.primary
+        await self.replica.start()
+        async with Redis(port=self.replica.port) as replica:
+            await replica.replicaof("127.0.0.1", self.primary.port)
+        await self.in_step()
+
     async def fail(self, _: str) -> None:
         """End the primary of a session as a power cut would."""
         self.primary.kill()
@@ -108,18 +205,19 @@ class SentinelSet:
 
 
 @asynccontextmanager
-async def sentinel_set() -> AsyncIterator[SentinelSet]:
-    """Run the servers during the block."""
+async def sentinel_set(
+    *, keeps: bool = False, down_after_ms: int = DOWN_AFTER_MS
+) -> AsyncIterator[SentinelSet]:
+    """Run the servers during the block; with ``keeps`` they survive a power cut."""
     async with AsyncExitStack() as stack:
         at_once = ["--repl-diskless-sync-delay", "0"]
-        primary = await stack.enter_async_context(running_valkey(options=at_once))
-        replica = await stack.enter_async_context(running_valkey(options=at_once))
+        primary = await stack.enter_async_context(running_valkey(keeps=keeps, options=at_once))
+        replica = await stack.enter_async_context(running_valkey(keeps=keeps, options=at_once))
         sentinels = []
         for _ in range(3):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="broker-test-")))
             sentinels.append(SentinelProcess(free_port(), folder))
             stack.callback(sentinels[-1].kill)
-            await sentinels[-1].start()
-        servers = SentinelSet(primary, replica, sentinels)
+        servers = SentinelSet(primary, replica, sentinels, down_after_ms)
         await servers.start()
         yield servers

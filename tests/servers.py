@@ -53,6 +53,7 @@ class ServerSockets:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Stop them."""
         for process in self._running.values():
             process.kill()
             process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from redis.asyncio import Redis
 from redis.crc import key_slot
 
 from tests.money import until
+from tests.redis_client import client_of
 from tests.system.harness import ValkeyProcess, free_port, running_valkey
 
 if TYPE_CHECKING:
@@ -16,9 +18,14 @@ if TYPE_CHECKING:
 
 PRIMARIES = 3
 SLOTS = 16384
+FAILOVER = 40.0
+"""Seconds within which a replica must have been promoted."""
+
+DOWN_AFTER_MS = 800
+"""Milliseconds of silence after which a primary is replaced."""
+
 OPTIONS = (
     *("--cluster-enabled", "yes"),
-    *("--cluster-node-timeout", "800"),
     *("--cluster-replica-validity-factor", "0"),
     *("--repl-diskless-sync-delay", "0"),
 )
@@ -44,7 +51,41 @@ class ValkeyCluster:
         self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in nodes[:PRIMARIES])
         self.failed: ValkeyProcess | None = None
 
+    @property
+    def is_running(self) -> bool:
+        """True between a start and a kill of all."""
+        return any(node.is_running for node in self.nodes)
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that run."""
+        return [pid for each in self.nodes for pid in each.pids]
+
+    def freeze(self) -> None:
+        """Freeze all of them, so that none replaces another."""
+        for node in reversed(self.nodes):
+            node.freeze()
+
+    def thaw(self) -> None:
+        """Let all of them go on where they were frozen."""
+        for node in self.nodes:
+            node.thaw()
+
+    def kill(self) -> None:
+        """End all of them as a power cut would."""
+        for node in reversed(self.nodes):
+            node.kill()
+
     async def start(self) -> None:
+        """Start those that do not run. They know each other, and who has which slots, from a file."""
+        await asyncio.gather(*(node.start() for node in self.nodes if not node.is_running))
+        await until(self.is_healthy)
+
+    def client(self) -> Redis:
+        """Return a client of all primaries; close it."""
+        return client_of(self.url)
+
+    async def found(self) -> None:
         """Let all of them know each other, and spread the slots."""
         share = SLOTS // PRIMARIES + 1
         for number, node in enumerate(self.nodes):
@@ -111,12 +152,22 @@ class ValkeyCluster:
 
     async def fail(self, session: str) -> None:
         """End the primary of a session as a power cut would."""
-        await self.kill(await self.serving(f"{{{session}}}"))
+        self.lose(await self.serving(f"{{{session}}}"))
 
-    async def kill(self, primary: ValkeyProcess) -> None:
+    def lose(self, primary: ValkeyProcess) -> None:
         """End a primary as a power cut would."""
         self.failed = primary
         primary.kill()
+
+    async def fail_over(self, primary: ValkeyProcess) -> None:
+        """End a primary as a power cut would, and wait until its replica has been promoted."""
+        self.lose(primary)
+        await until(self.is_replaced, within=FAILOVER)
+
+    async def settled(self) -> None:
+        """Wait until all slots are served and every replica is connected, as after a freeze."""
+        await until(self.is_healthy, within=FAILOVER)
+        await self.in_step()
 
     async def is_replaced(self) -> bool:
         """Return True if all slots are served again."""
@@ -174,15 +225,18 @@ class ValkeyCluster:
 
 
 @asynccontextmanager
-async def valkey_cluster() -> AsyncIterator[ValkeyCluster]:
-    """Run the servers during the block."""
+async def valkey_cluster(
+    *, keeps: bool = False, down_after_ms: int = DOWN_AFTER_MS
+) -> AsyncIterator[ValkeyCluster]:
+    """Run the servers during the block; with ``keeps`` they survive a power cut."""
+    options = [*OPTIONS, "--cluster-node-timeout", str(down_after_ms)]
     async with AsyncExitStack() as stack:
         nodes = [
             await stack.enter_async_context(
-                running_valkey(options=[*OPTIONS, "--cluster-port", str(free_port())])
+                running_valkey(keeps=keeps, options=[*options, "--cluster-port", str(free_port())])
             )
             for _ in range(2 * PRIMARIES)
         ]
         cluster = ValkeyCluster(nodes)
-        await cluster.start()
+        await cluster.found()
         yield cluster

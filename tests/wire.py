@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+from tests.kinds import needs_one_server
 from tests.scripted import PATIENCE
 
 
@@ -93,6 +94,7 @@ async def _packets(
 
 @asynccontextmanager
 async def wire_to(valkey_url: str) -> AsyncIterator[Wire]:
+    needs_one_server("a proxy of the test stands before it")
     wire = Wire(valkey_url.removeprefix("unix://"))
     server = await asyncio.start_server(wire.connected, "127.0.0.1", 0)
     wire.url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"

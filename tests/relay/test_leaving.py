@@ -120,7 +120,7 @@ async def left(
     broker: Broker, upstream: ScriptedUpstream, chunks: list[dict[str, Any]], way: Any
 ) -> tuple[Ledger, int]:
     """Stream these chunks, leave, and return what that added to the ledger, and the estimate of the prompt."""
-    redis = broker.app[keys.STORE].redis
+    redis = broker.redis
     before = await ledger(redis)
     is_response = str(chunks[0].get("type")).startswith("response.")
     conversation = (
@@ -194,7 +194,7 @@ async def test_hidden_reasoning_is_estimated_by_its_time(valkey_url: str, upstre
     clock = Clock(now=asyncio.get_running_loop().time())
     async with running(valkey_url, upstream, max_concurrent_streams=5) as broker:
         broker.app[keys.WORKER].clock = clock
-        redis = broker.app[keys.STORE].redis
+        redis = broker.redis
         question = {"model": MODEL, "messages": [{"role": "user", "content": "Say it."}]}
         upstream.replies = [teach]
         for _ in range(4):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,7 @@ from broker.store.usage_ledger import UsageLedger
 from broker.web import keys
 from tests.broker import Broker, running
 from tests.clock import Clock, run_ready_tasks
+from tests.kinds import Servers, running_servers
 from tests.money import (
     MODEL,
     PRICE,
@@ -30,7 +32,6 @@ from tests.money import (
     slots,
     until,
 )
-from tests.system.harness import ValkeyProcess, running_valkey
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -73,7 +74,7 @@ async def counts(broker: Broker) -> dict[str, int]:
 
 async def booked(broker: Broker) -> Ledger:
     """Return the spending of all clients; something is reserved only where an estimate may still be corrected."""
-    redis = broker.app[keys.STORE].redis
+    redis = broker.redis
     account = await ledger(redis)
     if not await due_records(redis):
         assert (account.reserved_tokens, account.reserved_cost) == (0, 0)
@@ -352,7 +353,7 @@ async def test_a_page_that_leaves_pays_for_the_written_text(
             call.chunk("x" * 30)
             await connection.take(1)
         await call.wait_gone()
-        redis = broker.app[keys.STORE].redis
+        redis = broker.redis
         await until(lambda: _settled(redis))
         assert await booked(broker) == Ledger(1, 1, prompt + 10, (prompt + 10) * PRICE)
         assert (await counts(broker))["failed"] == 1
@@ -369,7 +370,7 @@ async def test_a_page_that_leaves_pays_for_an_answer_that_continues(
     async with broker.stream(session):
         call = await upstream.call()
     answer_with({"cost": 0.002})(call)
-    await until(lambda: _settled(broker.app[keys.STORE].redis))
+    await until(lambda: _settled(broker.redis))
     assert await booked(broker) == Ledger(1, 0, 15, 2_000_000)
 
 
@@ -381,7 +382,7 @@ async def estimated(broker: Broker, upstream: ScriptedUpstream) -> int:
     upstream.replies = [answer_with()]
     session, _ = await prepared(broker)
     await broker.read(session)
-    account = await ledger(broker.app[keys.STORE].redis)
+    account = await ledger(broker.redis)
     assert account.estimated == 1
     return account.spent_tokens
 
@@ -393,7 +394,7 @@ async def test_an_estimate_is_corrected_by_the_upstreams_record(
     await estimated(broker, upstream)
 
     async def corrected() -> bool:
-        return (await ledger(broker.app[keys.STORE].redis)).estimated == 0
+        return (await ledger(broker.redis)).estimated == 0
 
     await until(corrected)
     assert await booked(broker) == Ledger(1, 0, 18, 123_000)
@@ -419,7 +420,7 @@ async def test_a_record_that_is_late_is_fetched_again(broker: Broker, upstream: 
     upstream.generations[GENERATION] = RECORD
 
     async def corrected() -> bool:
-        return (await ledger(broker.app[keys.STORE].redis)).estimated == 0
+        return (await ledger(broker.redis)).estimated == 0
 
     await clock.end_pause()
     await until(corrected)
@@ -433,7 +434,7 @@ async def test_the_reservation_stays_until_the_record_is_there(
     clock = clock_of_settlement(broker)
     upstream.generations[GENERATION] = None
     tokens = await estimated(broker, upstream)
-    redis = broker.app[keys.STORE].redis
+    redis = broker.redis
     account = await ledger(redis)
     assert account.spent_tokens == tokens
     assert account.spent_tokens + account.reserved_tokens == account.reserved_tokens + tokens > 4096
@@ -477,7 +478,7 @@ async def test_the_estimate_of_a_dead_worker_is_asked_for_at_once(
     clock = clock_of_settlement(broker)
     upstream.generations[GENERATION] = None
     await estimated(broker, upstream)
-    settlement, redis = broker.app[keys.WORKER]._settlement, broker.app[keys.STORE].redis
+    settlement, redis = broker.app[keys.WORKER]._settlement, broker.redis
     [key] = await redis.keys("*:{a*}:reservation:*")
     seconds, _ = await redis.time()
     await redis.hset(key, "ended", (seconds - 40) * 1000)
@@ -501,7 +502,7 @@ async def test_an_upstream_that_is_not_openrouter_is_never_asked(
         clock = clock_of_settlement(broker)
         await broker.ask("GET", "/models")
         await estimated(broker, upstream)
-        assert (await ledger(broker.app[keys.STORE].redis)).reserved_tokens == 0
+        assert (await ledger(broker.redis)).reserved_tokens == 0
         await run_ready_tasks()
         assert clock.pauses == [], "nothing waits to fetch a record"
     assert upstream.looks == []
@@ -522,12 +523,12 @@ async def test_a_reported_cost_needs_no_record(broker: Broker, upstream: Scripte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hurt", [ValkeyProcess.freeze, ValkeyProcess.kill])
+@pytest.mark.parametrize("hurt", [methodcaller("freeze"), methodcaller("kill")], ids=["freeze", "kill"])
 async def test_an_end_without_redis_is_settled_once_when_it_is_back(
     exposed_broker: Broker,
-    valkey: ValkeyProcess,
+    valkey: Servers,
     upstream: ScriptedUpstream,
-    hurt: Callable[[ValkeyProcess], None],
+    hurt: Callable[[Servers], None],
 ) -> None:
     broker = exposed_broker
     """Killed, it comes back empty, and has forgotten the reservation too."""
@@ -537,10 +538,10 @@ async def test_an_end_without_redis_is_settled_once_when_it_is_back(
         hurt(valkey)
         answer_with({"cost": 0.002})(call)
         assert [event.kind for event in await connection.rest()] == ["chunk", "chunk", "done"]
-    if valkey.process is None:
+    if not valkey.is_running:
         await valkey.start()
     valkey.thaw()
-    await until(lambda: _settled(broker.app[keys.STORE].redis), within=10)
+    await until(lambda: _settled(broker.redis), within=10)
     await asyncio.sleep(2)  # long enough for a second try, should there be one
     assert await booked(broker) == Ledger(1, 0, 15, 2_000_000)
 
@@ -551,20 +552,23 @@ async def test_a_lost_reservation_is_taken_again_and_settled_once(
     upstream: ScriptedUpstream,
 ) -> None:
     upstream.models = price_list()
-    async with running_valkey() as valkey, running(valkey.url, upstream, daily_cost="1") as broker:
+    async with running_servers() as valkey, running(valkey.url, upstream, daily_cost="1") as broker:
         session, prompt = await prepared(broker, max_tokens=50)
         async with broker.stream(session) as connection:
             call = await upstream.call()
             valkey.kill()
             await valkey.start()
-            redis = broker.app[keys.STORE].redis
+            redis = broker.redis
 
-            async def reserved() -> bool:
-                return await ledger(redis) == Ledger(
+            stored = broker.app[keys.STORE].session_keys(session)["session"]
+
+            async def is_back() -> bool:
+                """Return True if the reservation and the session are there again: they may be on two servers."""
+                return bool(await redis.exists(stored)) and await ledger(redis) == Ledger(
                     reserved_tokens=prompt + 50, reserved_cost=(prompt + 50) * PRICE
                 )
 
-            await until(reserved)
+            await until(is_back)
             assert await slots(redis) == await open_reservations(redis) == 1
             answer_with({"cost": 0.000002})(call)
             assert (await connection.rest())[-1].kind == "done"

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from broker.relay import upstream_reader
-from broker.web import keys
 from tests.broker import running
 from tests.money import MODEL, PRICE, Ledger, ledger, price_list, slots, until
 from tests.scripted import PATIENCE
@@ -42,7 +41,7 @@ async def test_usage_behind_an_error_is_booked_without_delaying_it(
     monkeypatch.setattr(upstream_reader, "AFTER_ERROR", 0.2 if in_vain else PATIENCE)
     upstream.models = price_list()
     async with running(valkey_url, upstream) as broker:
-        redis = broker.app[keys.STORE].redis
+        redis = broker.redis
         answer = await broker.post({"model": MODEL, "messages": [{"role": "user", "content": "Say it."}]})
         async with broker.stream(answer.json["sessionId"]) as connection:
             call = await upstream.call(1)

@@ -23,6 +23,8 @@ from tests.stopwatch import Stopwatch, waited_for_a_core
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+pytestmark = pytest.mark.one_server("the Valkey that a broker brings along")
+
 KEEPER = Path(__file__).parents[2] / "broker" / "store" / "keeper.py"
 OWNER = """
 import redis, sys

@@ -89,13 +89,12 @@ async def running(store: Store) -> Running:
 @pytest_asyncio.fixture
 async def notifications(store: Store) -> AsyncIterator[asyncio.Queue[bytes]]:
     """Yield the notifications of the following worker."""
-    async with store.redis.pubsub() as pubsub:
-        await pubsub.subscribe(f"{store.channels}follower")
+    async with store.subscribed(f"{store.channels}follower") as pubsub:
         notified: asyncio.Queue[bytes] = asyncio.Queue()
 
         async def listen() -> None:
             async for message in pubsub.listen():
-                if message["type"] == "message":
+                if message["type"] in ("message", "smessage"):
                     notified.put_nowait(message["data"])
 
         task = asyncio.create_task(listen())

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ from broker.core.rates import Rate, RateStatus
 from broker.store.buckets import account_of
 from broker.store.connection import SCHEMA, Store
 from broker.store.rates import Rates
+from tests.kinds import running_servers
 from tests.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -30,13 +29,6 @@ LIMIT = 30
 PATIENCE = 10.0
 
 
-@pytest.fixture
-def own_valkey(tmp_path: Path) -> Iterator[str]:
-    """A server that the test may freeze, fill and end."""
-    with ValkeyServer(port=0, unix_socket_path=tmp_path / "socket"):
-        yield f"unix://{tmp_path}/socket"
-
-
 @asynccontextmanager
 async def connected(url: str) -> AsyncIterator[Store]:
     store = Store(url, "test")
@@ -44,19 +36,6 @@ async def connected(url: str) -> AsyncIterator[Store]:
         yield store
     finally:
         await store.close()
-
-
-async def pid_of(store: Store) -> int:
-    return int((await store.redis.info("server"))["process_id"])
-
-
-@contextmanager
-def frozen(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 async def redis_time(redis: Redis) -> float:
@@ -207,6 +186,7 @@ async def test_every_key_has_a_name_of_ours_and_an_end(store: Store) -> None:
     await until(empty)
 
 
+@pytest.mark.one_server("what another client of one server sees")
 async def test_limits_itself_reads_and_clears_the_same_window(store: Store) -> None:
     rates = Rates(store, limit=5, window=60)
     storage = RedisStorage(
@@ -233,6 +213,7 @@ async def test_it_outlives_a_redis_that_forgot_the_script(store: Store) -> None:
     assert (await rates.hit("anna")).remaining == 1
 
 
+@pytest.mark.one_server("its databases and its password")
 async def test_a_password_and_a_database_of_the_url_are_used() -> None:
     with ValkeyServer() as server:
         address = f"127.0.0.1:{server.port}/3"
@@ -271,25 +252,26 @@ async def test_without_a_redis_it_says_so_at_once(tmp_path: Path) -> None:
         assert stopwatch.seconds < 0.5
 
 
-async def test_a_frozen_redis_is_waited_for_a_second(own_valkey: str) -> None:
-    async with connected(own_valkey) as store:
+async def test_a_frozen_redis_is_waited_for_a_second() -> None:
+    async with running_servers() as valkey, connected(valkey.url) as store:
         rates = Rates(store, limit=3, window=60)
         await rates.hit("anna")
-        with frozen(await pid_of(store)):
-            stopwatch = Stopwatch()
-            refusals = await asyncio.gather(*(rates.hit("anna") for _ in range(100)), return_exceptions=True)
-            elapsed, seconds = stopwatch.elapsed, stopwatch.seconds
+        valkey.freeze()
+        stopwatch = Stopwatch()
+        refusals = await asyncio.gather(*(rates.hit("anna") for _ in range(100)), return_exceptions=True)
+        elapsed, seconds = stopwatch.elapsed, stopwatch.seconds
+        valkey.thaw()
         assert {type(refusal) for refusal in refusals} == {StoreUnavailable}
         assert elapsed > 0.9
         assert seconds < 2
         assert (await rates.hit("ben")).remaining == 2
 
 
-async def test_a_full_redis_is_no_redis(own_valkey: str) -> None:
-    async with connected(own_valkey) as store:
+async def test_a_full_redis_is_no_redis() -> None:
+    async with running_servers() as valkey, connected(valkey.url) as store, valkey.client() as admin:
         rates = Rates(store, limit=3, window=60)
-        await store.redis.config_set("maxmemory", 1)
+        await admin.config_set("maxmemory", 1)
         with pytest.raises(StoreUnavailable):
             await rates.hit("anna")
-        await store.redis.config_set("maxmemory", 0)
+        await admin.config_set("maxmemory", 0)
         assert (await rates.hit("anna")).remaining == 2

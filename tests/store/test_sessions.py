@@ -18,8 +18,9 @@ from broker.store.call import command_call
 from broker.store.connection import CALL_TIMEOUT, SCHEMA, Store
 from broker.store.node import MAX_CONNECTIONS
 from broker.store.sessions import MIN_KEPT, REMEMBERED, EndConflict, Prepared, SessionStatus, SessionStore
+from tests.kinds import running_servers
+from tests.redis_client import SeenStore
 from tests.stopwatch import Stopwatch
-from tests.system.harness import running_valkey
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -251,8 +252,8 @@ async def test_an_end_is_kept_for_as_long_as_it_can_be_resumed(store: Store) -> 
 
 async def test_redis_settings_that_could_lose_sessions_are_found(redis_server: str) -> None:
     for keeps in (False, True):  # with an append-only file or without
-        async with running_valkey(keeps=keeps) as valkey:
-            store = Store(valkey.url, "test")
+        async with running_servers(keeps=keeps) as valkey:
+            store = SeenStore(valkey.url, "test")
             assert (await store.may_evict(), await store.may_go_back()) == (False, False)
             await store.redis.config_set("maxmemory-policy", "allkeys-lru")
             await store.redis.config_set("save", "900 1")
@@ -285,8 +286,8 @@ async def test_a_missing_redis_is_unavailable() -> None:
 
 
 async def test_a_frozen_redis_fails_in_a_second_and_works_afterwards(redis_server: str) -> None:
-    async with running_valkey() as valkey:
-        store = Store(valkey.url, "test")
+    async with running_servers() as valkey:
+        store = SeenStore(valkey.url, "test")
         sessions, session = sessions_in(store), str(uuid4())
         await sessions.prepare(session, PREPARED)
         valkey.freeze()
@@ -303,8 +304,8 @@ async def test_a_frozen_redis_fails_in_a_second_and_works_afterwards(redis_serve
 
 
 async def test_a_redis_that_was_restarted_is_used_again_at_once(redis_server: str) -> None:
-    async with running_valkey() as valkey:
-        store = Store(valkey.url, "test")
+    async with running_servers() as valkey:
+        store = SeenStore(valkey.url, "test")
         sessions = sessions_in(store)
         await asyncio.gather(*(sessions.prepare(str(uuid4()), PREPARED) for _ in range(10)))
         valkey.kill()
@@ -316,8 +317,8 @@ async def test_a_redis_that_was_restarted_is_used_again_at_once(redis_server: st
 
 
 async def test_a_full_redis_is_unavailable(redis_server: str, store: Store) -> None:
-    async with running_valkey() as valkey:
-        store = Store(valkey.url, "test")
+    async with running_servers() as valkey:
+        store = SeenStore(valkey.url, "test")
         await store.redis.config_set("maxmemory", "1")
         with pytest.raises(StoreUnavailable):
             await sessions_in(store).prepare(str(uuid4()), PREPARED)
@@ -331,6 +332,7 @@ async def test_forgotten_scripts_are_loaded_again(
     assert await sessions.claim(prepared, "token", "w1") == PREPARED
 
 
+@pytest.mark.one_server("the connections that it counts")
 async def test_more_calls_than_connections_wait_their_turn(store: Store, sessions: SessionStore) -> None:
     ids = [str(uuid4()) for _ in range(MAX_CONNECTIONS + 16)]
     await asyncio.gather(*(sessions.prepare(session, PREPARED) for session in ids))
@@ -354,7 +356,7 @@ async def test_a_call_that_is_given_up_leaves_its_connection_in_order(
 async def test_a_claim_wins_although_what_runs_behind_it_is_refused(store: Store, valkey_url: str) -> None:
     """A hosted Redis may forbid WAIT; and one key of an account may be damaged."""
     await store.redis.acl_setuser("small", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-wait"])
-    small = Store(f"{valkey_url}?username=small&password=any", "test")
+    small = Store(valkey_url.replace("://", "://small:any@"), "test")
     try:
         sessions = SessionStore(small, session_ttl=600, running_ttl=960, resume_ttl=300, confirm_by=1)
         session = str(uuid4())

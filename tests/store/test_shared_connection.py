@@ -29,6 +29,8 @@ from tests.stopwatch import Stopwatch
 from tests.system.harness import ValkeyProcess, eventually
 from tests.wire import Wire, wire_to
 
+pytestmark = pytest.mark.one_server("what one connection does")
+
 
 @pytest_asyncio.fixture
 async def wire(valkey_url: str) -> AsyncIterator[Wire]:

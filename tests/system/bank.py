@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from broker.store.accounts import ASKED_AFTER, LEASE
 from tests.money import due_records, ledger, open_reservations, price_list, slots
@@ -26,7 +26,7 @@ ASKED = 30 + ASKED_AFTER
 
 @asynccontextmanager
 async def running_bank(
-    workers: int = 2, *, keeps: bool = False, key: str = "", **settings: object
+    workers: int = 2, *, keeps: bool = False, key: str = "", **settings: Any
 ) -> AsyncIterator[tuple[Cluster, Redis]]:
     """A cluster whose upstream has prices, which every worker knows when the block begins.
 

@@ -17,21 +17,20 @@ from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 import aiohttp
-import redis.asyncio
+from redis.asyncio import Redis
 
 from broker.store.connection import SCHEMA
 from tests import responses
 from tests.events import Broken, Connection, Event, opened
+from tests.kinds import DOWN_AFTER_MS, Servers, running_servers
 from tests.scripted import NOTHING, PATIENCE, Call, ScriptedUpstream, chunk, scripted_upstream
 from tests.stopwatch import Stopwatch
 from tests.system.harness import (
     DRAIN_TIMEOUT,
     POLL_INTERVAL,
     RunningBroker,
-    ValkeyProcess,
     free_port,
     running_broker,
-    running_valkey,
 )
 
 LEASE = 4.0
@@ -280,7 +279,7 @@ class Cluster:
     """Workers, their Valkey, their upstream, and what every test asks of them."""
 
     def __init__(
-        self, workers: list[Worker], valkey: ValkeyProcess, upstream: Upstream, http: aiohttp.ClientSession
+        self, workers: list[Worker], valkey: Servers, upstream: Upstream, http: aiohttp.ClientSession
     ) -> None:
         self.workers = workers
         self.valkey = valkey
@@ -311,11 +310,11 @@ class Cluster:
     def stopwatch(self) -> Stopwatch:
         """A stopwatch that does not count the time that a worker or the Valkey waits for a core."""
         pids = [worker.process.pid for worker in self.workers if worker.broker is not None]
-        return Stopwatch(*pids, *([self.valkey.process.pid] if self.valkey.process is not None else []))
+        return Stopwatch(*pids, *self.valkey.pids)
 
-    def redis(self) -> redis.asyncio.Redis:
+    def redis(self) -> Redis:
         """A client of the Valkey; close it."""
-        return redis.asyncio.Redis(port=self.valkey.port)
+        return self.valkey.client()
 
     async def journaled(self, session: Session, n: int) -> None:
         """Wait until event number ``n`` of a session is in the journal."""
@@ -473,18 +472,24 @@ SETTINGS: Mapping[str, str] = {
 
 @asynccontextmanager
 async def running_cluster(
-    workers: int = 2, *, keeps: bool = False, models: bytes | None = None, **settings: object
+    workers: int = 2,
+    *,
+    keeps: bool = False,
+    down_after_ms: int = DOWN_AFTER_MS,
+    models: bytes | None = None,
+    **settings: object,
 ) -> AsyncIterator[Cluster]:
     """Run so many workers until the block ends.
 
     Args:
         workers: how many.
         keeps: their Valkey survives a power cut.
+        down_after_ms: milliseconds of silence after which a primary is replaced, where there is another.
         models: the list that their upstream gives.
         settings: of all of them, named as in the environment without ``BROKER_``, in lower case.
     """
     async with AsyncExitStack() as stack:
-        valkey = await stack.enter_async_context(running_valkey(keeps=keeps))
+        valkey = await stack.enter_async_context(running_servers(keeps=keeps, down_after_ms=down_after_ms))
         upstream = Upstream(await stack.enter_async_context(scripted_upstream()))
         stack.push_async_callback(upstream.close)
         upstream.scripted.models = models

@@ -9,6 +9,7 @@ import asyncio
 import atexit
 import os
 import random
+import secrets
 import signal
 import socket
 import subprocess
@@ -17,9 +18,10 @@ import tempfile
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import aiohttp
+from redis.asyncio import Redis
 
 from broker.settings import Settings, setting_name
 from tests.servers import server_binary
@@ -39,6 +41,11 @@ OURS = {setting_name(name) + suffix for name in Settings.model_fields for suffix
 SERVER = "valkey"
 """Which of `tests.servers.SERVERS` is started here; the fixture `redis_server` sets it for a test."""
 
+KIND = "plain"
+"""On which of `tests.kinds.KINDS` the tests of this run work; the option ``--servers`` sets it."""
+
+REDIS_URL: str | None = None
+"""The servers of brokers that name none; without it each has an embedded Valkey."""
 
 BROKERS = ForkServer()
 """Starts the brokers of this process of the tests."""
@@ -98,6 +105,11 @@ class ValkeyProcess:
         """The same before and after a restart."""
         return f"redis://127.0.0.1:{self.port}/0"
 
+    @property
+    def is_running(self) -> bool:
+        """True between a start and a kill."""
+        return self.process is not None
+
     async def start(self) -> None:
         """Start it, empty unless it keeps what it knew, and wait until it answers."""
         assert self.process is None, "it is running"
@@ -114,6 +126,15 @@ class ValkeyProcess:
             ["--appendonly", "yes", "--appendfsync", "always"] if self.keeps else ["--appendonly", "no"]
         )
         return [*arguments, *self.options]
+
+    @property
+    def pids(self) -> list[int]:
+        """Its process, if it runs."""
+        return [self.process.pid] if self.process is not None else []
+
+    def client(self) -> Redis:
+        """Return a client; close it."""
+        return Redis.from_url(self.url, protocol=2)
 
     def kill(self) -> None:
         """End it as a power cut would, and wait for that."""
@@ -148,6 +169,20 @@ class ValkeyProcess:
             writer.close()
 
 
+class Exposed(Protocol):
+    """Servers of Redis that a test may hurt: one, or several at once."""
+
+    @property
+    def is_running(self) -> bool:
+        """True between a start and a kill."""
+
+    async def start(self) -> None:
+        """Start them."""
+
+    def thaw(self) -> None:
+        """Let them go on where they were frozen."""
+
+
 @asynccontextmanager
 async def running_broker(
     *,
@@ -165,6 +200,12 @@ async def running_broker(
         NotStartedError: it ended before it was ready, or was not ready in time.
     """
     port = int((env or {}).get("PORT") or free_port())
+    if REDIS_URL is not None and not {"REDIS_URL", "REDIS_URL_FILE"} & set(env or {}):
+        env = {
+            "REDIS_URL": REDIS_URL,
+            "BROKER_KEY_PREFIX": f"broker-{port}-{secrets.token_hex(4)}",
+            **(env or {}),
+        }
     settings = {"OPENROUTER_API_KEY": "sk-test", "PORT": str(port), **(env or {})}
     arguments = ["serve", *(["--rehearsal"] if rehearsal else []), *args]
     environment = clean_environment(settings)
@@ -220,12 +261,12 @@ async def _running(
 
 
 @asynccontextmanager
-async def healed(valkey: ValkeyProcess) -> AsyncIterator[None]:
+async def healed(valkey: Exposed) -> AsyncIterator[None]:
     """Make a Valkey run and answer again at the end of the block."""
     try:
         yield
     finally:
-        if valkey.process is None:
+        if not valkey.is_running:
             await valkey.start()
         valkey.thaw()
 

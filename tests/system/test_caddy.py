@@ -13,8 +13,9 @@ import pytest
 from aiohttp import web
 
 from broker.settings import Settings
+from tests.kinds import running_servers
 from tests.system.caddy import running_caddy
-from tests.system.harness import eventually, free_port, running_broker, running_valkey
+from tests.system.harness import eventually, free_port, running_broker
 from tests.system.proxy import EVENTS, ROOM, block, prepared, standing_in
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ async def test_a_large_body_is_refused_by_the_broker_and_harms_nothing() -> None
 
 
 async def test_a_cut_a_resume_and_a_cancel_reach_the_broker() -> None:
-    async with running_valkey() as valkey:
+    async with running_servers() as valkey:
         env = {**ROOM, "REDIS_URL": valkey.url, "BROKER_DISCONNECT_GRACE": "1"}
         async with (
             running_broker(env=env) as first,

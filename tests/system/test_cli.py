@@ -21,7 +21,8 @@ import pytest
 import redis
 
 from tests.cli.fake_broker import run, run_shell, start
-from tests.system.harness import clean_environment, eventually, free_port, running_broker, running_valkey
+from tests.kinds import running_servers
+from tests.system.harness import clean_environment, eventually, free_port, running_broker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -262,14 +263,14 @@ async def test_unknown_and_ineffective_settings_cause_warnings() -> None:
 
 
 async def test_sessions_are_stored_in_the_given_redis() -> None:
-    async with running_valkey() as valkey, running_broker(env={"REDIS_URL": valkey.url}) as broker:
+    async with running_servers() as valkey, running_broker(env={"REDIS_URL": valkey.url}) as broker:
         assert (await run("models", "--url", broker.url))[0] == 0
-        with redis.Redis.from_url(valkey.url) as client:
-            assert list(client.scan_iter("broker:*"))
+        async with valkey.client() as client:
+            assert await client.keys("broker:*")
 
 
 async def test_no_secret_and_no_session_id_is_in_the_log() -> None:
-    async with running_valkey() as valkey:
+    async with running_servers() as valkey:
         env = {"REDIS_URL": valkey.url, "OPENROUTER_API_KEY": "sk-very-secret", "BROKER_LOG_LEVEL": "debug"}
         async with running_broker(env=env) as broker, aiohttp.ClientSession() as page:
             request = {
@@ -289,6 +290,7 @@ async def test_no_secret_and_no_session_id_is_in_the_log() -> None:
     assert "wherefore" not in log
 
 
+@pytest.mark.one_server("the Valkey that a broker brings along")
 async def test_the_embedded_valkey_goes_with_a_broker_that_is_killed(short_path: Path) -> None:
     async with running_broker(env={"TMPDIR": str(short_path)}) as broker:
         (directory,) = directories(short_path)

@@ -12,8 +12,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from tests.kinds import running_servers
 from tests.system.browser import launched_chromium
-from tests.system.harness import POLL_INTERVAL, free_port, running_broker, running_valkey
+from tests.system.harness import POLL_INTERVAL, free_port, running_broker
 from tests.system.proxy import (
     EVENTS,
     QUESTION,
@@ -116,7 +117,7 @@ async def test_one_broker_down_is_not_noticed() -> None:
 
 async def test_a_page_of_a_dead_broker_goes_to_the_next() -> None:
     async with AsyncExitStack() as stack:
-        valkey = await stack.enter_async_context(running_valkey())
+        valkey = await stack.enter_async_context(running_servers())
         ports = free_port(), free_port()
         env, other = [{**ROOM, "REDIS_URL": valkey.url, "PORT": str(port)} for port in ports]
         broker = await stack.enter_async_context(running_broker(env=env))
@@ -178,7 +179,7 @@ async def test_an_eventsource_comes_back_when_its_broker_dies_under_it() -> None
 @pytest.mark.slow
 async def test_an_eventsource_waits_for_the_first_broker() -> None:
     async with AsyncExitStack() as stack:
-        valkey = await stack.enter_async_context(running_valkey())
+        valkey = await stack.enter_async_context(running_servers())
         site = f"http://127.0.0.1:{await stack.enter_async_context(standing_in(blank))}"
         port = free_port()
         env = {**ROOM, "REDIS_URL": valkey.url, "PORT": str(port), "BROKER_CORS_ORIGINS": site}

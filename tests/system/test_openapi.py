@@ -21,7 +21,8 @@ from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 from broker.core.errors import NotYetClaimed
-from tests.system.harness import running_broker, running_valkey
+from tests.kinds import running_servers
+from tests.system.harness import running_broker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -74,7 +75,7 @@ BOUNDED = settings(
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def url() -> AsyncIterator[str]:
     """A broker before the rehearsal upstream."""
-    async with running_valkey() as valkey:
+    async with running_servers() as valkey:
         async with running_broker(env={"REDIS_URL": valkey.url, **ENVIRONMENT}) as broker:
             yield broker.url
 

@@ -13,7 +13,8 @@ import pytest_asyncio
 
 from tests.cli.fake_broker import run
 from tests.events import opened
-from tests.system.harness import RunningBroker, ValkeyProcess, running_broker, running_valkey
+from tests.kinds import Servers, running_servers
+from tests.system.harness import RunningBroker, running_broker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -29,7 +30,7 @@ class Stage(NamedTuple):
     """Two brokers on one Valkey, and an HTTP client."""
 
     workers: tuple[RunningBroker, RunningBroker]
-    valkey: ValkeyProcess
+    valkey: Servers
     http: aiohttp.ClientSession
 
     async def broker(self, *args: str) -> tuple[int, str, str]:
@@ -69,7 +70,7 @@ class Stage(NamedTuple):
 @pytest_asyncio.fixture
 async def stage() -> AsyncIterator[Stage]:
     async with AsyncExitStack() as stack:
-        valkey = await stack.enter_async_context(running_valkey())
+        valkey = await stack.enter_async_context(running_servers())
         keys = ",".join(f"{name}:{key}" for name, key in KEYS.items())
         env = {"REDIS_URL": valkey.url, "BROKER_API_KEYS": keys}
         one, two = [await stack.enter_async_context(running_broker(env=env)) for _ in range(2)]

@@ -8,13 +8,12 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from typing import TYPE_CHECKING
 
 import pytest
-from redis.asyncio import Redis
 
 from broker.store.journal import WATCH_MS
 from broker.web import keys
 from tests.broker import Broker, running
+from tests.kinds import Servers, running_servers
 from tests.money import Ledger, ledger, open_reservations, slots, until
-from tests.system.harness import ValkeyProcess, running_valkey
 
 if TYPE_CHECKING:
     from broker.relay.worker import Worker
@@ -27,7 +26,7 @@ OUTAGE = 4.5
 
 
 @asynccontextmanager
-async def frozen(valkey: ValkeyProcess) -> AsyncIterator[None]:
+async def frozen(valkey: Servers) -> AsyncIterator[None]:
     valkey.freeze()
     try:
         yield
@@ -36,8 +35,8 @@ async def frozen(valkey: ValkeyProcess) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def full(valkey: ValkeyProcess) -> AsyncIterator[None]:
-    async with Redis(port=valkey.port) as client:
+async def full(valkey: Servers) -> AsyncIterator[None]:
+    async with valkey.client() as client:
         await client.config_set("maxmemory", 1)
         try:
             yield
@@ -55,8 +54,7 @@ def store_of(broker: Broker) -> Store:
 
 async def state_of(broker: Broker, session: str) -> object:
     """A session's state in Redis."""
-    store = store_of(broker)
-    return await store.redis.hget(store.session_keys(session)["session"], "state")
+    return await broker.redis.hget(store_of(broker).session_keys(session)["session"], "state")
 
 
 def of(events: list[Event]) -> list[tuple[str, str | None]]:
@@ -72,10 +70,10 @@ def finish(call: Call) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("trouble", [frozen, full])
 async def test_an_end_in_a_very_long_outage_is_booked_once(
-    upstream: ScriptedUpstream, trouble: Callable[[ValkeyProcess], AbstractAsyncContextManager[None]]
+    upstream: ScriptedUpstream, trouble: Callable[[Servers], AbstractAsyncContextManager[None]]
 ) -> None:
     """With a short time to resume, and with none."""
-    async with running_valkey() as valkey, AsyncExitStack() as stack:
+    async with running_servers() as valkey, AsyncExitStack() as stack:
         brokers = [
             await stack.enter_async_context(running(valkey.url, upstream, resume_ttl=ttl)) for ttl in (1, 0)
         ]
@@ -91,7 +89,7 @@ async def test_an_end_in_a_very_long_outage_is_booked_once(
                 finish(call)
                 assert of(await line.rest()) == [("chunk", "1-2"), ("chunk", "1-3"), ("done", "1-4.end")]
             await asyncio.sleep(OUTAGE)  # it is what this is about
-        redis = store_of(brokers[0]).redis
+        redis = brokers[0].redis
 
         async def written() -> bool:
             states = [await state_of(brokers[0], session) for session in sessions]
@@ -113,27 +111,24 @@ class Watched:
         far: the viewer's connection, which has had one chunk.
     """
 
-    def __init__(
-        self, valkey: ValkeyProcess, store: Store, session: str, call: Call, far: Connection
-    ) -> None:
+    def __init__(self, valkey: Servers, owner: Broker, session: str, call: Call, far: Connection) -> None:
         self.valkey = valkey
         self.call = call
         self.far = far
-        self._store = store
-        self._session = session
-        self._viewers = store.session_keys(session)["viewers"]
+        self._redis = owner.redis
+        self._keys = store_of(owner).session_keys(session)
 
     async def is_written(self) -> bool:
         """Return True if Redis has it."""
-        return bool(await self._store.redis.exists(self._store.session_keys(self._session)["session"]))
+        return bool(await self._redis.exists(self._keys["session"]))
 
     async def is_registered(self) -> bool:
         """Return True if the other worker is registered as a viewer."""
-        return bool(await self._store.redis.zcard(self._viewers))
+        return bool(await self._redis.zcard(self._keys["viewers"]))
 
     async def lapse(self) -> None:
         """Let the time of the registration be over."""
-        await self._store.redis.delete(self._viewers)
+        await self._redis.delete(self._keys["viewers"])
 
     async def stays(self, seconds: float) -> None:
         """Check that the upstream's connection is not closed in this time."""
@@ -153,7 +148,7 @@ async def watched_elsewhere(
     upstream: ScriptedUpstream, *, grace: float, keeps: bool = False
 ) -> AsyncIterator[Watched]:
     async with (
-        running_valkey(keeps=keeps) as valkey,
+        running_servers(keeps=keeps) as valkey,
         running(valkey.url, upstream, disconnect_grace=grace, journal_interval_ms=20) as owner,
         running(valkey.url, upstream) as other,
     ):
@@ -165,7 +160,7 @@ async def watched_elsewhere(
             await far.take(1)
             connection.cut()
             await until(lambda: asyncio.sleep(0, not worker_of(owner).viewers))
-            yield Watched(valkey, store_of(owner), session, call, far)
+            yield Watched(valkey, owner, session, call, far)
 
 
 @pytest.mark.slow

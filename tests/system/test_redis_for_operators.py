@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tests.system.harness import RunningBroker
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.one_server("its users, certificates and settings")]
 
 EVENTS = {"Accept": "text/event-stream"}
 

@@ -244,6 +244,7 @@ async def test_a_changed_file_of_the_name_secret_is_read_again(tmp_path: Path) -
         assert await requests(broker) == 0  # the same address has another name now
 
 
+@pytest.mark.one_server("its password")
 async def test_a_changed_password_of_redis_is_used_for_new_connections(tmp_path: Path) -> None:
     path = tmp_path / "url"
     async with running_valkey() as valkey:

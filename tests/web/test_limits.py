@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from broker.web import keys
 from tests.broker import QUESTION, Answer, Broker, running
 from tests.money import NANO, PRICE, ledger, open_reservations, price_list, slots, until
 from tests.system.harness import ValkeyProcess
@@ -318,7 +317,7 @@ async def reserved_cost(broker: Broker, upstream: ScriptedUpstream, **fields: An
     """Return what is reserved, in nano-USD, while one generation runs."""
     async with broker.stream(await session_of(broker, **fields)):
         call = await upstream.call()
-        reserved = (await ledger(broker.app[keys.STORE].redis)).reserved_cost
+        reserved = (await ledger(broker.redis)).reserved_cost
         plain(call)
     return reserved
 
@@ -339,7 +338,7 @@ async def test_an_unpriced_model_is_reserved_at_the_highest_prices(
 
 
 async def _nothing_reserved(broker: Broker) -> bool:
-    return (await ledger(broker.app[keys.STORE].redis)).reserved_cost == 0
+    return (await ledger(broker.redis)).reserved_cost == 0
 
 
 @pytest.mark.parametrize("unpriced_models", [False, True])
@@ -572,7 +571,7 @@ async def test_a_claim_whose_reply_is_lost_runs_once_and_is_paid_once(
     valkey.thaw()
     assert [event.kind for event in await broker.read(session)] == ["chunk", "chunk", "done"]
     assert len(upstream.calls) == 1
-    redis = broker.app[keys.STORE].redis
+    redis = broker.redis
     assert await ledger(redis) == (1, 0, 15, 15_000, 0, 0)
     assert await slots(redis) == 0
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from broker.store.accounts import LINE
-from broker.web import keys
 from tests.broker import Broker, running
 from tests.money import until
 
@@ -86,7 +85,7 @@ async def test_a_session_that_expires_in_line_gives_up_its_place(
             first, second = await broker.prepare(), await other.prepare()
             assert (await broker.read(first))[0].json == {"position": 1, "of": 1}
             assert (await broker.read(second))[0].json == {"position": 2, "of": 2}
-            redis = broker.app[keys.STORE].redis
+            redis = broker.redis
             await until(lambda: _expired(redis, first), within=20)
             [event] = await broker.read(first)
             assert event.json["code"] == "session_not_found"

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from broker.core.identity import Client
@@ -76,14 +78,14 @@ async def served(app: web.Application) -> AsyncIterator[Broker]:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         host, port = runner.addresses[0]
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(PATIENCE)) as http:
-            yield Broker(f"http://{host}:{port}", app, http)
+            yield Broker(f"http://{host}:{port}", app, http, Redis())  # nobody asks it
     finally:
         await runner.cleanup()
         structlog.reset_defaults()  # the first broker of a process decides where its lines go
 
 
 def under(root: Broker, prefix: str) -> Broker:
-    return Broker(root.url + prefix, root.app, root.http)
+    return replace(root, url=root.url + prefix)
 
 
 async def test_a_session_lives_under_the_prefix(valkey_url: str, upstream: ScriptedUpstream) -> None:

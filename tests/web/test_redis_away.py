@@ -121,7 +121,7 @@ async def test_a_pursued_claim_can_be_cancelled_without_redis(
     hurt(valkey)
     asked, answer = await asyncio.gather(is_asked_to_come_again(broker, session), broker.cancel(session))
     assert (asked, answer.status, answer.code) == (True, 503, "store_unavailable")
-    if valkey.process is None:
+    if not valkey.is_running:
         await valkey.start()
     valkey.thaw()
     await wait_until_back(broker)

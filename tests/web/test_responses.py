@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from broker.web import keys
 from tests.broker import Broker, running
 from tests.events import Connection, Event
 from tests.money import MODEL, PRICE, Ledger, ledger, price_list, until
@@ -91,7 +90,7 @@ async def begun(
 
 async def booked(broker: Broker) -> Ledger:
     """Return the spending of all clients."""
-    return (await ledger(broker.app[keys.STORE].redis))._replace(reserved_tokens=0, reserved_cost=0)
+    return (await ledger(broker.redis))._replace(reserved_tokens=0, reserved_cost=0)
 
 
 # Requests

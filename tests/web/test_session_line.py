@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from broker.web import keys
 from tests.broker import Broker, running
 from tests.replies import plain, refuse
 from tests.scripted import PATIENCE, ScriptedUpstream
@@ -130,7 +129,7 @@ async def test_the_time_in_line_is_told_wherever_the_page_waited(
             call = await upstream.call()
             [event] = await one.read(waiting)
             assert event.kind == "queued"
-            redis = one.app[keys.STORE].redis
+            redis = one.redis
             [line_key] = await redis.keys("*:line:*")
             await redis.zincrby(line_key, -5000, waiting)  # as if that was five seconds ago
             plain(call)
