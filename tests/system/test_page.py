@@ -465,6 +465,53 @@ async def test_two_tabs_write_in_one_conversation(chat: Page) -> None:
     assert sorted(text.strip() for text in answers) == ["One", "Two", "Zero"]
 
 
+CLICK_WHILE_READING = """(selector) => {
+  const { getAll } = IDBIndex.prototype;
+  IDBIndex.prototype.getAll = function (...range) {
+    IDBIndex.prototype.getAll = getAll;
+    const read = getAll.apply(this, range); // knows nothing of what changes from here on
+    document.querySelector(selector).click();
+    return read;
+  };
+}"""
+"""Clicks while the page reads what another tab has told it about."""
+
+
+KEEP_ONE_MORE = """async () => {
+  const { answersOf, conversations, keep } = await import("/store.js");
+  const [conversation] = await conversations();
+  const [zero] = await answersOf(conversation.id);
+  await keep(conversation, [{ ...zero, id: "two", turn: "two", question: "Two", text: "Two", at: zero.at + 1 }]);
+}"""
+"""Adds an answer that has ended, so that this is the only thing that the tab tells."""
+
+
+async def test_a_question_is_shown_though_another_tab_writes_at_that_moment(chat: Page) -> None:
+    await ask(chat, ECHO, "Zero")
+    await idle(chat)
+    other = await chat.context.new_page()
+    await other.goto(chat.url.partition("#")[0])
+    await ready(other)
+    await chat.get_by_role("textbox", name="Message").fill("One")
+    await chat.evaluate(CLICK_WHILE_READING, "#send")
+    await other.evaluate(KEEP_ONE_MORE)
+    await expect(chat.locator(".answer:visible")).to_have_text(["Zero", "Two", "One"])
+    await idle(chat)
+
+
+async def test_a_deleted_turn_stays_away_though_another_tab_writes_at_that_moment(chat: Page) -> None:
+    await ask(chat, ECHO, "Zero")
+    await idle(chat)
+    other = await chat.context.new_page()
+    await other.goto(chat.url.partition("#")[0])
+    await ready(other)
+    await chat.evaluate(CLICK_WHILE_READING, "article .actions > button:last-child")
+    await other.evaluate(KEEP_ONE_MORE)
+    await expect(chat.locator(".answer:visible")).to_have_text(["Two"])
+    await chat.get_by_role("button", name="Undo").click()
+    await expect(chat.locator(".answer:visible")).to_have_text(["Zero", "Two"])
+
+
 async def test_a_reload_before_the_first_text_waits_for_it(chat: Page) -> None:
     turn = await ask(chat, "rehearsal/slow", "Take your time.")
     await reads(turn.locator(".status"), "Waiting for the first word")  # "Sending…" until there is a session
@@ -648,14 +695,15 @@ async def test_the_keyboard_alone_will_do(chat: Page) -> None:
     await expect(chat.locator("article")).to_have_count(0)
 
 
-async def test_a_reader_who_scrolls_up_is_left_there(chat: Page) -> None:
-    await chat.set_viewport_size({"width": 800, "height": 400})
+@pytest.mark.parametrize("height", [400, 700])
+async def test_a_reader_who_scrolls_up_is_left_there(chat: Page, height: int) -> None:
+    await chat.set_viewport_size({"width": 800, "height": height})
     await ask(chat, "rehearsal/long", "Go on.")
-    await chat.wait_for_function("() => document.documentElement.scrollHeight > 1200")
+    await chat.wait_for_function("() => document.documentElement.scrollHeight > 1500")
     await expect(chat.locator("#toEnd")).to_be_hidden()
     await chat.mouse.move(400, 150)
     await chat.mouse.wheel(0, -500)
-    await expect(chat.locator("#toEnd")).to_be_visible()
+    await expect(chat.locator("#toEnd")).to_be_in_viewport(ratio=1)
     place = await chat.evaluate("() => scrollY")
     grown = await chat.evaluate("() => document.documentElement.scrollHeight + 300")
     await chat.wait_for_function("(grown) => document.documentElement.scrollHeight > grown", arg=grown)

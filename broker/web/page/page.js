@@ -116,7 +116,6 @@ const actions = {
 };
 
 function removeTurns(some, text) {
-  const before = turns;
   const answers = some.flatMap(({ tries }) => tries);
   const kept = conversation;
   turns = turns.filter((turn) => !some.includes(turn));
@@ -125,7 +124,8 @@ function removeTurns(some, text) {
   offerUndo(text, async () => {
     await store.keep(kept, answers);
     if (conversation?.id !== kept.id) return open(kept.id);
-    turns = [...before, ...turns.filter((turn) => !before.includes(turn))];
+    const shown = turns.flatMap(({ tries }) => tries).filter(({ id }) => !answers.some((answer) => answer.id === id));
+    turns = toTurns([...shown, ...answers], [...some, ...turns]); // another tab may have had them back already
     show();
   });
 }
@@ -180,11 +180,11 @@ function goOn() {
 async function merge(id) {
   showList();
   if (conversation?.id !== id) return;
-  const known = new Map(turns.flatMap(({ tries }) => tries).map((answer) => [answer.id, answer]));
   const stored = await store.answersOf(id);
   if (conversation?.id !== id) return;
+  const known = new Map(turns.flatMap(({ tries }) => tries).map((answer) => [answer.id, answer]));
   const merged = stored.map((answer) => {
-    const mine = known.get(answer.id);
+    const mine = known.get(answer.id) ?? followers.get(answer.id)?.answer;
     const isOlder = mine && !followers.has(mine.id) && (isRunning(mine) || mine.problem?.code === "not_sent");
     if (!mine || isOlder) return answer;
     mine.picked = Math.max(mine.picked, answer.picked);

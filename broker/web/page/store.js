@@ -2,9 +2,11 @@
 // same conversation write different records. Of one answer the state that is further wins: both tabs read the same events.
 
 const NAME = `session-broker${location.pathname}`; // another broker of this origin has another path
+const READS = 5; // of answers that change while they are read
 const channel = typeof BroadcastChannel === "function" ? new BroadcastChannel(NAME) : null;
 
 let opened = null;
+let changes = 0; // of what there is, by this tab and others: a read that began before one does not have it
 
 /** Return the database, or null where the browser has none, as in some private windows: then nothing is kept. */
 function database() {
@@ -23,6 +25,12 @@ function database() {
     request.onerror = request.onblocked = () => resolve(null);
   });
   return opened;
+}
+
+/** Add or remove something. A read that begins after this call has it. */
+function change(stores, act) {
+  changes++;
+  return transact(stores, "readwrite", act);
 }
 
 async function transact(stores, mode, act) {
@@ -47,14 +55,18 @@ export async function conversations() {
   return all.sort((one, other) => other.updated - one.updated);
 }
 
+/** Return the answers of a conversation, with those that this tab has given or taken while they were read. */
 export async function answersOf(conversation) {
-  const all = (await read("answers", (store) => store.index("conversation").getAll(conversation))) ?? [];
-  return all.sort((one, other) => one.at - other.at);
+  for (let reads = 1; ; reads++) {
+    const before = changes;
+    const all = (await read("answers", (store) => store.index("conversation").getAll(conversation))) ?? [];
+    if (changes === before || reads === READS) return all.sort((one, other) => one.at - other.at);
+  }
 }
 
 /** Add a conversation and its answers, or add to them. */
 export async function keep(conversation, answers) {
-  await transact(["conversations", "answers"], "readwrite", (transaction) => {
+  await change(["conversations", "answers"], (transaction) => {
     transaction.objectStore("conversations").put(conversation);
     for (const answer of answers) transaction.objectStore("answers").put(answer);
   });
@@ -80,14 +92,14 @@ function isAhead(kept, answer) {
 }
 
 export async function forgetAnswers(conversation, ids) {
-  await transact(["answers"], "readwrite", (transaction) => {
+  await change(["answers"], (transaction) => {
     for (const id of ids) transaction.objectStore("answers").delete(id);
   });
   tell(conversation);
 }
 
 export async function forgetConversation(id) {
-  await transact(["conversations", "answers"], "readwrite", (transaction) => {
+  await change(["conversations", "answers"], (transaction) => {
     transaction.objectStore("conversations").delete(id);
     const answers = transaction.objectStore("answers");
     answers.index("conversation").getAllKeys(id).onsuccess = ({ target }) => target.result.forEach((key) => answers.delete(key));
@@ -97,7 +109,10 @@ export async function forgetConversation(id) {
 
 /** Call `act` with the id of a conversation that another tab has changed. */
 export function onOtherTab(act) {
-  channel?.addEventListener("message", ({ data }) => act(data));
+  channel?.addEventListener("message", ({ data }) => {
+    changes++;
+    act(data);
+  });
 }
 
 function tell(conversation) {
