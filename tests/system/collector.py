@@ -46,13 +46,21 @@ class Collector:
 
     def services(self) -> set[str]:
         """Return who has sent something."""
+        return self._of_senders("service.name")
+
+    def instances(self) -> set[str]:
+        """Return which processes have sent something."""
+        return self._of_senders("service.instance.id")
+
+    def _of_senders(self, name: str) -> set[str]:
+        """Return the values of an attribute of those who have sent something."""
         resources = [
             each.resource
             for request in self.requests
             for each in (*getattr(request, "resource_spans", ()), *getattr(request, "resource_metrics", ()))
         ]
         named = [each for resource in resources for each in resource.attributes]
-        return {each.value.string_value for each in named if each.key == "service.name"}
+        return {each.value.string_value for each in named if each.key == name}
 
     async def Export(self, request: Any, _context: object) -> Any:  # noqa: N802 - the protocol's name
         """Take a request of gRPC."""

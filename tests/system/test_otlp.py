@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import aiohttp
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from tests.events import opened
 from tests.system.collector import collecting
 from tests.system.harness import clean_environment, eventually, free_port, running_broker, running_program
+from tests.system.test_workers import all_serve, frozen, workers_of
 
 pytestmark = pytest.mark.slow
 
@@ -20,11 +22,15 @@ TRACE = "0af7651916cd43dd8448eb211c80319c"
 SOON = {"OTEL_BSP_SCHEDULE_DELAY": "100", "OTEL_METRIC_EXPORT_INTERVAL": "200"}
 
 
+async def first_model(url: str) -> str:
+    async with aiohttp.ClientSession() as http, http.get(f"{url}/models") as answer:
+        return str((await answer.json())["data"][0]["id"])
+
+
 async def chat(url: str) -> str:
     """Prepare a session in a trace, and read it to its end."""
+    model = await first_model(url)
     async with aiohttp.ClientSession() as http:
-        async with http.get(f"{url}/models") as answer:
-            model = (await answer.json())["data"][0]["id"]
         body = {"model": model, "messages": [{"role": "user", "content": "What is a broker?"}]}
         headers = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
         async with http.post(f"{url}/prepare", json=body, headers=headers) as answer:
@@ -63,6 +69,22 @@ async def test_what_is_not_sent_yet_is_sent_at_the_end() -> None:
         assert len(collector.spans()) == 3
         assert "gen_ai.client.token.usage" in collector.metrics()
         assert collector.services() == {"shop"}
+
+
+async def test_each_worker_is_an_instance_of_its_own() -> None:
+    """Else a collector takes the counters of two workers for one that jumps."""
+    async with collecting("grpc") as (collector, url):
+        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "BROKER_WORKERS": "2", **SOON}
+        async with running_broker(env=env) as broker:
+            await all_serve(broker)
+            await first_model(
+                broker.url
+            )  # it is in Redis then, and nobody waits for a frozen worker to fetch it
+            for worker in workers_of(broker.process.pid):
+                with frozen(worker):  # so that the other one answers
+                    await chat(broker.url)
+            await eventually(lambda: len(collector.instances()) == 2)
+            assert all(UUID(each).version == 4 for each in collector.instances())
 
 
 async def test_a_collector_that_is_away_delays_nothing() -> None:
