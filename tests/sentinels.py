@@ -16,7 +16,7 @@ from tests.redis_client import client_of
 from tests.system.harness import ValkeyProcess, free_port, running_valkey
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
 
 SERVICE = "main"
 USER, PASSWORD = "watcher", "for/sentinels+only"
@@ -48,6 +48,14 @@ class SentinelProcess(ValkeyProcess):
         return Redis(port=self.port, username=USER, password=PASSWORD)
 
 
+WATCH: Mapping[str, Any] = {
+    "down-after-milliseconds": DOWN_AFTER_MS,
+    "failover-timeout": 3000,
+    "parallel-syncs": 1,
+}
+"""How the sentinels watch the primary."""
+
+
 class SentinelSet:
     """The servers.
 
@@ -56,7 +64,10 @@ class SentinelSet:
         primary: the server that is the primary at first.
         replica: the server that replaces it.
         sentinels: the sentinels.
+        watch: how they watch the primary.
     """
+
+    watch: Mapping[str, Any] = WATCH
 
     def __init__(
         self,
@@ -66,11 +77,7 @@ class SentinelSet:
         down_after_ms: int = DOWN_AFTER_MS,
     ) -> None:
         self.primary, self.replica, self.sentinels = primary, replica, sentinels
-        self._watch = {
-            "down-after-milliseconds": down_after_ms,
-            "failover-timeout": 3000,
-            "parallel-syncs": 1,
-        }
+        self.watch = {**self.watch, "down-after-milliseconds": down_after_ms}
         hosts = ",".join(f"127.0.0.1:{each.port}" for each in sentinels)
         secret = f"sentinel_username={USER}&sentinel_password={quote(PASSWORD, safe='')}"
         self.url = f"redis+sentinel://{hosts}/{SERVICE}/0?{secret}"
@@ -107,13 +114,13 @@ class SentinelSet:
     async def start(self) -> None:
         """Start those that do not run, and let all know each other. What was the primary becomes it again."""
         await asyncio.gather(*(each.start() for each in self._all if not each.is_running))
-        async with Redis(port=self.replica.port) as replica:
+        async with self.replica.client() as replica:
             await replica.replicaof("127.0.0.1", self.primary.port)
         await self.in_step()
         for each in self.sentinels:
             async with each.client() as sentinel:
                 await sentinel.sentinel_monitor(SERVICE, "127.0.0.1", self.primary.port, 2)
-                for name, value in self._watch.items():
+                for name, value in self.watch.items():
                     await sentinel.sentinel_set(SERVICE, name, value)
         await until(self._all_see_all)
 
@@ -135,7 +142,7 @@ class SentinelSet:
 
     async def in_step(self) -> None:
         """Wait until the replica has all that the primary has now."""
-        async with Redis(port=self.primary.port) as primary, Redis(port=self.replica.port) as replica:
+        async with self.primary.client() as primary, self.replica.client() as replica:
             wanted = (await primary.info("replication"))["master_repl_offset"]
 
             async def has_all() -> bool:
@@ -200,7 +207,7 @@ class SentinelSet:
 
     async def is_replaced(self) -> bool:
         """Return True if the replica is the primary now."""
-        async with Redis(port=self.replica.port) as replica:
+        async with self.replica.client() as replica:
             return bool((await replica.info("replication"))["role"] == "master")
 
 

@@ -6,7 +6,6 @@ import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from redis.asyncio import Redis
 from redis.crc import key_slot
 
 from tests.money import until
@@ -33,7 +32,7 @@ OPTIONS = (
 
 async def ask(node: ValkeyProcess, *words: Any) -> Any:
     """Run a command on this very node, and return its reply."""
-    async with Redis(port=node.port) as client:
+    async with node.client() as client:
         return await client.execute_command(*words)  # type: ignore[no-untyped-call]  # as the library has it
 
 
@@ -147,7 +146,7 @@ class ValkeyCluster:
             await until(has_all)
 
     async def _replication(self, node: ValkeyProcess) -> Any:
-        async with Redis(port=node.port) as client:
+        async with node.client() as client:
             return await client.info("replication")
 
     async def fail(self, session: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import subprocess
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -14,9 +13,10 @@ import aiohttp
 import pytest
 import redis.asyncio
 
+from tests.secured import make_authority
 from tests.servers import server_binary
 from tests.system.harness import eventually, free_port, running_broker, running_valkey
-from tests.system.proxy import ROOM, prepared, program
+from tests.system.proxy import ROOM, prepared
 from tests.web.test_redis_rights import rights
 
 if TYPE_CHECKING:
@@ -51,23 +51,6 @@ async def test_sessions_of_a_dead_worker_end_with_few_rights() -> None:
         denied = await admin.execute_command("ACL", "LOG")  # type: ignore[no-untyped-call]
         assert "config|get" in str(denied)  # which shows that the log works
         assert len(denied) == 1, denied
-
-
-def make_authority(folder: Path) -> None:
-    """Leave a certificate authority there, and what it has signed for a server and for a client."""
-
-    def openssl(*words: str) -> None:
-        subprocess.run([program("openssl"), *words], cwd=folder, check=True, capture_output=True)
-
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl(
-        "req", "-x509", *key, "-days", "2", "-subj", "/CN=authority", "-keyout", "ca.key", "-out", "ca.crt"
-    )
-    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-    for name in ("server", "client"):
-        openssl("req", *key, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
-        signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
-        openssl("x509", "-req", "-in", f"{name}.csr", *signed, "-out", f"{name}.crt")
 
 
 @asynccontextmanager
