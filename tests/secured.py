@@ -174,6 +174,29 @@ class SecuredCluster(valkey_cluster.ValkeyCluster):
         return [each for each in self.nodes if isinstance(each, SecuredProcess) and each.process is not None]
 
 
+async def change_certificates(processes: Sequence[SecuredProcess]) -> None:
+    """Replace the authority and all that it has signed. The files keep their names."""
+    async with AsyncExitStack() as stack:
+        servers = [each for each in processes if not each.is_sentinel]
+        clients = [await stack.enter_async_context(each.client()) for each in servers]
+        for client in clients:
+            await client.ping()  # so that it is connected while the old ones are good
+        make_authority(processes[0].certificates)
+        for client in clients:
+            told = await client.config_get("tls-*-file")
+            words = [
+                word
+                for name, file in told.items()
+                if file
+                for word in (name, file.replace("/server.", "/./server.").replace("/ca.", "/./ca."))
+            ]  # a name that has not changed is not read again
+            await client.execute_command("CONFIG", "SET", *words)  # type: ignore[no-untyped-call]
+    for each in processes:
+        if each.is_sentinel:  # it reads them at its start only
+            each.kill()
+            await each.start()
+
+
 Process = TypeVar("Process", bound=SecuredProcess)
 
 

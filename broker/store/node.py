@@ -43,14 +43,14 @@ class Pool(BlockingConnectionPool):
         options: where and how to connect, as the library names it.
         credentials: what a new connection shows; None for nothing, for a server refuses what it does not expect.
         on_connect: is called for every new connection, including those that replace a lost one; a method of an object
-            that lives as long as the pool.
+            that lives as long as the pool, or None.
     """
 
     def __init__(
         self,
         options: dict[str, Any],
         credentials: CredentialProvider | None,
-        on_connect: Callable[[AbstractConnection], Awaitable[None]],
+        on_connect: Callable[[AbstractConnection], Awaitable[None]] | None = None,
     ) -> None:
         super().__init__(
             **options,
@@ -70,12 +70,20 @@ class Pool(BlockingConnectionPool):
     def make_connection(self) -> AbstractConnection:
         """Make a connection. It is opened at its first use."""
         connection: AbstractConnection = super().make_connection()  # type: ignore[no-untyped-call]  # as it has it
-        connection.register_connect_callback(self._on_connect)  # type: ignore[no-untyped-call]  # as it has it
+        if self._on_connect is not None:
+            connection.register_connect_callback(self._on_connect)  # type: ignore[no-untyped-call]  # as it has it
         return connection
+
+    async def release(self, connection: AbstractConnection) -> None:
+        """Take a connection back. One that is closed is dropped: it would use the old certificates again."""
+        await super().release(connection)
+        if not connection.is_connected and connection in self._available_connections:
+            self._available_connections.remove(connection)
 
     async def close_idle(self) -> None:
         """Close the connections that nobody uses, without waiting for the server: it may not answer."""
-        for connection in tuple(self._available_connections):
+        idle, self._available_connections = self._available_connections, []
+        for connection in idle:
             await connection.disconnect(nowait=True)
 
 

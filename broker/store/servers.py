@@ -19,10 +19,10 @@ from redis.exceptions import RedisError
 
 from broker.core.redis_url import Kind, Servers, servers_in
 from broker.store.cluster import Cluster
-from broker.store.node import Node, Pool, no_retry
+from broker.store.node import Node, Pool
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable
 
     from redis.asyncio.connection import AbstractConnection
 
@@ -156,19 +156,10 @@ class SentinelPool(Pool):
             on_connect,
         )
         self._service = several.service
-        of_sentinel = {name: value for name, value in options.items() if name != "db"}
+        of_sentinel = {name: value for name, value in address.options.items() if name != "db"}
         self._sentinels = [
             Redis(
-                host=host,
-                port=port,
-                **of_sentinel,
-                ssl=tls,
-                credential_provider=address.of_sentinels.if_set,
-                socket_timeout=None,
-                socket_connect_timeout=ASK_SENTINEL,
-                retry=no_retry(),
-                protocol=2,
-                driver_info=None,
+                connection_pool=Pool({**of_sentinel, "host": host, "port": port}, address.of_sentinels.if_set)
             )
             for host, port in several.hosts
         ]
@@ -199,8 +190,5 @@ class SentinelPool(Pool):
     async def aclose(self) -> None:
         """Close all connections."""
         await super().aclose()
-        await _close_all(self._sentinels)
-
-
-async def _close_all(clients: Sequence[Redis]) -> None:
-    await asyncio.gather(*(client.aclose() for client in clients), return_exceptions=True)
+        pools = [each.connection_pool for each in self._sentinels]
+        await asyncio.gather(*(pool.aclose() for pool in pools), return_exceptions=True)

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import pytest
 
+from tests.broker import QUESTION, running
 from tests.events import opened
 from tests.money import until
 from tests.scripted import ScriptedUpstream
@@ -21,6 +22,7 @@ from tests.secured import (
     SecuredCluster,
     SecuredProcess,
     SecuredSentinels,
+    change_certificates,
     secured_cluster,
     secured_sentinels,
 )
@@ -144,6 +146,35 @@ async def test_passwords_are_changed_while_streams_run(
     for process in servers.processes:  # for the other tests
         user, old = secret_of(process)
         await process.change_password(user, f">{old}")
+
+
+LARGE = {"messages": [{"role": "user", "content": "What is a broker? " * 6000}]}
+"""Calls with it have connections of their own."""
+
+
+async def test_certificates_are_changed_while_streams_run(
+    servers: Servers, upstream: ScriptedUpstream
+) -> None:
+    """The files keep their names. It happens more often than there are sentinels, so that none is left unused."""
+    async with running(servers.url, upstream) as broker:
+        session = await broker.prepare(**LARGE)
+        async with broker.stream(session) as line:
+            call = (await upstream.call()).open()
+
+            async def works() -> bool:
+                return (await broker.post({**QUESTION, **LARGE})).status == 201
+
+            for _ in range(4):
+                await change_certificates(servers.processes)
+                for each in servers.processes:
+                    await each.disconnect(secret_of(each)[0])
+                await until(works)
+                call.chunk("Hello")
+                await line.take(1)
+            call.chunk("end", finish="stop")
+            call.usage()
+            call.done()
+            assert [event.kind for event in await line.rest()] == ["chunk", "chunk", "done"]
 
 
 async def test_a_failover_in_mid_stream(servers: Servers, upstream: ScriptedUpstream) -> None:
