@@ -43,8 +43,8 @@ MAX_HOPS: Final = 16
 AGAIN: Final = 0.02
 """Seconds after which a call is repeated whose keys are about to move."""
 
-ASK_MAP: Final = 0.5
-"""Maximum seconds of a question for the map of slots."""
+ASK_MAP: Final = 1.0
+"""Maximum seconds of a question for the map of slots: a first connection with TLS takes five round trips until then."""
 
 MAP_PAUSE: Final = 0.1
 """Seconds between two such questions while nodes cannot be reached."""
