@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis.asyncio import Redis
 
-from tests.money import until
+from tests.money import let_time_pass, until
 from tests.system.harness import ValkeyProcess, running_valkey
 
 if TYPE_CHECKING:
@@ -46,6 +46,22 @@ class StableName:
         """From now on the replica misses what is written: those are the last writes, which a failover forgets."""
         async with Redis.from_url(self._replica.url) as replica:
             await replica.replicaof("NO", "ONE")
+
+    async def are_renewed(self, count: int) -> None:
+        """Wait until so many reservations are renewed in the replica."""
+        async with Redis.from_url(self._replica.url) as replica:
+
+            async def renewed() -> bool:
+                now_ms = (await replica.time())[0] * 1000
+                keys = await replica.keys("*:{a*}:open")
+                return sum([await replica.zcount(key, now_ms, "inf") for key in keys]) == count
+
+            await until(renewed)
+
+    async def let_renewals_be_missed(self) -> None:
+        """Let the replica have missed the last renewals of all reservations."""
+        async with Redis.from_url(self._replica.url) as replica:
+            await let_time_pass(replica, "open")
 
     async def state_in_replica(self, session_id: str) -> str:
         """What the replica knows of a session."""

@@ -31,7 +31,7 @@ from broker.store.accounts import LEASE
 from broker.telemetry.interface import NO_TELEMETRY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from broker.core.accounts import Usage, WorstCase
     from broker.core.answer import Answer
@@ -73,6 +73,10 @@ MAX_EVENT = 16 * 1024 * 1024
 """Maximum bytes of one journaled event. Larger events are never relayed."""
 
 
+async def _always() -> float:
+    return float("-inf")
+
+
 class Reaper:
     """Renews this worker's reservations, and ends and settles those of dead workers.
 
@@ -84,6 +88,7 @@ class Reaper:
         clock: seconds that only go forward.
         count: is called with the report of every session that was ended for a dead worker.
         telemetry: makes a span of each of them.
+        same_since: returns the time of the clock since when the same Redis answers; raises `StoreUnavailable`.
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class Reaper:
         clock: Callable[[], float] = time.monotonic,
         count: Callable[[SessionReport], None] = ignore,
         telemetry: Telemetry = NO_TELEMETRY,
+        same_since: Callable[[], Awaitable[float]] = _always,
     ) -> None:
         self._accounts = accounts
         self._sessions = sessions
@@ -103,6 +109,7 @@ class Reaper:
         self._clock = clock
         self._count = count
         self._telemetry = telemetry
+        self._same_since = same_since
         self._answered_since = float("-inf")
 
     async def run_renewals(self, running: Callable[[], Sequence[Reservation]]) -> NoReturn:
@@ -148,6 +155,10 @@ class Reaper:
         if self._clock() < self._answered_since:
             return
         orphans = await self._accounts.overdue(AT_ONCE)
+        # Asked behind that, because any call may be the first to reach a server that has replaced another one, and
+        # that does not know of the last renewals there.
+        if self._clock() < await self._same_since() + LEASE:
+            return
         # All ends first: viewers wait for them.
         found: list[tuple[Reservation, SessionRecord | None]] = []
         failed: list[Reservation] = []

@@ -53,6 +53,7 @@ class RedisWatch:
         self._wiped_elsewhere = False
         self._claims_paused_until = float("-inf")
         self._new_since_ms = 0
+        self._new_since = float("-inf")
         self._connections_seen = -1
 
     async def is_gone(self) -> bool:
@@ -76,6 +77,16 @@ class RedisWatch:
         if self._connections_seen != self._workers.connections_made:
             await self.check()
         return self._new_since_ms if self._clock() < self._claims_paused_until else None
+
+    async def same_since(self) -> float:
+        """Return the time of the clock at which a new server was discovered last; minus infinity if none was.
+
+        Raises:
+            StoreUnavailable: Redis cannot be reached.
+        """
+        if self._connections_seen != self._workers.connections_made:
+            await self.check()
+        return self._new_since
 
     async def check(self) -> None:
         """Check whether Redis came back empty, or is another server than before.
@@ -101,6 +112,7 @@ class RedisWatch:
             self.to_rewrite.set()
         elif servers and not self._servers <= servers:  # one is gone; one that has come has lost nothing
             self._new_since_ms = now_ms
+            self._new_since = self._clock()
             self._claims_paused_until = self._clock() + CLAIMS_PAUSE
             log.warning("redis is another server than before", claims_paused_s=CLAIMS_PAUSE)
             self.to_rewrite.set()

@@ -139,7 +139,15 @@ class Worker:
             resuming=config.resume_ttl > 0,
             spawn=self.tasks.spawn,
         )
-        self._reaper = Reaper(accounts, sessions, journal, self._settlement, count=count, telemetry=telemetry)
+        self._reaper = Reaper(
+            accounts,
+            sessions,
+            journal,
+            self._settlement,
+            count=count,
+            telemetry=telemetry,
+            same_since=self.redis.same_since,
+        )
         self.mirrors = Mirrors(journal, self.redis.is_gone, self.viewers)
 
     @property

@@ -114,6 +114,19 @@ async def test_a_new_connection_is_checked_before_the_next_claim(watching: Watch
     assert await watching.watch.claims_paused_since() is not None
 
 
+async def test_the_time_of_another_server_is_known_at_its_first_connection(watching: Watching) -> None:
+    assert await watching.watch.same_since() == float("-inf")
+    watching.clock.now += 3
+    watching.redis.connections_made += 1
+    assert await watching.watch.same_since() == float("-inf"), "it leads to the same server"
+    watching.redis.connections_made += 1
+    watching.redis.server = "two"
+    found_at = watching.clock.now
+    assert await watching.watch.same_since() == found_at
+    watching.clock.now += 100
+    assert await watching.watch.same_since() == found_at
+
+
 async def test_no_claim_is_made_if_the_server_cannot_be_reached(watching: Watching) -> None:
     watching.redis.connections_made += 1
     watching.redis.away = True

@@ -108,3 +108,29 @@ async def test_other_sessions_are_claimed_again_afterwards(upstream: ScriptedUps
         call.usage()
         call.done()
         assert (await reading)[-1].kind == "done"
+
+
+async def test_a_session_whose_renewals_were_forgotten_is_not_lost(
+    upstream: ScriptedUpstream, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever looks first finds all reservations overdue, before their owner can renew them there."""
+    async with (
+        primary_and_replica() as redis,
+        running(redis.url, upstream) as owner,
+        running(redis.url, upstream) as other,
+    ):
+        sessions = [await owner.prepare() for _ in range(4)]
+        reading = [asyncio.create_task(read_whole(owner, session)) for session in sessions]
+        calls = [(await upstream.call(number)).open() for number in range(1, 5)]
+        await redis.replicate()
+        await redis.stop_replicating()
+        await redis.let_renewals_be_missed()
+        redis.fail_over()
+        await redis.are_renewed(4)
+        reading += [asyncio.create_task(read_whole(other, session)) for session in sessions]
+        for call in calls:
+            call.chunk("Hello", finish="stop")
+            call.usage()
+            call.done()
+        assert {(await each)[-1].kind for each in reading} == {"done"}
+    assert "worker lost" not in capsys.readouterr().out
