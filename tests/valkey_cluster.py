@@ -170,7 +170,13 @@ class ValkeyCluster:
 
     async def is_replaced(self) -> bool:
         """Return True if all slots are served again."""
-        alive = [node for node in self.nodes if node.process is not None]
+        return await self._are_served_by([node for node in self.nodes if node.process is not None])
+
+    async def is_replaced_for(self, frozen: ValkeyProcess) -> bool:
+        """Return True if all others agree that this node, which does not answer, serves nothing any more."""
+        return await self._are_served_by([node for node in self.nodes if node is not frozen])
+
+    async def _are_served_by(self, alive: list[ValkeyProcess]) -> bool:
         for node in alive:
             if (await self._facts(node))[b"cluster_state"] != b"ok":
                 return False

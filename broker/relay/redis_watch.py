@@ -122,6 +122,7 @@ class RedisWatch:
         """Check again and again until cancelled."""
         away = False
         while True:
+            await self._workers.leave_old_primary()
             try:
                 await self.check()
             except StoreUnavailable as error:

@@ -214,6 +214,9 @@ class Cluster:
                 slots[node] = slot
         return [call._replace(key=slot) for slot in slots.values() for call in calls]
 
+    async def leave_old_primary(self) -> None:
+        """Do nothing: the other nodes tell one that is replaced at once."""
+
     # Notifications
 
     @asynccontextmanager

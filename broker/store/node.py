@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from redis.asyncio.client import PubSub
-    from redis.asyncio.connection import AbstractConnection
+    from redis.asyncio.connection import AbstractConnection, Connection
     from redis.credentials import CredentialProvider
 
     from broker.store.call import Call
@@ -80,11 +80,27 @@ class Pool(BlockingConnectionPool):
         if not connection.is_connected and connection in self._available_connections:
             self._available_connections.remove(connection)
 
+    async def find_primary(self) -> tuple[str, int] | None:
+        """Return host and port of the server that all connections have to lead to; None if it is not known."""
+        return None
+
+    async def close_others(self, primary: tuple[str, int]) -> None:
+        """Close all connections that lead to another server, without waiting for it. Calls on them fail."""
+        for connection in (*self._available_connections, *self._in_use_connections):
+            if address_of(connection) != primary:
+                await connection.disconnect(nowait=True)
+
     async def close_idle(self) -> None:
         """Close the connections that nobody uses, without waiting for the server: it may not answer."""
         idle, self._available_connections = self._available_connections, []
         for connection in idle:
             await connection.disconnect(nowait=True)
+
+
+def address_of(connection: AbstractConnection | None) -> tuple[str, int]:
+    """Return host and port of the server that a TCP connection leads to."""
+    tcp = cast("Connection", connection)
+    return str(tcp.host), int(tcp.port)
 
 
 def no_retry() -> Retry:
@@ -108,6 +124,7 @@ class Node:
         self._pool = pool
         self._scripts = scripts
         self._shared: SharedConnection | None = None
+        self._shared_by: AbstractConnection | None = None
         self._opening: asyncio.Future[SharedConnection | Exception] | None = None
         self._holders: set[asyncio.Task[None]] = set()
 
@@ -197,6 +214,7 @@ class Node:
                 async with asyncio.timeout(CONNECT_TIMEOUT):
                     await connection.connect()  # type: ignore[no-untyped-call]  # as the library has it
                 shared = self._shared = SharedConnection(connection)
+                self._shared_by = connection
             except (RedisError, OSError, TimeoutError) as error:
                 opening.set_result(error)
                 return
@@ -225,6 +243,18 @@ class Node:
             return replies
         finally:
             await asyncio.shield(self._pool.release(connection))  # a second cancel must not lose a connection
+
+    async def leave_old_primary(self) -> None:
+        """Close all connections that lead to another server than the primary.
+
+        An old primary that was frozen or cut off accepts, until a Sentinel has told it that it is replaced, what will
+        be lost.
+        """
+        primary = await self._pool.find_primary()
+        if primary is not None:
+            if self._shared is not None and address_of(self._shared_by) != primary:
+                self._shared.close()
+            await self._pool.close_others(primary)
 
     async def everywhere(self, calls: Sequence[Call]) -> list[Call]:
         """Return these calls once for each server, which is one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from redis.asyncio import Redis
 from redis.asyncio.connection import SSLConnection, parse_url
@@ -126,6 +126,20 @@ def open_servers(
     return Cluster(several.hosts, node, scripts)
 
 
+class Named(NamedTuple):
+    """What a sentinel says of the primary.
+
+    Attributes:
+        address: its host and port.
+        lives: it seems to live.
+        epoch: the higher, the newer is this primary.
+    """
+
+    address: tuple[str, int]
+    lives: bool
+    epoch: int
+
+
 class SentinelPool(Pool):
     """Opens connections to the primary that the sentinels name, whichever server that is by then.
 
@@ -156,6 +170,7 @@ class SentinelPool(Pool):
             on_connect,
         )
         self._service = several.service
+        self._epoch = 0
         of_sentinel = {name: value for name, value in address.options.items() if name != "db"}
         self._sentinels = [
             Redis(
@@ -170,19 +185,48 @@ class SentinelPool(Pool):
         Raises:
             MasterNotFoundError: no sentinel knows one that seems to live.
         """
-        causes = []
+        causes, older = [], []
         for sentinel in self._sentinels:
             try:
-                async with asyncio.timeout(ASK_SENTINEL):
-                    state: Any = await sentinel.sentinel_master(self._service)
+                named = await self._ask(sentinel)
             except (RedisError, OSError, TimeoutError) as error:
                 causes.append(f"{type(error).__name__} {error}".strip())
                 continue
-            if state["is_master"] and not (state["is_sdown"] or state["is_odown"]):
+            if not named.lives:
+                causes.append("the primary is down")
+            elif named.epoch < self._epoch:
+                older.append(named)
+            else:
                 self._ask_first(sentinel)
-                return str(state["ip"]), int(state["port"])
-            causes.append("the primary is down")
+                self._epoch = named.epoch
+                return named.address
+        if 2 * len(older) > len(self._sentinels):  # the sentinels were set up anew
+            newest = max(older, key=lambda each: each.epoch)
+            self._epoch = newest.epoch
+            return newest.address
         raise MasterNotFoundError(f"no sentinel names a primary: {'; '.join(dict.fromkeys(causes))}")
+
+    async def find_primary(self) -> tuple[str, int] | None:
+        """Return host and port of the primary; None if no sentinel names one that is newer than what is known.
+
+        All sentinels are asked, and the newest answer counts: one that was frozen or cut off, perhaps together with the
+        old primary, still names that one.
+        """
+        asked = self._sentinels
+        answers = await asyncio.gather(*(self._ask(each) for each in asked), return_exceptions=True)
+        named = [each for each in answers if isinstance(each, Named)]
+        newest = max(named, key=lambda each: each.epoch, default=None)
+        if newest is None or not newest.lives or newest.epoch < self._epoch:
+            return None
+        self._ask_first(asked[answers.index(newest)])
+        self._epoch = newest.epoch
+        return newest.address
+
+    async def _ask(self, sentinel: Redis) -> Named:
+        async with asyncio.timeout(ASK_SENTINEL):
+            state: Any = await sentinel.sentinel_master(self._service)
+        lives = state["is_master"] and not (state["is_sdown"] or state["is_odown"])
+        return Named((str(state["ip"]), int(state["port"])), bool(lives), int(state["config-epoch"]))
 
     def _ask_first(self, sentinel: Redis) -> None:
         self._sentinels = [sentinel, *(each for each in self._sentinels if each is not sentinel)]

@@ -117,6 +117,10 @@ class WorkerStore:
         """Return the number of connections to Redis that this worker has made so far."""
         return self._store.connections_made
 
+    async def leave_old_primary(self) -> None:
+        """Close the connections to a server that a Sentinel has replaced."""
+        await self._store.leave_old_primary()
+
     async def marker(self) -> MarkerStatus:
         """Return the marker and the servers that have the data. Make the marker if there is none."""
         read = self._read_marker.call(

@@ -31,6 +31,9 @@ class FakeRedis:
         servers = frozenset(self.server.split())
         return MarkerStatus(self.marker_now, self.wiped, servers, 5_000)
 
+    async def leave_old_primary(self) -> None:
+        pass
+
     async def tell_wiped(self) -> None:
         self.wiped = True
 

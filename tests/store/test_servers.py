@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from redis.asyncio import Redis
+from redis.asyncio.sentinel import MasterNotFoundError
 
 from broker.settings import Settings
-from broker.store.servers import Address, Credentials
+from broker.store.servers import Address, Credentials, Named, SentinelPool
 
 SENTINELS = "redis+sentinel://ann:one@a:1,b:2/main/3?sentinel_username=eve&sentinel_password=two"
 CLUSTER = "redis+cluster://ann:one@a:1,b:2"
@@ -48,3 +50,67 @@ def test_the_password_of_the_sentinels_is_a_secret() -> None:
     url = SENTINELS.replace("two", "a%2Fb%20c+d")
     secrets = Settings(redis_url=url).secrets
     assert {"one", "a/b c d", "a%2Fb%20c+d"} <= set(secrets)
+
+
+class Told(SentinelPool):
+    """Its sentinels say what the test says.
+
+    Attributes:
+        told: what each says, by its port.
+    """
+
+    def __init__(self) -> None:
+        address = Address.parse("redis+sentinel://s:1,s:2,s:3/main/0")
+        assert address.several is not None
+        super().__init__(address, address.several, self._connected)
+        self.told: dict[int, Named | Exception] = {}
+
+    async def _connected(self, _: object) -> None:
+        pass
+
+    async def _ask(self, sentinel: Redis) -> Named:
+        told = self.told[sentinel.connection_pool.connection_kwargs["port"]]
+        if isinstance(told, Exception):
+            raise told
+        return told
+
+
+OLD, NEW = ("old", 1), ("new", 1)
+BEFORE, AFTER = Named(OLD, lives=True, epoch=1), Named(NEW, lives=True, epoch=2)
+
+
+async def test_the_newest_primary_is_found() -> None:
+    pool = Told()
+    pool.told = {1: BEFORE, 2: TimeoutError(), 3: AFTER}  # the first was cut off, and the second is
+    assert await pool.get_master_address() == OLD
+    assert await pool.find_primary() == NEW
+    assert await pool.get_master_address() == NEW
+
+
+async def test_a_sentinel_that_comes_back_is_not_believed() -> None:
+    pool = Told()
+    pool.told = {1: AFTER, 2: AFTER, 3: AFTER}
+    assert await pool.get_master_address() == NEW
+    pool.told = {1: BEFORE, 2: TimeoutError(), 3: TimeoutError()}
+    assert await pool.find_primary() is None
+    with pytest.raises(MasterNotFoundError):
+        await pool.get_master_address()
+    pool.told[3] = AFTER
+    assert await pool.get_master_address() == NEW
+
+
+async def test_sentinels_that_were_set_up_anew_are_believed() -> None:
+    pool = Told()
+    pool.told = {1: AFTER, 2: AFTER, 3: AFTER}
+    assert await pool.get_master_address() == NEW
+    pool.told = {1: BEFORE, 2: BEFORE, 3: BEFORE}
+    assert await pool.get_master_address() == OLD
+    assert await pool.find_primary() == OLD
+
+
+async def test_a_primary_that_seems_dead_is_not_named() -> None:
+    pool = Told()
+    pool.told = dict.fromkeys((1, 2, 3), Named(OLD, lives=False, epoch=1))
+    assert await pool.find_primary() is None
+    with pytest.raises(MasterNotFoundError, match="the primary is down"):
+        await pool.get_master_address()
