@@ -74,8 +74,7 @@ class RedisWatch:
         Raises:
             StoreUnavailable: Redis cannot be reached.
         """
-        if self._connections_seen != self._workers.connections_made:
-            await self.check()
+        await self._check_connections()
         return self._new_since_ms if self._clock() < self._claims_paused_until else None
 
     async def same_since(self) -> float:
@@ -84,9 +83,13 @@ class RedisWatch:
         Raises:
             StoreUnavailable: Redis cannot be reached.
         """
-        if self._connections_seen != self._workers.connections_made:
-            await self.check()
+        await self._check_connections()
         return self._new_since
+
+    async def _check_connections(self) -> None:
+        """Check a server that is reached for the first time, now or by the next call."""
+        if self._workers.is_lost or self._connections_seen != self._workers.connections_made:
+            await self.check()
 
     async def check(self) -> None:
         """Check whether Redis came back empty, or is another server than before.

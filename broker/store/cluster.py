@@ -108,6 +108,11 @@ class Cluster:
         """The client of the library for one of the nodes."""
         return self._node(*self._seeds[0]).redis
 
+    @property
+    def is_lost(self) -> bool:
+        """True if the connection to one of the nodes was lost."""
+        return any(node.is_lost for node in self._nodes.values())
+
     # Calls
 
     async def run(self, calls: Sequence[Call], give_up_at: float) -> list[Any]:

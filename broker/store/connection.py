@@ -109,6 +109,11 @@ class Store:
         """The client of the library, for tests; use it within `store_errors`."""
         return self._servers.redis
 
+    @property
+    def is_lost(self) -> bool:
+        """True if a connection was lost, and the next call opens another one, perhaps to another server."""
+        return self._servers.is_lost
+
     def subscribed(self, channel: str) -> AbstractAsyncContextManager[PubSub]:
         """Subscribe to a channel during a block; use it within `store_errors`."""
         return self._servers.subscribed(channel)

@@ -128,6 +128,11 @@ class Node:
         self._opening: asyncio.Future[SharedConnection | Exception] | None = None
         self._holders: set[asyncio.Task[None]] = set()
 
+    @property
+    def is_lost(self) -> bool:
+        """True if the next call opens a connection in place of one that was lost. It may lead to another server."""
+        return self._shared is not None and self._shared.retired
+
     async def run(self, calls: Sequence[Call], give_up_at: float) -> list[Any]:
         """Send calls as `send` does, and load the scripts if the server does not know one."""
         replies = await self.send(calls, give_up_at)

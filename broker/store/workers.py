@@ -117,6 +117,11 @@ class WorkerStore:
         """Return the number of connections to Redis that this worker has made so far."""
         return self._store.connections_made
 
+    @property
+    def is_lost(self) -> bool:
+        """True if a connection to Redis was lost, and the next call opens another one."""
+        return self._store.is_lost
+
     async def leave_old_primary(self) -> None:
         """Close the connections to a server that a Sentinel has replaced."""
         await self._store.leave_old_primary()

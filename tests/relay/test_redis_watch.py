@@ -22,6 +22,7 @@ class FakeRedis:
         self.wiped = False
         self.away = False
         self.connections_made = 1
+        self.is_lost = False
         self.checks = 0
 
     async def marker(self) -> MarkerStatus:
@@ -113,6 +114,13 @@ async def test_a_new_connection_is_checked_before_the_next_claim(watching: Watch
     assert await watching.watch.claims_paused_since() is None
     assert watching.redis.checks == checks, "a known connection leads to the known server"
     watching.redis.connections_made += 1
+    watching.redis.server = "two"
+    assert await watching.watch.claims_paused_since() is not None
+
+
+async def test_a_lost_connection_is_checked_before_the_next_claim(watching: Watching) -> None:
+    """Else the claim itself would be the first to reach the new server."""
+    watching.redis.is_lost = True
     watching.redis.server = "two"
     assert await watching.watch.claims_paused_since() is not None
 
