@@ -229,15 +229,17 @@ async def secured_cluster() -> AsyncIterator[SecuredCluster]:
     granted = " ".join([*rights(), *added_rights("In a cluster")])
     users = [(BROKER, PASSWORD, granted), (REPLICA, PASSWORD, OF_REPLICA)]
     named = ("--cluster-announce-hostname", "localhost", "--cluster-preferred-endpoint-type", "hostname")
+    timeout = ("--cluster-node-timeout", str(valkey_cluster.DOWN_AFTER_MS))
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="broker-test-")))
         make_authority(folder, "DNS:localhost")
         nodes = []
         for _ in range(2 * valkey_cluster.PRIMARIES):
-            options = (*valkey_cluster.OPTIONS, *named, "--cluster-port", str(free_port()))
+            port = ("--cluster-port", str(free_port()))
+            options = (*valkey_cluster.OPTIONS, *named, *timeout, *port)
             nodes.append(await _started(stack, SecuredProcess, folder, users, *options))
         cluster = SecuredCluster([*nodes])
-        await cluster.start()
+        await cluster.found()
         hosts = ",".join(f"localhost:{each.port}" for each in nodes[: valkey_cluster.PRIMARIES])
         cluster.url = f"rediss+cluster://{BROKER}:{quote(PASSWORD, safe='')}@{hosts}?{tls_files(folder)}"
         yield cluster

@@ -15,6 +15,8 @@ from tests.system.harness import ValkeyProcess, free_port, running_valkey
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from redis.asyncio import Redis
+
 PRIMARIES = 3
 SLOTS = 16384
 FAILOVER = 40.0
