@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,8 +13,10 @@ import aiohttp
 from aiohttp import web
 from redis.asyncio import Redis
 
+from broker.core.errors import ModelsUnavailable
 from broker.mount import mount
 from broker.settings import Settings
+from broker.web import keys
 from broker.web.server import Runner
 from tests.events import Connection, Event, opened
 from tests.redis_client import client_of
@@ -118,6 +120,9 @@ async def running(
 ) -> AsyncIterator[Broker]:
     """Run a broker until the block ends, and take it down as the service does, but without time to finish.
 
+    Where the upstream has a list of models, the broker knows it when the block begins: a /prepare waits for it no
+    longer than a second from the start, which is too short on a loaded machine.
+
     Args:
         redis_url: its Redis.
         upstream: a scripted one, or a URL.
@@ -145,6 +150,9 @@ async def running(
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         host, port = runner.addresses[0]
+        if isinstance(upstream, ScriptedUpstream) and upstream.models is not None:
+            with suppress(ModelsUnavailable):  # where the test has a broken list
+                await app[keys.CATALOG].models()
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(PATIENCE)) as http,
             aclosing(client_of(redis_url)) as redis,
