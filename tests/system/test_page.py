@@ -512,6 +512,18 @@ async def test_a_deleted_turn_stays_away_though_another_tab_writes_at_that_momen
     await expect(chat.locator(".answer:visible")).to_have_text(["Zero", "Two"])
 
 
+async def test_an_answer_that_a_restart_broke_off_can_be_continued(page: Page) -> None:
+    async with running_broker(env={**ROOM, "BROKER_DRAIN_TIMEOUT": "1"}) as restarted:
+        await page.goto(restarted.url)
+        await ready(page)
+        turn = await ask(page, ECHO, LONG)
+        await reads(turn.locator(".answer"), ALIVE)
+        restarted.process.terminate()
+        await reads(turn.locator(".sentence"), "The broker was restarted, and the answer broken off.")
+        await expect(turn.get_by_role("button", name="Continue")).to_be_enabled()
+        await reads(turn.locator(".answer"), ALIVE)
+
+
 async def test_a_reload_before_the_first_text_waits_for_it(chat: Page) -> None:
     turn = await ask(chat, "rehearsal/slow", "Take your time.")
     await reads(turn.locator(".status"), "Waiting for the first word")  # "Sending…" until there is a session

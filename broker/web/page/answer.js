@@ -22,8 +22,7 @@ export const isRunning = (answer) => !answer.result && !answer.problem;
  * Follows one answer. Calls `changed(isNews)` whenever there is something to show, and `ended()` once; the record then
  * has its `result` (the data of `done`) or its `problem`.
  *
- * Attributes: `state` is the client's, or `stopping` or `restarting`; `place` is that in line; `losses` counts lost
- * connections.
+ * Attributes: `state` is the client's, or `stopping` or `room`; `place` is that in line; `losses` counts lost connections.
  */
 export class Follower {
   #answer;
@@ -81,8 +80,7 @@ export class Follower {
   }
 
   #away({ code }) {
-    if (code === "draining" || code === "server_shutdown") this.state = "restarting";
-    else if (code === "budget_exceeded" || code === "too_many_streams" || code === "overloaded") this.state = "room";
+    if (code === "budget_exceeded" || code === "too_many_streams" || code === "overloaded") this.state = "room";
   }
 
   #say(state, place) {

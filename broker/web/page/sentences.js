@@ -119,7 +119,6 @@ export const STATUS = {
   queued: (position, of) => `Waiting in line: number ${position} of ${of}. It goes on by itself as soon as there is room.`,
   room: "Waiting until there is room. It goes on by itself.",
   reconnecting: (times) => `Reconnecting${times > 1 ? `, the connection was lost ${times} times` : ""}… The answer goes on where it was.`,
-  restarting: "The broker is restarting. The answer goes on by itself.",
   stalled: (time) => `Nothing has come for ${time}. You can wait, or stop.`,
   stopping: "Stopping…",
 };

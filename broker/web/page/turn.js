@@ -129,7 +129,6 @@ function statusOf(answer, follower) {
     case "queued": return follower.place ? STATUS.queued(follower.place.position, follower.place.of) : STATUS.room;
     case "room": return STATUS.room;
     case "reconnecting": return STATUS.reconnecting(follower.losses);
-    case "restarting": return STATUS.restarting;
     case "stalled": return STATUS.stalled(duration(Math.round(silent / 1000) * 1000));
     case "stopping": return STATUS.stopping;
     default: return answer.text || answer.reasoning ? "" : STATUS.connecting;
