@@ -132,7 +132,8 @@ class Spenders:
 
     async def run(self, seconds: float) -> None:
         """Spend and hurt for so long, then heal and let all pages come to an end."""
-        watching = asyncio.create_task(self._watch_the_law())
+        over = asyncio.Event()
+        watching = asyncio.create_task(self._watch_the_law(over))
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + seconds
         hurting = asyncio.create_task(self._hurt(ends_at))
@@ -151,8 +152,8 @@ class Spenders:
             self.findings += [
                 f"{error!r}" for error in await asyncio.gather(*running, return_exceptions=True) if error
             ]
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+        over.set()
+        await watching
 
     async def _hurt(self, ends_at: float) -> None:
         loop = asyncio.get_running_loop()
@@ -186,9 +187,12 @@ class Spenders:
         await asyncio.sleep(self.random.choice([0.2, 1.5, 5]))
         self.cluster.valkey.thaw()
 
-    async def _watch_the_law(self) -> None:
-        """Each account is one key, so each reading is of one moment."""
-        while True:
+    async def _watch_the_law(self, over: asyncio.Event) -> None:
+        """Each account is one key, so each reading is of one moment.
+
+        Ends by an event: the library for Redis can lose a cancellation, and then this would go on for ever.
+        """
+        while not over.is_set():
             await asyncio.sleep(0.02)
             try:
                 async with asyncio.timeout(1), self.cluster.redis() as redis:
@@ -197,9 +201,7 @@ class Spenders:
                         for key in keys:
                             self._check(name, key.decode(), limit, await redis.hgetall(key))
             except (RedisError, OSError, TimeoutError):
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    return  # the library has turned the cancellation into an error of its own
+                continue
 
     def _check(self, name: str, key: str, limit: int, fields: Any) -> None:
         days, months = (
