@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from broker.store.call import Call
 
+LOADING = 0.5
+"""Seconds that calls may take longer when the scripts must be loaded first."""
+
 CONNECT_TIMEOUT = 1.0
 """Maximum seconds in which a connection is opened, and of the wait for a free one."""
 
@@ -134,7 +137,10 @@ class Node:
         return self._shared is not None and self._shared.retired
 
     async def run(self, calls: Sequence[Call], give_up_at: float) -> list[Any]:
-        """Send calls as `send` does, and load the scripts if the server does not know one."""
+        """Send calls as `send` does, and load the scripts if the server does not know one.
+
+        That may take `LOADING` seconds longer: two more round trips, and a server that has just been started.
+        """
         replies = await self.send(calls, give_up_at)
         for reply in replies:
             if isinstance(reply, NoScriptError):  # the server is new, or was restarted
@@ -145,7 +151,7 @@ class Node:
         """Load all scripts, run those calls again whose script was not known, and return all replies."""
         unknown = [n for n, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         loads = self._scripts()
-        again = await self.send([*loads, *(calls[n] for n in unknown)], give_up_at)
+        again = await self.send([*loads, *(calls[n] for n in unknown)], give_up_at + LOADING)
         found = dict(zip(unknown, again[len(loads) :], strict=True))
         return [found.get(n, reply) for n, reply in enumerate(replies)]
 
