@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, TypeVar
 
 from broker.cli.words import reason
-from broker.core.errors import StoreRefused
+from broker.core.errors import StoreRefused, StoreUnavailable
 from broker.logs import configure_logs
 from broker.settings import SettingsError, load_settings
 from broker.store.connection import Store
@@ -14,8 +14,10 @@ from broker.store.connection import Store
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from broker.core.errors import StoreUnavailable
     from broker.settings import Settings
+
+TRIES = 3
+"""Tries to reach Redis. A command begins without a connection, and one with TLS may take longer than a call may."""
 
 _LONGEST_CAUSE = 200
 
@@ -59,11 +61,30 @@ def _cause(error: StoreUnavailable) -> str:
     return reason(below) if isinstance(below, OSError) else str(cause or "") or "no answer in time"
 
 
+async def reach(store: Store) -> None:
+    """Open the connection to Redis, and give a slow one more time than a call of a worker has.
+
+    Raises:
+        StoreUnavailable: Redis cannot be reached.
+    """
+    for tries in range(1, TRIES + 1):
+        try:
+            await store.now_ms()
+        except StoreRefused:
+            return  # reached; the command itself says what is refused
+        except StoreUnavailable as error:
+            if tries == TRIES or "no answer in time" not in redis_problem(error):
+                raise
+        else:
+            return
+
+
 async def _with_store(
     settings: Settings, redis_url: str, work: Callable[[Store], Awaitable[_Found]]
 ) -> _Found:
     store = Store(redis_url, settings.key_prefix)
     try:
+        await reach(store)
         return await work(store)
     finally:
         await store.close()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.live import Live
 
-from broker.cli.operator import operator_settings, redis_problem
+from broker.cli.operator import operator_settings, reach, redis_problem
 from broker.cli.output import Output, require_output
 from broker.cli.scrape import NotMetricsError, Scrape, parse
 from broker.cli.tables import show, terminal_width
@@ -77,6 +77,8 @@ async def _top(
 ) -> int:
     store = Store(redis_url, settings.key_prefix)
     try:
+        with suppress(StoreUnavailable):  # the frame says so
+            await reach(store)
         reader = Reader(store, settings, urls)
         if once:
             frame = await reader.frame()
