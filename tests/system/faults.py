@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from redis.exceptions import RedisError
 
+from tests.system.harness import ValkeyProcess
+
 if TYPE_CHECKING:
     from tests.system.cluster import Cluster, Worker
 
@@ -52,18 +54,20 @@ class Faults:
         self._hurt: set[object] = set()
         self._loop = asyncio.get_running_loop()
 
-    async def run(self, seconds: float, *, workers: bool, redis: bool) -> None:
+    async def run(self, seconds: float, *, workers: bool, redis: bool, primaries: bool = False) -> None:
         """Hurt for so long, and return when everything is well again."""
         ends_at = self._loop.time() + seconds
         async with asyncio.TaskGroup() as group:
             while self._loop.time() < ends_at:
                 await asyncio.sleep(self._random.uniform(0.1, 1.0))
-                target, kind, fault = self._choose(workers=workers, redis=redis)
+                target, kind, fault = self._choose(workers=workers, redis=redis, primaries=primaries)
                 if target not in self._hurt:
                     self._hurt.add(target)
                     group.create_task(self._inflict(target, kind, fault))
 
-    def _choose(self, *, workers: bool, redis: bool) -> tuple[object, str, Callable[[], Awaitable[None]]]:
+    def _choose(
+        self, *, workers: bool, redis: bool, primaries: bool
+    ) -> tuple[object, str, Callable[[], Awaitable[None]]]:
         worker = self._random.choice(self._cluster.workers)
         hurting_workers: list[tuple[object, str, Callable[[], Awaitable[None]]]] = [
             (worker, "worker killed", lambda: self._kill(worker)),
@@ -74,12 +78,17 @@ class Faults:
             ("redis", "redis killed", self._kill_redis),
             ("redis", "redis frozen", self._freeze_redis),
         ]
+        hurting_primaries: list[tuple[object, str, Callable[[], Awaitable[None]]]] = [
+            ("redis", "primary killed", self._kill_primary),
+            ("redis", "primary frozen", self._freeze_primary),
+        ]
         harmless: list[tuple[object, str, Callable[[], Awaitable[None]]]] = [
             (worker, "worker frozen", lambda: self._freeze(worker, 0.1, 2.5)),
             ("redis", "subscriptions cut", lambda: self._cut("pubsub")),
             ("redis", "connections cut", lambda: self._cut("normal")),
         ]
         choices = harmless + (hurting_workers if workers else []) + (hurting_redis if redis else [])
+        choices += hurting_primaries if primaries else []
         return self._random.choice(choices)
 
     async def _inflict(self, target: object, kind: str, fault: Callable[[], Awaitable[None]]) -> None:
@@ -122,6 +131,22 @@ class Faults:
         self._cluster.valkey.freeze()
         await asyncio.sleep(self._random.uniform(0.1, 6))
         self._cluster.valkey.thaw()
+
+    async def _kill_primary(self) -> None:
+        servers = self._cluster.valkey
+        assert not isinstance(servers, ValkeyProcess), "it has no replica"
+        await servers.fail_over(self._random.choice(await servers.primaries()))
+        await asyncio.sleep(self._random.uniform(0, 2))
+        await servers.heal()
+
+    async def _freeze_primary(self) -> None:
+        servers = self._cluster.valkey
+        assert not isinstance(servers, ValkeyProcess), "it has no replica"
+        primary = self._random.choice(await servers.primaries())
+        primary.freeze()
+        await asyncio.sleep(self._random.uniform(0.1, 4))  # it may be replaced meanwhile
+        primary.thaw()
+        await servers.settled()
 
     async def _cut(self, kind: str) -> None:
         try:

@@ -24,6 +24,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import aiohttp
 
+from tests import kinds
+from tests.servers import SERVERS
+from tests.system import harness
 from tests.system.cluster import Script, running_cluster
 from tests.system.faults import DRAINED, Faults
 from tests.system.walkers import SHORT, Page, Walk
@@ -52,6 +55,9 @@ GRACE = 4
 """Seconds of the workers' disconnect grace."""
 
 
+DOWN_AFTER_MS = 800
+"""Milliseconds of silence after which a primary is replaced in rounds that hurt primaries."""
+
 RESPONSES = 0.3
 """Share of sessions that speak the Responses dialect."""
 
@@ -61,6 +67,7 @@ class Profile(NamedTuple):
 
     workers: bool
     redis: bool
+    primaries: bool = False
 
 
 PROFILES = (
@@ -68,6 +75,18 @@ PROFILES = (
     Profile(workers=False, redis=True),
     Profile(workers=True, redis=True),
 )
+
+ON_SEVERAL = (
+    *PROFILES,
+    Profile(workers=False, redis=False, primaries=True),
+    Profile(workers=True, redis=False, primaries=True),
+)
+"""Those of servers that replace a lost primary."""
+
+
+def profiles() -> tuple[Profile, ...]:
+    """Return those of this run's kind of servers."""
+    return PROFILES if harness.KIND == "plain" else ON_SEVERAL
 
 
 @dataclass
@@ -95,7 +114,7 @@ async def walk(seconds: float, seed: int, *, rounds: int | None = None) -> Repor
     random = Random(seed)
     ends_at = time.monotonic() + seconds
     while time.monotonic() < ends_at and (rounds is None or report.rounds < rounds):
-        profile = PROFILES[report.rounds % len(PROFILES)]
+        profile = profiles()[report.rounds % len(profiles())]
         found = len(report.findings)
         await _round(random, profile, report)
         report.rounds += 1
@@ -107,6 +126,8 @@ async def walk(seconds: float, seed: int, *, rounds: int | None = None) -> Repor
 async def _round(random: Random, profile: Profile, report: Report) -> None:
     async with running_cluster(
         3,
+        down_after_ms=DOWN_AFTER_MS if profile.primaries else kinds.DOWN_AFTER_MS,
+        redis_wait=int(profile.primaries),
         disconnect_grace=GRACE,
         idle_timeout=12,
         first_data_timeout=12,
@@ -116,7 +137,7 @@ async def _round(random: Random, profile: Profile, report: Report) -> None:
         faults = Faults(cluster, random)
         walks: list[Walk] = []
         begun = asyncio.create_task(_begin(cluster, walks, random))
-        await faults.run(BUSY, workers=profile.workers, redis=profile.redis)
+        await faults.run(BUSY, **profile._asdict())
         running = await begun
         await _settle(running)
         late = await _read_late(cluster, walks, random)
@@ -220,8 +241,11 @@ def _complaints(log: str) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Hurt three workers at random and judge what pages saw.")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--servers", choices=kinds.KINDS, default="plain")
+    parser.add_argument("--redis-program", choices=SERVERS, default="valkey")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**32))
     arguments = parser.parse_args()
+    harness.KIND, harness.SERVER = arguments.servers, arguments.redis_program
     print(f"seed {arguments.seed}", flush=True)
     report = asyncio.run(walk(arguments.seconds, arguments.seed))
     print(report)
