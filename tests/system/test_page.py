@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, Page, expect
+from playwright.async_api import Browser, Page, Route, expect
 
 from tests.scripted import scripted_upstream
 from tests.system.browser import Complaints, laid_cable, launched_chromium
@@ -510,6 +511,83 @@ async def test_a_deleted_turn_stays_away_though_another_tab_writes_at_that_momen
     await expect(chat.locator(".answer:visible")).to_have_text(["Two"])
     await chat.get_by_role("button", name="Undo").click()
     await expect(chat.locator(".answer:visible")).to_have_text(["Zero", "Two"])
+
+
+@asynccontextmanager
+async def asked_without_models(chat: Page, question: str) -> AsyncIterator[None]:
+    """Ask in the open conversation; the page waits for the list of models, and sends the question after the block."""
+    listed = asyncio.Event()
+
+    async def hold(route: Route) -> None:
+        await listed.wait()
+        await route.continue_()
+
+    await chat.route("**/models", hold)
+    await chat.reload()
+    await ready(chat)
+    turns = await chat.locator("article").count()
+    await chat.get_by_role("textbox", name="Message").fill(question)
+    await chat.keyboard.press("Enter")
+    await expect(chat.locator("article")).to_have_count(turns + 1)
+    yield
+    listed.set()
+
+
+async def test_a_question_that_is_not_sent_yet_survives_the_news_of_another_tab(chat: Page) -> None:
+    await ask(chat, ECHO, "Zero")
+    await idle(chat)
+    other = await chat.context.new_page()
+    await other.goto(chat.url.partition("#")[0])
+    await ready(other)
+    async with asked_without_models(chat, "One"):
+        await other.evaluate(KEEP_ONE_MORE)
+        await expect(chat.locator(".answer:visible")).to_have_text(["Zero", "Two"])
+    await expect(chat.locator(".answer:visible")).to_have_text(["Zero", "Two", "One"])
+    await idle(chat)
+
+
+async def test_a_question_goes_with_the_conversation_that_it_was_asked_in(chat: Page) -> None:
+    await ask(chat, ECHO, "Zero")
+    await idle(chat)
+    async with chat.expect_request("**/prepare") as asked, asked_without_models(chat, "One"):
+        await chat.get_by_role("button", name="New chat").first.click()
+        await expect(chat.locator("article")).to_have_count(0)
+    messages = (await asked.value).post_data_json["messages"]  # type: ignore[index]
+    assert [each["content"] for each in messages] == ["Zero", "Zero", "One"]
+    await chat.get_by_role("link", name="Zero").click()
+    await expect(chat.locator(".answer:visible")).to_have_text(["Zero", "One"])
+    await idle(chat)
+
+
+KEEP_UNSENT = """async (more) => {
+  const { answersOf, conversations, keep } = await import("/store.js");
+  const [conversation] = await conversations();
+  const [{ result, ...zero }] = await answersOf(conversation.id);
+  const unsent = { ...zero, id: "one", turn: "one", question: "One", text: "", sessionId: null, at: zero.at + 1 };
+  await keep(conversation, [{ ...unsent, ...more, ...(more.text && { result }) }]);
+}"""
+"""Adds a question of a page that was left before it sent it, or, with a text, the same with its answer."""
+
+
+async def test_a_question_that_was_not_sent_is_known_as_such_until_it_has_an_answer(chat: Page) -> None:
+    await ask(chat, ECHO, "Zero")
+    await idle(chat)
+    other = await chat.context.new_page()
+    await other.goto(chat.url.partition("#")[0])
+    await ready(other)
+    await other.evaluate(KEEP_UNSENT, {})
+    await chat.evaluate("() => { Date.now = ((now) => () => now() + 60_000)(Date.now.bind(Date)); }")
+    await chat.get_by_role("button", name="New chat").first.click()
+    await chat.get_by_role("link", name="Zero").click()
+    unsent = chat.locator(".sentence").filter(has_text="closed before this message was sent")
+    await expect(unsent).to_be_visible()
+    await other.evaluate(KEEP_ONE_MORE)
+    await expect(chat.locator("article")).to_have_count(3)
+    await expect(unsent).to_be_visible()
+    await expect(chat.get_by_role("button", name="Send")).to_be_visible()
+    await other.evaluate(KEEP_UNSENT, {"text": "One"})
+    await expect(chat.locator(".answer:visible")).to_have_text(["Zero", "One", "Two"])
+    await expect(unsent).to_be_hidden()
 
 
 async def test_an_answer_that_a_restart_broke_off_can_be_continued(page: Page) -> None:

@@ -20,7 +20,9 @@ const SAID = 600; // characters of an answer that a screen reader is told at its
 
 let conversation = null; // the record of the open one; a new chat gets it with its first message
 let turns = [];
-const followers = new Map(); // by answer id: the follower and its answer, those of other conversations too
+// By answer id, what this tab has asked or follows, in other conversations too: the answer, and its follower once there is
+// one. The answer is the object that changes and is shown; what is read from the store is only a copy of it.
+const followers = new Map();
 let listed = null; // the first load of the models
 
 // ---- asking --------------------------------------------------------------------------------------------------------
@@ -41,6 +43,7 @@ async function ask(turnId, question, { model, from } = {}) {
   let turn = turns.find(({ id }) => id === answer.turn);
   if (!turn) turns.push((turn = { id: answer.turn, tries: [] }));
   turn.tries.push(answer);
+  followers.set(answer.id, { answer });
   toEnd();
   if (location.hash !== `#${conversation.id}`) history.pushState(null, "", `#${conversation.id}`);
   repaint(turn);
@@ -82,7 +85,7 @@ function ended(turn, answer) {
 }
 
 function stop() {
-  for (const answer of runningOf(turns)) followers.get(answer.id)?.follower.stop();
+  for (const answer of runningOf(turns)) followers.get(answer.id)?.follower?.stop();
 }
 
 const saves = new Map();
@@ -185,8 +188,7 @@ async function merge(id) {
   const known = new Map(turns.flatMap(({ tries }) => tries).map((answer) => [answer.id, answer]));
   const merged = stored.map((answer) => {
     const mine = known.get(answer.id) ?? followers.get(answer.id)?.answer;
-    const isOlder = mine && !followers.has(mine.id) && (isRunning(mine) || mine.problem?.code === "not_sent");
-    if (!mine || isOlder) return answer;
+    if (!mine || isOlder(mine, answer)) return answer;
     mine.picked = Math.max(mine.picked, answer.picked);
     return mine;
   });
@@ -197,6 +199,13 @@ async function merge(id) {
       if (answer.sessionId && !followers.has(answer.id)) follow(turn, answer);
     }
   }
+}
+
+/** Whether the stored state of an answer tells more than that of this tab, which may only guess that it was not sent. */
+function isOlder(mine, stored) {
+  if (followers.has(mine.id)) return false;
+  if (mine.problem?.code === "not_sent") return Boolean(stored.sessionId) || !isRunning(stored);
+  return isRunning(mine);
 }
 
 function showList() {
@@ -243,7 +252,7 @@ function toText() {
 
 // A silence is told with its seconds, though nothing comes that would cause a paint.
 setInterval(() => {
-  for (const turn of turns) if (followers.get(shownOf(turn).id)?.follower.state === "stalled") repaint(turn);
+  for (const turn of turns) if (followers.get(shownOf(turn).id)?.follower?.state === "stalled") repaint(turn);
 }, 1000);
 
 // ---- the key, and the keys -----------------------------------------------------------------------------------------
