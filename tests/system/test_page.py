@@ -804,6 +804,21 @@ async def test_a_reader_who_scrolls_up_is_left_there(chat: Page, height: int) ->
     await idle(chat)
 
 
+async def test_a_reader_who_scrolls_up_by_a_line_is_left_there(chat: Page) -> None:
+    await chat.set_viewport_size({"width": 800, "height": 700})
+    await ask(chat, "rehearsal/long", "Go on.")
+    await chat.wait_for_function("() => document.documentElement.scrollHeight > 1000")
+    await chat.mouse.move(400, 150)
+    await chat.mouse.wheel(0, -30)
+    await expect(chat.locator("#toEnd")).to_be_visible()
+    place = await chat.evaluate("() => scrollY")
+    grown = await chat.evaluate("() => document.documentElement.scrollHeight + 300")
+    await chat.wait_for_function("(grown) => document.documentElement.scrollHeight > grown", arg=grown)
+    assert await chat.evaluate("() => scrollY") == place
+    await chat.keyboard.press("Escape")
+    await idle(chat)
+
+
 @pytest.mark.parametrize(
     "path", ["/", "/page.css", "/page.js", "/icon.svg", "/favicon.ico", "/vendor/marked.js"]
 )

@@ -6,7 +6,8 @@ import { shownOf, turnView } from "./turn.js";
 const PAINT_MS = 60; // between two paints of an answer: calm for the eye, and little work
 const LOAD = 8; // a paint that takes t ms is not followed by another for LOAD × t
 const FRAME_MS = 12; // of painting in a frame
-const NEAR = 48; // pixels from the end that count as the end
+const NEAR = 48; // pixels from the end that count as the end for a reader who comes back to it
+const AT_END = 2; // pixels from the end that are nothing but rounding
 
 /** Return `repaint(turn)`, `redraw()` of all turns, and `toEnd()`. */
 export function startPainter({ turnsOf, followerOf, actions }) {
@@ -15,7 +16,8 @@ export function startPainter({ turnsOf, followerOf, actions }) {
   let painting = 0;
   let paintAt = 0;
   let following = true; // whether the reader is at the end
-  let scrolled = 0;
+  let scrolled = 0; // where the page was when it last scrolled,
+  let height = 0; // and how high it was
 
   /** Paint a turn soon, however many chunks come before it. */
   function repaint(turn) {
@@ -62,6 +64,7 @@ export function startPainter({ turnsOf, followerOf, actions }) {
 
   function scroll() {
     window.scrollTo({ top: document.documentElement.scrollHeight, behavior: "instant" });
+    ({ scrollTop: scrolled, scrollHeight: height } = document.documentElement);
   }
 
   function toEnd() {
@@ -71,10 +74,14 @@ export function startPainter({ turnsOf, followerOf, actions }) {
 
   addEventListener("scroll", () => {
     const { scrollTop, clientHeight, scrollHeight } = document.documentElement;
-    // Only the reader scrolls up; an answer that grows leaves the place as it is.
-    if (scrollHeight - scrollTop - clientHeight < NEAR) following = true;
-    else if (scrollTop < scrolled) following = false;
+    const left = scrollHeight - scrollTop - clientHeight;
+    // Only the reader scrolls up, be it by a line. An answer that grows leaves the place as it is; one that shrinks moves
+    // a reader at the end up with it.
+    const isReader = left >= NEAR || (left > AT_END && scrollHeight >= height);
+    if (scrollTop < scrolled && isReader) following = false;
+    else if (left < NEAR) following = true;
     scrolled = scrollTop;
+    height = scrollHeight;
     $("toEnd").hidden = following;
   }, { passive: true });
   const stay = () => following && scroll();
