@@ -450,13 +450,30 @@ async def test_another_tab_in_mid_answer_goes_on_too(chat: Page) -> None:
         await expect(each.locator(".answer")).to_have_text(LONG)
 
 
+HOLD_NEWS = """() => {
+  const { prototype } = BroadcastChannel;
+  const { postMessage } = prototype;
+  const held = [];
+  prototype.postMessage = function (news) { held.push(() => postMessage.call(this, news)); };
+  window.tellNews = () => {
+    prototype.postMessage = postMessage;
+    for (const tell of held) tell();
+  };
+}"""
+"""Keeps what the page tells other tabs until `tellNews()`: as if they all did something at the same moment."""
+
+
 async def test_two_tabs_write_in_one_conversation(chat: Page) -> None:
     await ask(chat, ECHO, "Zero")
     await idle(chat)
     other = await chat.context.new_page()
     await other.goto(chat.url)
     await expect(other.locator(".answer")).to_have_text("Zero")
+    for each in (chat, other):
+        await each.evaluate(HOLD_NEWS)
     await asyncio.gather(ask(chat, ECHO, "One"), ask(other, ECHO, "Two"))
+    for each in (chat, other):
+        await each.evaluate("() => window.tellNews()")
     for each in (chat, other):
         await idle(each)
         await expect(each.locator("article")).to_have_count(3)
@@ -464,6 +481,37 @@ async def test_two_tabs_write_in_one_conversation(chat: Page) -> None:
     await expect(chat.locator(".answer:visible")).to_have_count(3)
     answers = await chat.locator(".answer").all_text_contents()
     assert sorted(text.strip() for text in answers) == ["One", "Two", "Zero"]
+
+
+CLICK_WHEN_IT_STOPS = """() => {
+  const button = document.querySelector("#send");
+  new MutationObserver((_, observer) => {
+    if (button.textContent !== "Stop") return;
+    observer.disconnect();
+    button.click();
+  }).observe(button, { childList: true });
+}"""
+"""Clicks the button in the moment in which it becomes one that stops, as a reader does who wanted to send."""
+
+
+async def test_a_click_that_was_to_send_does_not_stop_the_answer_of_another_tab(chat: Page) -> None:
+    await ask(chat, ECHO, "Zero")
+    await idle(chat)
+    other = await chat.context.new_page()
+    await other.goto(chat.url)
+    await ready(other)
+    await chat.get_by_role("textbox", name="Message").fill("Mine")
+    await chat.evaluate(CLICK_WHEN_IT_STOPS)
+    await other.evaluate(HOLD_NEWS)
+    turn = await ask(other, ECHO, LONG)
+    await reads(turn.locator(".answer"), ALIVE)  # so that the other tab could stop it at once
+    await other.evaluate("() => window.tellNews()")
+    for each in (other, chat):
+        await expect(each.locator(".answer:visible")).to_have_text(["Zero", LONG])
+        await idle(each)
+    await chat.get_by_role("button", name="Send").click()
+    await expect(chat.locator(".answer:visible")).to_have_text(["Zero", LONG, "Mine"])
+    await idle(chat)
 
 
 CLICK_WHILE_READING = """(selector) => {

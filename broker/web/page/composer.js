@@ -3,9 +3,12 @@
 import { $, put } from "./dom.js";
 import { SAY } from "./sentences.js";
 
+const MEANT_MS = 500; // a click that comes sooner after the button has changed was meant for what it was before
+
 let editing = null; // the turn whose question is in the box
 let draft = ""; // what was in the box before
 let running = false;
+let begunAt = -Infinity; // when the button became one that stops, unless by a click on it
 
 /** Connect the composer. `actions` are send(text, turn), stop() and last(), which gives the turn to edit, or nothing. */
 export function startComposer({ send, stop, last }) {
@@ -18,12 +21,13 @@ export function startComposer({ send, stop, last }) {
     leaveEdit();
     box.value = "";
     send(text, turn);
+    begunAt = -Infinity;
   }
 
   $("composer").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (running) stop();
-    else submit();
+    if (!running) submit();
+    else if (performance.now() - begunAt > MEANT_MS) stop();
   });
   box.addEventListener("keydown", (event) => {
     if (event.isComposing) return;
@@ -70,6 +74,7 @@ export function cancelEdit() {
 
 /** Make the button one that sends, or one that stops. */
 export function showRunning(now) {
+  if (now && !running) begunAt = performance.now(); // another tab has asked, for example
   running = now;
   put($("send"), now ? SAY.stop : SAY.send);
   $("send").classList.toggle("stops", now);
