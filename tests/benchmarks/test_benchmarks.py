@@ -77,10 +77,11 @@ def test_distributions_have_all_percentiles_in_order(results: Path) -> None:
     mod = told(results)["scenarios"]["mod"]
     for side in (mod["direct"], mod["broker"]):
         assert set(side) == {"latency", "gap", "first"}
-        for curve in side.values():
+        for name, curve in side.items():
             assert len(curve) == len(PERCENTILES)
             assert curve == sorted(curve)
-            assert curve[0] > 0
+            assert curve[0] > 0 or name == "gap"  # chunks of one read have none between them
+            assert curve[0] >= 0
 
 
 def test_a_plot_has_a_line_for_each_distribution(results: Path) -> None:
