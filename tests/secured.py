@@ -75,7 +75,7 @@ class SecuredProcess(ValkeyProcess):
 
     Attributes:
         certificates: the folder of `make_authority`.
-        users: those that it has besides the administrator: their names, passwords and rights.
+        users: the users besides the administrator, each with name, password and rights.
     """
 
     certificates: Path

@@ -112,7 +112,7 @@ class SentinelSet:
             each.kill()
 
     async def start(self) -> None:
-        """Start those that do not run, and let all know each other. What was the primary becomes it again."""
+        """Start the servers that do not run, and connect all of them. The first primary becomes the primary again."""
         await asyncio.gather(*(each.start() for each in self._all if not each.is_running))
         async with self.replica.client() as replica:
             await replica.replicaof("127.0.0.1", self.primary.port)
@@ -167,7 +167,7 @@ class SentinelSet:
         return await self._named() == {self.replica.port} and await self.is_replaced()
 
     async def _named(self) -> set[int]:
-        """Return the ports of those that sentinels name as the primary."""
+        """Return the ports of the servers that the sentinels name as the primary."""
         found: set[int] = set()
         for each in self.sentinels:
             async with each.client() as sentinel:

@@ -78,7 +78,7 @@ class ValkeyCluster:
             node.kill()
 
     async def start(self) -> None:
-        """Start those that do not run. They know each other, and who has which slots, from a file."""
+        """Start the nodes that do not run. A file tells each the other nodes and their slots."""
         await asyncio.gather(*(node.start() for node in self.nodes if not node.is_running))
         await until(self.is_healthy)
 

@@ -200,7 +200,7 @@ class SentinelPool(Pool):
                 self._ask_first(sentinel)
                 self._epoch = named.epoch
                 return named.address
-        if 2 * len(older) > len(self._sentinels):  # the sentinels were set up anew
+        if 2 * len(older) > len(self._sentinels):  # the sentinels were replaced by new ones
             newest = max(older, key=lambda each: each.epoch)
             self._epoch = newest.epoch
             return newest.address

@@ -113,7 +113,7 @@ async def test_other_sessions_are_claimed_again_afterwards(upstream: ScriptedUps
 async def test_a_session_whose_renewals_were_forgotten_is_not_lost(
     upstream: ScriptedUpstream, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever looks first finds all reservations overdue, before their owner can renew them there."""
+    """The first search for lost sessions finds all reservations overdue, before their owner can renew them there."""
     async with (
         primary_and_replica() as redis,
         running(redis.url, upstream) as owner,

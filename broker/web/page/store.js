@@ -55,7 +55,7 @@ export async function conversations() {
   return all.sort((one, other) => other.updated - one.updated);
 }
 
-/** Return the answers of a conversation, with those that this tab has given or taken while they were read. */
+/** Return the answers of a conversation. Reads again if this or another tab added or removed any during the read. */
 export async function answersOf(conversation) {
   for (let reads = 1; ; reads++) {
     const before = changes;
