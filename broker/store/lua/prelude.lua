@@ -106,10 +106,10 @@ local function change(account, period, name, amount)
   end
 end
 
--- Store an account for so many seconds; that of a client until so long after the end of this month.
-local function keep_account(account, seconds, is_client)
+-- Store an account for so many seconds; that of a client until so long after the end of this month. now is in ms.
+local function keep_account(account, seconds, is_client, now)
   if is_client then
-    local now_s = math.floor(now_ms() / 1000)
+    local now_s = math.floor(now / 1000)
     local _, month_end = month_of(math.floor(now_s / 86400))
     seconds = seconds + month_end * 86400 - now_s
   end

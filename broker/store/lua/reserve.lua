@@ -39,6 +39,8 @@ local function drop_gone()
   end
 end
 local month, month_end = month_of(day)
+-- Nearly always nobody waits. Then the steps of the line are left out, which are a quarter of the work.
+local has_line = redis.call('ZCARD', line) > 0
 -- Return why a budget leaves no room now, or nil. If one leaves none even without reservations, waiting does not help,
 -- so that one is the reason.
 local function beyond_budgets()
@@ -68,6 +70,9 @@ local function due_at(other)
 end
 -- Return the position of the session in line (or the next one), and for how many pages in front a slot is left.
 local function place()
+  if not has_line then
+    return 1, 0
+  end
   local before = due_at(session) >= now - PLACE_MS and redis.call('ZRANK', line, session) or redis.call('ZCARD', line)
   local position, kept = 1, 0
   for _, other in ipairs(before > 0 and redis.call('ZRANGE', line, 0, before - 1) or {}) do
@@ -116,19 +121,20 @@ if running_since == '' then
   end
 end
 waited = 0
-if due_at(session) >= now - PLACE_MS then
+if has_line and due_at(session) >= now - PLACE_MS then
   waited = math.max(0, now - tonumber(redis.call('ZSCORE', line, session) or now))
 end
 redis.call('HSET', reservation, 'state', 'open', 'session', session, 'spec', spec, 'tokens', whole(tokens),
   'cost', whole(cost), 'day', day, 'waited_ms', whole(waited),
-  'since', running_since == '' and whole(now) or '')
-redis.call('ZREM', line, session)
-redis.call('ZREM', due, session)
-drop_gone()
+  'since', running_since == '' and whole(now) or '', unpack(ONE_CLIENT == 1 and {'month', month} or {}))
+if has_line then
+  redis.call('ZREM', line, session)
+  redis.call('ZREM', due, session)
+  drop_gone()
+end
 change(account, day, 'reserved_tokens', tokens)
 change(account, day, 'reserved_cost', cost)
 if ONE_CLIENT == 1 then
-  redis.call('HSET', reservation, 'month', month)
   change(account, month, 'reserved_cost', cost)
 end
 redis.call('SADD', slots, claim_id)
@@ -136,5 +142,5 @@ redis.call('ZADD', open, now + LEASE_MS, claim_id)
 for _, key in ipairs({reservation, slots, open}) do
   redis.call('EXPIRE', key, ACCOUNT_S)
 end
-keep_account(account, ACCOUNT_S, ONE_CLIENT == 1)
+keep_account(account, ACCOUNT_S, ONE_CLIENT == 1, now)
 return {'ok', day, waited}

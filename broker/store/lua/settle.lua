@@ -93,7 +93,7 @@ if is_new_day then
     end
   end
 end
-keep_account(account, ACCOUNT_S, row ~= '')
+keep_account(account, ACCOUNT_S, row ~= '', now_ms())
 if row ~= '' then
   for i, name in ipairs(METRICS) do
     if used[i] ~= before[i] then
