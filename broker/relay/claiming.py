@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,12 @@ ELSEWHERE_TRIES = 10
 ELSEWHERE_PAUSE = 0.1
 """Seconds between these checks."""
 
+
+TURNS_TO_SEND = 2
+"""Turns of the event loop from the beginning of a claim until its first call is sent to Redis."""
+
+Meanwhile = Callable[[], Awaitable[object]]
+"""Work that is done while Redis decides on a claim, instead of after it."""
 
 QuotasOf = Callable[["Spec"], "Quotas | None"]
 """Returns the limits of the client of a session; None for those of the service."""
@@ -108,8 +114,15 @@ class Claiming:
         """Returns True if a claim of this session is under way."""
         return session_id in self._under_way
 
-    async def claim(self, session_id: str, *, may_wait: bool = False) -> Generation | SessionStatus:
+    async def claim(
+        self, session_id: str, *, may_wait: bool = False, meanwhile: Meanwhile | None = None
+    ) -> Generation | SessionStatus:
         """Claim a session for one or more viewers: viewers that come while a claim is under way share its outcome.
+
+        Args:
+            session_id: the id of the session.
+            may_wait: it may wait in line for a slot.
+            meanwhile: work for the time in which Redis decides.
 
         Raises:
             Queued: the session waits in line.
@@ -125,7 +138,7 @@ class Claiming:
             self._spawn(self._pursue(pursuit))
         pursuit.may_wait = pursuit.may_wait or may_wait
         # A viewer that leaves cancels its own wait, not the claim.
-        return await pursuit.attempt.wait()
+        return await pursuit.attempt.wait(meanwhile)
 
     def withdraw(self, session_id: str) -> bool:
         """Prevent a claim under way from starting a generation. Returns True if there was a claim.
@@ -201,6 +214,9 @@ class Claiming:
             except Unauthorized as error:
                 return await self._taken_elsewhere(pursuit, error)
             pursuit.ends_ms = described.ends_ms
+            # While Redis decides, because a claim is rarely refused. In the next turn of the loop: Redis is asked at
+            # the end of this one.
+            self._loop.call_soon(self._open_ahead)
             pursuit.reservation = Reservation(
                 pursuit.claim_id,
                 pursuit.session_id,
@@ -220,7 +236,6 @@ class Claiming:
                 raise StoreUnavailable  # all viewers have left
             if pursuit.withdrawn:
                 return SessionStatus(State.PREPARED)
-            self._open_ahead()  # while Redis decides; a claim with a reservation rarely loses
         pursuit.sent = True
         return await self._sessions.claim(
             pursuit.session_id,
@@ -293,10 +308,14 @@ class _Attempt:
         self._outcome.add_done_callback(lambda done: done.exception())  # all viewers may have left
         self.waiting = 0
 
-    async def wait(self) -> Generation | SessionStatus:
+    async def wait(self, meanwhile: Meanwhile | None) -> Generation | SessionStatus:
         """Wait for the outcome and return it, or raise the error."""
         self.waiting += 1
         try:
+            if meanwhile is not None:
+                for _ in range(TURNS_TO_SEND):
+                    await asyncio.sleep(0)
+                await meanwhile()
             return await asyncio.shield(self._outcome)
         finally:
             self.waiting -= 1

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from broker.core.replay import Batch
-    from broker.relay.claiming import QuotasOf
+    from broker.relay.claiming import Meanwhile, QuotasOf
     from broker.relay.finished import FinishedSession
     from broker.relay.mirror import Mirror
     from broker.relay.source import Source
@@ -86,10 +86,23 @@ class Hub:
             quotas_of=quotas_of,
         )
 
-    async def find(self, session_id: str, cursor: Cursor | None, *, may_wait: bool = False) -> Source:
+    async def find(
+        self,
+        session_id: str,
+        cursor: Cursor | None,
+        *,
+        may_wait: bool = False,
+        meanwhile: Meanwhile | None = None,
+    ) -> Source:
         """Return the source of a session's events.
 
         A request without a cursor claims a prepared session. One with a cursor never does.
+
+        Args:
+            session_id: the id of the session.
+            cursor: the last event that the viewer has; None for none.
+            may_wait: it may wait in line for a slot.
+            meanwhile: work for the time in which Redis decides on a claim. It is not called if there is none.
 
         Raises:
             SessionNotFound, SessionExpired: there is no such session, or not any more.
@@ -101,7 +114,7 @@ class Hub:
         if here is not None:
             self._check_resuming()
             return here
-        if cursor is None and (won := await self._claim(session_id, may_wait)) is not None:
+        if cursor is None and (won := await self._claim(session_id, may_wait, meanwhile)) is not None:
             return won
         return await self._mirror(session_id, cursor)
 
@@ -158,7 +171,7 @@ class Hub:
     def _here(self, session_id: str) -> Generation | FinishedSession | None:
         return self._worker.running.get(session_id) or self._worker.finished.get(session_id)
 
-    async def _claim(self, session_id: str, may_wait: bool) -> Generation | None:
+    async def _claim(self, session_id: str, may_wait: bool, meanwhile: Meanwhile | None) -> Generation | None:
         """Claim a session. Returns None if it cannot be claimed; `_mirror` finds the reason."""
         if session_id not in self._claiming and not await self._may_claim(session_id):
             return None
@@ -168,7 +181,7 @@ class Hub:
                 raise Draining
             if len(self._worker.running) + len(self._claiming) >= self._config.max_streams:
                 raise Overloaded
-        outcome = await self._claiming.claim(session_id, may_wait=may_wait)
+        outcome = await self._claiming.claim(session_id, may_wait=may_wait, meanwhile=meanwhile)
         if isinstance(outcome, Generation):
             if outcome.was_watched:  # by another viewer that waited for the same claim
                 self._check_resuming()

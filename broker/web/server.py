@@ -105,6 +105,21 @@ def _answering_expectations(
     return handle
 
 
+def limit_stall(request: web.Request, seconds: float) -> None:
+    """Let the kernel close the connection of a request if its client takes nothing for so long."""
+    protocol = request.protocol
+    known = protocol.stall_timeout if isinstance(protocol, _Connection) else None
+    if known != seconds and request.transport is not None:
+        _limit_stall(request.transport, seconds)
+
+
+def _limit_stall(transport: asyncio.BaseTransport, seconds: float) -> None:
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux only
+    tcp = transport.get_extra_info("socket")
+    if option is not None and tcp is not None and tcp.family in (socket.AF_INET, socket.AF_INET6):
+        tcp.setsockopt(socket.IPPROTO_TCP, option, int(seconds * 1000))
+
+
 class _Server(web.Server):
     def __init__(self, *args: Any, timeouts: tuple[float, float], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -125,11 +140,11 @@ class _HeadTooLongError(HttpProcessingError):
 class _Connection(web.RequestHandler):
     """One connection. Errors quote nothing of what could not be parsed: it may be anything, such as a key."""
 
-    __slots__ = ("_body", "_head_size", "_head_timeout", "_head_timer", "_refused", "_stall_timeout")
+    __slots__ = ("_body", "_head_size", "_head_timeout", "_head_timer", "_refused", "stall_timeout")
 
     def __init__(self, server: _Server, **kwargs: Any) -> None:
         super().__init__(server, **kwargs)
-        self._head_timeout, self._stall_timeout = server.timeouts
+        self._head_timeout, self.stall_timeout = server.timeouts
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_size = 0
         self._body: StreamReader = EMPTY_PAYLOAD
@@ -138,10 +153,7 @@ class _Connection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let the kernel close a connection whose client takes nothing, also while nobody here waits for it."""
         super().connection_made(transport)
-        option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux only
-        tcp = transport.get_extra_info("socket")
-        if option is not None and tcp is not None and tcp.family in (socket.AF_INET, socket.AF_INET6):
-            tcp.setsockopt(socket.IPPROTO_TCP, option, int(self._stall_timeout * 1000))
+        _limit_stall(transport, self.stall_timeout)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Stop the timer of a head."""

@@ -55,6 +55,9 @@ async def stream(request: web.Request) -> web.StreamResponse:
         return _nothing(hdrs.CACHE_CONTROL)
     cursor: Cursor | None = None
     metrics = request.app[METRICS]
+    response = EventStream(send_timeout=request.app[SETTINGS].send_timeout)
+    wants_events = _wants_events(request)
+    prepare = partial(response.prepare, request) if wants_events else None
     with ExitStack() as places:
         try:
             cursor = _cursor(request)
@@ -69,17 +72,17 @@ async def stream(request: web.Request) -> web.StreamResponse:
             places.enter_context(request.app[OCCUPANCY].taken(session_id, address))
             await request.app[TURNS].wait()
             request[LOGGED] = {"session": short(session_id)}
-            found = await request.app[HUB].find(session_id, cursor, may_wait=_wants_events(request))
+            found = await request.app[HUB].find(session_id, cursor, may_wait=wants_events, meanwhile=prepare)
             request.app[WAITING].left(session_id)
         except BrokerError as error:
             if cursor is not None:
                 metrics.resumed("expired" if isinstance(error, SessionExpired) else "refused")
-            if not _wants_events(request):
+            if not wants_events:
                 raise
-            return await _refuse(request, error, cursor)
+            return await _refuse(request, response, error, cursor)
         if cursor is not None:
             metrics.resumed("elsewhere" if isinstance(found, Mirror) else "here")
-        return await _show(request, session_id, found, cursor, form)
+        return await _show(request, response, session_id, found, cursor, form)
 
 
 async def cancel(request: web.Request) -> web.Response:
@@ -95,11 +98,15 @@ async def cancel(request: web.Request) -> web.Response:
 
 
 async def _show(
-    request: web.Request, session_id: str, source: Source, cursor: Cursor | None, form: type[Viewer]
+    request: web.Request,
+    response: EventStream,
+    session_id: str,
+    source: Source,
+    cursor: Cursor | None,
+    form: type[Viewer],
 ) -> web.StreamResponse:
     """Send a viewer the events of a session up to its end."""
     settings, hub = request.app[SETTINGS], request.app[HUB]
-    response = EventStream(send_timeout=settings.send_timeout)
     read_journal = partial(hub.read_journal, session_id)
     viewer = form(source.feed, read_journal, response, cursor, asyncio.get_running_loop().time())
     if source.prepared_by:
@@ -107,15 +114,17 @@ async def _show(
     try:
         with hub.watching(source, viewer, resumed=cursor is not None):
             await response.open(request, jitter(settings.retry_ms))
-            async with response:
-                await viewer.follow()
+            await viewer.follow()
     finally:
         request.app[METRICS].stream_closed(response.written)
     return response
 
 
-async def _refuse(request: web.Request, error: BrokerError, cursor: Cursor | None) -> web.StreamResponse:
+async def _refuse(
+    request: web.Request, response: EventStream, error: BrokerError, cursor: Cursor | None
+) -> web.StreamResponse:
     session_id = request.match_info["session_id"]
+    say = partial(_say, request, response)
     if isinstance(error, Queued):
         request.app[WAITING].note_waiting(session_id, error.retry_ms)
     else:
@@ -124,23 +133,23 @@ async def _refuse(request: web.Request, error: BrokerError, cursor: Cursor | Non
             request.app[WAITING].left(session_id)
     if may_come_again(error):
         replaced = isinstance(error, Draining) and request.app[WORKER].replaced
-        return await _say(request, b"", jitter(COME_TO_ANOTHER_MS if replaced else COME_AGAIN_MS))
+        return await say(b"", jitter(COME_TO_ANOTHER_MS if replaced else COME_AGAIN_MS))
     if isinstance(error, Queued):
-        return await _say(request, queued_event(error.position, error.of), error.retry_ms)
+        return await say(queued_event(error.position, error.of), error.retry_ms)
     if isinstance(error, LimitError) and not (isinstance(error, BudgetExceeded) and error.final):
         # The event has no id and is not final: a page that leaves its EventSource open reconnects.
         wait = BUDGET_RETRY if isinstance(error, BudgetExceeded) else STREAMS_RETRY
-        return await _say(request, refusal_event(error, None, final=False), round(wait * 1000))
-    return await _say(request, refusal_event(error, cursor), jitter(request.app[SETTINGS].retry_ms))
+        return await say(refusal_event(error, None, final=False), round(wait * 1000))
+    return await say(refusal_event(error, cursor), jitter(request.app[SETTINGS].retry_ms))
 
 
-async def _say(request: web.Request, event: bytes, retry_ms: int) -> web.StreamResponse:
+async def _say(
+    request: web.Request, response: EventStream, event: bytes, retry_ms: int
+) -> web.StreamResponse:
     """Send a stream of one event, or of none."""
-    response = EventStream(send_timeout=request.app[SETTINGS].send_timeout)
     await response.open(request, retry_ms)
-    async with response:
-        if event:
-            response.write_now(event)
+    if event:
+        response.write_now(event)
     return response
 
 

@@ -23,6 +23,7 @@ from broker.store.pending import PendingStore
 from broker.store.sessions import Prepared, SessionStatus, SessionStore
 from tests.money import open_reservations, slots, until
 from tests.relay.test_races import FREE
+from tests.scripted import PATIENCE
 from tests.wire import Wire, wire_to
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ async def test_a_claim_that_was_never_sent_is_not_pursued(store: Store, wire: Wi
     await claimer.idle()
     await until(lambda: asyncio.sleep(0, wire.count("session") >= 1))
     assert (claimer.begun, await state_of(store)) == ([], State.PREPARED)
-    assert claimer.opened_ahead == 0
+    assert claimer.opened_ahead == 1, "which is kept for the next request"
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
     await claimer.claims.claim("session")  # as the page does that comes again
     assert claimer.begun == ["session"]
@@ -147,6 +148,35 @@ async def test_viewers_that_leave_before_a_claim_is_sent_take_it_along(
     for viewer in waiting:
         viewer.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
+    wire.unblock()
+    await claimer.idle()
+    assert (claimer.begun, await state_of(store)) == ([], State.PREPARED)
+    assert await slots(store.redis) == await open_reservations(store.redis) == 0
+
+
+async def test_a_viewer_works_while_redis_decides(wire: Wire, claimer: Claimer) -> None:
+    wire.block = RESERVE
+    worked = asyncio.Event()
+
+    async def work() -> None:
+        worked.set()
+
+    viewer = asyncio.create_task(claimer.claims.claim("session", meanwhile=work))
+    await wire.until_blocked()
+    async with asyncio.timeout(PATIENCE):
+        await worked.wait()
+    assert not viewer.done()
+    wire.unblock()
+    assert begun(await viewer)
+
+
+async def test_a_viewer_whose_work_fails_has_left(store: Store, wire: Wire, claimer: Claimer) -> None:
+    async def fail() -> None:
+        raise ConnectionResetError
+
+    wire.block = RESERVE
+    with pytest.raises(ConnectionResetError):
+        await claimer.claims.claim("session", meanwhile=fail)
     wire.unblock()
     await claimer.idle()
     assert (claimer.begun, await state_of(store)) == ([], State.PREPARED)

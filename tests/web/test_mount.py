@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -403,3 +404,28 @@ async def test_the_whole_application_may_be_the_brokers(valkey_url: str, upstrea
         answer = await root.post()
         assert answer.headers["Location"] == f"/stream/{answer.json['sessionId']}"
         assert json.loads((await root.ask("GET", "/nowhere")).text)["error"]["code"] == "not_found"
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel has no such limit")
+async def test_the_kernel_waits_for_a_page_of_a_server_that_is_not_ours(
+    valkey_url: str, upstream: ScriptedUpstream
+) -> None:
+    """Our own server sets this limit for each connection. Another one does not."""
+    upstream.replies = [plain]
+    limits: list[int] = []
+
+    @web.middleware
+    async def note(request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await handler(request)
+        if request.method == "GET" and request.transport is not None:
+            tcp = request.transport.get_extra_info("socket")
+            limits.append(tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+        return response
+
+    app = web.Application(middlewares=[note])
+    setup(app, prefix="/ai", settings=chosen(valkey_url, upstream, send_timeout=7))
+    async with served(app) as root:
+        broker = under(root, "/ai")
+        session = (await broker.post()).json["sessionId"]
+        assert (await broker.read(session))[-1].kind == "done"
+    assert limits == [7000]
