@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
 from broker.core.bytes_per_token import Sample, estimate, without_variant
 from broker.core.errors import StoreUnavailable
+from broker.store.bytes_per_token import KEPT_OF_CLIENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +34,13 @@ PAUSE = 5.0
 MAX_IN_MEMORY = 1000
 """Models in memory. Above it, the one that was read or learned longest ago is dropped."""
 
+LEARN_AGAIN = 10.0
+"""Seconds in which `KEPT_OF_CLIENT` samples of a client and a model are stored, as many as Redis keeps. More would
+replace each other within the same moment, and each costs a worker as much as ten chunks."""
+
+MAX_COUNTED = 1000
+"""Clients and models whose samples are counted. Above it, the count that began longest ago is dropped."""
+
 MAX_READS = 8
 """Reads at the same time. A further one waits until its model is asked for again."""
 
@@ -43,6 +52,14 @@ class _Cached(NamedTuple):
 
     bytes_per_token: float | None
     fresh_until: float
+
+
+@dataclass(slots=True)
+class _Count:
+    """The samples of a client and a model until a time."""
+
+    until: float
+    samples: int = 0
 
 
 class BytesPerToken:
@@ -66,6 +83,7 @@ class BytesPerToken:
         self._clock = clock
         self._cached: dict[str, _Cached] = {}
         self._reads: dict[str, asyncio.Task[None]] = {}
+        self._learned: dict[tuple[str, str], _Count] = {}
         self._retry_at = 0.0
         self._closed = False
 
@@ -87,8 +105,11 @@ class BytesPerToken:
         }
 
     async def learn(self, sample: Sample) -> None:
-        """Add the sample of an answer for all workers, and for this one at once. It is lost where Redis is away."""
-        if self._clock() < self._retry_at:
+        """Add the sample of an answer for all workers, and for this one at once.
+
+        It is dropped where Redis is away, or where the same client has given enough of them lately.
+        """
+        if self._clock() < self._retry_at or self._has_enough(sample):
             return
         try:
             self._cache(sample.model, await self._store.learn(sample))
@@ -106,6 +127,18 @@ class BytesPerToken:
             read.cancel()
         if reads:
             await asyncio.wait(reads)
+
+    def _has_enough(self, sample: Sample) -> bool:
+        """Count a sample. Returns True if its client has given `KEPT_OF_CLIENT` others of its model lately."""
+        key, now = (sample.client, sample.model), self._clock()
+        count = self._learned.get(key)
+        if count is None or now >= count.until:
+            self._learned.pop(key, None)
+            count = self._learned[key] = _Count(now + LEARN_AGAIN)
+            if len(self._learned) > MAX_COUNTED:
+                del self._learned[next(iter(self._learned))]
+        count.samples += 1
+        return count.samples > KEPT_OF_CLIENT
 
     def _is_due(self, name: str, now: float) -> bool:
         cached = self._cached.get(name)

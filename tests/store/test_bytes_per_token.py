@@ -10,7 +10,15 @@ from typing import TypeVar
 import pytest
 import pytest_asyncio
 
-from broker.bytes_per_token import FRESH, MAX_IN_MEMORY, MAX_READS, PAUSE, BytesPerToken
+from broker.bytes_per_token import (
+    FRESH,
+    LEARN_AGAIN,
+    MAX_COUNTED,
+    MAX_IN_MEMORY,
+    MAX_READS,
+    PAUSE,
+    BytesPerToken,
+)
 from broker.core.bytes_per_token import Sample, estimate
 from broker.core.errors import StoreUnavailable
 from broker.store.bytes_per_token import KEPT_OF_CLIENT, KEPT_OF_MODEL, MAX_MODELS, TTL, BytesPerTokenStore
@@ -455,3 +463,24 @@ async def test_many_odd_answers_of_one_client_change_estimates_little(
     found = await bytes_per_token.of(["a/b"])
     assert found["a/b"] == pytest.approx(4.0, rel=0.05)
     assert found["a/b"] == estimate((await density.load(["a/b"]))["a/b"])
+
+
+async def test_many_answers_at_once_are_not_all_stored(gated: Gated, clock: Clock, worker: Worker) -> None:
+    """Redis keeps so many of a client; more would only replace each other."""
+    known = worker(gated)
+    for _ in range(KEPT_OF_CLIENT + 10):
+        await known.learn(sample(4.0))
+    assert gated.lessons == KEPT_OF_CLIENT
+    await known.learn(sample(4.0, client="another"))
+    await known.learn(sample(4.0, model="another/model"))
+    assert gated.lessons == KEPT_OF_CLIENT + 2
+    clock.now += LEARN_AGAIN
+    await known.learn(sample(4.0))
+    assert gated.lessons == KEPT_OF_CLIENT + 3
+
+
+async def test_the_counts_of_clients_are_bounded(gated: Gated, worker: Worker) -> None:
+    known = worker(gated)
+    for number in range(MAX_COUNTED + 5):
+        known._has_enough(sample(4.0, client=f"client {number}"))
+    assert len(known._learned) == MAX_COUNTED
