@@ -283,7 +283,7 @@ class Store:
         await self._run_everywhere(self._loads())
 
     async def leave_old_primary(self) -> None:
-        """Close the connections to a server that a Sentinel has replaced. Takes 0.3 s at most."""
+        """Close the connections to a server that a Sentinel has replaced. Takes `ASK_SENTINEL` at most."""
         await self._servers.leave_old_primary()
 
     async def takes_writes(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -22,14 +23,18 @@ from broker.store.cluster import Cluster
 from broker.store.node import Node, Pool
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from redis.asyncio.connection import AbstractConnection
 
     from broker.store.call import Call
 
-ASK_SENTINEL: Final = 0.3
-"""Maximum seconds for which one sentinel is asked. Then the next one is."""
+ASK_SENTINEL: Final = 0.6
+"""Maximum seconds for which one sentinel is asked. A new connection by TLS takes five round trips, so each may take
+120 ms. A call has a second in all, and needs a part of it to connect to the primary."""
+
+NEXT_SENTINEL: Final = 0.1
+"""Seconds after which the next sentinel is asked beside the ones before, because those may be frozen or cut off."""
 
 _LOCATION: Final = ("host", "port")
 
@@ -186,20 +191,18 @@ class SentinelPool(Pool):
             MasterNotFoundError: no sentinel knows one that seems to live.
         """
         causes, older = [], []
-        for sentinel in self._sentinels:
-            try:
-                named = await self._ask(sentinel)
-            except (RedisError, OSError, TimeoutError) as error:
-                causes.append(f"{type(error).__name__} {error}".strip())
-                continue
-            if not named.lives:
-                causes.append("the primary is down")
-            elif named.epoch < self._epoch:
-                older.append(named)
-            else:
-                self._ask_first(sentinel)
-                self._epoch = named.epoch
-                return named.address
+        async with aclosing(self._answers()) as answers:
+            async for sentinel, named in answers:
+                if not isinstance(named, Named):
+                    causes.append(f"{type(named).__name__} {named}".strip())
+                elif not named.lives:
+                    causes.append("the primary is down")
+                elif named.epoch < self._epoch:
+                    older.append(named)
+                else:
+                    self._ask_first(sentinel)
+                    self._epoch = named.epoch
+                    return named.address
         if 2 * len(older) > len(self._sentinels):  # the sentinels were replaced by new ones
             newest = max(older, key=lambda each: each.epoch)
             self._epoch = newest.epoch
@@ -222,6 +225,30 @@ class SentinelPool(Pool):
         self._epoch = newest.epoch
         return newest.address
 
+    async def _answers(self) -> AsyncGenerator[tuple[Redis, Named | Exception], None]:
+        """Ask all sentinels, each `NEXT_SENTINEL` after the one before or when that has answered.
+
+        Yields each answer as it comes. If the caller needs no more, the others are not asked any longer.
+        """
+        later = list(reversed(self._sentinels))
+        asked: dict[asyncio.Task[Named], Redis] = {}
+        try:
+            while later or asked:
+                if later:
+                    sentinel = later.pop()
+                    asked[asyncio.create_task(self._ask(sentinel))] = sentinel
+                done, _ = await asyncio.wait(
+                    asked,
+                    timeout=NEXT_SENTINEL if later else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                for answered in done:
+                    yield asked.pop(answered), _named_or_error(answered)
+        finally:
+            for asking in asked:
+                asking.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
     async def _ask(self, sentinel: Redis) -> Named:
         async with asyncio.timeout(ASK_SENTINEL):
             state: Any = await sentinel.sentinel_master(self._service)
@@ -236,3 +263,10 @@ class SentinelPool(Pool):
         await super().aclose()
         pools = [each.connection_pool for each in self._sentinels]
         await asyncio.gather(*(pool.aclose() for pool in pools), return_exceptions=True)
+
+
+def _named_or_error(asked: asyncio.Task[Named]) -> Named | Exception:
+    try:
+        return asked.result()
+    except (RedisError, OSError, TimeoutError) as error:
+        return error

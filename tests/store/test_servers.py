@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from redis.asyncio import Redis
 from redis.asyncio.sentinel import MasterNotFoundError
 
 from broker.settings import Settings
-from broker.store.servers import Address, Credentials, Named, SentinelPool
+from broker.store.servers import NEXT_SENTINEL, Address, Credentials, Named, SentinelPool
+from tests.scripted import PATIENCE
 
 SENTINELS = "redis+sentinel://ann:one@a:1,b:2/main/3?sentinel_username=eve&sentinel_password=two"
 CLUSTER = "redis+cluster://ann:one@a:1,b:2"
@@ -56,22 +59,31 @@ class Told(SentinelPool):
     """Its sentinels say what the test says.
 
     Attributes:
-        told: what each says, by its port.
+        told: what each says, by its port; None for nothing, as one that is frozen.
+        given_up: the ports of those that were asked and then not waited for.
     """
 
     def __init__(self) -> None:
         address = Address.parse("redis+sentinel://s:1,s:2,s:3/main/0")
         assert address.several is not None
         super().__init__(address, address.several, self._connected)
-        self.told: dict[int, Named | Exception] = {}
+        self.told: dict[int, Named | Exception | None] = {}
+        self.given_up: set[int] = set()
 
     async def _connected(self, _: object) -> None:
         pass
 
     async def _ask(self, sentinel: Redis) -> Named:
-        told = self.told[sentinel.connection_pool.connection_kwargs["port"]]
+        port = sentinel.connection_pool.connection_kwargs["port"]
+        told = self.told[port]
+        if told is None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.given_up.add(port)
         if isinstance(told, Exception):
             raise told
+        assert told is not None
         return told
 
 
@@ -114,3 +126,21 @@ async def test_a_primary_that_seems_dead_is_not_named() -> None:
     assert await pool.find_primary() is None
     with pytest.raises(MasterNotFoundError, match="the primary is down"):
         await pool.get_master_address()
+
+
+async def test_sentinels_that_do_not_answer_are_not_waited_for() -> None:
+    pool = Told()
+    pool.told = {1: None, 2: None, 3: AFTER}
+    async with asyncio.timeout(PATIENCE):
+        assert await pool.get_master_address() == NEW
+    assert pool.given_up == {1, 2}
+
+
+async def test_who_gives_up_leaves_no_question_behind() -> None:
+    pool = Told()
+    pool.told = dict.fromkeys((1, 2, 3))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(3.5 * NEXT_SENTINEL):
+            await pool.get_master_address()
+    assert pool.given_up == {1, 2, 3}
+    assert asyncio.all_tasks() == {asyncio.current_task()}
