@@ -240,11 +240,14 @@ class Reaper:
         if answer is None:  # an end is stored for longer than its journal
             spent, generation_id = spent_in_end(session.end_data, orphan.worst), None
         else:
+            awaits_prices = self._settlement.awaits_prices(
+                orphan
+            )  # asked before: they may come while it counts
             spent = await self._settlement.count(
                 answer, orphan, prompt_tokens=session.spec.prompt_tokens, asked=True
             )
             generation_id = answer.generation_id
-            if self._settlement.may_be_priced_later(orphan, spent):  # nobody waits for it, unlike for an end
+            if spent.cost is None and awaits_prices:  # nobody waits for it, unlike for an end
                 await self._accounts.put_off([orphan])
                 return
         await self._settlement.settle(orphan, spent, state, generation_id)

@@ -118,14 +118,13 @@ class Settlement:
                 cost = max(cost or 0, least)
         return usage_of(usage, cost, estimated=not reported and reported_cost(usage) is None)
 
-    def may_be_priced_later(self, reservation: Reservation, usage: Usage) -> bool:
-        """Return True if the cost of this usage is unknown only because this worker has just started.
+    def awaits_prices(self, reservation: Reservation) -> bool:
+        """Return True if this worker has just started and knows no prices, so that it cannot tell this cost yet.
 
         The request had a price when it was admitted, so there is a list of prices, which this worker will have soon.
         """
         return (
-            usage.cost is None
-            and reservation.worst.cost > 0
+            reservation.worst.cost > 0
             and not self._money.has_prices()
             and self._clock() - self._started < PRICES_AWAITED
         )

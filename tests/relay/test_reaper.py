@@ -174,15 +174,22 @@ class Listing:
 
     Attributes:
         prices: of every model; None until there is a list.
+        looks: how often the worker has looked for prices.
+        come_after: just after so many looks they come; 0 for not by themselves.
         clock: the worker's clock.
     """
 
     def __init__(self) -> None:
         self.prices: Prices | None = None
+        self.looks = self.come_after = 0
         self.clock = Clock()
 
     async def prices_of(self, _model: str) -> Prices | None:
-        return self.prices
+        known = self.prices
+        self.looks += 1
+        if self.looks == self.come_after:
+            self.prices = PRICES
+        return known
 
     def reaper(self, dead: Dead) -> Reaper:
         """Return the reaper of this worker."""
@@ -202,6 +209,17 @@ async def test_a_worker_without_prices_settles_for_a_dead_one_when_it_has_them(s
         assert isinstance(record, SessionRecord)
         assert record.state is State.LOST  # viewers do not wait for prices
     listing.prices = PRICES
+    await dead.found_by(reaper)
+    assert await ledger(store.redis) == Ledger(1, 1, 4 + 2, (4 + 2) * 1000)
+
+
+async def test_prices_that_come_while_a_worker_counts_are_used_next_time(store: Store) -> None:
+    dead, listing = Dead(store), Listing()
+    await dead.said("1", CHUNK)
+    listing.come_after = 2  # one for the model that answered, one for the one that was asked
+    reaper = listing.reaper(dead)
+    await dead.found_by(reaper)
+    assert (listing.looks, await dead.is_open("1")) == (2, True)
     await dead.found_by(reaper)
     assert await ledger(store.redis) == Ledger(1, 1, 4 + 2, (4 + 2) * 1000)
 
