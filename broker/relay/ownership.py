@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import structlog
 
 from broker.core.errors import StoreUnavailable
-from broker.core.session import State, short
+from broker.core.session import ENDED, State, short
 from broker.relay.finishing import ALL, NOTHING
 from broker.relay.rounds import for_each
 
@@ -146,7 +146,10 @@ class Ownership:
         """
         left: list[Ours] = [*self._running.values(), *self._finished.values()]
         for _ in range(REWRITE_TRIES):
-            left = await self._rewrite(await self._forgotten(left))
+            forgotten, ended_elsewhere = await self._compare(left)
+            if ended_elsewhere:
+                self._spawn(self._settle_again(ended_elsewhere))
+            left = await self._rewrite(forgotten)
             if not left:
                 return
             await asyncio.sleep(REWRITE_PAUSE)
@@ -159,16 +162,19 @@ class Ownership:
                 return found
         return None
 
-    async def _forgotten(self, sessions: Iterable[Ours]) -> list[Ours]:
-        """Return the sessions of which Redis knows less than this worker."""
+    async def _compare(self, sessions: Iterable[Ours]) -> tuple[list[Ours], list[Ours]]:
+        """Return the sessions of which Redis knows less than this worker, and those that ended here and elsewhere."""
         forgotten: list[Ours] = []
+        ended_elsewhere: list[Ours] = []
         rest = iter(sessions)
         while part := list(islice(rest, CHECK_AT_ONCE)):
             records = await self._sessions.describe_many([each.session_id for each in part])
-            forgotten += [
-                each for each, record in zip(part, records, strict=True) if _knows_more(each, record)
-            ]
-        return forgotten
+            for each, record in zip(part, records, strict=True):
+                if _knows_more(each, record):
+                    forgotten.append(each)
+                elif _has_another_end(each, record):
+                    ended_elsewhere.append(each)
+        return forgotten, ended_elsewhere
 
     async def _rewrite(self, sessions: Sequence[Ours]) -> list[Ours]:
         """Write these again. Returns the sessions that Redis refused."""
@@ -295,4 +301,20 @@ def _knows_more(session: Ours, record: SessionRecord | StoreUnavailable | None) 
         record.state is State.RUNNING
         and record.claim_id == session.claim_id
         and session.state is not State.RUNNING
+    )
+
+
+def _has_another_end(session: Ours, record: SessionRecord | StoreUnavailable | None) -> bool:
+    """Returns True if a session has ended here, and Redis has another end of it.
+
+    That end stays. But who wrote it, for a worker that seemed dead, may have booked an estimate of what is known here.
+    This happens where this worker was cut off together with an old primary.
+    """
+    return (
+        record is not None
+        and not isinstance(record, StoreUnavailable)
+        and record.claim_id == session.claim_id
+        and record.state in ENDED
+        and (end := session.feed.end) is not None
+        and record.end_data != end.data
     )

@@ -11,6 +11,7 @@ from uuid import uuid4
 import pytest
 import pytest_asyncio
 
+from broker.core.accounts import Usage
 from broker.core.events import chunk_events
 from broker.core.replay import Batch, read_on
 from broker.core.session import Cursor, State, Terminal
@@ -134,6 +135,42 @@ async def test_a_session_lost_from_claim_to_end_is_paid_once(store: Store, resum
         await owner.worker.tasks.finish(10)
         assert await is_paid()
         assert len(owner.upstream.requests) == 1
+
+
+async def test_what_another_worker_has_estimated_meanwhile_is_corrected(store: Store) -> None:
+    """This worker was cut off together with an old primary: it ended a session there that another worker gave up."""
+    async with running_worker(store) as owner:
+        generation = await owner.start()
+        await chunks(owner, generation, 1)
+        before = await Snapshot(store, generation.session_id).take()
+        running = {
+            key: await cast("Any", store.redis).dump(key) for key in await store.redis.keys("*:{a*}:*")
+        }
+        owner.streams[0].send(FINISH, TOLD_USAGE, DONE, None)
+        assert await generation.ended() is State.DONE
+        booked = await ledger(store.redis)
+        assert (booked.requests, booked.spent_tokens) == (1, 15)
+
+        await store.redis.flushall()  # the new primary, and what it knew
+        await before.restore()
+        for key, dump in running.items():
+            await cast("Any", store.redis).restore(key, 600_000, dump, replace=True)
+        session, claim = generation.session_id, generation.claim_id
+        await owner.sessions.mark_lost(session, claim, error=b"{}", cancelled=b"{}")
+        estimate = Usage(prompt=3, completion=1, estimated=True)
+        await owner.accounts.settle(generation.reservation, estimate, State.LOST)
+        assert (await ledger(store.redis)).spent_tokens == 4
+
+        await owner.worker._ownership.rewrite_sessions()
+
+        async def is_corrected() -> bool:
+            now = await ledger(store.redis)
+            return (now.requests, now.spent_tokens, now.estimated) == (1, 15, 0)
+
+        await until(is_corrected)
+        record = await owner.sessions.describe(session)
+        assert record is not None
+        assert record.state is State.LOST, "the end that readers have seen stays"
 
 
 async def test_lost_events_are_written_again(store: Store, owner: FakeWorker) -> None:
