@@ -31,23 +31,25 @@ Servers = ValkeyProcess | SentinelSet | ValkeyCluster
 
 
 def running_servers(
-    *, keeps: bool = False, down_after_ms: int = DOWN_AFTER_MS
+    kind: str = "", *, keeps: bool = False, down_after_ms: int = DOWN_AFTER_MS
 ) -> AbstractAsyncContextManager[Servers]:
-    """Run servers of this run's kind during a block.
+    """Run servers during a block.
 
     Args:
+        kind: one of `KINDS`; by default this run's.
         keeps: they survive a power cut.
         down_after_ms: milliseconds of silence after which a primary is replaced, where there is another.
     """
-    if harness.KIND == "plain":
+    kind = kind or harness.KIND
+    if kind == "plain":
         return running_valkey(keeps=keeps)
-    return _several(keeps=keeps, down_after_ms=down_after_ms)
+    return _several(kind, keeps=keeps, down_after_ms=down_after_ms)
 
 
 def _several(
-    *, keeps: bool = False, down_after_ms: int = DOWN_AFTER_MS
+    kind: str, *, keeps: bool = False, down_after_ms: int = DOWN_AFTER_MS
 ) -> AbstractAsyncContextManager[SentinelSet | ValkeyCluster]:
-    start = sentinel_set if harness.KIND == "sentinel" else valkey_cluster
+    start = sentinel_set if kind == "sentinel" else valkey_cluster
     return start(keeps=keeps, down_after_ms=down_after_ms)
 
 
@@ -84,6 +86,6 @@ class SharedServers:
 
     async def _emptied(self, program: str) -> str:
         if program not in self._sets:
-            self._sets[program] = await self._stack.enter_async_context(_several())
+            self._sets[program] = await self._stack.enter_async_context(_several(harness.KIND))
         await self._sets[program].empty()
         return self._sets[program].url

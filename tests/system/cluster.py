@@ -474,6 +474,7 @@ SETTINGS: Mapping[str, str] = {
 async def running_cluster(
     workers: int = 2,
     *,
+    servers: str = "",
     keeps: bool = False,
     down_after_ms: int = DOWN_AFTER_MS,
     models: bytes | None = None,
@@ -483,13 +484,16 @@ async def running_cluster(
 
     Args:
         workers: how many.
+        servers: one of `tests.kinds.KINDS`; by default this run's.
         keeps: their Valkey survives a power cut.
         down_after_ms: milliseconds of silence after which a primary is replaced, where there is another.
         models: the list that their upstream gives.
         settings: of all of them, named as in the environment without ``BROKER_``, in lower case.
     """
     async with AsyncExitStack() as stack:
-        valkey = await stack.enter_async_context(running_servers(keeps=keeps, down_after_ms=down_after_ms))
+        valkey = await stack.enter_async_context(
+            running_servers(servers, keeps=keeps, down_after_ms=down_after_ms)
+        )
         upstream = Upstream(await stack.enter_async_context(scripted_upstream()))
         stack.push_async_callback(upstream.close)
         upstream.scripted.models = models

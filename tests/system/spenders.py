@@ -15,6 +15,7 @@ from tests.events import Broken
 from tests.money import PRICE, TOTAL, Ledger, ledger
 from tests.system.biller import MAX_TOKENS
 from tests.system.cluster import Session, question
+from tests.system.harness import ValkeyProcess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -158,6 +159,8 @@ class Spenders:
     async def _hurt(self, ends_at: float) -> None:
         loop = asyncio.get_running_loop()
         faults: list[Callable[[], Any]] = [self._kill, self._freeze, self._restart_redis, self._freeze_redis]
+        if not isinstance(self.cluster.valkey, ValkeyProcess):
+            faults += [self._kill_primary, self._freeze_primary]
         while loop.time() < ends_at - 5:
             await asyncio.sleep(self.random.uniform(1, 4))
             fault = self.random.choice(faults)
@@ -184,8 +187,30 @@ class Spenders:
 
     async def _freeze_redis(self) -> None:
         self.cluster.valkey.freeze()
-        await asyncio.sleep(self.random.choice([0.2, 1.5, 5]))
-        self.cluster.valkey.thaw()
+        servers = self.cluster.valkey
+        # A sentinel that has stood still for 2 s replaces nothing for the next 30 s.
+        await asyncio.sleep(
+            self.random.choice([0.2, 1.5, 5] if isinstance(servers, ValkeyProcess) else [0.2, 1.5])
+        )
+        servers.thaw()
+        if not isinstance(servers, ValkeyProcess):
+            await servers.settled()
+
+    async def _kill_primary(self) -> None:
+        servers = self.cluster.valkey
+        assert not isinstance(servers, ValkeyProcess), "it has no replica"
+        await servers.fail_over(self.random.choice(await servers.primaries()))
+        await asyncio.sleep(self.random.uniform(0, 2))
+        await servers.heal()
+
+    async def _freeze_primary(self) -> None:
+        servers = self.cluster.valkey
+        assert not isinstance(servers, ValkeyProcess), "it has no replica"
+        primary = self.random.choice(await servers.primaries())
+        primary.freeze()
+        await asyncio.sleep(self.random.choice([0.5, 2, 4]))  # it may be replaced meanwhile
+        primary.thaw()
+        await servers.settled()
 
     async def _watch_the_law(self, over: asyncio.Event) -> None:
         """Each account is one key, so each reading is of one moment.
@@ -195,13 +220,22 @@ class Spenders:
         while not over.is_set():
             await asyncio.sleep(0.02)
             try:
-                async with asyncio.timeout(1), self.cluster.redis() as redis:
-                    for name, limit in self.limits.items():
-                        keys: Any = await redis.keys(name)
-                        for key in keys:
-                            self._check(name, key.decode(), limit, await redis.hgetall(key))
+                async with asyncio.timeout(1):
+                    for primary in await self._primaries():
+                        await self._check_accounts(primary)
             except (RedisError, OSError, TimeoutError):
                 continue
+
+    async def _primaries(self) -> list[ValkeyProcess]:
+        servers = self.cluster.valkey
+        return [servers] if isinstance(servers, ValkeyProcess) else await servers.primaries()
+
+    async def _check_accounts(self, primary: ValkeyProcess) -> None:
+        async with primary.client() as redis:
+            for name, limit in self.limits.items():
+                keys: Any = await redis.keys(name)
+                for key in keys:
+                    self._check(name, key.decode(), limit, await redis.hgetall(key))
 
     def _check(self, name: str, key: str, limit: int, fields: Any) -> None:
         days, months = (
@@ -305,9 +339,28 @@ async def _settled(redis: Redis) -> dict[str, list[dict[str, str]]]:
     """The settled reservations, by session."""
     found: dict[str, list[dict[str, str]]] = {}
     keys: Any = await redis.keys("*:{a*}:reservation:*")
+    sessions: dict[str, str] = {}
     for key in keys:
         fields: Any = await redis.hgetall(key)
         record = {name.decode(): value.decode() for name, value in fields.items()}
-        if record["state"] == "settled":
-            found.setdefault(record["session"], []).append(record)
+        if record["state"] != "settled":
+            continue
+        session = record.get("session")
+        if (
+            session is None
+        ):  # a failover had forgotten the reservation, so that its settlement wrote a new record
+            sessions = sessions or await _sessions_by_claim(redis)
+            session = sessions[key.decode().rpartition(":")[2]]
+        found.setdefault(session, []).append(record)
+    return found
+
+
+async def _sessions_by_claim(redis: Redis) -> dict[str, str]:
+    """The ids of the sessions, by those of their claims."""
+    found: dict[str, str] = {}
+    keys: Any = await redis.keys("*:session:{*}")
+    for key in keys:
+        claim: Any = await redis.hget(key, "claim_id")
+        if claim:
+            found[claim.decode()] = key.decode().rpartition("{")[2].rstrip("}")
     return found
