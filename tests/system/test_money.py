@@ -198,7 +198,7 @@ async def test_a_long_freeze_of_redis_frees_no_slot() -> None:
             await asyncio.sleep(LEASE + 2)  # as long as that is
             cluster.valkey.thaw()
             # Its claim was never sent, and its page has left: it is claimed when the page comes again.
-            again = asyncio.create_task(late.read(cluster.workers[0]))
+            again = asyncio.create_task(late.read_through(cluster.workers[0]))
             calls.append(await late.call())
 
             async def renewed() -> bool:

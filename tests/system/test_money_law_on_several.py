@@ -20,4 +20,4 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 @pytest.mark.parametrize("servers", ["sentinel", "cluster"])
 async def test_no_account_exceeds_its_limit_where_primaries_are_lost(servers: str, tmp_path: Path) -> None:
-    await check_the_law(tmp_path, seconds=30.0, servers=servers, down_after_ms=DOWN_AFTER_MS, redis_wait=1)
+    await check_the_law(tmp_path, seconds=20.0, servers=servers, down_after_ms=DOWN_AFTER_MS, redis_wait=1)
