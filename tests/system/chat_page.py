@@ -6,7 +6,7 @@ import re
 
 from playwright.async_api import Locator, Page, expect
 
-PATIENCE = 30_000
+PATIENCE = 60_000
 expect.set_options(timeout=PATIENCE)
 ROOM = {"BROKER_RATE_LIMIT": "1000/minute", "BROKER_MAX_CONCURRENT_STREAMS": "50", "BROKER_RETRY_MS": "500"}
 ECHO = "rehearsal/echo"

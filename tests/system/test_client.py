@@ -28,7 +28,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 ROOM = {"BROKER_RATE_LIMIT": "10000/minute", "BROKER_MAX_CONCURRENT_STREAMS": "50", "BROKER_RETRY_MS": "500"}
 KEYS = {**ROOM, "BROKER_API_KEYS": "reader:a-key-for-the-reader"}
 ONE = {**ROOM, "BROKER_MAX_CONCURRENT_STREAMS": "1"}
-PATIENCE = 30_000
+PATIENCE = 60_000
 LONG = " ".join(f"word{n}" for n in range(500))  # the echo of it takes about five seconds
 UNDER_WAY = "window.text?.includes('word40 ')"
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
-PATIENCE = 30_000
+PATIENCE = 60_000
 QUESTION = {"model": "rehearsal/echo", "messages": [{"role": "user", "content": "Two apples."}]}
 LOGIN: dict[str, str | float | bool] = {"name": "anna", "password": "apples"}
 
