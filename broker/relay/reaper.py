@@ -240,9 +240,8 @@ class Reaper:
         if answer is None:  # an end is stored for longer than its journal
             spent, generation_id = spent_in_end(session.end_data, orphan.worst), None
         else:
-            awaits_prices = self._settlement.awaits_prices(
-                orphan
-            )  # asked before: they may come while it counts
+            # Asked before, because the prices may come while the usage is counted.
+            awaits_prices = self._settlement.awaits_prices(orphan)
             spent = await self._settlement.count(
                 answer, orphan, prompt_tokens=session.spec.prompt_tokens, asked=True
             )

@@ -65,6 +65,11 @@ class EventStream(EventSourceResponse):
         limit_stall(request, self._stall_timeout)
         await super().write(opening(retry_ms))
 
+    @property
+    def is_open(self) -> bool:
+        """True if the headers were sent."""
+        return self._transport is not None
+
     def write_now(self, block: bytes) -> int:
         """Write bytes to the socket without waiting, and return the backlog.
 

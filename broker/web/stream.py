@@ -8,12 +8,14 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
+import structlog
 from aiohttp import hdrs, web
 
 from broker.core.errors import (
     BrokerError,
     BudgetExceeded,
     Draining,
+    InternalError,
     InvalidRequest,
     LimitError,
     Queued,
@@ -28,12 +30,25 @@ from broker.relay.viewer import Viewer
 from broker.store.accounts import BUDGET_RETRY, STREAMS_RETRY
 from broker.web.errors import json_response, may_come_again
 from broker.web.eventstream import EventStream, jitter
-from broker.web.keys import HUB, LOGGED, METRICS, OCCUPANCY, RESOLVER, SETTINGS, TURNS, WAITING, WORKER
+from broker.web.keys import (
+    HUB,
+    LOGGED,
+    METRICS,
+    OCCUPANCY,
+    REQUEST_ID,
+    RESOLVER,
+    SETTINGS,
+    TURNS,
+    WAITING,
+    WORKER,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from broker.relay.source import Source
+
+log = structlog.get_logger(__name__)
 
 FORMS: Mapping[str, type[Viewer]] = {"": Viewer, "chunk": Viewer, "token": TokenViewer}
 """The values of ``events``: the forms of a session, and their viewers."""
@@ -53,9 +68,22 @@ async def stream(request: web.Request) -> web.StreamResponse:
     """
     if _is_prefetch(request):
         return _nothing(hdrs.CACHE_CONTROL)
+    response = EventStream(send_timeout=request.app[SETTINGS].send_timeout)
+    try:
+        return await _stream(request, response)
+    except (BrokerError, ConnectionError):
+        raise
+    except Exception:
+        if not response.prepared or response.is_open:
+            raise
+        # No other response can be sent: the headers of this one have decided how a body is encoded.
+        log.exception("internal error", request_id=request[REQUEST_ID])
+        return await _refuse(request, response, InternalError(), None)
+
+
+async def _stream(request: web.Request, response: EventStream) -> web.StreamResponse:
     cursor: Cursor | None = None
     metrics = request.app[METRICS]
-    response = EventStream(send_timeout=request.app[SETTINGS].send_timeout)
     wants_events = _wants_events(request)
     prepare = partial(response.prepare, request) if wants_events else None
     with ExitStack() as places:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import pytest
 
 from broker.core.session import is_session_id
+from broker.web import keys
 from tests.broker import Broker, running
 from tests.events import Event
+from tests.relay.fakes import BugError
 from tests.replies import plain
 from tests.scripted import Call, ScriptedUpstream, chunk
 from tests.web.outcomes import ids, started, text
@@ -226,3 +229,24 @@ async def test_an_id_as_we_hand_it_out_is_one(broker: Broker) -> None:
 
 async def test_a_path_beyond_a_session_is_nothing(broker: Broker) -> None:
     assert (await broker.ask("GET", f"/stream/{UNKNOWN}/more")).status == 404
+
+
+async def test_a_bug_while_a_session_is_claimed_is_told_as_an_event(
+    broker: Broker, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The headers of the stream are built by then, so that an answer in JSON would be no HTTP."""
+    upstream.replies = [plain]
+    session = await broker.prepare()
+
+    hub = broker.app[keys.HUB]
+    claim = hub._claim
+
+    async def fail(*args: Any) -> NoReturn:
+        await claim(*args)
+        raise BugError
+
+    monkeypatch.setattr(hub, "_claim", fail)
+    [event] = await broker.read(session)
+    assert (event.kind, event.json["code"], event.json["final"]) == ("error", "internal_error", True)
+    monkeypatch.undo()
+    assert (await broker.read(session))[-1].kind == "done"
