@@ -10,7 +10,6 @@ from aiohttp import hdrs, web
 from aiohttp_sse import EventSourceResponse
 
 from broker.core.sse import encode_comment, encode_retry
-from broker.web.server import limit_stall
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
@@ -31,7 +30,7 @@ class EventStream(EventSourceResponse):
     _send_headers_immediately = False  # of aiohttp: they are sent with the first bytes of the body
 
     def __init__(self, *, send_timeout: float) -> None:
-        super().__init__(sep="\n")
+        super().__init__(sep="\n", send_timeout=send_timeout)
         self.headers[hdrs.CONTENT_TYPE] = "text/event-stream; charset=utf-8"
         self.headers[hdrs.CACHE_CONTROL] = "no-cache, no-transform"
         del self.headers[hdrs.CONNECTION]  # the connection itself adds this header
@@ -62,7 +61,9 @@ class EventStream(EventSourceResponse):
         self._writer = await self.prepare(request)
         self._transport = request.transport
         self._chunks = request.version >= (1, 1)
-        limit_stall(request, self._stall_timeout)
+        # Our own server has set this limit for the connection. The library takes its own back after the stream.
+        if getattr(request.protocol, "stall_timeout", None) != self._stall_timeout:
+            self._set_tcp_user_timeout(request)
         await super().write(opening(retry_ms))
 
     @property

@@ -105,21 +105,6 @@ def _answering_expectations(
     return handle
 
 
-def limit_stall(request: web.Request, seconds: float) -> None:
-    """Let the kernel close the connection of a request if its client takes nothing for so long."""
-    protocol = request.protocol
-    known = protocol.stall_timeout if isinstance(protocol, _Connection) else None
-    if known != seconds and request.transport is not None:
-        _limit_stall(request.transport, seconds)
-
-
-def _limit_stall(transport: asyncio.BaseTransport, seconds: float) -> None:
-    option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux only
-    tcp = transport.get_extra_info("socket")
-    if option is not None and tcp is not None and tcp.family in (socket.AF_INET, socket.AF_INET6):
-        tcp.setsockopt(socket.IPPROTO_TCP, option, int(seconds * 1000))
-
-
 class _Server(web.Server):
     def __init__(self, *args: Any, timeouts: tuple[float, float], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -153,7 +138,10 @@ class _Connection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let the kernel close a connection whose client takes nothing, also while nobody here waits for it."""
         super().connection_made(transport)
-        _limit_stall(transport, self.stall_timeout)
+        option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux only
+        tcp = transport.get_extra_info("socket")
+        if option is not None and tcp is not None and tcp.family in (socket.AF_INET, socket.AF_INET6):
+            tcp.setsockopt(socket.IPPROTO_TCP, option, int(self.stall_timeout * 1000))
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Stop the timer of a head."""

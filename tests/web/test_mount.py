@@ -412,14 +412,18 @@ async def test_the_kernel_waits_for_a_page_of_a_server_that_is_not_ours(
 ) -> None:
     """Our own server sets this limit for each connection. Another one does not."""
     upstream.replies = [plain]
-    limits: list[int] = []
+    limits: list[tuple[str, int, int]] = []
+
+    def limit(request: web.Request) -> int:
+        assert request.transport is not None
+        tcp = request.transport.get_extra_info("socket")
+        return int(tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
 
     @web.middleware
     async def note(request: web.Request, handler: Handler) -> web.StreamResponse:
+        before = limit(request)
         response = await handler(request)
-        if request.method == "GET" and request.transport is not None:
-            tcp = request.transport.get_extra_info("socket")
-            limits.append(tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+        limits.append((request.path.split("/")[2], before, limit(request)))
         return response
 
     app = web.Application(middlewares=[note])
@@ -428,4 +432,5 @@ async def test_the_kernel_waits_for_a_page_of_a_server_that_is_not_ours(
         broker = under(root, "/ai")
         session = (await broker.post()).json["sessionId"]
         assert (await broker.read(session))[-1].kind == "done"
-    assert limits == [7000]
+        await broker.ask("GET", "/models")  # on the connection of the stream
+    assert limits == [("prepare", 0, 0), ("stream", 0, 7000), ("models", 0, 0)]
