@@ -16,7 +16,7 @@ from redis.asyncio.sentinel import (
     SentinelManagedSSLConnection,
 )
 from redis.credentials import UsernamePasswordCredentialProvider
-from redis.exceptions import RedisError
+from redis.exceptions import InvalidResponse, RedisError
 
 from broker.core.redis_url import Kind, Servers, servers_in
 from broker.store.cluster import Cluster
@@ -252,8 +252,11 @@ class SentinelPool(Pool):
     async def _ask(self, sentinel: Redis) -> Named:
         async with asyncio.timeout(ASK_SENTINEL):
             state: Any = await sentinel.sentinel_master(self._service)
-        lives = state["is_master"] and not (state["is_sdown"] or state["is_odown"])
-        return Named((str(state["ip"]), int(state["port"])), bool(lives), int(state["config-epoch"]))
+        try:
+            lives = state["is_master"] and not (state["is_sdown"] or state["is_odown"])
+            return Named((str(state["ip"]), int(state["port"])), bool(lives), int(state["config-epoch"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidResponse("a sentinel describes the primary in an unknown form") from error
 
     def _ask_first(self, sentinel: Redis) -> None:
         self._sentinels = [sentinel, *(each for each in self._sentinels if each is not sentinel)]
