@@ -163,7 +163,11 @@ class Ownership:
         return None
 
     async def _compare(self, sessions: Iterable[Ours]) -> tuple[list[Ours], list[Ours]]:
-        """Return the sessions of which Redis knows less than this worker, and those that ended here and elsewhere."""
+        """Compare these with Redis.
+
+        Returns:
+            The sessions of which Redis knows less than this worker, and those that have another end in Redis.
+        """
         forgotten: list[Ours] = []
         ended_elsewhere: list[Ours] = []
         rest = iter(sessions)
@@ -307,8 +311,8 @@ def _knows_more(session: Ours, record: SessionRecord | StoreUnavailable | None) 
 def _has_another_end(session: Ours, record: SessionRecord | StoreUnavailable | None) -> bool:
     """Returns True if a session has ended here, and Redis has another end of it.
 
-    That end stays. But who wrote it, for a worker that seemed dead, may have booked an estimate of what is known here.
-    This happens where this worker was cut off together with an old primary.
+    That end stays. The worker that wrote it took this one for dead, and may have booked an estimate; here the usage is
+    known. This happens if this worker was cut off together with an old primary.
     """
     return (
         record is not None
