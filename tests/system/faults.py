@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 from tests.system.harness import ValkeyProcess
 
 if TYPE_CHECKING:
+    from tests.kinds import Servers
     from tests.system.cluster import Cluster, Worker
 
 DRAINED = 30.0
@@ -30,6 +31,24 @@ class Trouble(NamedTuple):
     kind: str
     since: float
     until: float
+
+
+async def kill_primary(servers: Servers, random: Random) -> None:
+    """End a primary as a power cut would, let its replica replace it, and start it again."""
+    assert not isinstance(servers, ValkeyProcess), "it has no replica"
+    await servers.fail_over(random.choice(await servers.primaries()))
+    await asyncio.sleep(random.uniform(0, 2))
+    await servers.heal()
+
+
+async def freeze_primary(servers: Servers, random: Random, seconds: float) -> None:
+    """Freeze a primary, which may be replaced meanwhile, and wait until all servers agree again."""
+    assert not isinstance(servers, ValkeyProcess), "it has no replica"
+    primary = random.choice(await servers.primaries())
+    primary.freeze()
+    await asyncio.sleep(seconds)
+    primary.thaw()
+    await servers.settled()
 
 
 class Faults:
@@ -133,20 +152,10 @@ class Faults:
         self._cluster.valkey.thaw()
 
     async def _kill_primary(self) -> None:
-        servers = self._cluster.valkey
-        assert not isinstance(servers, ValkeyProcess), "it has no replica"
-        await servers.fail_over(self._random.choice(await servers.primaries()))
-        await asyncio.sleep(self._random.uniform(0, 2))
-        await servers.heal()
+        await kill_primary(self._cluster.valkey, self._random)
 
     async def _freeze_primary(self) -> None:
-        servers = self._cluster.valkey
-        assert not isinstance(servers, ValkeyProcess), "it has no replica"
-        primary = self._random.choice(await servers.primaries())
-        primary.freeze()
-        await asyncio.sleep(self._random.uniform(0.1, 4))  # it may be replaced meanwhile
-        primary.thaw()
-        await servers.settled()
+        await freeze_primary(self._cluster.valkey, self._random, self._random.uniform(0.1, 4))
 
     async def _cut(self, kind: str) -> None:
         try:

@@ -15,6 +15,7 @@ from tests.events import Broken
 from tests.money import PRICE, TOTAL, Ledger, ledger
 from tests.system.biller import MAX_TOKENS
 from tests.system.cluster import Session, question
+from tests.system.faults import freeze_primary, kill_primary
 from tests.system.harness import ValkeyProcess
 
 if TYPE_CHECKING:
@@ -199,20 +200,10 @@ class Spenders:
             await servers.settled()
 
     async def _kill_primary(self) -> None:
-        servers = self.cluster.valkey
-        assert not isinstance(servers, ValkeyProcess), "it has no replica"
-        await servers.fail_over(self.random.choice(await servers.primaries()))
-        await asyncio.sleep(self.random.uniform(0, 2))
-        await servers.heal()
+        await kill_primary(self.cluster.valkey, self.random)
 
     async def _freeze_primary(self) -> None:
-        servers = self.cluster.valkey
-        assert not isinstance(servers, ValkeyProcess), "it has no replica"
-        primary = self.random.choice(await servers.primaries())
-        primary.freeze()
-        await asyncio.sleep(self.random.choice([2, 4]))  # it may be replaced meanwhile
-        primary.thaw()
-        await servers.settled()
+        await freeze_primary(self.cluster.valkey, self.random, self.random.choice([2, 4]))
 
     async def _watch_the_law(self, over: asyncio.Event) -> None:
         """Each account is one key, so each reading is of one moment.
