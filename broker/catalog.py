@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ from broker.core.model_entry import (
 from broker.store.model_list import KEPT, LOCK_TTL
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 
     from broker.core.pricing import Prices
     from broker.core.upstream_kind import UpstreamKind
@@ -47,6 +47,12 @@ PAUSES = (5.0, 10.0, 20.0, 40.0, 60.0)
 
 LOCK_POLL = 0.1
 """Seconds between checks whether another worker has finished its fetch."""
+
+LOCK_HELD = LOCK_TTL / 4
+"""Seconds between renewals of the lock during a fetch: two may fail."""
+
+TURN = 16.0
+"""Seconds that a worker waits for its turn to fetch: longer than the fetch of another may take."""
 
 MAX_LISTINGS = 16
 """Prepared answers of GET /models; each may be as large as the whole list."""
@@ -244,7 +250,8 @@ class Catalog:
             return
         failures = 0
         try:
-            await self._take_stored_or_fetch(refresh)
+            async with self._holding(token):
+                await self._take_stored_or_fetch(refresh)
         except ModelsUnavailable:
             failures = self._failures + 1
             raise
@@ -255,7 +262,7 @@ class Catalog:
     async def _may_fetch(self, token: str) -> bool:
         """Wait for the turn of this worker to fetch. Returns False where the last fetch failed and all must wait."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(LOCK_TTL + 1):
+            async with asyncio.timeout(TURN):
                 while (busy := await self._store.acquire(token)) is not None:
                     if busy.failures:
                         self._pause(busy.failures, busy.seconds)
@@ -263,6 +270,23 @@ class Catalog:
                     await asyncio.sleep(LOCK_POLL)
                 return True
         raise ModelsUnavailable
+
+    @asynccontextmanager
+    async def _holding(self, token: str) -> AsyncIterator[None]:
+        """Renew the lock meanwhile, so that no other worker fetches."""
+        task = asyncio.create_task(self._hold(token), name="model list lock")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def _hold(self, token: str) -> None:
+        while True:
+            await asyncio.sleep(LOCK_HELD)
+            with suppress(StoreUnavailable):
+                if not await self._store.hold(token):
+                    return
 
     async def _take_stored_or_fetch(self, refresh: _Refresh) -> None:
         with suppress(StoreUnavailable):

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 KEPT = 24 * 3600
 """Seconds that a list is stored and served while no newer one can be fetched."""
 
-LOCK_TTL = 15.0
-"""Seconds after which a fetcher that did not finish loses the lock. Longer than a fetch may take."""
+LOCK_TTL = 2.0
+"""Seconds after which a fetcher that died or stands still loses the lock. Until then no worker without a list can get
+one. A fetch may take longer: its worker holds the lock meanwhile."""
 
 LIST_TIMEOUT = 5.0
 """Seconds to read or write a list, which may be some MB. It is stored uncompressed: compression costs ten times the CPU
@@ -61,6 +62,7 @@ class CatalogStore:
         self._store = store
         self._list_key = f"{store.prefix}:models:{{{upstream}}}:list"
         self._lock_key = f"{store.prefix}:models:{{{upstream}}}:lock"
+        self._hold = store.script("hold_models")
         self._release = store.script("release_models")
 
     async def load(self) -> StoredList | None:
@@ -79,13 +81,20 @@ class CatalogStore:
         await self._store.command("SET", self._list_key, body, "EX", KEPT, timeout=LIST_TIMEOUT)
 
     async def acquire(self, holder: str) -> Busy | None:
-        """Take the lock. Returns None if it is ours now, to be released with `release`, else why it is not."""
+        """Take the lock for `LOCK_TTL` seconds. Returns why it cannot be taken; None if it is ours now.
+
+        `hold` keeps it for longer, and `release` gives it back.
+        """
         if await self._store.command("SET", self._lock_key, holder, "NX", "PX", round(LOCK_TTL * 1000)):
             return None
         current, left = await self._store.read([("GET", self._lock_key), ("PTTL", self._lock_key)])
         current = current or b""
         failures = int(current.removeprefix(_FAILED)) if current.startswith(_FAILED) else 0
         return Busy(failures, max(0.0, left / 1000))
+
+    async def hold(self, holder: str) -> bool:
+        """Keep the lock for another `LOCK_TTL` seconds. Returns False if it is not ours any more."""
+        return bool(await self._hold(lock=self._lock_key, holder=holder, ttl_ms=round(LOCK_TTL * 1000)))
 
     async def release(self, holder: str, *, failures: int = 0, pause: float = 0.0) -> None:
         """Release the lock. After `failures` failures in a row, no worker gets it for `pause` seconds."""

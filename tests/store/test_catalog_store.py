@@ -13,7 +13,7 @@ import pytest_asyncio
 from aiohttp import web
 from openai import AsyncOpenAI, DefaultAioHttpClient
 
-from broker.catalog import MAX_LISTINGS, Catalog
+from broker.catalog import LOCK_HELD, MAX_LISTINGS, Catalog
 from broker.core.errors import ModelsUnavailable, StoreUnavailable
 from broker.core.upstream_kind import UpstreamKind
 from broker.store.connection import Store
@@ -206,6 +206,27 @@ async def test_one_holder_at_a_time_may_fetch(store: Store) -> None:
     assert await catalog.acquire("yours") is not None
     await catalog.release("mine")
     assert await catalog.acquire("yours") is None
+
+
+async def test_a_lock_that_is_held_does_not_expire(store: Store) -> None:
+    catalog = CatalogStore(store, URL)
+    await catalog.acquire("mine")
+    [lock] = await keys(store, ":lock")
+    await store.redis.pexpire(lock, 500)
+    assert await catalog.hold("mine")
+    assert await store.redis.pttl(lock) > 500
+
+
+async def test_a_lock_that_was_lost_is_not_held(store: Store) -> None:
+    catalog = CatalogStore(store, URL)
+    await catalog.acquire("mine")
+    [lock] = await keys(store, ":lock")
+    await store.redis.delete(lock)
+    assert not await catalog.hold("mine")
+    await catalog.acquire("yours")
+    await store.redis.pexpire(lock, 500)
+    assert not await catalog.hold("mine")
+    assert await store.redis.pttl(lock) <= 500
 
 
 async def test_a_worker_without_the_lock_cannot_report_a_failure(store: Store) -> None:
@@ -434,13 +455,32 @@ async def test_an_upstream_that_recovers_is_forgiven(
     assert ids(await catalog.models()) == ["a", "b"]
 
 
-async def test_a_dead_fetcher_delays_the_others_until_its_lock_expires(
+async def test_a_dead_fetcher_delays_the_others_until_its_lock_expires(worker: Worker, store: Store) -> None:
+    await CatalogStore(store, URL).acquire("dead worker")
+    assert ids(await worker().models()) == ["a", "b"]
+
+
+async def test_a_fetch_that_takes_longer_than_the_lock_lasts_stays_the_only_one(
     worker: Worker, upstream: Upstream, store: Store
 ) -> None:
-    await CatalogStore(store, URL).acquire("dead worker")
+    upstream.gate.clear()
+    fetching = asyncio.create_task(worker().models())
+    await soon(upstream.asked.wait())
+    waiting = asyncio.create_task(worker().models())
     [lock] = await keys(store, ":lock")
-    await store.redis.pexpire(lock, 300)
-    assert ids(await worker().models()) == ["a", "b"]
+    for _ in range(3):  # it would expire before its next renewal but one
+        await store.redis.pexpire(lock, round(LOCK_HELD * 1500))
+        await soon(prolonged(store, lock))
+    upstream.gate.set()
+    assert ids(await fetching) == ids(await waiting) == ["a", "b"]
+    assert upstream.fetches == 1
+
+
+async def prolonged(store: Store, lock: bytes) -> None:
+    """Wait until the lock has been renewed."""
+    while await store.redis.pttl(lock) <= LOCK_HELD * 1500:
+        assert await store.redis.exists(lock)
+        await asyncio.sleep(0.01)
 
 
 async def test_a_stored_list_that_cannot_be_read_is_replaced(

@@ -77,9 +77,6 @@ async def test_each_worker_is_an_instance_of_its_own() -> None:
         env = {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "BROKER_WORKERS": "2", **SOON}
         async with running_broker(env=env) as broker:
             await all_serve(broker)
-            await first_model(
-                broker.url
-            )  # it is in Redis then, and nobody waits for a frozen worker to fetch it
             for worker in workers_of(broker.process.pid):
                 with frozen(worker):  # so that the other one answers
                     await chat(broker.url)
