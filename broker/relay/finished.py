@@ -57,6 +57,11 @@ class FinishedSession:
         self._bill = generation.finishing.bill
         self.size = len(self._events.events) + len(end.data) + OVERHEAD
 
+    def replace_end(self, end: Terminal) -> None:
+        """Take another end, which has the number of the one before."""
+        self.size += len(end.data) - len(self.end.data)
+        self.end = end
+
     @property
     def feed(self) -> Feed:
         """A new feed with its events and its end, for one reader."""

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from broker.core.session import Terminal
     from broker.relay.finished import FinishedSession
 
 MAX_BYTES = 54 * 1024 * 1024
@@ -57,6 +58,22 @@ class FinishedCache:
         """Remove a session; does nothing where it is not here."""
         if (entry := self._entries.pop(session_id, None)) is not None:
             self._bytes -= entry.session.size
+
+    def replace_end(self, session_id: str, end: Terminal) -> None:
+        """Give a session the end that Redis has. Does nothing where the session is not here.
+
+        If another worker wrote that end, the session is dropped: the events may go on behind it. Else it stays, because
+        this worker may have to write it again.
+        """
+        entry = self._entries.get(session_id)
+        if entry is None:
+            return
+        if end.id.epoch != 1:
+            self.drop(session_id)
+            return
+        self._bytes -= entry.session.size
+        entry.session.replace_end(end)
+        self._bytes += entry.session.size
 
     def expire(self, now: float) -> None:
         """Drop the sessions whose time is over."""

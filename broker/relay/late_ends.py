@@ -124,5 +124,5 @@ class LateEnds:
         if stored is None and not await self._redis.is_gone():
             raise StoreUnavailable  # the session may be written again as running right now
         await generation.finishing.settle((stored or end).state)
-        if stored not in (None, end):
-            self._finished.drop(generation.session_id)  # later readers get the end that Redis has
+        if stored is not None and stored != end:
+            self._finished.replace_end(generation.session_id, stored)

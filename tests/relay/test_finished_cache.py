@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from broker.core.session import Cursor, State, Terminal
 from broker.relay import finished_cache
 from broker.relay.finished_cache import FinishedCache
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from broker.relay.finished import FinishedSession
 
 SECONDS = 300.0
+STOPPED = Terminal(State.CANCELLED, "done", Cursor(1, 5, end=True), b"{}")
+LOST = Terminal(State.LOST, "error", Cursor(2, 4, end=True), b"{}")
 
 
 class Finished:
@@ -21,6 +24,11 @@ class Finished:
     def __init__(self, session_id: str, size: int = 10) -> None:
         self.session_id = session_id
         self.size = size
+        self.end: Terminal | None = None
+
+    def replace_end(self, end: Terminal) -> None:
+        self.end = end
+        self.size += len(end.data)
 
 
 def finished(session_id: str, size: int = 10) -> FinishedSession:
@@ -51,6 +59,38 @@ def test_a_session_expires_after_its_time(cache: FinishedCache) -> None:
     cache.expire(SECONDS)
     assert ids(cache) == ["b"]
     cache.expire(SECONDS + 10.0)
+    assert ids(cache) == []
+
+
+def test_a_session_gets_another_end_of_this_worker(cache: FinishedCache) -> None:
+    session = finished("a")
+    cache.add(session, now=0.0)
+    cache.replace_end("a", STOPPED)
+    assert session.end is STOPPED
+    assert ids(cache) == ["a"]
+
+
+def test_the_size_of_another_end_counts(cache: FinishedCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finished_cache, "MAX_BYTES", 30 + len(STOPPED.data))
+    cache.add(finished("a"), now=0.0)
+    cache.replace_end("a", STOPPED)
+    cache.add(finished("b", 20), now=0.0)
+    assert ids(cache) == ["a", "b"]
+    cache.drop("a")
+    cache.add(finished("c", 10 + len(STOPPED.data)), now=0.0)
+    assert ids(cache) == ["b", "c"]
+    cache.add(finished("d", 1), now=0.0)
+    assert ids(cache) == ["c", "d"]
+
+
+def test_a_session_with_an_end_of_another_worker_is_dropped(cache: FinishedCache) -> None:
+    cache.add(finished("a"), now=0.0)
+    cache.replace_end("a", LOST)
+    assert ids(cache) == []
+
+
+def test_the_end_of_an_unknown_session_is_ignored(cache: FinishedCache) -> None:
+    cache.replace_end("a", STOPPED)
     assert ids(cache) == []
 
 

@@ -77,7 +77,7 @@ class Around:
         ended: lets the generation end.
         gone: what the membership says of a session that Redis does not have; an exception is raised.
         pending: generations whose events are counted as waiting for Redis.
-        dropped: sessions that were dropped from the finished cache.
+        replaced: sessions of the finished cache and the ends that they got.
     """
 
     session_id = SESSION
@@ -90,7 +90,7 @@ class Around:
         self.has_ended.set()
         self.gone: list[bool | Exception] = []
         self.pending: list[object] = []
-        self.dropped: list[str] = []
+        self.replaced: list[tuple[str, Terminal]] = []
         self.clock = Clock()
         self.tasks: list[asyncio.Task[None]] = []
         me = cast("Any", self)
@@ -116,8 +116,8 @@ class Around:
         if generation in self.pending:
             self.pending.remove(generation)
 
-    def drop(self, session_id: str) -> None:
-        self.dropped.append(session_id)
+    def replace_end(self, session_id: str, end: Terminal) -> None:
+        self.replaced.append((session_id, end))
 
     async def write(self, end: Terminal = DONE) -> asyncio.Task[None]:
         """Hand over an end, and run until the first pause."""
@@ -135,7 +135,7 @@ async def test_an_end_is_written_and_settled() -> None:
     await around.write()
     assert (around.finishing.stored, around.finishing.settled) == ([DONE], [State.DONE])
     assert around.is_over()
-    assert around.dropped == []
+    assert around.replaced == []
 
 
 async def test_nothing_is_written_before_the_generation_has_ended() -> None:
@@ -166,7 +166,7 @@ async def test_a_cancel_accepted_meanwhile_is_the_end() -> None:
     await around.write()
     assert around.finishing.stored == [DONE, STOPPED]
     assert around.finishing.settled == [State.CANCELLED]
-    assert around.dropped == [SESSION]
+    assert around.replaced == [(SESSION, STOPPED)]
     assert around.is_over()
 
 
@@ -174,7 +174,7 @@ async def test_an_end_written_by_another_worker_replaces_ours() -> None:
     around = Around(LOST)
     await around.write()
     assert around.finishing.settled == [State.LOST]
-    assert around.dropped == [SESSION], "later readers get the end that stands"
+    assert around.replaced == [(SESSION, LOST)], "later readers get the end that stands"
     assert around.is_over()
 
 

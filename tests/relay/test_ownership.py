@@ -37,16 +37,21 @@ async def owner(store: Store) -> AsyncIterator[FakeWorker]:
         yield worker
 
 
-class Snapshot:
-    """The state of one session in Redis, to be restored later, as after a failover."""
+STOPPED = Terminal(State.CANCELLED, "done", Cursor(1, 1, end=True), b"{}")
 
-    def __init__(self, store: Store, session_id: str) -> None:
+
+class Snapshot:
+    """The state of one session in Redis, to be restored later, as after a failover; the accounts too, if asked."""
+
+    def __init__(self, store: Store, session_id: str, *, accounts: bool = False) -> None:
         self._redis: Any = store.redis
-        self._keys = list(store.session_keys(session_id).values())
-        self._dumps: dict[str, bytes | None] = {}
+        self._keys: list[Any] = list(store.session_keys(session_id).values())
+        self._accounts = accounts
+        self._dumps: dict[Any, bytes | None] = {}
 
     async def take(self) -> Snapshot:
-        self._dumps = {key: await self._redis.dump(key) for key in self._keys}
+        keys = [*self._keys, *(await self._redis.keys("*:{a*}:*") if self._accounts else [])]
+        self._dumps = {key: await self._redis.dump(key) for key in keys}
         return self
 
     async def restore(self) -> None:
@@ -142,10 +147,7 @@ async def test_what_another_worker_has_estimated_meanwhile_is_corrected(store: S
     async with running_worker(store) as owner:
         generation = await owner.start()
         await chunks(owner, generation, 1)
-        before = await Snapshot(store, generation.session_id).take()
-        running = {
-            key: await cast("Any", store.redis).dump(key) for key in await store.redis.keys("*:{a*}:*")
-        }
+        before = await Snapshot(store, generation.session_id, accounts=True).take()
         owner.streams[0].send(FINISH, TOLD_USAGE, DONE, None)
         assert await generation.ended() is State.DONE
         booked = await ledger(store.redis)
@@ -153,8 +155,6 @@ async def test_what_another_worker_has_estimated_meanwhile_is_corrected(store: S
 
         await store.redis.flushall()  # the new primary, and what it knew
         await before.restore()
-        for key, dump in running.items():
-            await cast("Any", store.redis).restore(key, 600_000, dump, replace=True)
         session, claim = generation.session_id, generation.claim_id
         await owner.sessions.mark_lost(session, claim, error=b"{}", cancelled=b"{}")
         estimate = Usage(prompt=3, completion=1, estimated=True)
@@ -171,6 +171,45 @@ async def test_what_another_worker_has_estimated_meanwhile_is_corrected(store: S
         record = await owner.sessions.describe(session)
         assert record is not None
         assert record.state is State.LOST, "the end that readers have seen stays"
+
+
+async def test_a_late_end_that_became_a_cancel_is_written_again(valkey_url: str, store: Store) -> None:
+    """Redis was away at the end. It came back with a cancel, took the end, and was then replaced by a replica.
+
+    The replica knows the claim, but neither events nor end.
+    """
+    async with wire_to(valkey_url) as wire:
+        far = Store(wire.url, "test")
+        async with running_worker(far) as owner:
+            generation = await owner.start()
+            before = await Snapshot(store, generation.session_id, accounts=True).take()
+            wire.block = b"*"  # each call has it
+            owner.streams[0].send(HELLO, FINISH, TOLD_USAGE, DONE, None)
+            assert await generation.ended() is State.DONE
+            elsewhere = SessionStore(store, session_ttl=600, running_ttl=RUNNING_TTL, resume_ttl=300)
+            assert (await elsewhere.cancel(generation.session_id, STOPPED)).state is State.RUNNING
+            wire.unblock()
+
+            async def is_cancelled() -> bool:
+                record = await elsewhere.describe(generation.session_id)
+                return record is not None and record.state is State.CANCELLED
+
+            async def is_paid() -> bool:
+                now = await ledger(store.redis)
+                return (now.requests, now.spent_tokens, now.reserved_tokens) == (1, 15, 0)
+
+            await until(is_cancelled)
+            await until(is_paid)
+            await until(lambda: asyncio.sleep(0, not owner.worker._late_ends.reservations()))
+            await store.redis.flushall()
+            await before.restore()
+            assert not await is_paid()
+
+            await owner.worker._ownership.rewrite_sessions()
+            await until(is_paid)
+            assert await is_cancelled()
+            assert (await journal_of(owner, generation.session_id))[1] == 3
+        await far.close()
 
 
 async def test_lost_events_are_written_again(store: Store, owner: FakeWorker) -> None:
