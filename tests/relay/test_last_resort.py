@@ -127,7 +127,7 @@ class World(Relaying):
     def check_for_freeze(self, _now: float) -> None:
         """Nothing froze."""
 
-    def drop(self, session_id: str) -> None:
+    def replace_end(self, session_id: str, end: Terminal) -> None:
         """Nothing is cached."""
 
 
