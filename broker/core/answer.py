@@ -137,17 +137,18 @@ class Answer(ABC):
             return None
         return self._read_chunk(data, chunk, event)
 
-    def read_plain(self, event: bytes) -> bytes | None:
-        """Read a complete event that is like an earlier one but for its text, without parsing it.
+    def read_plain(self, event: bytes) -> bool:
+        """Read an event if it is like an earlier one but for its text, without parsing it.
 
         Args:
-            event: the encoded event, which may also be anything else.
+            event: a complete event as it is encoded, or anything else.
 
         Returns:
-            The bytes to relay, as `read` would; None where the event has to be decoded and read.
+            True if it was read. Its data are to be relayed, as `read` would return them, and are one line, between
+            ``data: `` and a blank line. False where the event has to be decoded and read.
         """
         del event
-        return None
+        return False
 
     def read_many_plain(self, events: bytes) -> list[bytes]:
         """Read the leading events that are like an earlier one but for their text, without parsing them.

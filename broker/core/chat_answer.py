@@ -65,21 +65,13 @@ class ChatAnswer(Answer):
         Raises:
             UpstreamError: as `Answer.read`.
         """
-        if event == "message" and self._is_like_before(data):
+        if event == "message" and self.read_plain(b"data: %b\n\n" % data):
             return data
         return super().read(data, event)
 
-    def read_plain(self, event: bytes) -> bytes | None:
-        """Read an event of which only the text is new, as `Answer.read_plain`."""
-        if event.endswith(b"\n\n") and event.startswith(b"data: "):
-            data = event[6:-2]
-            if self._is_like_before(data):
-                return data
-        return None
-
-    def _is_like_before(self, data: bytes) -> bool:
-        """Return True if this chunk is like an earlier one but for its text, which is counted then."""
-        size = self._skeleton.text_size(data)
+    def read_plain(self, event: bytes) -> bool:
+        """Read an event of which only the text is new, as `Answer.read_plain`. The text is counted."""
+        size = self._skeleton.text_size(event)
         if not size or self._reason_stands or self.over or self.complete:
             return False
         self.text_bytes += size

@@ -21,6 +21,16 @@ def chunk_event(n: int, data: bytes) -> bytes:
     return b"id: 1-%d\nevent: chunk\ndata: %b\n\n" % (n, data)
 
 
+def relayed_event(n: int, event: bytes) -> bytes:
+    """Return the event of a chunk as `chunk_event` does.
+
+    Args:
+        n: its number.
+        event: the upstream's event: ``data: `` and one line, and a blank line.
+    """
+    return b"id: 1-%d\nevent: chunk\n%b" % (n, event)
+
+
 def chunk_events(chunks: list[bytes], first: int) -> bytes:
     """Return the events of several chunks, numbered from ``first``, as one block."""
     if len(chunks) == 1:

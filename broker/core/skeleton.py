@@ -37,24 +37,27 @@ _CONTENT = re.compile(rb'"content" ?: ?"')
 class Skeleton:
     """The parts of an event before and after its text. It matches nothing until `learn` has found one."""
 
-    __slots__ = ("_between", "_end", "_head", "_start", "_tries")
+    __slots__ = ("_between", "_end", "_head", "_tail", "_tries")
 
     def __init__(self) -> None:
-        self._start = self._end = b""  # of the data of an event
-        self._head = b""  # of the event
+        self._head = self._tail = b""  # of an event
+        self._end = b""  # of its data
         self._between = b""  # between the texts of two events
         self._tries = 0
 
-    def text_size(self, data: bytes) -> int:
-        """Return the UTF-8 bytes of the text of a chunk that differs only in it; 0 where the chunk has to be parsed.
+    def text_size(self, event: bytes) -> int:
+        """Return the UTF-8 bytes of the text of an event that differs only in it; 0 where it has to be parsed.
 
         As `match` for one event, but faster: nearly every read has one.
+
+        Args:
+            event: a complete event as it is encoded, or anything else.
         """
-        start, end = self._start, self._end
-        if not (start and data.startswith(start) and data.endswith(end)):
+        head, tail = self._head, self._tail
+        if not (head and event.startswith(head) and event.endswith(tail)):
             return 0
-        text = data[len(start) : len(data) - len(end)]
-        if not text or len(data) < len(start) + len(end):
+        text = event[len(head) : len(event) - len(tail)]
+        if not text or len(event) < len(head) + len(tail):
             return 0
         return _plain_texts([text])[1] if text.translate(None, _PLAIN) else len(text)
 
@@ -103,9 +106,9 @@ class Skeleton:
         for found in _CONTENT.finditer(data):
             start, rest = data[: found.end()], data[found.end() :]
             if rest.startswith(raw + b'"') and _differs_only_in(start, rest[len(raw) :], chunk, delta):
-                self._start, self._end = start, rest[len(raw) :]
-                self._head = DATA + start
-                self._between = self._end + b"\n\n" + self._head
+                self._end = rest[len(raw) :]
+                self._head, self._tail = DATA + start, self._end + b"\n\n"
+                self._between = self._tail + self._head
                 return
 
 

@@ -42,6 +42,22 @@ class Decoder:
         is_between_events: True if nothing is kept for the next event, as far as that is known without a search.
     """
 
+    __slots__ = (
+        "_after_cr",
+        "_at_start",
+        "_data",
+        "_data_bytes",
+        "_error_lines",
+        "_event",
+        "_id",
+        "_max_event_bytes",
+        "_partial",
+        "_partial_bytes",
+        "is_between_events",
+        "last_event_id",
+        "retry",
+    )
+
     def __init__(self, max_event_bytes: int, *, error_lines: bool = False) -> None:
         self.last_event_id = ""
         self.retry: int | None = None

@@ -8,26 +8,28 @@ that have left memory are in the journal. A feed knows neither where events come
 from __future__ import annotations
 
 from bisect import bisect_right
-from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
 from broker.core.replay import Batch, read_on
 from broker.core.short_form import shorten
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from broker.core.session import Terminal
     from broker.core.short_form import Short
 
+    Added: TypeAlias = tuple[int, int, bytes]
+    """The fields of a `Batch`. For each chunk a plain tuple is enough, and takes a third of the time (measured)."""
+
 WINDOW = 256 * 1024
 """Bytes of journaled events that stay in memory, because most viewers that lag, lag by less."""
-
-_last_of = attrgetter("last")
 
 
 class LiveViewer(Protocol):
     """What a feed needs of a viewer that has caught up."""
 
-    def push(self, batch: Batch, now: float) -> None:
+    def push(self, batch: Added, now: float) -> None:
         """Take events at once, without waiting."""
 
     def wake(self) -> None:
@@ -45,35 +47,50 @@ class Feed:
         end: the terminal, which is not counted in `last`.
     """
 
-    __slots__ = ("_batches", "_hidden", "_live", "_shortened", "end", "first", "last", "shown", "size")
+    __slots__ = (
+        "_blocks",
+        "_hidden",
+        "_lasts",
+        "_live",
+        "_shortened",
+        "end",
+        "first",
+        "last",
+        "shown",
+        "size",
+    )
 
     def __init__(self, start: int = 0) -> None:
         self.first = start + 1
         self.last = self.shown = start
         self.size = 0
         self.end: Terminal | None = None
-        self._batches: list[Batch] = []
+        # The events of each batch in memory, and the numbers of their last ones.
+        self._blocks: list[bytes] = []
+        self._lasts: list[int] = []
         self._live: tuple[LiveViewer, ...] = ()  # a tuple, since it is read at every chunk and changes seldom
         self._hidden = False
-        self._shortened: tuple[Batch, bool | None, Short] | None = None
+        self._shortened: tuple[Added, bool | None, Short] | None = None
 
-    def add(self, batch: Batch, now: float) -> None:
+    def add(self, batch: Added, now: float) -> None:
         """Add the events that follow `last`, and push them to all live viewers as one block.
 
         Args:
             batch: the events.
             now: the monotonic clock, in seconds.
         """
-        self._batches.append(batch)
-        self.last = batch.last
-        self.size += len(batch.events)
+        _, last, events = batch
+        self._blocks.append(events)
+        self._lasts.append(last)
+        self.last = last
+        self.size += len(events)
         if self._hidden:
             return
-        self.shown = batch.last
+        self.shown = last
         for viewer in self._live:
             viewer.push(batch, now)
 
-    def shorten(self, batch: Batch, deltas: bool | None) -> Short:
+    def shorten(self, batch: Added, deltas: bool | None) -> Short:
         """Return a batch in the short form, which is made once for all live viewers.
 
         Args:
@@ -85,14 +102,15 @@ class Feed:
         """
         made = self._shortened
         if made is None or made[0] is not batch or made[1] is not deltas:
-            made = self._shortened = (batch, deltas, shorten(batch.events, deltas))
+            made = self._shortened = (batch, deltas, shorten(batch[2], deltas))
         return made[2]
 
     def finish(self, end: Terminal) -> None:
         """Set the end. Nothing can follow; hidden events are shown up to the number of the end."""
         keep = max(self.shown, end.id.n - 1)
-        while self._batches and self._batches[-1].last > keep:
-            self.size -= len(self._batches.pop().events)
+        while self._lasts and self._lasts[-1] > keep:
+            del self._lasts[-1]
+            self.size -= len(self._blocks.pop())
         self.last = self.shown = min(self.last, keep)
         self._hidden = False
         self._shortened = None
@@ -112,7 +130,8 @@ class Feed:
 
     def skip_to(self, n: int) -> None:
         """Drop all events and continue after event ``n``. Earlier events are in the journal, or missing."""
-        self._batches.clear()
+        self._blocks.clear()
+        self._lasts.clear()
         self.size = 0
         self.first = n + 1
         self.last = self.shown = n
@@ -129,14 +148,14 @@ class Feed:
     def trim(self, saved: int, keep: int = WINDOW) -> None:
         """Drop old events up to number ``saved``, except the newest ``keep`` bytes."""
         dropped = 0
-        for batch in self._batches:
-            if self.size <= keep or batch.last > saved:
+        for last, block in zip(self._lasts, self._blocks, strict=True):
+            if self.size <= keep or last > saved:
                 break
-            self.size -= len(batch.events)
+            self.size -= len(block)
             dropped += 1
         if dropped:
-            del self._batches[:dropped]
-            self.first = self._batches[0].first if self._batches else self.last + 1
+            self.first = self._lasts[dropped - 1] + 1
+            del self._lasts[:dropped], self._blocks[:dropped]
 
     @property
     def live(self) -> int:
@@ -153,16 +172,17 @@ class Feed:
         self._live = tuple([each for each in self._live if each is not viewer])
 
     def _gather(self, n: int, limit: int, newest: int) -> Batch:
-        batches = self._batches
-        at = bisect_right(batches, n, key=_last_of)
-        taken: list[Batch] = []
+        lasts, blocks = self._lasts, self._blocks
+        at = end = bisect_right(lasts, n)
         size = 0
-        while at < len(batches) and batches[at].last <= newest and (not taken or size < limit):
-            taken.append(batches[at])
-            size += len(batches[at].events)
-            at += 1
-        events, last = read_on(taken, n)
-        return Batch(n + 1, last, events)
+        while end < len(lasts) and lasts[end] <= newest and (end == at or size < limit):
+            size += len(blocks[end])
+            end += 1
+        before = lasts[at - 1] if at else self.first - 1
+        if end > at and before != n:  # the cursor is within a batch
+            first = Batch(before + 1, lasts[at], blocks[at])
+            return Batch(n + 1, lasts[end - 1], read_on([first], n)[0] + b"".join(blocks[at + 1 : end]))
+        return Batch(n + 1, lasts[end - 1] if end > at else n, b"".join(blocks[at:end]))
 
     def _wake_all(self) -> None:
         for viewer in self._live:

@@ -27,10 +27,10 @@ from broker.core.errors import (
     UpstreamTimeout,
     WorkerLost,
 )
-from broker.core.events import chunk_events, error_data
+from broker.core.events import chunk_events, error_data, relayed_event
 from broker.core.lifecycle import CANCELLED, FINISHED, Action, Event, Lifecycle, Proposal, Step
-from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal, short
+from broker.core.skeleton import DATA
 from broker.relay.feed import Feed
 from broker.relay.finishing import ALL, DECIDE_TIMEOUT, NOTHING, Finishing
 from broker.relay.reports import ignore, report_end
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from broker.core.answer import Answer
+    from broker.core.replay import Batch
     from broker.core.result import Transcript
     from broker.relay.config import GenerationLimits
     from broker.relay.settlement import Settlement
@@ -110,6 +111,41 @@ class Generation:
         started_at: when it was claimed, by the clock.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_abandoning",
+        "_journal",
+        "_limits",
+        "_note_gap",
+        "_ownership",
+        "_reader",
+        "_reading_task",
+        "_report",
+        "_sessions",
+        "_taken_at",
+        "_task",
+        "_to_decide",
+        "_unwatched_since",
+        "_viewers",
+        "_write_later",
+        "claim_id",
+        "clock",
+        "feed",
+        "finishing",
+        "lifecycle",
+        "prepared",
+        "reservation",
+        "resumes",
+        "saved",
+        "seen_viewers",
+        "session_id",
+        "started_at",
+        "trace",
+        "transcript",
+        "was_watched",
+        "watched_elsewhere",
+    )
+
     def __init__(
         self,
         session_id: str,
@@ -158,6 +194,7 @@ class Generation:
             upstream=upstream,
             limits=limits,
             take=self._take,
+            take_event=self._take_event,
             clock=self.clock,
             headers=trace.headers,
         )
@@ -489,22 +526,30 @@ class Generation:
             self._write_later(self, end)
 
     def _take(self, chunks: list[bytes], now: float) -> None:
+        first = self.feed.last + 1
+        self._add(first, first + len(chunks) - 1, chunk_events(chunks, first), now)
+        if self.transcript is not None:
+            self.transcript.add(chunks)
+
+    def _take_event(self, event: bytes, now: float) -> None:
+        """Take one chunk as `_take` does, in the upstream's event."""
+        n = self.feed.last + 1
+        self._add(n, n, relayed_event(n, event), now)
+        if self.transcript is not None:
+            self.transcript.add([event[len(DATA) : -2]])
+
+    def _add(self, first: int, last: int, events: bytes, now: float) -> None:
+        """Add new events to the feed."""
         self._ownership.check_for_freeze(now)
         if self._taken_at is not None:
             self._note_gap(now - self._taken_at)
         self._taken_at = now
-        first = self.feed.last + 1
         if self.watched_elsewhere and self._journal is not None:
             self._journal.flush_soon(self)
-        self.feed.add(Batch(first, first + len(chunks) - 1, chunk_events(chunks, first)), now)
-        if (
-            self._journal is None
-            and self.feed.live == self._viewers > 0
-            and self.feed.shown == self.feed.last
-        ):
-            self.feed.trim(self.feed.last)  # no viewer will ask for these events again
-        if self.transcript is not None:
-            self.transcript.add(chunks)
+        feed = self.feed
+        feed.add((first, last, events), now)
+        if self._journal is None and feed.live == self._viewers > 0 and feed.shown == feed.last:
+            feed.trim(feed.last)  # no viewer will ask for these events again
 
 
 def _weakly(unsaved: Callable[[], Batch]) -> Callable[[], Batch]:

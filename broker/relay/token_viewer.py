@@ -20,7 +20,7 @@ from broker.relay.viewer import MAX_BACKLOG, Viewer
 if TYPE_CHECKING:
     from broker.core.session import Cursor
     from broker.core.short_form import Short
-    from broker.relay.feed import Feed
+    from broker.relay.feed import Added, Feed
     from broker.relay.viewer import Connection, ReadJournal
 
 MAX_PARSED = 64 * 1024
@@ -42,11 +42,12 @@ class TokenViewer(Viewer):
         super().__init__(feed, read_journal, connection, cursor, now)
         self._deltas = None if self._n else False
 
-    def push(self, batch: Batch, now: float) -> None:
+    def push(self, batch: Added, now: float) -> None:
         """Write new events of the feed."""
-        if batch.last <= self._n:
+        first, last, added = batch
+        if last <= self._n:
             return  # the cursor is ahead of the feed, which has to pass it first
-        if batch.first != self._n + 1 or len(batch.events) > MAX_PARSED:
+        if first != self._n + 1 or len(added) > MAX_PARSED:
             self.wake()
             return
         try:
@@ -54,7 +55,7 @@ class TokenViewer(Viewer):
         except DeltasUnknown:
             self.wake()
             return
-        self._n = batch.last
+        self._n = last
         if events:  # an empty block would end the body
             self.written_at = now
             if self._connection.write_now(events) > MAX_BACKLOG:

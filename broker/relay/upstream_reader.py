@@ -61,6 +61,7 @@ class UpstreamReader:
         upstream: the service that is asked.
         limits: seconds, bytes and retries.
         take: is called with the chunks of each read (JSON) and the time.
+        take_event: is called in its place with a read that is one event, whose only line is ``data: `` and a chunk.
         clock: seconds that only go forward; by default the event loop's.
         pause: waits for so many seconds.
         jitter: returns a random number from 0 to 1 for the delay of a retry.
@@ -77,6 +78,37 @@ class UpstreamReader:
         relayed: bytes of the chunks so far.
     """
 
+    __slots__ = (
+        "_clock",
+        "_decoder",
+        "_dialect",
+        "_failed",
+        "_failed_at",
+        "_headers",
+        "_idle_timeout",
+        "_is_ended",
+        "_jitter",
+        "_limits",
+        "_max_response",
+        "_model",
+        "_pause",
+        "_referer",
+        "_request",
+        "_request_id",
+        "_stream",
+        "_take",
+        "_take_event",
+        "_upstream",
+        "answer",
+        "asked",
+        "asked_at",
+        "data_due",
+        "first_chunk_at",
+        "relayed",
+        "retries",
+        "status",
+    )
+
     def __init__(
         self,
         prepared: Prepared,
@@ -85,6 +117,7 @@ class UpstreamReader:
         upstream: UpstreamClient,
         limits: GenerationLimits,
         take: Callable[[list[bytes], float], None],
+        take_event: Callable[[bytes, float], None],
         clock: Callable[[], float] | None = None,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
@@ -105,7 +138,8 @@ class UpstreamReader:
         self._headers = headers
         self._upstream = upstream
         self._limits = limits
-        self._take = take
+        self._max_response, self._idle_timeout = limits.max_response, limits.idle_timeout
+        self._take, self._take_event = take, take_event
         self._clock = clock or asyncio.get_running_loop().time
         self._pause = pause
         self._jitter = jitter
@@ -170,7 +204,7 @@ class UpstreamReader:
         # Prompt and buffers are not needed any more. Without the reference to who takes the chunks, and who owns this
         # reader, the memory of both is freed at once; the collector would hardly ever come.
         self._request, self._decoder = b"", Decoder(self._limits.max_response)
-        self._take = _take_nothing
+        self._take = self._take_event = _take_nothing
         stream, self._stream = self._stream, None
         if stream is None:
             return
@@ -219,14 +253,17 @@ class UpstreamReader:
     def _read(self, block: bytes) -> bool:
         """Take the chunks of one read, also those before a failure in it. Returns True if the answer is complete."""
         now = self._clock()
-        if self._decoder.is_between_events and self.relayed + len(block) <= self._limits.max_response:
-            # Nearly every read is one event with nothing new but a piece of text.
-            chunk = self.answer.read_plain(block)
-            if chunk is not None:
-                self.relayed += len(chunk)
-                self.data_due = now + self._limits.idle_timeout
-                self._take([chunk], now)
-                return False
+        if (
+            self._decoder.is_between_events
+            and self.relayed + len(block) <= self._max_response
+            and self.answer.read_plain(
+                block
+            )  # nearly every read is one event with a new text and nothing else
+        ):
+            self.relayed += len(block) - FRAMING
+            self.data_due = now + self._idle_timeout
+            self._take_event(block, now)
+            return False
         chunks: list[bytes] = []
         try:
             has_data = self._read_events(block, chunks, now)
@@ -336,5 +373,5 @@ class UpstreamReader:
         self._take([chunk], now)
 
 
-def _take_nothing(chunks: list[bytes], now: float) -> None:
+def _take_nothing(chunks: list[bytes] | bytes, now: float) -> None:
     """Drop what comes after the answer was closed."""

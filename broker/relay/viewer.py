@@ -17,7 +17,7 @@ from broker.core.replay import Batch, JournalGap, Next, read_on, what_next
 from broker.core.session import START, Cursor
 
 if TYPE_CHECKING:
-    from broker.relay.feed import Feed
+    from broker.relay.feed import Added, Feed
 
 MAX_BACKLOG = 256 * 1024
 """Bytes that may wait in this process for a connection. With more, a viewer is not live any more, and waits."""
@@ -88,18 +88,19 @@ class Viewer:
         self._released = False
         self._halfway = False
 
-    def push(self, batch: Batch, now: float) -> None:
+    def push(self, batch: Added, now: float) -> None:
         """Write new events of the feed."""
-        if batch.first != self._n + 1:  # the cursor is ahead of the feed, which has to pass it first
-            if batch.last > self._n:
+        first, last, events = batch
+        if first != self._n + 1:  # the cursor is ahead of the feed, which has to pass it first
+            if last > self._n:
                 self.wake()
             return
-        if len(batch.events) > MAX_BACKLOG:
+        if len(events) > MAX_BACKLOG:
             self.wake()
             return
-        self._n = batch.last
+        self._n = last
         self.written_at = now
-        if self._connection.write_now(batch.events) > MAX_BACKLOG:
+        if self._connection.write_now(events) > MAX_BACKLOG:
             self.wake()
 
     def wake(self) -> None:

@@ -27,6 +27,8 @@ class EventStream(EventSourceResponse):
         send_timeout: seconds after which a reader that takes nothing is disconnected.
     """
 
+    __slots__ = ("_chunks", "_stall_timeout", "_transport", "_writer", "written")
+
     _send_headers_immediately = False  # of aiohttp: they are sent with the first bytes of the body
 
     def __init__(self, *, send_timeout: float) -> None:

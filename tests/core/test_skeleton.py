@@ -21,8 +21,8 @@ class SlowAnswer(ChatAnswer):
 
     read = Answer.read
 
-    def read_plain(self, event: bytes) -> bytes | None:
-        return None
+    def read_plain(self, event: bytes) -> bool:
+        return False
 
     def read_many_plain(self, events: bytes) -> list[bytes]:
         return []
@@ -36,8 +36,8 @@ def facts(answer: ChatAnswer) -> dict[str, Any]:
 
 def outcome(answer: ChatAnswer, data: bytes, *, plain: bool) -> object:
     try:
-        if plain and (chunk := answer.read_plain(b"data: %b\n\n" % data)) is not None:
-            return chunk
+        if plain and answer.read_plain(b"data: %b\n\n" % data):
+            return data
         return answer.read(data)
     except UpstreamError as error:
         return type(error), str(error)
@@ -140,11 +140,11 @@ def test_recorded_answers_are_read_alike(name: str) -> None:
 
 def test_a_chunk_with_another_text_is_recognized() -> None:
     answer = ChatAnswer()
-    assert answer.read_plain(b"data: %b\n\n" % chunk("Hello")) is None
+    assert not answer.read_plain(b"data: %b\n\n" % chunk("Hello"))
     answer.read(chunk("Hello"))
     for text in (" you", "\u00e9\u00e8", "\U0001f600"):
         data = json.dumps(json.loads(chunk(text)), ensure_ascii=False).encode()
-        assert answer.read_plain(b"data: %b\n\n" % data) == data
+        assert answer.read_plain(b"data: %b\n\n" % data)
     assert answer.text_bytes == len("Hello you") + 4 + 4
 
 
@@ -174,7 +174,7 @@ def test_after_a_finish_reason_every_chunk_is_parsed() -> None:
     answer = ChatAnswer()
     answer.read(chunk("Hello"))
     answer.read(json.dumps({"choices": [{"delta": {}, "finish_reason": "stop"}]}).encode())
-    assert answer.read_plain(b"data: %b\n\n" % chunk(" you")) is None
+    assert not answer.read_plain(b"data: %b\n\n" % chunk(" you"))
     assert answer.read_many_plain(b"data: %b\n\n" % chunk(" you")) == []
 
 
@@ -200,7 +200,7 @@ def test_a_large_chunk_is_not_tried() -> None:
     skeleton, data = Skeleton(), chunk("a", padding="x" * MAX_SIZE)
     parsed = json.loads(data)
     skeleton.learn(data, parsed, parsed["choices"][0]["delta"])
-    assert skeleton.text_size(data) == 0
+    assert skeleton.text_size(b"data: %b\n\n" % data) == 0
 
 
 def test_an_empty_usage_with_every_chunk_is_read_every_time() -> None:
@@ -217,4 +217,4 @@ def test_data_of_several_lines_are_no_skeleton() -> None:
     """An event with such data has a field name on each line; as one line of data they mean something else."""
     answer, data = ChatAnswer(), json.dumps(json.loads(chunk("a")), indent=0).encode()
     assert answer.read(data) == data
-    assert answer.read_plain(b"data: %b\n\n" % data) is None
+    assert not answer.read_plain(b"data: %b\n\n" % data)

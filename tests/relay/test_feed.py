@@ -20,8 +20,9 @@ class Watcher:
     def __init__(self) -> None:
         self.told: list[object] = []
 
-    def push(self, batch: Batch, now: float) -> None:
-        self.told.append((batch.first, batch.last, now))
+    def push(self, batch: tuple[int, int, bytes], now: float) -> None:
+        first, last, _ = batch
+        self.told.append((first, last, now))
 
     def wake(self) -> None:
         self.told.append("woken")
@@ -86,7 +87,7 @@ def test_a_viewer_that_was_never_live_may_leave() -> None:
 
 def test_a_viewer_may_leave_during_a_push() -> None:
     class Leaver(Watcher):
-        def push(self, batch: Batch, now: float) -> None:
+        def push(self, batch: tuple[int, int, bytes], now: float) -> None:
             super().push(batch, now)
             feed.leave(self)
 

@@ -41,7 +41,7 @@ from tests.relay.fakes import (
 )
 
 if TYPE_CHECKING:
-    from broker.core.replay import Batch
+    pass
 
 GRACE, FIRST_DATA, IDLE, DEADLINE = 20.0, 120.0, 60.0, 600.0
 LIMITS = GenerationLimits(
@@ -92,8 +92,8 @@ class LiveViewer:
     def __init__(self) -> None:
         self.events = b""
 
-    def push(self, batch: Batch, now: float) -> None:
-        self.events += batch.events
+    def push(self, batch: tuple[int, int, bytes], now: float) -> None:
+        self.events += batch[2]
 
     def wake(self) -> None:
         """The tests read the end from the feed."""
@@ -503,11 +503,11 @@ async def test_a_bug_while_chunks_are_taken_is_an_internal_error() -> None:
 async def test_a_bug_before_the_end_is_an_internal_error(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running() as run:
 
-        def broken() -> None:
+        def broken(_: Generation) -> None:
             raise BugError
 
-        monkeypatch.setattr(run.generation, "_read_to_the_end", broken)
-        run.generation.shut_down = broken  # type: ignore[method-assign]
+        monkeypatch.setattr(Generation, "_read_to_the_end", broken)
+        monkeypatch.setattr(Generation, "shut_down", broken)
         with capture_logs() as lines:
             task = asyncio.create_task(run.generation._run())
             await asyncio.wait_for(task, 20)

@@ -74,6 +74,7 @@ async def replayed(*pieces: bytes, dialect: Dialect = CHAT) -> Outcome:
         upstream=cast("UpstreamClient", Pieces(pieces)),
         limits=LIMITS,
         take=lambda taken, _: chunks.extend(taken),
+        take_event=lambda event, _: chunks.append(event[6:-2]),
     )
     fault = None
     try:

@@ -72,6 +72,7 @@ class Reading:
             upstream=cast("UpstreamClient", self.upstream),
             limits=limits,
             take=self._take,
+            take_event=lambda event, now: self._take([event[6:-2]], now),
             clock=self.clock,
             pause=self.clock.pause,
             jitter=lambda: 0.5,
@@ -121,6 +122,7 @@ def read_all(dialect: Dialect, reads: list[bytes], limits: GenerationLimits) -> 
         upstream=upstream,
         limits=limits,
         take=lambda chunks, _: taken.extend(chunks),
+        take_event=lambda event, _: taken.append(event[6:-2]),
         clock=Clock(),
     )
     complete, error = False, None

@@ -155,7 +155,7 @@ async def test_a_bug_in_a_generation_frees_slot_and_reservation(
         original = generation.finishing.settle
         monkeypatch.setattr(generation.finishing, "settle", broken)
     elif part == "running":
-        monkeypatch.setattr(generation, "_end", broken)
+        monkeypatch.setattr(Generation, "_end", broken)
     worker.streams[0].send(HELLO, BugError())
     assert await generation.ended() is State.FAILED
     assert generation.feed.end is not None
@@ -170,10 +170,14 @@ async def test_timers_of_others_are_checked_after_a_bug_in_one(
 ) -> None:
     first, second = await worker.start(), await worker.start()
 
-    def broken(_now: float) -> None:
-        raise BugError
+    check = Generation.check
 
-    monkeypatch.setattr(first, "check", broken)
+    def broken(generation: Generation, now: float) -> None:
+        if generation is first:
+            raise BugError
+        check(generation, now)
+
+    monkeypatch.setattr(Generation, "check", broken)
     monkeypatch.setattr(worker.worker._ownership, "tick", lambda _now: None)  # time seems to jump
     worker.worker.check(asyncio.get_running_loop().time() + LIMITS.deadline)
     assert await second.ended() is State.FAILED
