@@ -147,6 +147,8 @@ class Feed:
 
     def trim(self, saved: int, keep: int = WINDOW) -> None:
         """Drop old events up to number ``saved``, except the newest ``keep`` bytes."""
+        if self.size <= keep:
+            return
         dropped = 0
         for last, block in zip(self._lasts, self._blocks, strict=True):
             if self.size <= keep or last > saved:

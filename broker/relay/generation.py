@@ -317,8 +317,9 @@ class Generation:
 
     def note_elsewhere(self, *, watched: bool) -> None:
         """Note whether a viewer on another worker is registered."""
-        self.watched_elsewhere = watched
-        self._note_watchers()
+        if watched != self.watched_elsewhere:
+            self.watched_elsewhere = watched
+            self._note_watchers()
 
     def check(self, now: float) -> None:
         """Check the timers. The ticker calls this ten times a second, so that no timer has to be moved per chunk."""

@@ -224,18 +224,19 @@ class JournalWriter:
                 lost.append(generation)
             elif answer is not None:
                 try:
-                    self._note(generation, answer)
+                    self._note(generation, answer, now)
                 except Exception:  # the journals of the others must go on
                     log.exception("journal answer not noted", session=short(generation.session_id))
         await for_each(lost, owner.on_session_lost, doing="note what the journal answered")
         return not refused
 
-    def _note(self, generation: Generation, answer: Appended) -> None:
-        generation.saved = answer.last
-        generation.feed.trim(answer.last)
-        if answer.watched > 0 or self._clock() >= self._watch_expiry_suspended_until:
-            generation.note_elsewhere(watched=answer.watched > 0)
-        if answer.cancel:
+    def _note(self, generation: Generation, answer: Appended, now: float) -> None:
+        _, last, cancel, watched = answer
+        generation.saved = last
+        generation.feed.trim(last)
+        if watched > 0 or now >= self._watch_expiry_suspended_until:
+            generation.note_elsewhere(watched=watched > 0)
+        if cancel:
             generation.cancel()
         if not generation.has_unsaved():
             return
