@@ -34,7 +34,9 @@ BEGINNINGS = 4096
 READ_BYTES = 256 * 1024
 """Bytes after which a read of a journal stops: a reader that is far behind must not load a whole answer."""
 
-_STATES = {state.value.encode(): state for state in State}  # to look one up takes a tenth of the time of the enum
+_STATES = {
+    state.value.encode(): state for state in State
+}  # to look one up takes a tenth of the time of the enum
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +115,7 @@ class JournalStore:
     def _begin(self, session_id: str, claim_id: str) -> tuple[str, bytes]:
         """Return the first key of an append, and the beginning of the call."""
         keys = self._store.session_keys(session_id)
-        return keys["session"], self._append.begin(
-            keys["session"], keys["events"], keys["viewers"], claim_id
-        )
+        return keys["session"], self._append.begin(keys["session"], keys["events"], keys["viewers"], claim_id)
 
     async def follow(
         self,

@@ -1,7 +1,8 @@
 """One server of Redis or Valkey: its connections, and the calls that are sent on them.
 
-Small calls share one connection (`shared_connection`). A call that is large, or that Redis may answer much later, has
-one of its own, from the pool of the client library.
+Small calls share one connection (`shared_connection`), and large ones another, so that they hold up no small one. A
+call that Redis may answer much later, or that is very large, has a connection of its own, from the pool of the client
+library.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import MasterDownError, NoScriptError, ReadOnlyError, RedisError, ResponseError
 
-from broker.store.shared_connection import SharedConnection
+from broker.store.shared_connection import MAX_UNSENT, SharedConnection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -35,8 +36,11 @@ CONNECT_TIMEOUT = 1.0
 MAX_CONNECTIONS = 64
 """Maximum connections of a worker to a server. Commands take microseconds; more would only move the queue there."""
 
-MAX_SHARED = 64 * 1024
-"""Maximum bytes of a call on the shared connection. A larger one would hold up the others."""
+MAX_SMALL = 64 * 1024
+"""Maximum bytes of a small call."""
+
+MAX_LARGE = MAX_UNSENT
+"""Maximum bytes of a large call. A larger one would hold up the other large ones: they are the journals."""
 
 
 class Pool(BlockingConnectionPool):
@@ -111,6 +115,73 @@ def no_retry() -> Retry:
     return Retry(NoBackoff(), 0)
 
 
+class _Line:
+    """A shared connection, which is opened when it is first needed, and again after it was lost.
+
+    Args:
+        pool: opens it.
+
+    Attributes:
+        connection: the newest one; None before the first.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.connection: SharedConnection | None = None
+        self._pool = pool
+        self._opened_by: AbstractConnection | None = None
+        self._opening: asyncio.Future[SharedConnection | Exception] | None = None
+        self._holders: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> SharedConnection:
+        """Return a new connection. All who need one at the same time wait for the same attempt to open it.
+
+        Raises:
+            RedisError, OSError, TimeoutError: it cannot be opened.
+        """
+        if self._opening is None:
+            self._opening = asyncio.get_running_loop().create_future()
+            holder = asyncio.create_task(self._hold(self._opening), name="shared connection")
+            self._holders.add(holder)
+            holder.add_done_callback(self._holders.discard)
+        opened = await asyncio.shield(self._opening)
+        if isinstance(opened, Exception):
+            raise opened
+        return opened
+
+    async def _hold(self, opening: asyncio.Future[SharedConnection | Exception]) -> None:
+        """Open a connection, and have the library close it when it is lost or not used any more."""
+        connection = self._pool.make_connection()
+        try:
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT):
+                    await connection.connect()  # type: ignore[no-untyped-call]  # as the library has it
+                shared = self.connection = SharedConnection(connection)
+                self._opened_by = connection
+            except (RedisError, OSError, TimeoutError) as error:
+                opening.set_result(error)
+                return
+            finally:
+                self._opening = None
+            opening.set_result(shared)
+            try:
+                await shared.closed
+            finally:
+                shared.close()
+        finally:
+            await connection.disconnect(nowait=True)
+
+    def leave_others(self, primary: tuple[str, int]) -> None:
+        """Close the connection if it leads to another server."""
+        if self.connection is not None and address_of(self._opened_by) != primary:
+            self.connection.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for holder in self._holders:
+            holder.cancel()
+        await asyncio.gather(*self._holders, return_exceptions=True)
+
+
 class Node:
     """One server, or the primary among several that a Sentinel watches.
 
@@ -126,15 +197,13 @@ class Node:
         self.redis: Redis = Redis(connection_pool=pool)
         self._pool = pool
         self._scripts = scripts
-        self._shared: SharedConnection | None = None
-        self._shared_by: AbstractConnection | None = None
-        self._opening: asyncio.Future[SharedConnection | Exception] | None = None
-        self._holders: set[asyncio.Task[None]] = set()
+        self._small = _Line(pool)
+        self._large = _Line(pool)
 
     @property
     def is_lost(self) -> bool:
-        """True if the next call opens a connection in place of one that was lost. It may lead to another server."""
-        return self._shared is not None and self._shared.retired
+        """True if the next small call opens a connection in place of one that was lost, perhaps to another server."""
+        return self._small.connection is not None and self._small.connection.retired
 
     async def run(self, calls: Sequence[Call], give_up_at: float) -> list[Any]:
         """Send calls as `send` does, and load the scripts if the server does not know one.
@@ -169,11 +238,12 @@ class Node:
             return []
         joined = b"".join([call.packed for call in calls])
         replies = used = None
-        if len(joined) <= MAX_SHARED and True not in [call.alone for call in calls]:
-            shared = self._shared
+        if len(joined) <= MAX_LARGE and True not in [call.alone for call in calls]:
+            line = self._small if len(joined) <= MAX_SMALL else self._large
+            shared = line.connection
             if shared is None or shared.retired:
                 async with asyncio.timeout_at(give_up_at):
-                    shared = await self._open_shared()
+                    shared = await line.open()
             if shared.takes_calls:
                 used = shared
                 replies = await shared.ask(joined, len(calls), give_up_at)
@@ -198,53 +268,15 @@ class Node:
         answered = isinstance(error, ResponseError)
         if not answered or isinstance(error, ReadOnlyError | MasterDownError):
             # Connections that were opened after this one may lead to another server.
-            if used is None or used is self._shared:
+            if used in (None, self._small.connection, self._large.connection):
                 await self._pool.close_idle()
             if used is not None:
                 used.retire()
         if not answered:
             raise error
 
-    async def _open_shared(self) -> SharedConnection:
-        """Return a new shared connection. All who need one at the same time wait for the same attempt to open it."""
-        if self._opening is None:
-            self._opening = asyncio.get_running_loop().create_future()
-            holder = asyncio.create_task(self._hold_shared(self._opening), name="shared connection")
-            self._holders.add(holder)
-            holder.add_done_callback(self._holders.discard)
-        opened = await asyncio.shield(self._opening)
-        if isinstance(opened, Exception):
-            raise opened
-        return opened
-
-    async def _hold_shared(self, opening: asyncio.Future[SharedConnection | Exception]) -> None:
-        """Open a shared connection, and have the library close it when it is lost or not used any more."""
-        connection = self._pool.make_connection()
-        try:
-            try:
-                async with asyncio.timeout(CONNECT_TIMEOUT):
-                    await connection.connect()  # type: ignore[no-untyped-call]  # as the library has it
-                shared = self._shared = SharedConnection(connection)
-                self._shared_by = connection
-            except (RedisError, OSError, TimeoutError) as error:
-                opening.set_result(error)
-                return
-            finally:
-                self._opening = None
-            opening.set_result(shared)
-            try:
-                await shared.closed
-            finally:
-                shared.close()
-        finally:
-            await connection.disconnect(nowait=True)
-
     async def _send_alone(self, joined: bytes, count: int) -> list[Any]:
-        """Write so many packed commands to a connection of their own, and read their replies.
-
-        The pipeline of the library takes 29 to 40 µs for a command of 3 KB, this takes 13 (measured). That is most of
-        the cost of a journal.
-        """
+        """Write so many packed commands to a connection of their own, and read their replies."""
         connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]  # as the library has it
         try:
             await connection.send_packed_command([joined])
@@ -263,8 +295,8 @@ class Node:
         """
         primary = await self._pool.find_primary()
         if primary is not None:
-            if self._shared is not None and address_of(self._shared_by) != primary:
-                self._shared.close()
+            self._small.leave_others(primary)
+            self._large.leave_others(primary)
             await self._pool.close_others(primary)
 
     async def everywhere(self, calls: Sequence[Call]) -> list[Call]:
@@ -284,9 +316,8 @@ class Node:
 
     async def close(self) -> None:
         """Close all connections."""
-        for holder in self._holders:
-            holder.cancel()
-        await asyncio.gather(*self._holders, return_exceptions=True)
+        await self._small.close()
+        await self._large.close()
         await self.redis.aclose()
         await self._pool.aclose()
 

@@ -22,7 +22,7 @@ from redis.exceptions import ResponseError
 from broker.core.errors import StoreUnavailable
 from broker.store.call import command_call
 from broker.store.connection import Store
-from broker.store.node import MAX_SHARED
+from broker.store.node import MAX_LARGE, MAX_SMALL
 from broker.store.shared_connection import MAX_CALLS, MAX_UNSENT, SharedConnection
 from tests.scripted import PATIENCE
 from tests.stopwatch import Stopwatch
@@ -172,12 +172,12 @@ async def test_nothing_is_written_to_a_lost_connection(valkey_url: str) -> None:
 
 async def test_the_bound_of_unsent_bytes_is_kept_at_any_moment(valkey_url: str) -> None:
     async with shared_connection(valkey_url) as shared:
-        call = command_call("ECHO", bytes(MAX_SHARED)).packed
+        call = command_call("ECHO", bytes(MAX_SMALL)).packed
         answers = []
         while shared.takes_calls:
             answers.append(shared.ask(call, 1, asyncio.get_running_loop().time() + PATIENCE))
-        assert len(answers) == MAX_UNSENT // MAX_SHARED
-        assert await asyncio.gather(*answers) == [[bytes(MAX_SHARED)]] * len(answers)
+        assert len(answers) == MAX_UNSENT // MAX_SMALL
+        assert await asyncio.gather(*answers) == [[bytes(MAX_SMALL)]] * len(answers)
         assert shared.takes_calls
 
 
@@ -203,11 +203,27 @@ async def test_a_command_that_waits_holds_up_no_other(store: Store) -> None:
 async def test_a_large_call_holds_up_no_other(wire: Wire) -> None:
     async with opened(wire.url) as store:
         wire.block = b"large"
-        large = asyncio.create_task(echo(store, b"large" + bytes(MAX_SHARED)))
+        large = asyncio.create_task(echo(store, b"large" + bytes(MAX_SMALL)))
         await wire.until_blocked()
         await echo(store, b"small")
         wire.unblock()
         await large
+
+
+async def test_large_calls_share_a_connection(store: Store) -> None:
+    for _ in range(3):
+        await asyncio.gather(*(echo(store, bytes(MAX_SMALL + n)) for n in range(5)))
+    assert store.connections_made == 1
+
+
+async def test_a_very_large_call_holds_up_no_large_one(wire: Wire) -> None:
+    async with opened(wire.url) as store:
+        wire.block = b"large"
+        very_large = asyncio.create_task(echo(store, b"large" + bytes(MAX_LARGE)))
+        await wire.until_blocked()
+        await echo(store, bytes(MAX_SMALL))
+        wire.unblock()
+        await very_large
 
 
 async def test_calls_beyond_the_bound_go_their_own_way(wire: Wire) -> None:
@@ -252,10 +268,11 @@ async def test_an_unwanted_reply_ends_the_connection() -> None:
                 assert store.connections_made == made
 
 
-async def test_a_store_that_closes_leaves_nobody_waiting(wire: Wire) -> None:
+@pytest.mark.parametrize("size", [0, MAX_SMALL, MAX_LARGE], ids=["small", "large", "very large"])
+async def test_a_store_that_closes_leaves_nobody_waiting(wire: Wire, size: int) -> None:
     store = Store(wire.url, "test")
     wire.block = b"held"
-    held = asyncio.create_task(echo(store, b"held"))
+    held = asyncio.create_task(echo(store, b"held" + bytes(size)))
     await wire.until_blocked()
     await store.close()
     with pytest.raises(StoreUnavailable):
