@@ -10,8 +10,14 @@ from broker.core.session import Cursor, State, Terminal
 from broker.core.sse import encode_event
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from broker.core.answer import Answer
     from broker.core.errors import BrokerError
+
+RELAYED = b"id: 1-%d\nevent: chunk\n%b"
+"""The event of a chunk as `chunk_event` returns it, made of its number and the upstream's event, if that is one line of
+data. It is filled where it is needed: a call would take longer than this."""
 
 
 def chunk_event(n: int, data: bytes) -> bytes:
@@ -21,17 +27,7 @@ def chunk_event(n: int, data: bytes) -> bytes:
     return b"id: 1-%d\nevent: chunk\ndata: %b\n\n" % (n, data)
 
 
-def relayed_event(n: int, event: bytes) -> bytes:
-    """Return the event of a chunk as `chunk_event` does.
-
-    Args:
-        n: its number.
-        event: the upstream's event: ``data: `` and one line, and a blank line.
-    """
-    return b"id: 1-%d\nevent: chunk\n%b" % (n, event)
-
-
-def chunk_events(chunks: list[bytes], first: int) -> bytes:
+def chunk_events(chunks: Sequence[bytes], first: int) -> bytes:
     """Return the events of several chunks, numbered from ``first``, as one block."""
     if len(chunks) == 1:
         return chunk_event(first, chunks[0])

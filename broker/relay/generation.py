@@ -27,7 +27,7 @@ from broker.core.errors import (
     UpstreamTimeout,
     WorkerLost,
 )
-from broker.core.events import chunk_events, error_data, relayed_event
+from broker.core.events import RELAYED, chunk_events, error_data
 from broker.core.lifecycle import CANCELLED, FINISHED, Action, Event, Lifecycle, Proposal, Step
 from broker.core.session import Cursor, State, Terminal, short
 from broker.core.skeleton import DATA
@@ -39,7 +39,7 @@ from broker.store.sessions import EndConflict
 from broker.telemetry.interface import NO_TRACE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from broker.core.answer import Answer
     from broker.core.replay import Batch
@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from broker.upstream.client import UpstreamClient
 
 log = structlog.get_logger(__name__)
+
+UNCHECKED = 0.5
+"""Seconds for which the timers of a generation are not checked again if nothing can be due before."""
 
 FIRST_VIEWER = 1.0
 """Seconds that a new generation waits for its first viewer, where the grace is shorter."""
@@ -67,7 +70,13 @@ class JournalQueue(Protocol):
 
 
 class OwnershipWatch(Protocol):
-    """What a generation needs to know whether the session is still this worker's."""
+    """What a generation needs to know whether the session is still this worker's.
+
+    Attributes:
+        tick_due: monotonic time after which this process may have been frozen.
+    """
+
+    tick_due: float
 
     def check_for_freeze(self, now: float) -> None:
         """Find out whether the process was frozen, before new events are shown."""
@@ -108,6 +117,7 @@ class Generation:
         transcript: as given.
         clock: as given.
         trace: as given.
+        check_at: the time by the clock before which no timer can be due.
         started_at: when it was claimed, by the clock.
     """
 
@@ -125,9 +135,11 @@ class Generation:
         "_taken_at",
         "_task",
         "_to_decide",
+        "_unchecked",
         "_unwatched_since",
         "_viewers",
         "_write_later",
+        "check_at",
         "claim_id",
         "clock",
         "feed",
@@ -194,7 +206,6 @@ class Generation:
             upstream=upstream,
             limits=limits,
             take=self._take,
-            take_event=self._take_event,
             clock=self.clock,
             headers=trace.headers,
         )
@@ -212,6 +223,8 @@ class Generation:
         self.started_at = self.clock()
         self._viewers = 0
         self._unwatched_since: float | None = self.started_at + max(0.0, FIRST_VIEWER - limits.grace)
+        self._unchecked = min(UNCHECKED, limits.first_data_timeout, limits.idle_timeout)
+        self.check_at = self.started_at
         self._to_decide = asyncio.Event()
         self._reading_task: asyncio.Task[SessionError | None] | None = None
         self._abandoning: asyncio.Task[None] | None = None
@@ -322,7 +335,8 @@ class Generation:
             self._note_watchers()
 
     def check(self, now: float) -> None:
-        """Check the timers. The ticker calls this ten times a second, so that no timer has to be moved per chunk."""
+        """Check the timers, so that none has to be moved for each chunk. Called at every tick from `check_at` on."""
+        self.check_at = now + self._unchecked
         if not self.lifecycle.is_open:
             return
         if now >= self.started_at + self._limits.deadline:
@@ -335,6 +349,13 @@ class Generation:
             self._handle(Event.TIMED_OUT, FINISHED if finished else Proposal(Step.FAIL, UpstreamTimeout()))
         elif self._unwatched_since is not None and now >= self._unwatched_since + self._limits.grace:
             self._handle(Event.GRACE_OVER)
+        else:
+            self.check_at = min(self.check_at, self._next_due())
+
+    def _next_due(self) -> float:
+        """Return the time at which the first timer is due, if nothing comes before."""
+        due = min(self.started_at + self._limits.deadline, self._reader.data_due)
+        return due if self._unwatched_since is None else min(due, self._unwatched_since + self._limits.grace)
 
     def froze(self, seconds: float) -> None:
         """Note that this process was frozen for so many seconds.
@@ -395,6 +416,7 @@ class Generation:
             self._unwatched_since = None
         elif self._unwatched_since is None:
             self._unwatched_since = self.clock()
+            self.check_at = min(self.check_at, self._unwatched_since + self._limits.grace)
             if self._limits.grace == 0:
                 self._handle(Event.GRACE_OVER)
 
@@ -526,31 +548,30 @@ class Generation:
             self._to_decide.set()  # `_run` may wait for it, and finds that there is an end
             self._write_later(self, end)
 
-    def _take(self, chunks: list[bytes], now: float) -> None:
-        first = self.feed.last + 1
-        self._add(first, first + len(chunks) - 1, chunk_events(chunks, first), now)
-        if self.transcript is not None:
-            self.transcript.add(chunks)
+    def _take(self, chunks: Sequence[bytes], now: float, event: bytes | None = None) -> None:
+        """Add the chunks of one read to the feed; or one chunk, in the upstream's event, as it nearly always comes.
 
-    def _take_event(self, event: bytes, now: float) -> None:
-        """Take one chunk as `_take` does, in the upstream's event."""
-        n = self.feed.last + 1
-        self._add(n, n, relayed_event(n, event), now)
-        if self.transcript is not None:
-            self.transcript.add([event[len(DATA) : -2]])
-
-    def _add(self, first: int, last: int, events: bytes, now: float) -> None:
-        """Add new events to the feed."""
-        self._ownership.check_for_freeze(now)
+        This is one function, because it runs for every chunk of every stream: with the caches cold, each call costs.
+        """
+        feed = self.feed
+        first = last = feed.last + 1
+        if event is not None:
+            events = RELAYED % (first, event)
+        else:
+            last += len(chunks) - 1
+            events = chunk_events(chunks, first)
+        if now > self._ownership.tick_due:
+            self._ownership.check_for_freeze(now)
         if self._taken_at is not None:
             self._note_gap(now - self._taken_at)
         self._taken_at = now
         if self.watched_elsewhere and self._journal is not None:
             self._journal.flush_soon(self)
-        feed = self.feed
         feed.add((first, last, events), now)
         if self._journal is None and feed.live == self._viewers > 0 and feed.shown == feed.last:
             feed.trim(feed.last)  # no viewer will ask for these events again
+        if self.transcript is not None:
+            self.transcript.add(chunks if event is None else [event[len(DATA) : -2]])
 
 
 def _weakly(unsaved: Callable[[], Batch]) -> Callable[[], Batch]:

@@ -75,6 +75,7 @@ class Ownership:
 
     Attributes:
         lost: number of sessions that turned out to belong to another worker.
+        tick_due: monotonic time after which this process may have been frozen, unless a tick comes before.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Ownership:
         self._redis = redis
         self._resuming = resuming
         self._spawn = spawn
-        self._ticked_at = asyncio.get_running_loop().time()
+        self.tick_due = asyncio.get_running_loop().time() + FREEZE
         self.lost = 0
         self._unconfirmed: set[Generation] = set()
         self._asked_in: dict[Generation, object] = {}
@@ -250,15 +251,14 @@ class Ownership:
 
     def check_for_freeze(self, now: float) -> None:
         """Check whether this process was frozen. Called before events are sent to viewers."""
-        stood_still = now - self._ticked_at
-        if stood_still > FREEZE:
-            self._after_freeze(stood_still)
-            self._ticked_at = now
+        if now > self.tick_due:
+            self._after_freeze(now - self.tick_due + FREEZE)
+            self.tick_due = now + FREEZE
 
     def tick(self, now: float) -> None:
         """Record that this process runs. Called several times a second."""
         self.check_for_freeze(now)
-        self._ticked_at = now
+        self.tick_due = now + FREEZE
 
     def _after_freeze(self, stood_still: float) -> None:
         """Send no events until Redis has confirmed that the sessions are still ours."""

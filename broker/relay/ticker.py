@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 TICK = 0.1
 """Seconds between two checks, and so the precision of every limit."""
 
+SILENT = 2 * TICK
+"""Seconds without a write after which it is checked whether the page has left. A write finds out by itself."""
+
 
 class Checked(Protocol):
     """What the ticker needs of the worker."""
@@ -59,6 +62,8 @@ async def tick(
         lagged(max(0.0, now - wanted))
         worker.check(now)
         for viewer in tuple(worker.viewers):
-            viewer.check()
-            if now - viewer.written_at >= heartbeat:
-                viewer.beat(beat, now)
+            silent = now - viewer.written_at
+            if silent >= SILENT:
+                viewer.check()
+                if silent >= heartbeat:
+                    viewer.beat(beat, now)

@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
@@ -21,7 +21,7 @@ from broker.core.upstream_errors import may_have_generated, retry_delay
 from broker.telemetry.interface import NO_HEADERS
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from broker.core.dialect import Dialect
     from broker.core.sse import Frame
@@ -52,6 +52,13 @@ def _ignore(_: bytes) -> bool:
     return False
 
 
+class Take(Protocol):
+    """Takes the chunks of a read."""
+
+    def __call__(self, chunks: Sequence[bytes], now: float, event: bytes | None = None) -> None:
+        """Take them, or the event of one chunk."""
+
+
 class UpstreamReader:
     """One answer, from the request to the last chunk.
 
@@ -60,8 +67,8 @@ class UpstreamReader:
         dialect: the form of request and answer.
         upstream: the service that is asked.
         limits: seconds, bytes and retries.
-        take: is called with the chunks of each read (JSON) and the time.
-        take_event: is called in its place with a read that is one event, whose only line is ``data: `` and a chunk.
+        take: is called with the chunks of each read (JSON) and the time. Of a read that is one event, whose only line
+            is ``data: `` and a chunk, it gets no chunks but the event.
         clock: seconds that only go forward; by default the event loop's.
         pause: waits for so many seconds.
         jitter: returns a random number from 0 to 1 for the delay of a retry.
@@ -97,7 +104,6 @@ class UpstreamReader:
         "_request_id",
         "_stream",
         "_take",
-        "_take_event",
         "_upstream",
         "answer",
         "asked",
@@ -116,8 +122,7 @@ class UpstreamReader:
         dialect: Dialect,
         upstream: UpstreamClient,
         limits: GenerationLimits,
-        take: Callable[[list[bytes], float], None],
-        take_event: Callable[[bytes, float], None],
+        take: Take,
         clock: Callable[[], float] | None = None,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
@@ -139,7 +144,7 @@ class UpstreamReader:
         self._upstream = upstream
         self._limits = limits
         self._max_response, self._idle_timeout = limits.max_response, limits.idle_timeout
-        self._take, self._take_event = take, take_event
+        self._take = take
         self._clock = clock or asyncio.get_running_loop().time
         self._pause = pause
         self._jitter = jitter
@@ -204,7 +209,7 @@ class UpstreamReader:
         # Prompt and buffers are not needed any more. Without the reference to who takes the chunks, and who owns this
         # reader, the memory of both is freed at once; the collector would hardly ever come.
         self._request, self._decoder = b"", Decoder(self._limits.max_response)
-        self._take = self._take_event = _take_nothing
+        self._take = _take_nothing
         stream, self._stream = self._stream, None
         if stream is None:
             return
@@ -262,7 +267,7 @@ class UpstreamReader:
         ):
             self.relayed += len(block) - FRAMING
             self.data_due = now + self._idle_timeout
-            self._take_event(block, now)
+            self._take((), now, block)
             return False
         chunks: list[bytes] = []
         try:
@@ -373,5 +378,5 @@ class UpstreamReader:
         self._take([chunk], now)
 
 
-def _take_nothing(chunks: list[bytes] | bytes, now: float) -> None:
+def _take_nothing(chunks: Sequence[bytes], now: float, event: bytes | None = None) -> None:
     """Drop what comes after the answer was closed."""

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 MAX_BACKLOG = 256 * 1024
 """Bytes that may wait in this process for a connection. With more, a viewer is not live any more, and waits."""
 
+CLOSED = 1 << 62
+"""The backlog of a closed connection: above any limit, so that the viewer's own task finds out."""
+
 MAX_BLOCK = 64 * 1024
 """Bytes that a viewer writes at a time while it catches up. A block may end within an event."""
 
@@ -33,7 +36,7 @@ class Connection(Protocol):
     """A connection to a page."""
 
     def write_now(self, block: bytes) -> int:
-        """Take the bytes without waiting, and return the backlog. A closed connection drops them."""
+        """Take the bytes without waiting, and return the backlog. A closed connection drops them: `CLOSED`."""
 
     def backlog(self) -> int:
         """Return the bytes that were taken and that the system has not accepted yet."""

@@ -223,6 +223,8 @@ class Worker:
         """Check the timers of every generation, and drop finished ones whose time is over."""
         self._ownership.tick(now)
         for generation in tuple(self.running.values()):
+            if now < generation.check_at:
+                continue
             try:
                 generation.check(now)
             except Exception:  # the timers of the others must go on

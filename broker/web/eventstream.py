@@ -10,6 +10,7 @@ from aiohttp import hdrs, web
 from aiohttp_sse import EventSourceResponse
 
 from broker.core.sse import encode_comment, encode_retry
+from broker.relay.viewer import CLOSED
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
@@ -74,14 +75,14 @@ class EventStream(EventSourceResponse):
         return self._transport is not None
 
     def write_now(self, block: bytes) -> int:
-        """Write bytes to the socket without waiting, and return the backlog.
+        """Write bytes to the socket without waiting, and return the backlog; `CLOSED` if the client has left.
 
         This replaces `send` and `write`: those cost two coroutines, a timeout and a frame that is built field by field
         for each event, about 12 µs. This costs under 2 µs, at every chunk of every stream.
         """
         transport = self._transport
         if transport is None or transport.is_closing():
-            return 0
+            return CLOSED
         size = len(block)
         self.written += size
         transport.write(b"%x\r\n%b\r\n" % (size, block) if self._chunks else block)
@@ -101,6 +102,8 @@ class EventStream(EventSourceResponse):
         Raises:
             ConnectionError: it was disconnected, or has left.
         """
+        if self.is_closed():
+            raise ConnectionResetError("the client has left")
         before = self.backlog()
         while before and self._writer is not None:
             try:

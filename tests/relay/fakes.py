@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -47,6 +47,11 @@ FINISH = data(text("", finish_reason="stop"))
 DONE = b"data: [DONE]\n\n"
 ERROR = data({"error": {"code": 502, "message": "It broke."}})
 TOLD_USAGE = data({"choices": [], "usage": USAGE})
+
+
+def chunks_in(chunks: Sequence[bytes], event: bytes | None) -> Sequence[bytes]:
+    """Return the chunks of a read that a reader passes on."""
+    return chunks if event is None else [event.removeprefix(b"data: ").removesuffix(b"\n\n")]
 
 
 class BugError(Exception):

@@ -18,7 +18,7 @@ from broker.core.session import Cursor, State, Terminal
 from broker.relay.config import GenerationLimits
 from broker.relay.feed import WINDOW
 from broker.relay.finishing import NOTHING
-from broker.relay.generation import FIRST_VIEWER, Generation
+from broker.relay.generation import FIRST_VIEWER, UNCHECKED, Generation
 from broker.relay.upstream_reader import QUIET_END
 from broker.store.sessions import EndConflict, SessionStatus
 from tests.clock import Clock, run_ready_tasks
@@ -63,6 +63,8 @@ class FakeOwnership:
         to_confirm: generations that asked to be confirmed.
         error: is raised by the next check for a freeze.
     """
+
+    tick_due = float("-inf")
 
     def __init__(self) -> None:
         self.to_confirm: list[Generation] = []
@@ -149,10 +151,17 @@ class Running:
         await run_ready_tasks()
 
     async def at(self, seconds: float) -> None:
-        """Check the timers so many seconds after now."""
-        await self.clock.advance(seconds)
-        self.generation.check(self.clock.now)
+        """Check the timers as the worker does, until so many seconds after now."""
+        until = self.clock.now + seconds
+        self.check()
+        while self.clock.now < until:
+            await self.clock.advance(min(UNCHECKED / 2, until - self.clock.now))
+            self.check()
         await run_ready_tasks()
+
+    def check(self) -> None:
+        if self.clock.now >= self.generation.check_at:
+            self.generation.check(self.clock.now)
 
     @property
     def phase(self) -> Phase:
@@ -373,6 +382,25 @@ async def test_a_viewer_elsewhere_keeps_a_session_alive() -> None:
         run.generation.note_elsewhere(watched=False)
         await run.at(GRACE)
         assert await run.code() == "abandoned"
+
+
+async def test_a_grace_that_is_shorter_than_the_time_between_checks_is_kept() -> None:
+    async with running(limits=replace(LIMITS, grace=UNCHECKED / 4)) as run:
+        with run.generation.watched():
+            run.check()
+            assert run.generation.check_at >= run.clock.now + UNCHECKED / 2
+        await run.clock.advance(UNCHECKED / 4)
+        run.check()
+        assert run.phase is Phase.ABANDONING
+
+
+async def test_timers_are_not_checked_while_nothing_can_be_due() -> None:
+    async with running() as run:
+        for _ in range(10):
+            run.check()
+            assert run.generation.check_at == run.clock.now + UNCHECKED
+            await run.clock.advance(UNCHECKED)
+        assert run.phase is Phase.RELAYING
 
 
 async def test_without_grace_a_session_ends_with_its_last_viewer() -> None:

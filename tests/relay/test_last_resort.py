@@ -58,6 +58,7 @@ class World(Relaying):
     secrets = ()
     generation_id = None
     status = 200
+    tick_due = float("-inf")
     whole: dict[str, Any] | None = None
 
     def __init__(self, **breaks: int) -> None:

@@ -17,7 +17,7 @@ from broker.relay.upstream_reader import UpstreamReader
 from broker.store.sessions import Prepared
 from broker.upstream.client import UpstreamClient
 from tests.recordings import LINE_ENDS, RECORDINGS, Recording, with_line_ends
-from tests.relay.fakes import Relaying
+from tests.relay.fakes import Relaying, chunks_in
 
 MIB = 1024 * 1024
 LIMITS = GenerationLimits(
@@ -73,8 +73,7 @@ async def replayed(*pieces: bytes, dialect: Dialect = CHAT) -> Outcome:
         dialect=dialect,
         upstream=cast("UpstreamClient", Pieces(pieces)),
         limits=LIMITS,
-        take=lambda taken, _: chunks.extend(taken),
-        take_event=lambda event, _: chunks.append(event[6:-2]),
+        take=lambda taken, _, event=None: chunks.extend(chunks_in(taken, event)),
     )
     fault = None
     try:

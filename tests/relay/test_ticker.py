@@ -27,9 +27,10 @@ class Silent:
     def __init__(self, written_at: float) -> None:
         self.written_at = written_at
         self.beats: list[bytes] = []
+        self.checks = 0
 
     def check(self) -> None:
-        pass
+        self.checks += 1
 
     def beat(self, block: bytes, now: float) -> None:
         self.beats.append(block)
@@ -98,6 +99,17 @@ async def test_a_viewer_that_was_written_to_gets_no_heartbeat() -> None:
             await clock.advance(HEARTBEAT - 1)
             viewer.written_at = clock.now
         assert viewer.beats == []
+
+
+async def test_only_a_silent_viewer_is_asked_whether_its_page_has_left() -> None:
+    """Each write finds that out by itself."""
+    worker, clock = FakeWorker(), Clock()
+    async with ticking(worker, clock):
+        busy, silent = worker.add(Silent(clock.now)), worker.add(Silent(clock.now))
+        for _ in range(5):
+            await clock.advance(TICK)
+            busy.written_at = clock.now
+        assert (busy.checks, silent.checks) == (0, 4)
 
 
 async def test_a_ping_event_follows_the_comment_where_asked_for() -> None:

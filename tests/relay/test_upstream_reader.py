@@ -41,11 +41,14 @@ from tests.relay.fakes import (
     FakeStream,
     FakeUpstream,
     cancel,
+    chunks_in,
     data,
     text,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from broker.core.chat_answer import ChatAnswer
     from broker.upstream.client import UpstreamClient
 
@@ -72,14 +75,14 @@ class Reading:
             upstream=cast("UpstreamClient", self.upstream),
             limits=limits,
             take=self._take,
-            take_event=lambda event, now: self._take([event[6:-2]], now),
             clock=self.clock,
             pause=self.clock.pause,
             jitter=lambda: 0.5,
         )
 
-    def _take(self, chunks: list[bytes], now: float) -> None:
-        said = [json.loads(chunk)["choices"][0]["delta"]["content"] for chunk in chunks]
+    def _take(self, chunks: Sequence[bytes], now: float, event: bytes | None = None) -> None:
+        found = chunks_in(chunks, event)
+        said = [json.loads(chunk)["choices"][0]["delta"]["content"] for chunk in found]
         self.chunks.append((said, now))
 
     async def start(self) -> asyncio.Task[None]:
@@ -121,8 +124,7 @@ def read_all(dialect: Dialect, reads: list[bytes], limits: GenerationLimits) -> 
         dialect=dialect,
         upstream=upstream,
         limits=limits,
-        take=lambda chunks, _: taken.extend(chunks),
-        take_event=lambda event, _: taken.append(event[6:-2]),
+        take=lambda chunks, _, event=None: taken.extend(chunks_in(chunks, event)),
         clock=Clock(),
     )
     complete, error = False, None
