@@ -305,7 +305,7 @@ class AccountStore:
         """
         outcome = str(state) if state in (State.DONE, State.CANCELLED) else "failed"
         await self._book(
-            reservation if model is None else replace(reservation, model=model),
+            reservation if model in (None, reservation.model) else replace(reservation, model=model),
             spent,
             outcome=outcome,
             generation_id=generation_id or "",
