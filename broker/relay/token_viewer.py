@@ -59,6 +59,7 @@ class TokenViewer(Viewer):
         if events:  # an empty block would end the body
             self.written_at = now
             if self._connection.write_now(events) > MAX_BACKLOG:
+                self.check()
                 self.wake()
 
     async def follow(self) -> None:

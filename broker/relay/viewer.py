@@ -23,7 +23,7 @@ MAX_BACKLOG = 256 * 1024
 """Bytes that may wait in this process for a connection. With more, a viewer is not live any more, and waits."""
 
 CLOSED = 1 << 62
-"""The backlog of a closed connection: above any limit, so that the viewer's own task finds out."""
+"""The backlog of a closed connection: above any limit, so that a viewer finds out at its next write."""
 
 MAX_BLOCK = 64 * 1024
 """Bytes that a viewer writes at a time while it catches up. A block may end within an event."""
@@ -104,6 +104,7 @@ class Viewer:
         self._n = last
         self.written_at = now
         if self._connection.write_now(events) > MAX_BACKLOG:
+            self.check()
             self.wake()
 
     def wake(self) -> None:

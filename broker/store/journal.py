@@ -34,9 +34,8 @@ BEGINNINGS = 4096
 READ_BYTES = 256 * 1024
 """Bytes after which a read of a journal stops: a reader that is far behind must not load a whole answer."""
 
-_STATES = {
-    state.value.encode(): state for state in State
-}  # to look one up takes a tenth of the time of the enum
+# To look one up takes a tenth of the time of the enum.
+_STATES = {state.value.encode(): state for state in State}
 
 
 @dataclass(frozen=True, slots=True)

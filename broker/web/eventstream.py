@@ -102,8 +102,6 @@ class EventStream(EventSourceResponse):
         Raises:
             ConnectionError: it was disconnected, or has left.
         """
-        if self.is_closed():
-            raise ConnectionResetError("the client has left")
         before = self.backlog()
         while before and self._writer is not None:
             try:

@@ -10,7 +10,7 @@ from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
 from broker.core.sse import Decoder, Frame
 from broker.relay.feed import Feed
-from broker.relay.viewer import Viewer
+from broker.relay.viewer import CLOSED, Viewer
 
 MIB = 1024 * 1024
 
@@ -37,6 +37,8 @@ class QuickConnection:
         return self.closed
 
     def write_now(self, block: bytes) -> int:
+        if self.closed:
+            return CLOSED
         self.bytes += block
         self.writes.append(block)
         self.wrote.set()

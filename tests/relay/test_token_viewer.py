@@ -96,6 +96,15 @@ async def test_a_chunk_that_says_nothing_is_left_out() -> None:
     assert b"" not in connection.writes  # it would end the body
 
 
+async def test_a_page_that_left_is_noticed_by_the_next_write() -> None:
+    connection = QuickConnection()
+    async with following(viewer(feed := filled(words(1, 1)), connection)) as task:
+        connection.closed = True
+        feed.add(words(2, 2), 1.0)
+        await task
+        assert feed.live == 0
+
+
 @pytest.mark.parametrize("seen", range(1, 5))
 async def test_a_cursor_is_continued_from_without_a_start(seen: int) -> None:
     feed, connection = filled(words(1, 2), words(3, 4)), QuickConnection()

@@ -249,6 +249,18 @@ async def test_no_heartbeat_is_written_inside_an_event() -> None:
     assert connection.bytes.replace(b"\n\n: beat", b"").startswith(whole.events)
 
 
+async def test_a_page_that_left_is_noticed_by_the_next_write() -> None:
+    connection = QuickConnection()
+    async with following(viewer(feed := Feed(), connection)) as task:
+        feed.add(batch(1, 1), 0.0)
+        connection.closed = True
+        feed.add(batch(2, 2), 0.0)
+        await settle()
+        assert task.done()
+        assert feed.live == 0
+        assert connection.ids == ["1-1"]
+
+
 async def test_a_page_that_left_is_noticed_without_a_write() -> None:
     connection = QuickConnection()
     async with following(watching := viewer(filled(), connection)) as task:

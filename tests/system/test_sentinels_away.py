@@ -10,9 +10,12 @@ import pytest
 
 from broker.store.connection import Store
 from tests.sentinels import sentinel_set
+from tests.system import test_several_servers as several
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from tests.scripted import ScriptedUpstream
 
 pytestmark = pytest.mark.slow
 
@@ -68,3 +71,9 @@ async def test_a_primary_is_found_where_most_sentinels_stand_still() -> None:
             await store.ping()
         finally:
             await store.close()
+
+
+async def test_a_failover_in_mid_stream_while_a_sentinel_stands_still(upstream: ScriptedUpstream) -> None:
+    async with sentinel_set() as servers:
+        servers.sentinels[0].freeze()  # the one that is asked first
+        await several.test_a_failover_in_mid_stream(servers, upstream)
