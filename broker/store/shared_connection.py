@@ -185,12 +185,14 @@ class SharedConnection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """Fail all calls that wait, and tell the library."""
+        # A server that refuses a certificate says so only now.
+        why = "The connection was lost" + (f" ({error})." if error is not None and str(error) else ".")
         self.retired = True
         if self._timer is not None:
             self._timer.cancel()
         for call in self._waiting:
             if not call.answer.done():
-                call.answer.set_result([LineError("The connection was lost.")])
+                call.answer.set_result([LineError(why)])
         self._waiting.clear()
         self._before.connection_lost(error)
         if not self.closed.done():
