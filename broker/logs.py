@@ -39,10 +39,17 @@ _FIRST: Final = ("timestamp", "level", "event", "logger", "worker_number")
 REPEATED_AFTER: Final = 60.0
 """Seconds after a warning in which the same warning is not written again."""
 
+CHANGED_AFTER: Final = 5.0
+"""The same for a warning that tells of a change, see `_CHANGES`: an operator has to see each of them."""
+
+_CHANGES: Final = frozenset(
+    {"redis cannot be reached", "redis is another server than before", "redis came back empty"}
+)
 _MOST_WARNINGS: Final = 500
 _SESSION_LINE: Final = "session ended"
 # The fields that distinguish two warnings of one event. Ids of sessions and requests do not: each failure has another.
 _KIND_FIELDS: Final = (
+    "why",
     "code",
     "status",
     "script",
@@ -194,7 +201,8 @@ def censor(secrets: Iterable[str]) -> Callable[[Any, str, EventDict], EventDict]
 class Repetitions:
     """Lets a warning or an error pass once a minute, with the number of times it was suppressed.
 
-    Lines at the end of a session always pass: each is about another session.
+    Lines at the end of a session always pass: each is about another session. Those that tell of a change pass every
+    five seconds, so that what ended by "redis is back" has a beginning.
 
     Args:
         clock: seconds that only go forward.
@@ -211,7 +219,7 @@ class Repetitions:
             return True
         now, kind = self._clock(), _kind_of(record, fields)
         told_at, held_back = self._told.pop(kind, (float("-inf"), 0))
-        if now - told_at < REPEATED_AFTER:
+        if now - told_at < (CHANGED_AFTER if fields.get("event") in _CHANGES else REPEATED_AFTER):
             self._told[kind] = (told_at, held_back + 1)
             return False
         self._told[kind] = (now, 0)

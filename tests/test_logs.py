@@ -293,6 +293,20 @@ def test_a_repeated_warning_is_logged_once_a_minute() -> None:
     assert passing(repetitions, session="c") is None
 
 
+@pytest.mark.parametrize(
+    "event", ["redis cannot be reached", "redis is another server than before", "redis came back empty"]
+)
+def test_a_change_is_logged_each_time_but_not_in_a_flood(event: str) -> None:
+    clock = Clock()
+    repetitions = Repetitions(clock)
+    assert passing(repetitions, event=event) is not None
+    clock.now += 1
+    assert passing(repetitions, event=event) is None
+    clock.now += 4
+    assert passing(repetitions, event=event) == {"event": event, "repeated": 1}
+    assert passing(repetitions, event=event, why="another reason") is not None
+
+
 def test_different_warnings_are_logged() -> None:
     repetitions = Repetitions(Clock())
     assert passing(repetitions, code="a") is not None

@@ -123,17 +123,18 @@ class RedisWatch:
 
     async def run(self) -> NoReturn:
         """Check again and again until cancelled."""
-        away = False
+        why: str | None = None
         while True:
             await self._workers.leave_old_primary()
             try:
                 await self.check()
             except StoreUnavailable as error:
-                if not away:
-                    log.warning("redis cannot be reached", why=cause_of(error))
-                away = True
+                # The first reason may say little: a server that refuses a certificate may only seem to hang up.
+                if (found := cause_of(error)) != why:
+                    log.warning("redis cannot be reached", why=found)
+                why = found
             else:
-                if away:
+                if why is not None:
                     log.info("redis is back")
-                away = False
+                why = None
             await asyncio.sleep(CHECK)

@@ -6,8 +6,10 @@ import asyncio
 from typing import Any, cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from broker.core.errors import StoreUnavailable
+from broker.relay import redis_watch
 from broker.relay.redis_watch import CLAIMS_PAUSE, RedisWatch
 from broker.store.workers import WIPED_FOR, MarkerStatus
 from tests.clock import Clock
@@ -21,6 +23,7 @@ class FakeRedis:
         self.server = "one"
         self.wiped = False
         self.away = False
+        self.why = ""
         self.connections_made = 1
         self.is_lost = False
         self.checks = 0
@@ -28,7 +31,7 @@ class FakeRedis:
     async def marker(self) -> MarkerStatus:
         self.checks += 1
         if self.away:
-            raise StoreUnavailable
+            raise StoreUnavailable from ConnectionError(self.why)
         servers = frozenset(self.server.split())
         return MarkerStatus(self.marker_now, self.wiped, servers, 5_000)
 
@@ -163,3 +166,31 @@ async def test_checks_continue_through_an_outage(watching: Watching) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_each_reason_of_an_outage_is_logged_once(
+    watching: Watching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that refuses a certificate may seem to hang up at first."""
+    monkeypatch.setattr(redis_watch, "CHECK", 0)
+
+    async def checked(times: int) -> None:
+        wanted = watching.redis.checks + times
+        while watching.redis.checks < wanted:  # noqa: ASYNC110 - the next check, not a time
+            await asyncio.sleep(0)
+
+    with capture_logs() as lines:
+        task = asyncio.create_task(watching.watch.run())
+        watching.redis.away = True
+        for why in ("closed", "refused"):
+            watching.redis.why = why
+            await checked(5)
+        watching.redis.away = False
+        await checked(3)
+        task.cancel()
+    told = [(line["event"], line.get("why")) for line in lines]
+    assert told == [
+        ("redis cannot be reached", "ConnectionError closed"),
+        ("redis cannot be reached", "ConnectionError refused"),
+        ("redis is back", None),
+    ]
