@@ -13,12 +13,12 @@ import pytest_asyncio
 from aiohttp import web
 from openai import AsyncOpenAI, DefaultAioHttpClient
 
-from broker.catalog import LOCK_HELD, MAX_LISTINGS, Catalog
+from broker.catalog import MAX_LISTINGS, Catalog
 from broker.core.errors import ModelsUnavailable, StoreUnavailable
 from broker.core.upstream_kind import UpstreamKind
 from broker.store.connection import Store
 from broker.store.embedded import embedded_valkey
-from broker.store.model_list import KEPT, CatalogStore
+from broker.store.model_list import KEPT, LOCK_TTL, CatalogStore
 from broker.upstream import model_list as upstream_models
 from broker.upstream.model_list import fetch_models
 from tests.stopwatch import Stopwatch
@@ -31,6 +31,8 @@ Pass = Callable[[int], Awaitable[None]]
 Worker = Callable[..., Catalog]
 URL = "https://models.example/v1"
 TTL = 600
+SHORTENED_MS = round(LOCK_TTL * 750)
+"""Milliseconds after which a lock that a test has shortened expires, unless it is renewed."""
 
 
 def body_of(*ids: str) -> bytes:
@@ -212,9 +214,9 @@ async def test_a_lock_that_is_held_does_not_expire(store: Store) -> None:
     catalog = CatalogStore(store, URL)
     await catalog.acquire("mine")
     [lock] = await keys(store, ":lock")
-    await store.redis.pexpire(lock, 500)
+    await store.redis.pexpire(lock, SHORTENED_MS)
     assert await catalog.hold("mine")
-    assert await store.redis.pttl(lock) > 500
+    assert await store.redis.pttl(lock) > SHORTENED_MS
 
 
 async def test_a_lock_that_was_lost_is_not_held(store: Store) -> None:
@@ -224,9 +226,9 @@ async def test_a_lock_that_was_lost_is_not_held(store: Store) -> None:
     await store.redis.delete(lock)
     assert not await catalog.hold("mine")
     await catalog.acquire("yours")
-    await store.redis.pexpire(lock, 500)
+    await store.redis.pexpire(lock, SHORTENED_MS)
     assert not await catalog.hold("mine")
-    assert await store.redis.pttl(lock) <= 500
+    assert await store.redis.pttl(lock) <= SHORTENED_MS
 
 
 async def test_a_worker_without_the_lock_cannot_report_a_failure(store: Store) -> None:
@@ -468,8 +470,8 @@ async def test_a_fetch_that_takes_longer_than_the_lock_lasts_stays_the_only_one(
     await soon(upstream.asked.wait())
     waiting = asyncio.create_task(worker().models())
     [lock] = await keys(store, ":lock")
-    for _ in range(3):  # it would expire before its next renewal but one
-        await store.redis.pexpire(lock, round(LOCK_HELD * 1500))
+    for _ in range(3):
+        await store.redis.pexpire(lock, SHORTENED_MS)
         await soon(prolonged(store, lock))
     upstream.gate.set()
     assert ids(await fetching) == ids(await waiting) == ["a", "b"]
@@ -478,7 +480,7 @@ async def test_a_fetch_that_takes_longer_than_the_lock_lasts_stays_the_only_one(
 
 async def prolonged(store: Store, lock: bytes) -> None:
     """Wait until the lock has been renewed."""
-    while await store.redis.pttl(lock) <= LOCK_HELD * 1500:
+    while await store.redis.pttl(lock) <= SHORTENED_MS:
         assert await store.redis.exists(lock)
         await asyncio.sleep(0.01)
 
