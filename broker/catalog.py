@@ -292,7 +292,14 @@ class Catalog:
         with suppress(StoreUnavailable):
             if await self._take_stored(refresh):  # another worker fetched it first
                 return
-        await self._fetch_and_share(refresh)
+        try:
+            await self._fetch_and_share(refresh)
+        except ModelsUnavailable:
+            # If this process stood still, another one had its turn meanwhile.
+            with suppress(StoreUnavailable):
+                if await self._take_stored(refresh):
+                    return
+            raise
 
     async def _take_stored(self, refresh: _Refresh) -> bool:
         """Take the list from Redis where it is younger than the one in memory. Returns True if that is fresh now."""

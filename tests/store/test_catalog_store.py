@@ -462,6 +462,18 @@ async def test_a_dead_fetcher_delays_the_others_until_its_lock_expires(worker: W
     assert ids(await worker().models()) == ["a", "b"]
 
 
+async def test_a_fetcher_that_fails_uses_what_another_worker_has_fetched_meanwhile(
+    worker: Worker, store: Store
+) -> None:
+    """It stood still, so that its fetch took too long and its lock was given to the other one."""
+
+    async def too_late() -> bytes:
+        await CatalogStore(store, URL).save(body_of("c"))
+        raise ModelsUnavailable
+
+    assert ids(await worker(fetch=too_late).models()) == ["c"]
+
+
 async def test_a_fetch_that_takes_longer_than_the_lock_lasts_stays_the_only_one(
     worker: Worker, upstream: Upstream, store: Store
 ) -> None:
