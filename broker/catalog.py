@@ -27,7 +27,7 @@ from broker.core.model_entry import (
     search,
     write_listing,
 )
-from broker.store.model_list import KEPT, LOCK_TTL
+from broker.store.model_list import KEPT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -48,8 +48,8 @@ PAUSES = (5.0, 10.0, 20.0, 40.0, 60.0)
 LOCK_POLL = 0.1
 """Seconds between checks whether another worker has finished its fetch."""
 
-LOCK_HELD = LOCK_TTL / 4
-"""Seconds between renewals of the lock during a fetch: two may fail."""
+LOCK_HELD = 0.5
+"""Seconds between renewals of the lock during a fetch. One may fail, which takes Redis a second at most."""
 
 TURN = 16.0
 """Seconds that a worker waits for its turn to fetch: longer than the fetch of another may take."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 KEPT = 24 * 3600
 """Seconds that a list is stored and served while no newer one can be fetched."""
 
-LOCK_TTL = 2.0
+LOCK_TTL = 3.0
 """Seconds after which a fetcher that died or stands still loses the lock. Until then no worker without a list can get
 one. A fetch may take longer: its worker holds the lock meanwhile."""
 
