@@ -65,5 +65,5 @@ async def tick(
             silent = now - viewer.written_at
             if silent >= SILENT:
                 viewer.check()
-                if silent >= heartbeat:
-                    viewer.beat(beat, now)
+            if silent >= heartbeat:
+                viewer.beat(beat, now)
