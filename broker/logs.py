@@ -40,7 +40,7 @@ REPEATED_AFTER: Final = 60.0
 """Seconds after a warning in which the same warning is not written again."""
 
 CHANGED_AFTER: Final = 5.0
-"""The same for a warning that tells of a change, see `_CHANGES`: an operator has to see each of them."""
+"""The same for the warnings in `_CHANGES`, which are about a change of Redis."""
 
 _CHANGES: Final = frozenset(
     {"redis cannot be reached", "redis is another server than before", "redis came back empty"}
@@ -201,8 +201,8 @@ def censor(secrets: Iterable[str]) -> Callable[[Any, str, EventDict], EventDict]
 class Repetitions:
     """Lets a warning or an error pass once a minute, with the number of times it was suppressed.
 
-    Lines at the end of a session always pass: each is about another session. Those that tell of a change pass every
-    five seconds, so that what ended by "redis is back" has a beginning.
+    Lines at the end of a session always pass: each is about another session. A warning about a change of Redis passes
+    once in five seconds: the log must have the beginning of each outage, not only its end.
 
     Args:
         clock: seconds that only go forward.

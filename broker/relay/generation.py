@@ -54,7 +54,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 UNCHECKED = 0.5
-"""Seconds for which the timers of a generation are not checked again if nothing can be due before."""
+"""Seconds for which the timers of a generation are not checked again if none is due before. Every time limit that can
+begin in between is longer, or changes `check_at`."""
 
 FIRST_VIEWER = 1.0
 """Seconds that a new generation waits for its first viewer, where the grace is shorter."""

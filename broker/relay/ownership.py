@@ -167,7 +167,7 @@ class Ownership:
         """Compare these with Redis.
 
         Returns:
-            The sessions of which Redis knows less than this worker, and those that have another end in Redis.
+            Two lists: the sessions that Redis has lost, wholly or in part, and those that have another end in Redis.
         """
         forgotten: list[Ours] = []
         ended_elsewhere: list[Ours] = []
