@@ -258,13 +258,9 @@ class UpstreamReader:
     def _read(self, block: bytes) -> bool:
         """Take the chunks of one read, also those before a failure in it. Returns True if the answer is complete."""
         now = self._clock()
-        if (
-            self._decoder.is_between_events
-            and self.relayed + len(block) <= self._max_response
-            and self.answer.read_plain(
-                block
-            )  # nearly every read is one event with a new text and nothing else
-        ):
+        # Nearly every read is one event with a new text and nothing else.
+        fits = self.relayed + len(block) <= self._max_response
+        if fits and self._decoder.is_between_events and self.answer.read_plain(block):
             self.relayed += len(block) - FRAMING
             self.data_due = now + self._idle_timeout
             self._take((), now, block)
