@@ -50,6 +50,15 @@ def test_a_call_with_other_names_is_a_bug(store: Store) -> None:
         script.call(session="s", claim_id="c", other="x")
 
 
+@pytest.mark.parametrize("batch", [b"", b"\r\n$1\r\n", bytes(range(256)) * 500])
+def test_a_call_with_a_kept_beginning_is_the_same_call(store: Store, batch: bytes) -> None:
+    append = store.script("append", {"RUNNING_S": 1, "CHANNELS": "c"})
+    keys = {"session": "{s}\u00e9", "events": "{s}e", "viewers": "{s}v"}
+    whole = append.call(**keys, claim_id="claim", first=7, newest=1234, batch=batch)
+    beginning = append.begin(*keys.values(), "claim")
+    assert append.call_from(beginning, b"7", b"1234", batch, key=keys["session"]) == whole
+
+
 def test_a_script_without_its_constants_is_a_bug(store: Store) -> None:
     with pytest.raises(TypeError, match="RUNNING_S"):
         store.script("claim")
