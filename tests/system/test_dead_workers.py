@@ -13,7 +13,7 @@ from tests.events import Broken
 from tests.system.cluster import BURIED, LEASE, Script, check_chunks, check_whole, number_of, running_cluster
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from tests.events import Connection, Event
     from tests.system.cluster import Cluster, NumberedCall, Session, Worker
@@ -140,16 +140,31 @@ async def test_a_short_freeze_does_not_make_a_worker_dead() -> None:
         assert session.calls == 1
 
 
-def check_nothing_more(owner: Worker, events: list[Event], end: Event) -> None:
-    """Check that a worker that woke showed nothing of what came meanwhile.
+TRIES = 3
+"""A worker that wakes waits 0.3 s for Redis. On a machine that is too busy for that it goes on, and says so."""
 
-    It waits 0.3 s for Redis. On a machine that is too busy for that it goes on, and says so.
-    """
+
+def showed_nothing(owner: Worker, events: list[Event], end: Event) -> bool:
+    """Check that a worker that woke showed nothing of what came meanwhile. Returns False if Redis was too late."""
     assert events[-1] == end
-    assert events == [end] or "not confirmed in time" in owner.log()
+    in_time = "not confirmed in time" not in owner.log()
+    assert events == [end] or not in_time, "and nothing of what came meanwhile"
+    return in_time
+
+
+async def in_time(story: Callable[[], Awaitable[bool]]) -> None:
+    """Repeat a story until Redis was in time."""
+    for _ in range(TRIES):
+        if await story():
+            return
+    pytest.fail("Redis was never in time")
 
 
 async def test_a_worker_that_wakes_after_it_was_reaped_is_fenced() -> None:
+    await in_time(waking_after_it_was_reaped)
+
+
+async def waking_after_it_was_reaped() -> bool:
     async with running_cluster(3) as cluster:
         owner, *_others = cluster.workers
         async with watched_from_afar(cluster) as (session, call, line, far):
@@ -158,7 +173,7 @@ async def test_a_worker_that_wakes_after_it_was_reaped_is_fenced() -> None:
             [end] = await until_the_end(far[0])
             assert (end.json["code"], end.id) == ("worker_lost", "2-4.end")
             owner.thaw()
-            check_nothing_more(owner, await until_the_end(line), end)
+            was_in_time = showed_nothing(owner, await until_the_end(line), end)
             stopwatch = cluster.stopwatch()
             await call.call.wait_gone()
             assert stopwatch.seconds < 1
@@ -166,9 +181,14 @@ async def test_a_worker_that_wakes_after_it_was_reaped_is_fenced() -> None:
                 assert check_lost(await session.read(worker), session.marker) == end
             assert [event async for event in entries(cluster, session)] == [1, 2, 3]
         assert session.calls == 1
+        return was_in_time
 
 
 async def test_a_worker_that_wakes_to_a_finished_answer_is_fenced() -> None:
+    await in_time(waking_to_a_finished_answer)
+
+
+async def waking_to_a_finished_answer() -> bool:
     async with running_cluster(2) as cluster:
         owner, _other = cluster.workers
         async with watched_from_afar(cluster) as (session, call, line, far):
@@ -177,10 +197,11 @@ async def test_a_worker_that_wakes_to_a_finished_answer_is_fenced() -> None:
             call.done()
             [end] = await until_the_end(far[0])
             owner.thaw()
-            check_nothing_more(owner, await until_the_end(line), end)
+            was_in_time = showed_nothing(owner, await until_the_end(line), end)
             for worker in cluster.workers:
                 assert check_lost(await session.read(worker), session.marker) == end
         assert session.calls == 1
+        return was_in_time
 
 
 async def test_a_worker_that_was_fenced_serves_new_sessions() -> None:
