@@ -40,7 +40,15 @@ class ChatAnswer(Answer):
     It is complete once the upstream sent `[DONE]`, or its body has ended after a finish reason.
     """
 
-    __slots__ = ("_deltas", "_quiet_usage", "_reason_stands", "_reason_was_wrong", "_skeleton", "_wrote")
+    __slots__ = (
+        "_deltas",
+        "_has_plain",
+        "_quiet_usage",
+        "_reason_stands",
+        "_reason_was_wrong",
+        "_skeleton",
+        "_wrote",
+    )
 
     no_text = frozenset(
         {"role", "type", "id", "index", "format", "object", "detail", "p", "obfuscation", "extra_content"}
@@ -54,6 +62,7 @@ class ChatAnswer(Answer):
         self._quiet_usage = False  # the interim usage is final if the answer ends now
         self._deltas = False
         self._wrote = False  # this chunk has content
+        self._has_plain = False  # a chunk said nothing but a piece of text
         self._skeleton = Skeleton()
 
     def read(self, data: bytes, event: str = "message") -> bytes | None:
@@ -164,8 +173,15 @@ class ChatAnswer(Answer):
         return data
 
     def _learn(self, data: bytes, chunk: dict[str, Any], event: str) -> None:
-        """Remember a chunk that says nothing but a piece of text, to recognize the next ones."""
-        if self._wrote and event == "message" and (delta := _plain_delta(chunk)) is not None:
+        """Remember a chunk that says nothing but a piece of text, to recognize the next ones.
+
+        Not the first one: a page waits for it, and an answer may have no other.
+        """
+        if not (self._wrote and event == "message"):
+            return
+        if not self._has_plain:
+            self._has_plain = True
+        elif (delta := _plain_delta(chunk)) is not None:
             self._skeleton.learn(data, chunk, delta)
 
     def _fault_in_choice(self, choice: dict[str, Any]) -> UpstreamError | None:

@@ -44,7 +44,15 @@ def outcome(answer: ChatAnswer, data: bytes, *, plain: bool) -> object:
 
 
 def agree(*chunks: bytes) -> None:
-    """Check that the fast paths, on chunks, on whole events and on many of them, and the slow one find the same."""
+    """Check that the fast paths, on chunks, on whole events and on many of them, and the slow one find the same.
+
+    The chunks are read as the first ones of an answer, and behind another one, since an answer learns from its second.
+    """
+    check(*chunks)
+    check(chunk("First"), *chunks)
+
+
+def check(*chunks: bytes) -> None:
     slow, fast, plain, many = SlowAnswer(), ChatAnswer(), ChatAnswer(), ChatAnswer()
     at_once: list[bytes] = []
     for n, data in enumerate(chunks):
@@ -138,10 +146,22 @@ def test_recorded_answers_are_read_alike(name: str) -> None:
     agree(*(line[6:] for line in lines if line.startswith(b"data: ")))
 
 
-def test_a_chunk_with_another_text_is_recognized() -> None:
+def taught(*texts: str) -> ChatAnswer:
+    """Return an answer that knows what its chunks are like: the first one teaches nothing."""
     answer = ChatAnswer()
-    assert not answer.read_plain(b"data: %b\n\n" % chunk("Hello"))
-    answer.read(chunk("Hello"))
+    for text in texts:
+        assert not answer.read_plain(b"data: %b\n\n" % chunk(text))
+        assert answer.read(chunk(text)) == chunk(text)
+    return answer
+
+
+def test_the_chunk_that_a_page_waits_for_is_not_learned_from() -> None:
+    assert not taught("Hello").read_plain(b"data: %b\n\n" % chunk(" you"))
+    assert taught("He", "llo").read_plain(b"data: %b\n\n" % chunk(" you"))
+
+
+def test_a_chunk_with_another_text_is_recognized() -> None:
+    answer = taught("He", "llo")
     for text in (" you", "\u00e9\u00e8", "\U0001f600"):
         data = json.dumps(json.loads(chunk(text)), ensure_ascii=False).encode()
         assert answer.read_plain(b"data: %b\n\n" % data)
@@ -149,8 +169,7 @@ def test_a_chunk_with_another_text_is_recognized() -> None:
 
 
 def test_many_chunks_are_recognized_together() -> None:
-    answer = ChatAnswer()
-    answer.read(chunk("Hello"))
+    answer = taught("He", "llo")
     chunks = [chunk(text) for text in ("a", '\n"b"\\', "\u00e9", "\U0001f600", "\x7f")]
     events = b"".join(b"data: %b\n\n" % data for data in chunks)
     assert answer.read_many_plain(events) == chunks
@@ -162,17 +181,15 @@ def test_many_chunks_are_recognized_together() -> None:
 
 @pytest.mark.parametrize("odd", [b"", b"\xe2\x82", b'"', b"\\", b"\\x", b"\\ud800", b"\n", b"\0", b'","'])
 def test_a_text_that_is_no_json_is_not_taken(odd: bytes) -> None:
-    answer = ChatAnswer()
-    answer.read(chunk("|"))
+    answer = taught("a", "|")
     start, end = chunk("|").split(b"|")
     events = [b"data: %b\n\n" % data for data in (chunk("a"), start + odd + end, start + b"\xac" + end)]
     assert len(answer.read_many_plain(b"".join(events))) <= 1
-    assert answer.text_bytes <= 2
+    assert answer.text_bytes <= 3
 
 
 def test_after_a_finish_reason_every_chunk_is_parsed() -> None:
-    answer = ChatAnswer()
-    answer.read(chunk("Hello"))
+    answer = taught("He", "llo")
     answer.read(json.dumps({"choices": [{"delta": {}, "finish_reason": "stop"}]}).encode())
     assert not answer.read_plain(b"data: %b\n\n" % chunk(" you"))
     assert answer.read_many_plain(b"data: %b\n\n" % chunk(" you")) == []
@@ -216,5 +233,6 @@ def test_an_empty_usage_with_every_chunk_is_read_every_time() -> None:
 def test_data_of_several_lines_are_no_skeleton() -> None:
     """An event with such data has a field name on each line; as one line of data they mean something else."""
     answer, data = ChatAnswer(), json.dumps(json.loads(chunk("a")), indent=0).encode()
-    assert answer.read(data) == data
+    for _ in range(2):
+        assert answer.read(data) == data
     assert not answer.read_plain(b"data: %b\n\n" % data)
