@@ -118,9 +118,16 @@ class ClientNamer:
 
 
 class Hop(NamedTuple):
-    """A proxy that passed a request on, or the client that sent it."""
+    """A proxy that passed a request on, or the client that sent it.
+
+    Attributes:
+        address: its address.
+        network: one word for its network, see `network_of`.
+        trusted: its forwarding headers are believed.
+    """
 
     address: Address
+    network: str
     trusted: bool
 
 
@@ -147,13 +154,22 @@ class Proxies:
             peer: the address of the connection.
             forwarded: the ``X-Forwarded-For`` lines in their order.
         """
+        caller = self._caller(peer, forwarded)
+        return None if caller is None else caller.address
+
+    def network(self, peer: str, forwarded: Sequence[str]) -> str:
+        """Return one word for the network of the caller, see `caller` and `network_of`."""
+        caller = self._caller(peer, forwarded)
+        return network_of(None) if caller is None else caller.network
+
+    def _caller(self, peer: str, forwarded: Sequence[str]) -> Hop | None:
         caller = hop = self._hop(peer) if len(peer) <= _LONGEST_HOP else None
         hops = islice(_from_the_right(forwarded), MAX_HOPS)
         while hop is not None:
             caller = hop
             entry = next(hops, None) if hop.trusted else None
             hop = None if entry is None or len(entry) > _LONGEST_HOP else self._hop(entry)
-        return None if caller is None else caller.address
+        return caller
 
     def trusts(self, peer: str) -> bool:
         """Return True if the forwarding headers of this peer are believed."""
@@ -164,7 +180,7 @@ class Proxies:
         address = parse_hop(text)
         if address is None:
             return None
-        return Hop(address, any(address in network for network in self._networks))
+        return Hop(address, network_of(address), any(address in network for network in self._networks))
 
 
 def parse_hop(text: str) -> Address | None:

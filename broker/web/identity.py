@@ -12,7 +12,7 @@ import structlog
 from aiohttp import hdrs
 
 from broker.core.errors import Unauthorized
-from broker.core.identity import Client, ClientNamer, Proxies, bearer, network_of
+from broker.core.identity import Client, ClientNamer, Proxies, bearer
 from broker.identity.jwks import PublishedKeys
 from broker.identity.known_clients import Known, KnownClients
 from broker.identity.tokens import INVALID, Subject, Tokens
@@ -116,7 +116,7 @@ class ClientResolver:
 
     def network(self, request: web.Request) -> str:
         """Return one word for the network of a request: its address, or the /64 of an IPv6 one."""
-        return network_of(self._address(request))
+        return self._proxies.network(*self._hops(request))
 
     async def _shown(self, request: web.Request) -> Known | Subject:
         """Return the owner of the API key of a request, or the subject of its token."""
@@ -133,6 +133,10 @@ class ClientResolver:
         return subject
 
     def _address(self, request: web.Request) -> Address | None:
+        return self._proxies.caller(*self._hops(request))
+
+    def _hops(self, request: web.Request) -> tuple[str, Sequence[str]]:
+        """Return the address of the connection, and the lines of `X-Forwarded-For`."""
         forwarded = request.headers.getall(hdrs.X_FORWARDED_FOR, ())
         peer = _peer(request)
         if forwarded and not self._told_of_forwarded and not self._proxies.trusts(peer):
@@ -142,7 +146,7 @@ class ClientResolver:
                 " unless BROKER_TRUSTED_PROXIES names it",
                 peer=peer,
             )
-        return self._proxies.caller(peer, forwarded)
+        return peer, forwarded
 
     def use_jwt_secrets(self, secrets: Sequence[str]) -> None:
         """Check tokens with these secrets from now on, if tokens are accepted."""
@@ -163,8 +167,10 @@ def _build_tokens(settings: Settings, published: PublishedKeys | None) -> Tokens
 
 def _peer(request: web.Request) -> str:
     """Return the address of a connection; that of this machine for a unix socket; empty if it is unknown."""
-    if not isinstance(request.get_extra_info("peername"), tuple):  # it is one of TCP
-        connection = request.get_extra_info("socket")
-        if connection is not None and connection.family == socket.AF_UNIX:
-            return _THIS_MACHINE
+    name = request.get_extra_info("peername")
+    if isinstance(name, tuple):  # of TCP
+        return str(name[0])
+    connection = request.get_extra_info("socket")
+    if connection is not None and connection.family == socket.AF_UNIX:
+        return _THIS_MACHINE
     return request.remote or ""

@@ -7,13 +7,12 @@ generations a client may have is another limit, which Redis counts for all worke
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from broker.core.errors import Overloaded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from types import TracebackType
 
 VIEWERS_OF_A_SESSION: Final = 16
 STREAMS_OF_AN_ADDRESS: Final = 64
@@ -40,9 +39,12 @@ class Occupancy:
         self._of_session: Counter[str] = Counter()
         self._of_address: Counter[str] = Counter()
 
-    @contextmanager
-    def taken(self, session_id: str, address: str) -> Iterator[None]:
-        """Take a place of a session and of an address during the block.
+    def place(self) -> Place:
+        """Return a place that is not taken yet. A context manager, which gives it back."""
+        return Place(self)
+
+    def take(self, session_id: str, address: str) -> None:
+        """Take a place of a session and of an address.
 
         Checked and taken in one step without an await, so that no more than the limit pass at the same time.
 
@@ -58,12 +60,42 @@ class Occupancy:
         self._streams += 1
         self._of_session[session_id] += 1
         self._of_address[address] += 1
-        try:
-            yield
-        finally:
-            self._streams -= 1
-            _give_back(self._of_session, session_id)
-            _give_back(self._of_address, address)
+
+    def give_back(self, session_id: str, address: str) -> None:
+        """Give a place back that was taken."""
+        self._streams -= 1
+        _give_back(self._of_session, session_id)
+        _give_back(self._of_address, address)
+
+
+class Place:
+    """The place of one stream."""
+
+    __slots__ = ("_address", "_is_taken", "_occupancy", "_session_id")
+
+    def __init__(self, occupancy: Occupancy) -> None:
+        self._occupancy = occupancy
+        self._is_taken = False
+
+    def take(self, session_id: str, address: str) -> None:
+        """Take it until the end of the block.
+
+        Raises:
+            Overloaded: as `Occupancy.take`.
+        """
+        self._occupancy.take(session_id, address)
+        self._session_id, self._address = session_id, address
+        self._is_taken = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._is_taken:
+            self._is_taken = False
+            self._occupancy.give_back(self._session_id, self._address)
 
 
 def _give_back(counter: Counter[str], name: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -86,7 +85,7 @@ async def _stream(request: web.Request, response: EventStream) -> web.StreamResp
     metrics = request.app[METRICS]
     wants_events = _wants_events(request)
     prepare = partial(response.prepare, request) if wants_events else None
-    with ExitStack() as places:
+    with request.app[OCCUPANCY].place() as place:
         try:
             cursor = _cursor(request)
             if cursor is not None and cursor.end:
@@ -97,7 +96,7 @@ async def _stream(request: web.Request, response: EventStream) -> web.StreamResp
                 raise SessionNotFound
             form = _form(request)
             address = request.app[RESOLVER].network(request)
-            places.enter_context(request.app[OCCUPANCY].taken(session_id, address))
+            place.take(session_id, address)
             await request.app[TURNS].wait()
             request[LOGGED] = {"session": short(session_id)}
             found = await request.app[HUB].find(session_id, cursor, may_wait=wants_events, meanwhile=prepare)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 
 import pytest
 
@@ -97,12 +98,20 @@ async def test_an_address_has_so_many_streams(valkey_url: str, upstream: Scripte
         await all_free(broker)
 
 
+@contextmanager
+def taken(occupancy: Occupancy, session: str, address: str) -> Iterator[None]:
+    """Take a place during the block."""
+    with occupancy.place() as place:
+        place.take(session, address)
+        yield
+
+
 def test_an_address_may_have_the_streams_of_a_client() -> None:
     occupancy = Occupancy(1000, of_a_client=STREAMS_OF_AN_ADDRESS + 2)
     with ExitStack() as held:
         for n in range(STREAMS_OF_AN_ADDRESS + 2):
-            held.enter_context(occupancy.taken(f"s{n}", "a"))
-        with pytest.raises(Overloaded), occupancy.taken("s", "a"):
+            held.enter_context(taken(occupancy, f"s{n}", "a"))
+        with pytest.raises(Overloaded), taken(occupancy, "s", "a"):
             pass
 
 
@@ -154,23 +163,23 @@ async def test_a_refused_stream_takes_no_place(broker: Broker, target: str) -> N
 def test_a_place_is_always_given_back() -> None:
     occupancy = Occupancy(1000)
     for _ in range(3 * STREAMS_OF_AN_ADDRESS):
-        with pytest.raises(KeyError), occupancy.taken("s", "a"):
+        with pytest.raises(KeyError), taken(occupancy, "s", "a"):
             raise KeyError
     with ExitStack() as held:
         for n in range(VIEWERS_OF_A_SESSION):
-            held.enter_context(occupancy.taken("s", f"a{n}"))
-        with pytest.raises(Overloaded), occupancy.taken("s", "b"):
+            held.enter_context(taken(occupancy, "s", f"a{n}"))
+        with pytest.raises(Overloaded), taken(occupancy, "s", "b"):
             pass
-    with occupancy.taken("s", "b"):
+    with taken(occupancy, "s", "b"):
         pass
 
 
 def test_a_worker_has_so_many_streams_and_no_more() -> None:
     occupancy = Occupancy(2)
-    with occupancy.taken("s", "a"), occupancy.taken("t", "b"):
-        with pytest.raises(Overloaded), occupancy.taken("u", "c"):
+    with taken(occupancy, "s", "a"), taken(occupancy, "t", "b"):
+        with pytest.raises(Overloaded), taken(occupancy, "u", "c"):
             pass
-    with occupancy.taken("u", "c"):
+    with taken(occupancy, "u", "c"):
         pass
 
 
