@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
+import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +135,7 @@ class Claiming:
         """
         pursuit = self._under_way.get(session_id)
         if pursuit is None:
-            pursuit = self._under_way[session_id] = _Pursuit(session_id, str(uuid.uuid4()))
+            pursuit = self._under_way[session_id] = _Pursuit(session_id, new_claim_id())
             self._spawn(self._pursue(pursuit))
         pursuit.may_wait = pursuit.may_wait or may_wait
         # A viewer that leaves cancels its own wait, not the claim.
@@ -183,7 +184,7 @@ class Claiming:
             pursuit.attempt.fail(StoreUnavailable())  # does nothing if it has an outcome already
 
     async def _try(self, pursuit: _Pursuit) -> Generation | SessionStatus:
-        """Reserve slot and budget first, then claim the session. Each step can be repeated with the same claim id."""
+        """Reserve slot and budget, and claim the session. Each step can be repeated with the same claim id."""
         if not pursuit.withdrawn:
             outcome = await self._take(pursuit)
             if isinstance(outcome, Prepared) and pursuit.reservation is not None and not pursuit.withdrawn:
@@ -213,7 +214,7 @@ class Claiming:
                 pursuit.quotas = self._quotas_of(described.spec)
             except Unauthorized as error:
                 return await self._taken_elsewhere(pursuit, error)
-            pursuit.ends_ms = described.ends_ms
+            pursuit.ends_ms, pursuit.spec = described.ends_ms, described.spec
             # While Redis decides, because a claim is rarely refused. In the next turn of the loop: Redis is asked at
             # the end of this one.
             self._loop.call_soon(self._open_ahead)
@@ -224,8 +225,71 @@ class Claiming:
                 described.spec.model,
                 described.spec.worst,
             )
+        if pursuit.at_once:
+            await self._settle_what_was_sent(pursuit)
+        elif not pursuit.sent and (outcome := await self._take_at_once(pursuit)) is not None:
+            return outcome
+        return await self._take_in_steps(pursuit)
+
+    async def _take_at_once(self, pursuit: _Pursuit) -> Prepared | SessionStatus | None:
+        """Reserve and claim in one round trip. Returns None where that is not possible now.
+
+        The first chunk comes a sixth earlier (measured). `_take_in_steps` does the same in two round trips, and says
+        what it means: nothing is claimed unless the reservation was made.
+        """
+        wanted, spec = pursuit.wanted, pursuit.spec
+        reserving = self._accounts.reserving(
+            wanted, quotas=pursuit.quotas, may_wait=pursuit.may_wait, ends_ms=pursuit.ends_ms
+        )
+        if reserving is None or spec is None:
+            return None
+        self._spawn(self._forget_if_reserved(wanted, str(reserving.key)))
+        pursuit.sent = pursuit.at_once = True
         try:
-            reservation = await self._reserve(pursuit, pursuit.reservation)
+            reply, outcome = await self._sessions.claim_if_reserved(
+                *(reserving, pursuit.session_id, pursuit.claim_id, self._worker), spec=spec
+            )
+        except StoreRefused:  # Redis has answered, and done nothing
+            pursuit.sent = pursuit.at_once = False
+            raise
+        pursuit.at_once = False
+        pursuit.sent = outcome is not None
+        try:
+            pursuit.reservation = self._accounts.reserved(wanted, reply)
+        except (LimitError, BeingClaimed) as error:
+            return await self._taken_elsewhere(pursuit, error)
+        return outcome
+
+    async def _forget_if_reserved(self, reservation: Reservation, key: str) -> None:
+        """Stop counting the session as pending, by calls that are sent right behind those of `_take_at_once`.
+
+        If Redis cannot be reached now, the place expires.
+        """
+        for _ in range(TURNS_TO_SEND + 1):
+            await asyncio.sleep(0)  # the calls are packed while Redis decides
+        with suppress(StoreUnavailable):
+            await self._pending.forget(reservation.client, reservation.session_id, if_reserved=key)
+
+    async def _settle_what_was_sent(self, pursuit: _Pursuit) -> None:
+        """Find out whether a claim whose reply was lost has won. If not, make sure that it cannot win any more.
+
+        Raises:
+            StoreUnavailable: this is not known yet, or no viewer waits any more.
+        """
+        if not await self._sessions.refuse(pursuit.session_id, pursuit.claim_id):
+            pursuit.at_once = False  # it has won, or the session is gone: the next step shows which
+            return
+        pursuit.sent = pursuit.at_once = False
+        if not pursuit.attempt.waiting:
+            raise StoreUnavailable
+        # Released first, or it could take the room of the next claim.
+        await self._accounts.release(pursuit.wanted)
+        pursuit.rename(new_claim_id())
+
+    async def _take_in_steps(self, pursuit: _Pursuit) -> Prepared | SessionStatus:
+        """Reserve, and then claim."""
+        try:
+            reservation = await self._reserve(pursuit, pursuit.wanted)
         except (LimitError, BeingClaimed) as error:
             return await self._taken_elsewhere(pursuit, error)
         if self._loop.time() >= pursuit.reserved_at + LEASE / 2:
@@ -298,6 +362,11 @@ class Claiming:
             )
 
 
+def new_claim_id() -> str:
+    """Return the id of a new claim."""
+    return secrets.token_hex(16)
+
+
 class _Attempt:
     """One try of a claim, and the viewers that wait for its outcome."""
 
@@ -335,13 +404,17 @@ class _Pursuit:
 
     Attributes:
         sent: True if it may have reached Redis, so it may still take effect there.
+        at_once: True if it was sent together with its reservation, and the outcome of both is not known.
+        reservation: what was reserved, or is to be reserved; None before the session was read.
         may_wait: True if the session may wait in line for a slot.
         ends_ms: when the session expires, in ms by the clock of Redis; 0 before that is known.
         quotas: the limits of its client, where they differ from those of the service.
+        spec: the values of the session; None before it was read.
         withdrawn: True if the session was cancelled, so no generation may start.
     """
 
     __slots__ = (
+        "at_once",
         "attempt",
         "claim_id",
         "ends_ms",
@@ -351,6 +424,7 @@ class _Pursuit:
         "reserved_at",
         "sent",
         "session_id",
+        "spec",
         "withdrawn",
     )
 
@@ -360,8 +434,22 @@ class _Pursuit:
         self.attempt = _Attempt()
         self.reservation: Reservation | None = None
         self.reserved_at = float("-inf")
-        self.sent = False
+        self.sent = self.at_once = False
         self.may_wait = False
         self.ends_ms = 0
         self.quotas: Quotas | None = None
+        self.spec: Spec | None = None
         self.withdrawn = False
+
+    @property
+    def wanted(self) -> Reservation:
+        """The reservation, of a session that was read."""
+        if self.reservation is None:
+            raise TypeError("the session was not read yet")
+        return self.reservation
+
+    def rename(self, claim_id: str) -> None:
+        """Go on with another claim. The one before was made void."""
+        self.claim_id = claim_id
+        self.reservation = replace(self.wanted, claim_id=claim_id)
+        self.reserved_at = float("-inf")

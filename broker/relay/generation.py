@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakMethod
 
@@ -181,8 +180,7 @@ class Generation:
         self.session_id = session_id
         self.reservation = reservation
         self.claim_id = reservation.claim_id
-        # Only the reader needs the prompt, and only until it is sent.
-        self.prepared = replace(prepared, request=b"", limits=None)
+        self.prepared = prepared.without_request()  # only the reader needs it, until it is sent
         self.feed = Feed()
         self.lifecycle = Lifecycle()
         self.saved = 0

@@ -6,6 +6,7 @@ rows of the usage ledger. The keys that all clients share are in a bucket of the
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 
 BUCKETS = 256
 """Buckets over which the accounts of clients are spread."""
+
+
+REMEMBERED = 4096
+"""Clients whose bucket is kept."""
 
 
 class Account(NamedTuple):
@@ -60,7 +65,12 @@ def bucket_prefix(store: Store, bucket: int) -> str:
 
 def account_of(store: Store, client: str) -> Account:
     """Return the account of a client."""
-    return Account(bucket_prefix(store, crc32(client.encode(errors="surrogatepass")) % BUCKETS), client)
+    return Account(bucket_prefix(store, _bucket_of(client)), client)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _bucket_of(client: str) -> int:
+    return crc32(client.encode(errors="surrogatepass")) % BUCKETS
 
 
 def total_account(store: Store) -> Account:

@@ -113,6 +113,11 @@ class Cluster:
         """True if the connection to one of the nodes was lost."""
         return any(node.is_lost for node in self._nodes.values())
 
+    @property
+    def is_prompt(self) -> bool:
+        """False: the calls of one round trip may go to several nodes, of which one may be away."""
+        return False
+
     # Calls
 
     async def run(self, calls: Sequence[Call], give_up_at: float) -> list[Any]:

@@ -114,6 +114,15 @@ class Store:
         """True if a connection was lost, and the next call opens another one, perhaps to another server."""
         return self._servers.is_lost
 
+    @property
+    def runs_in_order(self) -> bool:
+        """True if the calls of one round trip run one after the other now, on one server that answers promptly.
+
+        Then a call may depend on what the one before it has done. Otherwise the calls may be spread over the nodes of a
+        cluster, or wait for a server that stands still.
+        """
+        return self._servers.is_prompt
+
     def subscribed(self, channel: str) -> AbstractAsyncContextManager[PubSub]:
         """Subscribe to a channel during a block; use it within `store_errors`."""
         return self._servers.subscribed(channel)

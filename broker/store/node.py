@@ -205,6 +205,11 @@ class Node:
         """True if the next small call opens a connection in place of one that was lost, perhaps to another server."""
         return self._small.connection is not None and self._small.connection.retired
 
+    @property
+    def is_prompt(self) -> bool:
+        """True if a connection is open, and no small call waits on it for long."""
+        return self._small.connection is not None and self._small.connection.is_prompt
+
     async def run(self, calls: Sequence[Call], give_up_at: float) -> list[Any]:
         """Send calls as `send` does, and load the scripts if the server does not know one.
 

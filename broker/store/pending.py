@@ -125,15 +125,25 @@ class PendingStore:
             message = "The budget of this service for today is used up."
             raise BudgetExceeded(message, retry_after=float(total[1]))
 
-    async def forget(self, client: str, session_id: str) -> None:
-        """Stop counting a session as pending."""
-        await self._store.run(self.forgetting(client, session_id))
+    async def forget(self, client: str, session_id: str, *, if_reserved: str = "") -> None:
+        """Stop counting a session as pending.
 
-    def forgetting(self, client: str, session_id: str) -> list[Call]:
+        ``if_reserved`` is the key of a reservation, and then nothing is done unless that is open. Redis has to be one
+        server.
+        """
+        await self._store.run(self.forgetting(client, session_id, if_reserved=if_reserved))
+
+    def forgetting(self, client: str, session_id: str, *, if_reserved: str = "") -> list[Call]:
         """Return the calls of `forget`, to be run together with others."""
         accounts = (account_of(self._store, client), self._total)
         return [
-            self._forget.call(**_keys(account), **account.line_keys(), session=session_id)
+            self._forget.call(
+                **_keys(account),
+                **account.line_keys(),
+                reservation=if_reserved or account.key("pending"),
+                session=session_id,
+                only_if_reserved=int(bool(if_reserved)),
+            )
             for account in accounts
         ]
 

@@ -80,6 +80,10 @@ class Spec:
 _SPEC_NAMES = tuple(each.name for each in fields(Spec))
 
 
+def _prepared(request: bytes, spec: Spec) -> Prepared:
+    return Prepared(request=request, **{name: getattr(spec, name) for name in _SPEC_NAMES})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared(Spec):
     """A prepared session, as the claim gets it.
@@ -89,6 +93,21 @@ class Prepared(Spec):
     """
 
     request: bytes
+
+    def without_request(self) -> Prepared:
+        """Return these values without the prompt, and without the limits, which only the claim needs."""
+        return Prepared(  # `replace` takes several times as long
+            request=b"",
+            model=self.model,
+            prompt_tokens=self.prompt_tokens,
+            referer=self.referer,
+            client=self.client,
+            worst=self.worst,
+            calibration_sample=self.calibration_sample,
+            dialect=self.dialect,
+            request_id=self.request_id,
+            trace=self.trace,
+        )
 
 
 _SPEC = TypeAdapter(Spec)
@@ -206,21 +225,67 @@ class SessionStore:
             worker: the worker that claims.
             also: calls to run after the claim in the same round trip; they may fail.
         """
-        claim = self._claim.call(session=self._key(session_id), claim_id=claim_id, worker=worker)
-        # On the connection of the claim: WAIT waits for the writes of its own connection.
-        wait = (
-            [command_call("WAIT", self._confirm_by, CONFIRM_MS)._replace(key=claim.key)]
-            if self._confirm_by
-            else []
+        key = self._key(session_id)
+        claim = self._claim.call(
+            session=key, reservation=key, claim_id=claim_id, worker=worker, only_if_reserved=0
         )
+        reply, *_ = await self._confirmed([claim, *also], claim)
+        return await self._outcome(session_id, claim_id, reply)
+
+    async def claim_if_reserved(
+        self, reserving: Call, session_id: str, claim_id: str, worker: str, *, spec: Spec
+    ) -> tuple[Any, Prepared | SessionStatus | None]:
+        """Make the reservation of a claim, and claim, in one round trip.
+
+        Args:
+            reserving: what `AccountStore.reserving` returned.
+            session_id: the id of the session.
+            claim_id: the id of the claim.
+            worker: the worker that claims.
+            spec: the values of the session, which never change.
+
+        Returns:
+            The reply for `AccountStore.reserved`, and what `claim` returns; None where the reservation is not open, so
+            that nothing was claimed.
+
+        Raises:
+            StoreUnavailable: both may have run, or may still run.
+        """
+        claim = self._claim.call(
+            session=self._key(session_id),
+            reservation=reserving.key,
+            claim_id=claim_id,
+            worker=worker,
+            only_if_reserved=1,
+        )
+        reserved, reply = await self._confirmed([reserving, claim], claim)
+        if isinstance(reserved, StoreUnavailable) or (
+            not isinstance(reply, StoreUnavailable) and reply[0] == b"unreserved"
+        ):
+            return reserved, None
+        return reserved, await self._outcome(session_id, claim_id, reply, spec)
+
+    async def _confirmed(self, calls: Sequence[Call], claim: Call) -> list[Any]:
+        """Run calls, of which one is a claim, and have it confirmed by replicas where that is wanted."""
         # A failure of a later call must not hide that the claim has won: the session would run nowhere. It is logged.
-        reply, *others = await self._store.run_each([claim, *also, *wait])
-        if isinstance(reply, StoreUnavailable):
-            raise reply
-        confirmed = not wait or (isinstance(others[-1], int) and others[-1] >= self._confirm_by)
-        if reply[0] == b"won" and not confirmed:
+        if not self._confirm_by:
+            return await self._store.run_each(calls)
+        # On the connection of the claim: WAIT waits for the writes of its own connection.
+        wait = command_call("WAIT", self._confirm_by, CONFIRM_MS)._replace(key=claim.key)
+        *replies, confirmed = await self._store.run_each([*calls, wait])
+        reply = replies[calls.index(claim)]
+        won = not isinstance(reply, StoreUnavailable) and reply[0] == b"won"
+        if won and not (isinstance(confirmed, int) and confirmed >= self._confirm_by):
             self.claims_unconfirmed += 1
             log.warning("claim not confirmed by a replica; a failover could forget it")
+        return replies
+
+    async def _outcome(
+        self, session_id: str, claim_id: str, reply: Any, known: Spec | None = None
+    ) -> Prepared | SessionStatus:
+        """Return what the reply to a claim means. `known` are the values of the session, where they were read."""
+        if isinstance(reply, StoreUnavailable):
+            raise reply
         if reply[0] == b"cancel":
             ended = await self.end(session_id, claim_id, cancelled_before_start(), Batch(1, 0, b""))
             if isinstance(ended, EndConflict):  # a cancel is never refused by the script
@@ -229,8 +294,7 @@ class SessionStore:
         if reply[0] != b"won":
             return read_status(reply)
         request, spec = reply[1:]
-        stored = _SPEC.validate_json(spec)
-        return Prepared(request=request or b"", **{name: getattr(stored, name) for name in _SPEC_NAMES})
+        return _prepared(request or b"", known or _SPEC.validate_json(spec))
 
     async def refuse(self, session_id: str, claim_id: str) -> bool:
         """Prevent a claim from winning. Returns True if that is certain, False if it has won or may have won."""

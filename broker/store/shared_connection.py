@@ -34,6 +34,9 @@ SILENCE: Final = 1.0
 TICK: Final = 0.02
 """Seconds between two looks at the time limits, while calls wait."""
 
+PROMPT: Final = 0.05
+"""Seconds for which the oldest call may have waited on a connection that answers promptly."""
+
 STOOD_STILL: Final = 0.1
 """Seconds by which such a look is late if this process stood still. Redis is not to blame for that time."""
 
@@ -91,6 +94,12 @@ class SharedConnection(asyncio.Protocol):
         return not (
             self.retired or self._full or self._unsent_size >= MAX_UNSENT or len(self._waiting) >= MAX_CALLS
         )
+
+    @property
+    def is_prompt(self) -> bool:
+        """True if a call may be added, and none has waited for long."""
+        waiting = self._waiting
+        return self.takes_calls and not (waiting and self._loop.time() - waiting[0].asked_at >= PROMPT)
 
     def ask(self, packed: bytes, count: int, give_up_at: float) -> asyncio.Future[list[Any]]:
         """Send packed commands. Returns their replies; the one of a refused command is an exception.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,8 +22,9 @@ from broker.store.buckets import account_of
 from broker.store.connection import Store
 from broker.store.pending import PendingStore
 from broker.store.sessions import Prepared, SessionStatus, SessionStore
+from broker.store.shared_connection import PROMPT
 from tests.money import open_reservations, slots, until
-from tests.relay.test_races import FREE
+from tests.relay.test_races import FREE, InSteps
 from tests.scripted import PATIENCE
 from tests.wire import Wire, wire_to
 
@@ -38,19 +40,26 @@ CLAIM, RESERVE = b"claimer", b"total-claim"
 
 
 class Claimer:
-    """A worker that claims over a connection of its own."""
+    """A worker that claims over a connection of its own.
 
-    def __init__(self, url: str, quotas: Quotas = FREE) -> None:
+    Args:
+        url: of Redis.
+        quotas: the limits of clients.
+        in_steps: it reserves first and claims when it has the reply, as in a cluster; else both are one round trip.
+    """
+
+    def __init__(self, url: str, quotas: Quotas = FREE, *, in_steps: bool = True) -> None:
         self.store = Store(url, "test")
         self.sessions = SessionStore(self.store, session_ttl=600, running_ttl=960, resume_ttl=300)
-        self.accounts = AccountStore(self.store, quotas)
+        self.accounts = (InSteps if in_steps else AccountStore)(self.store, quotas)
+        self.pending = PendingStore(self.store, quotas, session_ttl=600)
         self.begun: list[str] = []
         self.opened_ahead = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.claims = Claiming(
             self.sessions,
             self.accounts,
-            PendingStore(self.store, quotas, session_ttl=600),
+            self.pending,
             worker="claimer",
             give_up_after=100,
             begin=self._begin,
@@ -71,6 +80,7 @@ class Claimer:
         task.add_done_callback(self._tasks.discard)
 
     async def prepare(self, session: str = "session") -> None:
+        await self.pending.admit("client", session, PREPARED.worst, stored=1)
         await self.sessions.prepare(session, replace(PREPARED, model="total-claim"))
 
     async def idle(self) -> None:
@@ -92,7 +102,20 @@ async def wire(valkey_url: str) -> AsyncIterator[Wire]:
 
 @pytest_asyncio.fixture
 async def claimer(wire: Wire) -> AsyncIterator[Claimer]:
-    claimer = Claimer(wire.url)
+    async with claiming(wire, in_steps=True) as claimer:
+        yield claimer
+
+
+@pytest_asyncio.fixture
+async def at_once(wire: Wire) -> AsyncIterator[Claimer]:
+    async with claiming(wire, in_steps=False) as claimer:
+        yield claimer
+
+
+@asynccontextmanager
+async def claiming(wire: Wire, *, in_steps: bool) -> AsyncIterator[Claimer]:
+    """Yield a worker that has prepared a session."""
+    claimer = Claimer(wire.url, in_steps=in_steps)
     await claimer.prepare()
     yield claimer
     wire.unblock()
@@ -102,6 +125,21 @@ async def claimer(wire: Wire) -> AsyncIterator[Claimer]:
 async def state_of(store: Store, session: str = "session") -> State:
     described = await SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300).describe(session)
     return described.state if described is not None else State.GONE
+
+
+async def is_in_order(store: Store, claimer: Claimer) -> bool:
+    """Return True if one slot and one reservation are taken by a session that runs, and nothing by any other.
+
+    A session that runs has no pending place, and one that is prepared has one.
+    """
+    state = await state_of(store)
+    runs = int(state is State.RUNNING)
+    assert claimer.begun == ["session"] * runs
+    places = [await store.redis.zcard(key) for key in await store.redis.keys("*:pending:*")]
+    return (
+        await slots(store.redis) == await open_reservations(store.redis) == runs
+        and sum(places) == 2 * (state is State.PREPARED)  # of the client and of the total
+    )
 
 
 def begun(outcome: object) -> bool:
@@ -203,6 +241,192 @@ async def test_a_later_viewer_waits_for_the_outcome_of_the_claim(wire: Wire, cla
     wire.unblock()
     assert all(map(begun, await asyncio.gather(*late)))
     assert claimer.begun == ["session"]
+
+
+# In one round trip
+
+
+async def test_a_claim_takes_one_round_trip(store: Store, wire: Wire, at_once: Claimer) -> None:
+    before = len(wire.sent)
+    assert begun(await at_once.claims.claim("session"))
+    await at_once.idle()
+    claim, forgotten = wire.sent[before:]
+    assert RESERVE in claim
+    assert CLAIM in claim
+    assert b"pending" in forgotten, "which the page does not wait for"
+    assert await is_in_order(store, at_once)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"streams": 1}, {"daily_tokens": 15}, {"daily_cost": 150}, {"monthly_cost": 150}]
+)
+async def test_a_claim_without_room_claims_nothing(
+    store: Store, valkey_url: str, limits: dict[str, int]
+) -> None:
+    claimer = Claimer(valkey_url, replace(FREE, **limits), in_steps=False)
+    await claimer.prepare("other")
+    await claimer.prepare()
+    await claimer.claims.claim("other")
+    with pytest.raises(TooManyStreams if "streams" in limits else BudgetExceeded):
+        await claimer.claims.claim("session")
+    await claimer.idle()
+    assert (claimer.begun, await state_of(store)) == (["other"], State.PREPARED)
+    assert await slots(store.redis) == await open_reservations(store.redis) == 1
+    assert await store.redis.zcard(account_of(store, "client").key("pending")) == 1, "it still waits"
+    await claimer.close()
+
+
+@pytest.mark.parametrize("where", ["reply", "request"])
+async def test_the_total_budget_is_asked_before_a_claim(store: Store, valkey_url: str, where: str) -> None:
+    """It is another account, so that the claim is a round trip of its own."""
+    claimer = Claimer(
+        valkey_url, replace(FREE, total_daily_cost=150 if where == "reply" else 1000), in_steps=False
+    )
+    await claimer.prepare("other")
+    await claimer.prepare()
+    await claimer.claims.claim("other")
+    if where == "reply":
+        with pytest.raises(BudgetExceeded):
+            await claimer.claims.claim("session")
+    else:
+        assert begun(await claimer.claims.claim("session"))
+    await claimer.close()
+
+
+async def test_a_claim_whose_reply_was_lost_has_won(store: Store, wire: Wire, at_once: Claimer) -> None:
+    wire.drop = b"total-claim"
+    with pytest.raises(StoreUnavailable):
+        await at_once.claims.claim("session")
+    assert await state_of(store) is State.RUNNING
+    assert "session" in at_once.claims
+    wire.drop = b""
+    await at_once.idle()
+    assert at_once.begun == ["session"], "though nobody has asked again"
+    assert await is_in_order(store, at_once)
+
+
+async def test_a_claim_that_never_arrived_in_time_cannot_win_later(
+    store: Store, wire: Wire, at_once: Claimer
+) -> None:
+    wire.block = CLAIM
+    with pytest.raises(StoreUnavailable):
+        await at_once.claims.claim("session")
+    await at_once.idle()  # it was made void, for nobody waits
+    assert (at_once.begun, await state_of(store)) == ([], State.PREPARED)
+    sent = wire.count("session")
+    wire.unblock()
+    await until(lambda: asyncio.sleep(0, wire.count("session") > sent))
+    assert await is_in_order(store, at_once)
+    assert begun(await at_once.claims.claim("session")), "as a page gets it that comes again"
+    await at_once.idle()
+    assert await is_in_order(store, at_once)
+
+
+async def test_a_page_that_comes_again_gets_the_session_by_another_claim(
+    store: Store, wire: Wire, at_once: Claimer
+) -> None:
+    wire.block = b"total-claim"  # and not what makes it void
+    with pytest.raises(StoreUnavailable):
+        await at_once.claims.claim("session")
+    late = [asyncio.create_task(at_once.claims.claim("session")) for _ in range(3)]
+    await asyncio.sleep(0)
+    wire.block = b""  # for new connections; what was sent before waits on its own
+    assert all(map(begun, await asyncio.gather(*late)))
+    sent = wire.count("session")
+    wire.unblock()
+    await until(lambda: asyncio.sleep(0, wire.count("session") > sent))
+    await at_once.idle()
+    assert await is_in_order(store, at_once)
+
+
+async def test_a_claim_is_made_in_steps_while_redis_is_slow(
+    store: Store, wire: Wire, at_once: Claimer
+) -> None:
+    """So nothing begins that nobody waits for any more."""
+    wire.block = b"still"
+    other = asyncio.create_task(at_once.store.command("GET", "still"))
+    await wire.until_blocked()
+    await asyncio.sleep(2 * PROMPT)  # it is the time that the call has waited
+    viewer = asyncio.create_task(at_once.claims.claim("session"))
+    await asyncio.sleep(0.01)  # it has asked
+    viewer.cancel()
+    await asyncio.gather(viewer, return_exceptions=True)
+    wire.unblock()
+    await other
+    await at_once.idle()
+    assert (at_once.begun, await state_of(store)) == ([], State.PREPARED)
+    assert await is_in_order(store, at_once)
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["late", "lost reply"])
+async def test_a_claim_at_once_that_is_withdrawn_never_begins(
+    store: Store, wire: Wire, at_once: Claimer, lost: bool
+) -> None:
+    if lost:
+        wire.drop = b"total-claim"
+    else:
+        wire.block = CLAIM
+    waiting = asyncio.create_task(at_once.claims.claim("session"))
+    await (wire.until_blocked() if not lost else until(lambda: is_running(store)))
+    assert at_once.claims.withdraw("session")
+    wire.drop = b""
+    wire.unblock()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await at_once.idle()
+    assert (at_once.begun, await state_of(store)) == ([], State.CANCELLED)
+    assert await slots(store.redis) == await open_reservations(store.redis) == 0
+
+
+async def is_running(store: Store) -> bool:
+    return await state_of(store) is State.RUNNING
+
+
+async def test_of_many_claims_as_many_win_as_there_is_room_for(store: Store, valkey_url: str) -> None:
+    claimers = [Claimer(valkey_url, replace(FREE, streams=3), in_steps=n == 0) for n in range(3)]
+    for n in range(8):
+        await claimers[0].prepare(f"s{n}")
+    outcomes = await asyncio.gather(
+        *(each.claims.claim(f"s{n}") for n in range(8) for each in claimers), return_exceptions=True
+    )
+    begun = [session for each in claimers for session in each.begun]
+    assert len(begun) == len(set(begun)) == 3
+    assert await slots(store.redis) == 3
+    assert not [each for each in outcomes if isinstance(each, StoreUnavailable)]
+    for each in claimers:
+        await each.idle()
+        await each.close()
+    assert await open_reservations(store.redis) == 3
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_whatever_is_lost_a_session_begins_once_and_leaves_nothing(
+    store: Store, wire: Wire, at_once: Claimer, seed: int
+) -> None:
+    """Packets come late or never, replies are lost, and pages leave and come again, in an order by chance."""
+    chance = random.Random(seed)
+    pages: list[asyncio.Task[object]] = []
+    for _ in range(6):
+        match chance.randrange(5):
+            case 0:
+                wire.block = chance.choice([CLAIM, b"total-claim", b"refused"])
+            case 1:
+                wire.drop = b"total-claim"
+            case 2:
+                wire.unblock()
+                wire.drop = b""
+            case 3 if pages:
+                chance.choice(pages).cancel()
+        pages.append(asyncio.create_task(at_once.claims.claim("session")))
+        await asyncio.sleep(chance.choice([0, 0.002, 0.4]))
+    wire.drop = b""
+    wire.unblock()
+    await asyncio.gather(*pages, return_exceptions=True)
+    await at_once.idle()
+    if not at_once.begun:
+        await at_once.claims.claim("session")
+        await at_once.idle()
+    assert at_once.begun == ["session"]
+    await until(lambda: is_in_order(store, at_once))
 
 
 # Cancelled meanwhile

@@ -232,7 +232,14 @@ class StandingLoop(asyncio.SelectorEventLoop):
         return super().time() + self.stood_still
 
 
-class FrozenAfterReserving(AccountStore):
+class InSteps(AccountStore):
+    """The accounts of a worker that reserves first and claims when it has the reply, as in a cluster."""
+
+    def reserving(self, reservation: Reservation, **limits: Any) -> None:
+        return None
+
+
+class FrozenAfterReserving(InSteps):
     """The accounts of a worker that is frozen after it has reserved, for longer than the lease.
 
     Meanwhile its reservation is found and given back, and another takes the only slot.
