@@ -53,6 +53,10 @@ ELSEWHERE_PAUSE = 0.1
 """Seconds between these checks."""
 
 
+IN_TIME_MS = 500
+"""Milliseconds after which a claim in one round trip does nothing any more: half the time that its viewers wait for
+Redis. If Redis stood still, they may have left."""
+
 TURNS_TO_SEND = 2
 """Turns of the event loop from the beginning of a claim until its first call is sent to Redis."""
 
@@ -241,13 +245,17 @@ class Claiming:
         reserving = self._accounts.reserving(
             wanted, quotas=pursuit.quotas, may_wait=pursuit.may_wait, ends_ms=pursuit.ends_ms
         )
-        if reserving is None or spec is None:
+        now_ms = self._sessions.redis_ms()
+        if reserving is None or spec is None or now_ms is None:
             return None
-        self._spawn(self._forget_if_reserved(wanted, str(reserving.key)))
+        before_ms = now_ms + IN_TIME_MS
+        self._spawn(self._forget_if_reserved(wanted, str(reserving.key), before_ms))
         pursuit.sent = pursuit.at_once = True
         try:
             reply, outcome = await self._sessions.claim_if_reserved(
-                *(reserving, pursuit.session_id, pursuit.claim_id, self._worker), spec=spec
+                *(reserving, pursuit.session_id, pursuit.claim_id, self._worker),
+                spec=spec,
+                before_ms=before_ms,
             )
         except StoreRefused:  # Redis has answered, and done nothing
             pursuit.sent = pursuit.at_once = False
@@ -260,7 +268,7 @@ class Claiming:
             return await self._taken_elsewhere(pursuit, error)
         return outcome
 
-    async def _forget_if_reserved(self, reservation: Reservation, key: str) -> None:
+    async def _forget_if_reserved(self, reservation: Reservation, key: str, before_ms: int) -> None:
         """Stop counting the session as pending, by calls that are sent right behind those of `_take_at_once`.
 
         If Redis cannot be reached now, the place expires.
@@ -268,7 +276,9 @@ class Claiming:
         for _ in range(TURNS_TO_SEND + 1):
             await asyncio.sleep(0)  # the calls are packed while Redis decides
         with suppress(StoreUnavailable):
-            await self._pending.forget(reservation.client, reservation.session_id, if_reserved=key)
+            await self._pending.forget(
+                reservation.client, reservation.session_id, if_reserved=key, before_ms=before_ms
+            )
 
     async def _settle_what_was_sent(self, pursuit: _Pursuit) -> None:
         """Find out whether a claim whose reply was lost has won. If not, make sure that it cannot win any more.

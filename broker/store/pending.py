@@ -125,15 +125,21 @@ class PendingStore:
             message = "The budget of this service for today is used up."
             raise BudgetExceeded(message, retry_after=float(total[1]))
 
-    async def forget(self, client: str, session_id: str, *, if_reserved: str = "") -> None:
+    async def forget(
+        self, client: str, session_id: str, *, if_reserved: str = "", before_ms: int = 0
+    ) -> None:
         """Stop counting a session as pending.
 
-        ``if_reserved`` is the key of a reservation, and then nothing is done unless that is open. Redis has to be one
-        server.
+        ``if_reserved`` is the key of a reservation. Then nothing is done unless that is open, and the clock of Redis is
+        before ``before_ms``. Redis has to be one server.
         """
-        await self._store.run(self.forgetting(client, session_id, if_reserved=if_reserved))
+        await self._store.run(
+            self.forgetting(client, session_id, if_reserved=if_reserved, before_ms=before_ms)
+        )
 
-    def forgetting(self, client: str, session_id: str, *, if_reserved: str = "") -> list[Call]:
+    def forgetting(
+        self, client: str, session_id: str, *, if_reserved: str = "", before_ms: int = 0
+    ) -> list[Call]:
         """Return the calls of `forget`, to be run together with others."""
         accounts = (account_of(self._store, client), self._total)
         return [
@@ -142,7 +148,7 @@ class PendingStore:
                 **account.line_keys(),
                 reservation=if_reserved or account.key("pending"),
                 session=session_id,
-                only_if_reserved=int(bool(if_reserved)),
+                before_ms=before_ms,
             )
             for account in accounts
         ]

@@ -5,6 +5,7 @@ The steps are Lua scripts. `core.lifecycle.SESSION` defines what each of them do
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +33,9 @@ log = structlog.get_logger(__name__)
 
 CONFIRM_MS = 300
 """Milliseconds that a claim waits for replicas. A claim that no replica confirms counts as well."""
+
+CLOCK_FOR = 60.0
+"""Seconds for which the clock of Redis is known after it was seen."""
 
 REMEMBERED = 4096
 """Maximum number of sessions prepared here that are remembered without their prompts until they are claimed."""
@@ -181,6 +185,8 @@ class SessionStore:
         self._store = store
         self.claims_unconfirmed = 0
         self._confirm_by = confirm_by
+        self._session_ttl = session_ttl
+        self._clock_seen = (float("-inf"), 0)  # a time here, and by the clock of Redis
         self._prepared_here: dict[str, SessionRecord] = {}
         end: dict[str, int | str] = {
             "KEEP_S": max(resume_ttl, MIN_KEPT),
@@ -207,9 +213,20 @@ class SessionStore:
         ends_ms = await self._prepare(
             session=self._key(session_id), request=prepared.request, spec=_SPEC.dump_json(spec)
         )
+        if int(ends_ms):
+            self._clock_seen = (time.monotonic(), int(ends_ms) - self._session_ttl * 1000)
         if len(self._prepared_here) >= REMEMBERED:
             del self._prepared_here[next(iter(self._prepared_here))]
         self._prepared_here[session_id] = SessionRecord(State.PREPARED, "", "", spec, ends_ms=int(ends_ms))
+
+    def redis_ms(self) -> int | None:
+        """Return the time in ms by the clock of Redis, late by a round trip at most.
+
+        None if no session was prepared here for `CLOCK_FOR` seconds: the clocks may have moved apart.
+        """
+        seen_at, seen_ms = self._clock_seen
+        passed = time.monotonic() - seen_at
+        return seen_ms + int(passed * 1000) if passed < CLOCK_FOR else None
 
     async def claim(
         self, session_id: str, claim_id: str, worker: str, *, also: Sequence[Call] = ()
@@ -226,14 +243,19 @@ class SessionStore:
             also: calls to run after the claim in the same round trip; they may fail.
         """
         key = self._key(session_id)
-        claim = self._claim.call(
-            session=key, reservation=key, claim_id=claim_id, worker=worker, only_if_reserved=0
-        )
+        claim = self._claim.call(session=key, reservation=key, claim_id=claim_id, worker=worker, before_ms=0)
         reply, *_ = await self._confirmed([claim, *also], claim)
         return await self._outcome(session_id, claim_id, reply)
 
     async def claim_if_reserved(
-        self, reserving: Call, session_id: str, claim_id: str, worker: str, *, spec: Spec
+        self,
+        reserving: Call,
+        session_id: str,
+        claim_id: str,
+        worker: str,
+        *,
+        spec: Spec,
+        before_ms: int,
     ) -> tuple[Any, Prepared | SessionStatus | None]:
         """Make the reservation of a claim, and claim, in one round trip.
 
@@ -243,10 +265,11 @@ class SessionStore:
             claim_id: the id of the claim.
             worker: the worker that claims.
             spec: the values of the session, which never change.
+            before_ms: the time by the clock of Redis from which on nothing is claimed any more.
 
         Returns:
-            The reply for `AccountStore.reserved`, and what `claim` returns; None where the reservation is not open, so
-            that nothing was claimed.
+            The reply for `AccountStore.reserved`, and what `claim` returns; None where the reservation is not open or
+            it was too late, so that nothing was claimed.
 
         Raises:
             StoreUnavailable: both may have run, or may still run.
@@ -256,7 +279,7 @@ class SessionStore:
             reservation=reserving.key,
             claim_id=claim_id,
             worker=worker,
-            only_if_reserved=1,
+            before_ms=before_ms,
         )
         reserved, reply = await self._confirmed([reserving, claim], claim)
         if isinstance(reserved, StoreUnavailable) or (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -16,12 +17,12 @@ from broker.core.accounts import WorstCase
 from broker.core.errors import BeingClaimed, BudgetExceeded, StoreUnavailable, TooManyStreams
 from broker.core.events import cancelled_before_start
 from broker.core.session import State
-from broker.relay.claiming import Claiming
+from broker.relay.claiming import IN_TIME_MS, Claiming
 from broker.store.accounts import AccountStore, Reservation
 from broker.store.buckets import account_of
 from broker.store.connection import Store
 from broker.store.pending import PendingStore
-from broker.store.sessions import Prepared, SessionStatus, SessionStore
+from broker.store.sessions import CLOCK_FOR, Prepared, SessionStatus, SessionStore
 from broker.store.shared_connection import PROMPT
 from tests.money import open_reservations, slots, until
 from tests.relay.test_races import FREE, InSteps
@@ -320,6 +321,52 @@ async def test_a_claim_that_never_arrived_in_time_cannot_win_later(
     assert begun(await at_once.claims.claim("session")), "as a page gets it that comes again"
     await at_once.idle()
     assert await is_in_order(store, at_once)
+
+
+async def test_a_claim_that_comes_late_does_not_begin_for_nobody(
+    store: Store, wire: Wire, at_once: Claimer
+) -> None:
+    """As after a while in which Redis stood still: it does first what it was asked before."""
+    wire.block = CLAIM
+    with pytest.raises(StoreUnavailable):
+        await at_once.claims.claim("session")
+    sent = wire.count("session")
+    wire.unblock()
+    await until(lambda: asyncio.sleep(0, wire.count("session") > sent))
+    await at_once.idle()
+    assert (at_once.begun, await state_of(store)) == ([], State.PREPARED)
+    assert await is_in_order(store, at_once)
+    assert begun(await at_once.claims.claim("session"))
+    await at_once.idle()
+    assert await is_in_order(store, at_once)
+
+
+async def test_a_claim_that_is_a_little_late_begins_for_the_page_that_waits(
+    store: Store, wire: Wire, at_once: Claimer
+) -> None:
+    at_once.store.call_timeout = PATIENCE
+    wire.block = CLAIM
+    viewer = asyncio.create_task(at_once.claims.claim("session"))
+    await wire.until_blocked()
+    await asyncio.sleep(IN_TIME_MS / 1000)  # and so it is late
+    wire.unblock()
+    assert begun(await viewer)
+    await at_once.idle()
+    assert await is_in_order(store, at_once)
+
+
+async def test_without_the_clock_of_redis_a_claim_is_made_in_steps(
+    wire: Wire, at_once: Claimer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + CLOCK_FOR)
+    before = len(wire.sent)
+    assert begun(await at_once.claims.claim("session"))
+    await at_once.idle()
+    reserve, claim = wire.sent[before:]
+    assert RESERVE in reserve
+    assert CLAIM not in reserve
+    assert CLAIM in claim
 
 
 async def test_a_page_that_comes_again_gets_the_session_by_another_claim(
