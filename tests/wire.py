@@ -35,9 +35,10 @@ class Wire:
         self._connections: set[asyncio.Task[None]] = set()
 
     def unblock(self) -> None:
-        """Let all packets pass from now on."""
+        """Let all packets pass, those that wait too, until `block` is set again."""
         self.block = b""
         self._free.set()
+        self._free = asyncio.Event()
 
     async def until_blocked(self) -> None:
         """Wait until a packet is blocked."""

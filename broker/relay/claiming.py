@@ -230,7 +230,7 @@ class Claiming:
                 described.spec.worst,
             )
         if pursuit.at_once:
-            await self._settle_what_was_sent(pursuit)
+            await self._make_void(pursuit)
         elif not pursuit.sent and (outcome := await self._take_at_once(pursuit)) is not None:
             return outcome
         return await self._take_in_steps(pursuit)
@@ -253,7 +253,10 @@ class Claiming:
         pursuit.sent = pursuit.at_once = True
         try:
             reply, outcome = await self._sessions.claim_if_reserved(
-                *(reserving, pursuit.session_id, pursuit.claim_id, self._worker),
+                reserving,
+                pursuit.session_id,
+                pursuit.claim_id,
+                self._worker,
                 spec=spec,
                 before_ms=before_ms,
             )
@@ -280,8 +283,8 @@ class Claiming:
                 reservation.client, reservation.session_id, if_reserved=key, before_ms=before_ms
             )
 
-    async def _settle_what_was_sent(self, pursuit: _Pursuit) -> None:
-        """Find out whether a claim whose reply was lost has won. If not, make sure that it cannot win any more.
+    async def _make_void(self, pursuit: _Pursuit) -> None:
+        """Make sure that a claim whose reply was lost cannot win any more, unless it has won.
 
         Raises:
             StoreUnavailable: this is not known yet, or no viewer waits any more.

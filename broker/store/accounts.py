@@ -221,7 +221,7 @@ class AccountStore:
         """Return the call of `reserve`, to be run together with the claim. Pass its reply to `reserved`.
 
         Its key is that of the reservation. None if the claim has to wait for the reply: the reservation takes several
-        round trips, or Redis does not answer promptly on one server.
+        round trips, or Redis does not answer promptly, or is no single server.
         """
         if self._total is not None or not self._store.runs_in_order:
             return None

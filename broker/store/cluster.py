@@ -118,6 +118,11 @@ class Cluster:
         """False: the calls of one round trip may go to several nodes, of which one may be away."""
         return False
 
+    @property
+    def takes_any_keys(self) -> bool:
+        """False: the keys of a call have to be in one slot."""
+        return False
+
     # Calls
 
     async def run(self, calls: Sequence[Call], give_up_at: float) -> list[Any]:

@@ -118,10 +118,10 @@ class Store:
     def runs_in_order(self) -> bool:
         """True if the calls of one round trip run one after the other now, on one server that answers promptly.
 
-        Then a call may depend on what the one before it has done. Otherwise the calls may be spread over the nodes of a
-        cluster, or wait for a server that stands still.
+        Then a call may depend on what the one before it has done, and read its keys. Otherwise the calls may be spread
+        over the nodes of a cluster, or wait for a server that stands still.
         """
-        return self._servers.is_prompt
+        return self._servers.is_prompt and self._servers.takes_any_keys
 
     def subscribed(self, channel: str) -> AbstractAsyncContextManager[PubSub]:
         """Subscribe to a channel during a block; use it within `store_errors`."""

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import MasterDownError, NoScriptError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import (
+    ClusterCrossSlotError,
+    MasterDownError,
+    NoScriptError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 
 from broker.store.shared_connection import MAX_UNSENT, SharedConnection
 
@@ -199,6 +206,7 @@ class Node:
         self._scripts = scripts
         self._small = _Line(pool)
         self._large = _Line(pool)
+        self._takes_any_keys = True
 
     @property
     def is_lost(self) -> bool:
@@ -209,6 +217,11 @@ class Node:
     def is_prompt(self) -> bool:
         """True if a connection is open, and no small call waits on it for long."""
         return self._small.connection is not None and self._small.connection.is_prompt
+
+    @property
+    def takes_any_keys(self) -> bool:
+        """True unless the server has refused a call with keys of several slots, because it stands for a cluster."""
+        return self._takes_any_keys
 
     async def run(self, calls: Sequence[Call], give_up_at: float) -> list[Any]:
         """Send calls as `send` does, and load the scripts if the server does not know one.
@@ -270,6 +283,8 @@ class Node:
         Raises:
             Exception: the error, if no command was answered, or none can be.
         """
+        if isinstance(error, ClusterCrossSlotError):
+            self._takes_any_keys = False
         answered = isinstance(error, ResponseError)
         if not answered or isinstance(error, ReadOnlyError | MasterDownError):
             # Connections that were opened after this one may lead to another server.

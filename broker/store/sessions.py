@@ -268,8 +268,8 @@ class SessionStore:
             before_ms: the time by the clock of Redis from which on nothing is claimed any more.
 
         Returns:
-            The reply for `AccountStore.reserved`, and what `claim` returns; None where the reservation is not open or
-            it was too late, so that nothing was claimed.
+            The reply for `AccountStore.reserved`, and what `claim` returns; None where nothing was claimed, because the
+            reservation is not open, it was too late, or Redis refused the claim.
 
         Raises:
             StoreUnavailable: both may have run, or may still run.
@@ -282,9 +282,9 @@ class SessionStore:
             before_ms=before_ms,
         )
         reserved, reply = await self._confirmed([reserving, claim], claim)
-        if isinstance(reserved, StoreUnavailable) or (
-            not isinstance(reply, StoreUnavailable) and reply[0] == b"unreserved"
-        ):
+        if isinstance(reserved, StoreUnavailable) or isinstance(reply, StoreUnavailable):
+            return reserved, None  # what Redis refuses has done nothing
+        if reply[0] == b"unreserved":
             return reserved, None
         return reserved, await self._outcome(session_id, claim_id, reply, spec)
 

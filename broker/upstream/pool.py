@@ -158,9 +158,8 @@ class Pool:
             except TimeoutError:
                 raise ConnectError("all connections are in use") from None
         else:
-            await (
-                self._free.acquire()
-            )  # at once: a limit of time would be half the cost of taking a connection
+            # This does not wait. A limit of time would be half the cost of taking a connection.
+            await self._free.acquire()
         self._in_use += 1
         try:
             self._check_open()

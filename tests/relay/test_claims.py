@@ -17,16 +17,19 @@ from broker.core.accounts import WorstCase
 from broker.core.errors import BeingClaimed, BudgetExceeded, StoreUnavailable, TooManyStreams
 from broker.core.events import cancelled_before_start
 from broker.core.session import State
-from broker.relay.claiming import IN_TIME_MS, Claiming
+from broker.relay.claiming import IN_TIME_MS, TURNS_TO_SEND, Claiming
 from broker.store.accounts import AccountStore, Reservation
 from broker.store.buckets import account_of
 from broker.store.connection import Store
 from broker.store.pending import PendingStore
 from broker.store.sessions import CLOCK_FOR, Prepared, SessionStatus, SessionStore
 from broker.store.shared_connection import PROMPT
+from tests.kinds import needs_one_server
 from tests.money import open_reservations, slots, until
 from tests.relay.test_races import FREE, InSteps
 from tests.scripted import PATIENCE
+from tests.system.harness import running_valkey
+from tests.valkey_cluster import SLOTS
 from tests.wire import Wire, wire_to
 
 if TYPE_CHECKING:
@@ -277,21 +280,53 @@ async def test_a_claim_without_room_claims_nothing(
     await claimer.close()
 
 
-@pytest.mark.parametrize("where", ["reply", "request"])
-async def test_the_total_budget_is_asked_before_a_claim(store: Store, valkey_url: str, where: str) -> None:
+async def serves(client: Any) -> bool:
+    return b"cluster_state:ok" in await client.execute_command("CLUSTER", "INFO")
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+async def test_the_total_budget_is_asked_before_a_claim(
+    store: Store, valkey_url: str, has_room: bool
+) -> None:
     """It is another account, so that the claim is a round trip of its own."""
-    claimer = Claimer(
-        valkey_url, replace(FREE, total_daily_cost=150 if where == "reply" else 1000), in_steps=False
-    )
+    quotas = replace(FREE, total_daily_cost=200 if has_room else 150)
+    claimer = Claimer(valkey_url, quotas, in_steps=False)
     await claimer.prepare("other")
     await claimer.prepare()
     await claimer.claims.claim("other")
-    if where == "reply":
+    if has_room:
+        assert begun(await claimer.claims.claim("session"))
+    else:
         with pytest.raises(BudgetExceeded):
             await claimer.claims.claim("session")
-    else:
-        assert begun(await claimer.claims.claim("session"))
+    await claimer.idle()
+    assert (
+        len(claimer.begun) == await slots(store.redis) == await open_reservations(store.redis) == 1 + has_room
+    )
     await claimer.close()
+
+
+async def test_a_server_that_stands_for_a_cluster_is_asked_in_steps() -> None:
+    """Some services have one address and divide the keys behind it. They refuse a call with keys of several slots."""
+    needs_one_server("it starts one of its own")
+    async with running_valkey(options=("--cluster-enabled", "yes")) as server:
+        async with server.client() as client:
+            await client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, SLOTS - 1)  # type: ignore[no-untyped-call]
+            await until(lambda: serves(client))
+        claimer, store = Claimer(server.url, in_steps=False), Store(server.url, "test")
+        refused = []
+        for session in ("first", "second"):
+            await claimer.prepare(session)
+            await claimer.claims.claim(session)
+            await claimer.idle()
+            refused.append(claimer.store.errors)
+        assert claimer.begun == ["first", "second"]
+        assert await slots(store.redis) == await open_reservations(store.redis) == 2
+        assert not claimer.store.runs_in_order
+        assert refused[0] == refused[1] > 0, "after the first claim no other was tried so"
+        assert await store.redis.keys("*:pending:*") == [], "all places are free"
+        await claimer.close()
+        await store.close()
 
 
 async def test_a_claim_whose_reply_was_lost_has_won(store: Store, wire: Wire, at_once: Claimer) -> None:
@@ -393,9 +428,10 @@ async def test_a_claim_is_made_in_steps_while_redis_is_slow(
     wire.block = b"still"
     other = asyncio.create_task(at_once.store.command("GET", "still"))
     await wire.until_blocked()
-    await asyncio.sleep(2 * PROMPT)  # it is the time that the call has waited
+    await asyncio.sleep(PROMPT)  # so long has the call waited
     viewer = asyncio.create_task(at_once.claims.claim("session"))
-    await asyncio.sleep(0.01)  # it has asked
+    for _ in range(TURNS_TO_SEND + 1):
+        await asyncio.sleep(0)  # then it has asked
     viewer.cancel()
     await asyncio.gather(viewer, return_exceptions=True)
     wire.unblock()
@@ -505,19 +541,21 @@ async def test_a_claim_that_is_withdrawn_never_begins(
         assert (standing.state, standing.end) == (State.CANCELLED, cancelled_before_start())
 
 
+@pytest.mark.parametrize("in_steps", [True, False], ids=["in steps", "at once"])
 async def test_a_claim_with_a_lost_reply_that_is_cancelled_ends_so(
-    store: Store, wire: Wire, claimer: Claimer
+    store: Store, wire: Wire, in_steps: bool
 ) -> None:
     elsewhere = SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300)
-    wire.drop = b"total-claim"  # the reply of the claim, which has the model in it
-    with pytest.raises(StoreUnavailable):
-        await claimer.claims.claim("session")
-    assert await state_of(store) is State.RUNNING
-    assert (await elsewhere.cancel("session", cancelled_before_start())).state is State.RUNNING
-    wire.drop = b""
-    await claimer.idle()
-    assert (claimer.begun, await state_of(store)) == ([], State.CANCELLED)
-    assert await slots(store.redis) == await open_reservations(store.redis) == 0
+    async with claiming(wire, in_steps=in_steps) as claimer:
+        wire.drop = b"total-claim"  # the reply of the claim, which has the model in it
+        with pytest.raises(StoreUnavailable):
+            await claimer.claims.claim("session")
+        assert await state_of(store) is State.RUNNING
+        assert (await elsewhere.cancel("session", cancelled_before_start())).state is State.RUNNING
+        wire.drop = b""
+        await claimer.idle()
+        assert (claimer.begun, await state_of(store)) == ([], State.CANCELLED)
+        assert await slots(store.redis) == await open_reservations(store.redis) == 0
 
 
 async def test_only_a_claim_under_way_can_be_withdrawn(claimer: Claimer) -> None:

@@ -172,9 +172,7 @@ async def test_a_frozen_owner_that_wakes_corrects_the_estimate() -> None:
                 return (await ledger(redis)).estimated == 1
 
             await until(estimated, within=SETTLED)
-            await until(
-                lambda: all_closed(redis)
-            )  # the rest is released once the upstream was asked for its bill
+            await until(lambda: all_closed(redis))  # the rest is released once the upstream was asked
             owner.thaw()
 
             async def corrected() -> bool:
