@@ -2,8 +2,8 @@
 
 A client's keys are in one of `BUCKETS` buckets, and share its tag, so that one script can change all of them and a
 Redis Cluster can spread the buckets. The total budget is an account like any other, with keys of its own: the same
-scripts run on it. It is asked second, and if it refuses, what was taken from the first is given back. No script touches
-both, so every step can be repeated and takes effect once in each.
+scripts run on it. It is asked second, and if it refuses, what was taken from the first is given back. No script
+changes both, so every step can be repeated and takes effect once in each.
 
 A reservation is named after the claim of its generation. While it is open it is a lease, which its worker renews. If
 the worker dies, other workers find the reservation among the open ones of its bucket and settle it.

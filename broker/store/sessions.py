@@ -100,18 +100,8 @@ class Prepared(Spec):
 
     def without_request(self) -> Prepared:
         """Return these values without the prompt, and without the limits, which only the claim needs."""
-        return Prepared(  # `replace` takes several times as long
-            request=b"",
-            model=self.model,
-            prompt_tokens=self.prompt_tokens,
-            referer=self.referer,
-            client=self.client,
-            worst=self.worst,
-            calibration_sample=self.calibration_sample,
-            dialect=self.dialect,
-            request_id=self.request_id,
-            trace=self.trace,
-        )
+        kept = {name: getattr(self, name) for name in _SPEC_NAMES if name != "limits"}
+        return Prepared(request=b"", **kept)
 
 
 _SPEC = TypeAdapter(Spec)
