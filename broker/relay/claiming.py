@@ -293,7 +293,7 @@ class Claiming:
             pursuit.at_once = False  # it has won, or the session is gone: the next step shows which
             return
         pursuit.sent = pursuit.at_once = False
-        if not pursuit.attempt.waiting:
+        if not pursuit.attempt.waiting and not pursuit.withdrawn:
             raise StoreUnavailable
         # Released first, or it could take the room of the next claim.
         await self._accounts.release(pursuit.wanted)

@@ -460,6 +460,22 @@ async def test_a_claim_at_once_that_is_withdrawn_never_begins(
     assert await slots(store.redis) == await open_reservations(store.redis) == 0
 
 
+async def test_a_claim_that_is_withdrawn_while_it_is_made_void_is_cancelled(
+    store: Store, wire: Wire, at_once: Claimer
+) -> None:
+    wire.block = CLAIM
+    with pytest.raises(StoreUnavailable):
+        await at_once.claims.claim("session")
+    wire.blocked.clear()
+    wire.block = b"session"
+    await wire.until_blocked()
+    assert at_once.claims.withdraw("session")
+    wire.unblock()
+    await at_once.idle()
+    assert (at_once.begun, await state_of(store)) == ([], State.CANCELLED)
+    assert await slots(store.redis) == await open_reservations(store.redis) == 0
+
+
 async def is_running(store: Store) -> bool:
     return await state_of(store) is State.RUNNING
 
