@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +24,7 @@ from broker.core.errors import (
 )
 from broker.core.events import cancelled_before_start
 from broker.core.session import State, short
+from broker.relay.pursuit import TURNS_TO_SEND, Attempt, Pursuit, new_claim_id
 from broker.relay.retries import until_stored
 from broker.store.accounts import BUDGET_RETRY, LEASE, AccountStore, Reservation
 from broker.store.sessions import Prepared, SessionStatus, SessionStore
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
     from broker.core.accounts import Quotas
     from broker.relay.generation import Generation
+    from broker.relay.pursuit import Meanwhile
     from broker.store.pending import PendingStore
     from broker.store.sessions import Spec
 
@@ -52,16 +52,9 @@ ELSEWHERE_TRIES = 10
 ELSEWHERE_PAUSE = 0.1
 """Seconds between these checks."""
 
-
 IN_TIME_MS = 500
 """Milliseconds after which a claim in one round trip does nothing any more: half the time that its viewers wait for
 Redis. If Redis stood still, they may have left."""
-
-TURNS_TO_SEND = 2
-"""Turns of the event loop from the beginning of a claim until its first call is sent to Redis."""
-
-Meanwhile = Callable[[], Awaitable[object]]
-"""Work that is done while Redis decides on a claim, instead of after it."""
 
 QuotasOf = Callable[["Spec"], "Quotas | None"]
 """Returns the limits of the client of a session; None for those of the service."""
@@ -109,7 +102,7 @@ class Claiming:
         self._give_up_after = give_up_after
         self._begin = begin
         self._spawn = spawn
-        self._under_way: dict[str, _Pursuit] = {}
+        self._under_way: dict[str, Pursuit] = {}
         self._loop = asyncio.get_running_loop()
 
     def __len__(self) -> int:
@@ -139,7 +132,7 @@ class Claiming:
         """
         pursuit = self._under_way.get(session_id)
         if pursuit is None:
-            pursuit = self._under_way[session_id] = _Pursuit(session_id, new_claim_id())
+            pursuit = self._under_way[session_id] = Pursuit(session_id, new_claim_id())
             self._spawn(self._pursue(pursuit))
         pursuit.may_wait = pursuit.may_wait or may_wait
         # A viewer that leaves cancels its own wait, not the claim.
@@ -156,7 +149,7 @@ class Claiming:
         pursuit.withdrawn = True
         return True
 
-    async def _pursue(self, pursuit: _Pursuit) -> None:
+    async def _pursue(self, pursuit: Pursuit) -> None:
         """Repeat with one claim id until the outcome is known: a claim whose reply was lost may have taken effect.
 
         A claim that was never sent cannot have taken effect, so it is not repeated after a failure.
@@ -170,7 +163,7 @@ class Claiming:
                     if not pursuit.sent:
                         raise
                     pursuit.attempt.fail(error)
-                    pursuit.attempt = _Attempt()
+                    pursuit.attempt = Attempt()
                     await asyncio.sleep(RETRY)
                 else:
                     pursuit.attempt.succeed(result)
@@ -187,7 +180,7 @@ class Claiming:
             del self._under_way[pursuit.session_id]
             pursuit.attempt.fail(StoreUnavailable())  # does nothing if it has an outcome already
 
-    async def _try(self, pursuit: _Pursuit) -> Generation | SessionStatus:
+    async def _try(self, pursuit: Pursuit) -> Generation | SessionStatus:
         """Reserve slot and budget, and claim the session. Each step can be repeated with the same claim id."""
         if not pursuit.withdrawn:
             outcome = await self._take(pursuit)
@@ -202,12 +195,12 @@ class Claiming:
             raise StoreUnavailable  # Redis went back to an older state in between: cancel it once more
         return self._lost(pursuit, outcome)
 
-    def _lost(self, pursuit: _Pursuit, outcome: SessionStatus) -> SessionStatus:
+    def _lost(self, pursuit: Pursuit, outcome: SessionStatus) -> SessionStatus:
         if pursuit.reservation is not None:
             self._spawn(self._give_back(pursuit.reservation))
         return outcome
 
-    async def _take(self, pursuit: _Pursuit) -> Prepared | SessionStatus:
+    async def _take(self, pursuit: Pursuit) -> Prepared | SessionStatus:
         if pursuit.reservation is None:
             described = await self._sessions.describe_for_claim(pursuit.session_id)
             if described is None:
@@ -235,7 +228,7 @@ class Claiming:
             return outcome
         return await self._take_in_steps(pursuit)
 
-    async def _take_at_once(self, pursuit: _Pursuit) -> Prepared | SessionStatus | None:
+    async def _take_at_once(self, pursuit: Pursuit) -> Prepared | SessionStatus | None:
         """Reserve and claim in one round trip. Returns None where that is not possible now.
 
         The first chunk comes a sixth earlier (measured). `_take_in_steps` does the same in two round trips, and says
@@ -283,7 +276,7 @@ class Claiming:
                 reservation.client, reservation.session_id, if_reserved=key, before_ms=before_ms
             )
 
-    async def _make_void(self, pursuit: _Pursuit) -> None:
+    async def _make_void(self, pursuit: Pursuit) -> None:
         """Make sure that a claim whose reply was lost cannot win any more, unless it has won.
 
         Raises:
@@ -299,7 +292,7 @@ class Claiming:
         await self._accounts.release(pursuit.wanted)
         pursuit.rename(new_claim_id())
 
-    async def _take_in_steps(self, pursuit: _Pursuit) -> Prepared | SessionStatus:
+    async def _take_in_steps(self, pursuit: Pursuit) -> Prepared | SessionStatus:
         """Reserve, and then claim."""
         try:
             reservation = await self._reserve(pursuit, pursuit.wanted)
@@ -321,7 +314,7 @@ class Claiming:
             also=self._pending.forgetting(reservation.client, pursuit.session_id),
         )
 
-    async def _taken_elsewhere(self, pursuit: _Pursuit, refused: BrokerError) -> SessionStatus:
+    async def _taken_elsewhere(self, pursuit: Pursuit, refused: BrokerError) -> SessionStatus:
         """Return the status of a session that was refused here: another worker may have claimed it.
 
         Raises:
@@ -343,7 +336,7 @@ class Claiming:
                 raise BudgetExceeded(refused.message, retry_after=BUDGET_RETRY)
         raise refused
 
-    async def _reserve(self, pursuit: _Pursuit, reservation: Reservation) -> Reservation:
+    async def _reserve(self, pursuit: Pursuit, reservation: Reservation) -> Reservation:
         """Reserve, and reserve again after half the lease: others release a reservation that is not renewed."""
         now = self._loop.time()
         if now < pursuit.reserved_at + LEASE / 2:
@@ -373,96 +366,3 @@ class Claiming:
             await until_stored(
                 partial(self._accounts.release, reservation), give_up_after=GIVE_BACK_FOR, retry=RETRY
             )
-
-
-def new_claim_id() -> str:
-    """Return the id of a new claim."""
-    return secrets.token_hex(16)
-
-
-class _Attempt:
-    """One try of a claim, and the viewers that wait for its outcome."""
-
-    __slots__ = ("_outcome", "waiting")
-
-    def __init__(self) -> None:
-        self._outcome: asyncio.Future[Generation | SessionStatus] = asyncio.get_running_loop().create_future()
-        self._outcome.add_done_callback(lambda done: done.exception())  # all viewers may have left
-        self.waiting = 0
-
-    async def wait(self, meanwhile: Meanwhile | None) -> Generation | SessionStatus:
-        """Wait for the outcome and return it, or raise the error."""
-        self.waiting += 1
-        try:
-            if meanwhile is not None:
-                for _ in range(TURNS_TO_SEND):
-                    await asyncio.sleep(0)
-                await meanwhile()
-            return await asyncio.shield(self._outcome)
-        finally:
-            self.waiting -= 1
-
-    def succeed(self, outcome: Generation | SessionStatus) -> None:
-        """Set the outcome."""
-        self._outcome.set_result(outcome)
-
-    def fail(self, error: BrokerError) -> None:
-        """Set an error, unless there is an outcome already."""
-        if not self._outcome.done():
-            self._outcome.set_exception(error)
-
-
-class _Pursuit:
-    """The progress of one claim.
-
-    Attributes:
-        sent: True if it may have reached Redis, so it may still take effect there.
-        at_once: True if it was sent together with its reservation, and the outcome of both is not known.
-        reservation: what was reserved, or is to be reserved; None before the session was read.
-        may_wait: True if the session may wait in line for a slot.
-        ends_ms: when the session expires, in ms by the clock of Redis; 0 before that is known.
-        quotas: the limits of its client, where they differ from those of the service.
-        spec: the values of the session; None before it was read.
-        withdrawn: True if the session was cancelled, so no generation may start.
-    """
-
-    __slots__ = (
-        "at_once",
-        "attempt",
-        "claim_id",
-        "ends_ms",
-        "may_wait",
-        "quotas",
-        "reservation",
-        "reserved_at",
-        "sent",
-        "session_id",
-        "spec",
-        "withdrawn",
-    )
-
-    def __init__(self, session_id: str, claim_id: str) -> None:
-        self.session_id = session_id
-        self.claim_id = claim_id
-        self.attempt = _Attempt()
-        self.reservation: Reservation | None = None
-        self.reserved_at = float("-inf")
-        self.sent = self.at_once = False
-        self.may_wait = False
-        self.ends_ms = 0
-        self.quotas: Quotas | None = None
-        self.spec: Spec | None = None
-        self.withdrawn = False
-
-    @property
-    def wanted(self) -> Reservation:
-        """The reservation, of a session that was read."""
-        if self.reservation is None:
-            raise TypeError("the session was not read yet")
-        return self.reservation
-
-    def rename(self, claim_id: str) -> None:
-        """Go on with another claim. The one before was made void."""
-        self.claim_id = claim_id
-        self.reservation = replace(self.wanted, claim_id=claim_id)
-        self.reserved_at = float("-inf")

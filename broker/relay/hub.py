@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from broker.core.replay import Batch
-    from broker.relay.claiming import Meanwhile, QuotasOf
+    from broker.relay.claiming import QuotasOf
     from broker.relay.finished import FinishedSession
     from broker.relay.mirror import Mirror
+    from broker.relay.pursuit import Meanwhile
     from broker.relay.source import Source
     from broker.relay.viewer import Viewer
     from broker.relay.worker import Worker

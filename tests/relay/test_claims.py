@@ -17,7 +17,8 @@ from broker.core.accounts import WorstCase
 from broker.core.errors import BeingClaimed, BudgetExceeded, StoreUnavailable, TooManyStreams
 from broker.core.events import cancelled_before_start
 from broker.core.session import State
-from broker.relay.claiming import IN_TIME_MS, TURNS_TO_SEND, Claiming
+from broker.relay.claiming import IN_TIME_MS, Claiming
+from broker.relay.pursuit import TURNS_TO_SEND
 from broker.store.accounts import AccountStore, Reservation
 from broker.store.buckets import account_of
 from broker.store.connection import Store
