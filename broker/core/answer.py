@@ -157,8 +157,8 @@ class Answer(ABC):
             events: complete events as they are encoded, and perhaps anything behind them.
 
         Returns:
-            The data of these events, each to be relayed as `read` would return it. The events behind them have to be
-            decoded and read.
+            The line of each of these events, ``data: `` included. The data in it are to be relayed, as `read` would
+            return them. The events behind them have to be decoded and read.
         """
         del events
         return []

@@ -17,6 +17,7 @@ from broker.core.errors import UpstreamError, UpstreamFailed, UpstreamInvalid
 from broker.core.foreign import bounded_object, bounded_text
 from broker.core.pricing import completion_of, reported_cost
 from broker.core.skeleton import Skeleton
+from broker.core.sse import DATA
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -74,7 +75,7 @@ class ChatAnswer(Answer):
         Raises:
             UpstreamError: as `Answer.read`.
         """
-        if event == "message" and self.read_plain(b"data: %b\n\n" % data):
+        if event == "message" and self.read_plain(b"%b%b\n\n" % (DATA, data)):
             return data
         return super().read(data, event)
 
@@ -91,11 +92,11 @@ class ChatAnswer(Answer):
         """Read the leading events of which only the text is new, as `Answer.read_many_plain`."""
         if self._reason_stands or self.over or self.complete:
             return []
-        chunks, size = self._skeleton.match(events)
-        if chunks:
+        lines, size = self._skeleton.match(events)
+        if lines:
             self.text_bytes += size
             self._quiet_usage = False
-        return chunks
+        return lines
 
     @property
     def finished(self) -> bool:

@@ -10,31 +10,24 @@ from broker.core.session import Cursor, State, Terminal
 from broker.core.sse import encode_event
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from broker.core.answer import Answer
     from broker.core.errors import BrokerError
 
 RELAYED = b"id: 1-%d\nevent: chunk\n%b"
-"""The event of a chunk as `chunk_event` returns it, made of its number and the upstream's event, if that is one line of
-data. It is filled where it is needed: a call would take longer than this."""
+"""The event of one chunk as `chunk_events` returns it, made of its number and the upstream's event, if that is one line
+of data. It is filled where it is needed: a call would take longer than this."""
 
 
-def chunk_event(n: int, data: bytes) -> bytes:
-    """Return the event of one upstream chunk, unchanged, with its number."""
-    if b"\n" in data:
-        return encode_event("chunk", data, f"1-{n}")
-    return b"id: 1-%d\nevent: chunk\ndata: %b\n\n" % (n, data)
+def chunk_events(encoded: Iterable[bytes], first: int) -> bytes:
+    """Return the events of several upstream chunks, unchanged, numbered from ``first``, as one block.
 
-
-def chunk_events(chunks: Sequence[bytes], first: int) -> bytes:
-    """Return the events of several chunks, numbered from ``first``, as one block."""
-    if len(chunks) == 1:
-        return chunk_event(first, chunks[0])
-    if b"\n" in b"".join(chunks):
-        return b"".join([chunk_event(n, data) for n, data in enumerate(chunks, first)])
-    # As `chunk_event`, without a call for each.
-    return b"".join([b"id: 1-%d\nevent: chunk\ndata: %b\n\n" % each for each in enumerate(chunks, first)])
+    Args:
+        encoded: each chunk as `encode_data` returns it.
+        first: the number of the first one.
+    """
+    return b"".join([b"id: 1-%d\nevent: chunk\n%b\n\n" % each for each in enumerate(encoded, first)])
 
 
 def terminal_event(end: Terminal) -> bytes:

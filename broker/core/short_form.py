@@ -13,7 +13,7 @@ import orjson
 
 from broker.core.answer import parse_relayed
 from broker.core.dialect import said_in
-from broker.core.sse import encode_event
+from broker.core.sse import decode_data, encode_event
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 START = encode_event("start", b"{}")
 """The first event of a session in the short form."""
 
-_BEFORE_DATA = b"\nevent: chunk\ndata: "
+_BEFORE_DATA = b"\nevent: chunk\n"
 
 
 class Short(NamedTuple):
@@ -48,10 +48,10 @@ def shorten(events: bytes, deltas: bool | None) -> Short:
     """
     short = []
     for event in events.split(b"\n\n"):
-        head, found, data = event.partition(_BEFORE_DATA)
+        head, found, encoded = event.partition(_BEFORE_DATA)
         if not found:
             continue  # after the last event
-        said, deltas = said_in(parse_relayed(data.replace(b"\ndata: ", b"\n")), deltas)
+        said, deltas = said_in(parse_relayed(decode_data(encoded)), deltas)
         members: dict[str, Any] = {"text": said.text, "reasoning": said.reasoning, "toolCalls": said.calls}
         members = {name: value for name, value in members.items() if value}
         if members and (written := _to_json(members)):

@@ -15,14 +15,13 @@ from typing import Any
 
 import orjson
 
+from broker.core.sse import DATA
+
 MAX_TRIES = 8
 """Chunks of an answer that are tried as a skeleton. Some services write something new into every chunk."""
 
 MAX_SIZE = 4096
 """Bytes of a chunk that is tried."""
-
-DATA = b"data: "
-"""How the data of an event begin."""
 
 _PLAIN = bytes(set(range(0x20, 0x7F)) - set(b'"\\'))
 """The characters of ASCII that a JSON text has as they are."""
@@ -70,7 +69,7 @@ class Skeleton:
             events: complete events as they are encoded, and perhaps anything behind them.
 
         Returns:
-            The data of these events, and the UTF-8 bytes of all their texts.
+            The line of each of these events, ``data: `` included, and the UTF-8 bytes of all their texts.
         """
         head, end = self._head, self._end
         if not head or not events.startswith(head):
@@ -83,7 +82,7 @@ class Skeleton:
             lines = list(takewhile(self._is_like, events.split(b"\n\n")[:-1]))
             texts = [line[len(head) : len(line) - len(end)] for line in lines]
         count, size = _plain_texts(texts)
-        return [line[len(DATA) :] for line in lines[:count]], size
+        return lines[:count], size
 
     def _is_like(self, line: bytes) -> bool:
         """Return True if an event of one line has the parts around the text."""

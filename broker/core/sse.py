@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+DATA = b"data: "
+"""The beginning of each line of data, as nearly all services write it, and as it is encoded here."""
+
 _BOM = b"\xef\xbb\xbf"
 _LINE_ENDS = (b"\n", b"\r")
 _EMPTY = frozenset({b"", b"null", b"false", b"{}", b"[]", b'""'})
@@ -141,7 +144,7 @@ class Decoder:
         if data.count(b"\n") != 2 * len(events):
             return None
         for event in events:
-            if not event.startswith(b"data: "):
+            if not event.startswith(DATA):
                 return None
         self._at_start = False
         self._partial.clear()
@@ -224,9 +227,19 @@ class Decoder:
 def encode_event(event: str, data: bytes, event_id: str | None = None) -> bytes:
     """Encode one event. ``data`` may have line ends of any kind; each line becomes a ``data:`` line."""
     head = f"id: {event_id}\nevent: {event}\n" if event_id is not None else f"event: {event}\n"
+    return b"%b%b\n\n" % (head.encode(), encode_data(data))
+
+
+def encode_data(data: bytes) -> bytes:
+    """Encode the data of an event: its ``data:`` lines, without the end of the last one."""
     if b"\n" in data or b"\r" in data:
-        data = b"\ndata: ".join(data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"))
-    return b"%bdata: %b\n\n" % (head.encode(), data)
+        data = (b"\n" + DATA).join(data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"))
+    return DATA + data
+
+
+def decode_data(lines: bytes) -> bytes:
+    """Return the data that `encode_data` has encoded, with LF between its lines."""
+    return lines[len(DATA) :].replace(b"\n" + DATA, b"\n")
 
 
 def encode_comment(text: str) -> bytes:

@@ -29,7 +29,7 @@ from broker.core.errors import (
 from broker.core.events import RELAYED, chunk_events, error_data
 from broker.core.lifecycle import CANCELLED, FINISHED, Action, Event, Lifecycle, Proposal, Step
 from broker.core.session import Cursor, State, Terminal, short
-from broker.core.skeleton import DATA
+from broker.core.sse import decode_data
 from broker.relay.feed import Feed
 from broker.relay.finishing import ALL, DECIDE_TIMEOUT, NOTHING, Finishing
 from broker.relay.reports import ignore, report_end
@@ -547,7 +547,7 @@ class Generation:
             self._to_decide.set()  # `_run` may wait for it, and finds that there is an end
             self._write_later(self, end)
 
-    def _take(self, chunks: Sequence[bytes], now: float, event: bytes | None = None) -> None:
+    def _take(self, encoded: Sequence[bytes], now: float, event: bytes | None = None) -> None:
         """Add the chunks of one read to the feed; or one chunk, in the upstream's event, as it nearly always comes.
 
         This is one function, because it runs for every chunk of every stream: with the caches cold, each call costs.
@@ -557,8 +557,8 @@ class Generation:
         if event is not None:
             events = RELAYED % (first, event)
         else:
-            last += len(chunks) - 1
-            events = chunk_events(chunks, first)
+            last += len(encoded) - 1
+            events = chunk_events(encoded, first)
         if now > self._ownership.tick_due:
             self._ownership.check_for_freeze(now)
         if self._taken_at is not None:
@@ -570,7 +570,7 @@ class Generation:
         if self._journal is None and feed.live == self._viewers > 0 and feed.shown == feed.last:
             feed.trim(feed.last)  # no viewer will ask for these events again
         if self.transcript is not None:
-            self.transcript.add(chunks if event is None else [event[len(DATA) : -2]])
+            self.transcript.add(map(decode_data, encoded if event is None else [event[:-2]]))
 
 
 def _weakly(unsaved: Callable[[], Batch]) -> Callable[[], Batch]:

@@ -16,7 +16,7 @@ import structlog
 
 from broker.core.answer import is_readable, says_nothing
 from broker.core.errors import ResponseTooLarge, UpstreamError, UpstreamInterrupted, UpstreamInvalid
-from broker.core.sse import Decoder, EventTooLarge
+from broker.core.sse import DATA, Decoder, EventTooLarge, encode_data
 from broker.core.upstream_errors import may_have_generated, retry_delay
 from broker.telemetry.interface import NO_HEADERS
 
@@ -40,8 +40,11 @@ AFTER_ERROR = 2.0
 MAX_OTHERS = 4
 """Events of one read that are read one by one, where all others have nothing new but text."""
 
-FRAMING = len(b"data: \n\n")
-"""Bytes of an event around its data."""
+BLANK_LINE = len(b"\n\n")
+"""Bytes of an event behind its data."""
+
+FRAMING = len(DATA) + BLANK_LINE
+"""Bytes of an event around its data, if these are one line."""
 
 LINGER = 1.0
 """Seconds to wait for the upstream to end the stream after its last event, so that the connection can be reused."""
@@ -55,7 +58,7 @@ def _ignore(_: bytes) -> bool:
 class Take(Protocol):
     """Takes the chunks of a read."""
 
-    def __call__(self, chunks: Sequence[bytes], now: float, event: bytes | None = None) -> None:
+    def __call__(self, encoded: Sequence[bytes], now: float, event: bytes | None = None) -> None:
         """Take them, or the event of one chunk."""
 
 
@@ -67,8 +70,8 @@ class UpstreamReader:
         dialect: the form of request and answer.
         upstream: the service that is asked.
         limits: seconds, bytes and retries.
-        take: is called with the chunks of each read (JSON) and the time. Of a read that is one event, whose only line
-            is ``data: `` and a chunk, it gets no chunks but the event.
+        take: is called with the chunks of each read, as `encode_data` returns them, and the time. Of a read that is one
+            event, whose only line is ``data: `` and a chunk, it gets no chunks but the event.
         clock: seconds that only go forward; by default the event loop's.
         pause: waits for so many seconds.
         jitter: returns a random number from 0 to 1 for the delay of a retry.
@@ -265,23 +268,23 @@ class UpstreamReader:
             self.data_due = now + self._idle_timeout
             self._take((), now, block)
             return False
-        chunks: list[bytes] = []
+        encoded: list[bytes] = []
         try:
-            has_data = self._read_events(block, chunks, now)
+            has_data = self._read_events(block, encoded, now)
         finally:
-            self._pass_on(chunks, now)
-        if chunks or has_data:
+            self._pass_on(encoded, now)
+        if encoded or has_data:
             self.data_due = now + self._patience()
         return self.answer.complete
 
-    def _pass_on(self, chunks: list[bytes], now: float) -> None:
-        if chunks:
+    def _pass_on(self, encoded: list[bytes], now: float) -> None:
+        if encoded:
             if self.first_chunk_at is None:
                 self.first_chunk_at = now
-            self._take(chunks, now)
+            self._take(encoded, now)
 
-    def _read_events(self, block: bytes, chunks: list[bytes], now: float) -> bool:
-        """Add the chunks of one read to `chunks`. Returns True if there was other data.
+    def _read_events(self, block: bytes, encoded: list[bytes], now: float) -> bool:
+        """Add the chunks of one read to `encoded`. Returns True if there was other data.
 
         Of many events at a time, nearly all have nothing new but a piece of text. Those are read together, the others
         alone, until there are more than `MAX_OTHERS` of them: then all are read one by one.
@@ -290,31 +293,31 @@ class UpstreamReader:
         has_data = False
         try:
             for _ in range(MAX_OTHERS):
-                events = events[self._read_plain(events, chunks) :]
+                events = events[self._read_plain(events, encoded) :]
                 if not events:
                     break
                 end = events.find(b"\n\n") + 2
                 other, events = events[:end], events[end:]
-                has_data |= self._read_frames(other, chunks, now)
+                has_data |= self._read_frames(other, encoded, now)
             others, events, rest = events + rest, b"", b""
-            return self._read_frames(others, chunks, now) or has_data
+            return self._read_frames(others, encoded, now) or has_data
         except UpstreamError:
             if self._failed:
                 with suppress(EventTooLarge):
                     self._read_for_usage(self._decoder.feed(events + rest))
             raise
 
-    def _read_plain(self, events: bytes, chunks: list[bytes]) -> int:
+    def _read_plain(self, events: bytes, encoded: list[bytes]) -> int:
         """Add the chunks of the leading events that need no parsing. Returns the bytes of these events."""
         if self.relayed + len(events) > self._limits.max_response:
             return 0
         plain = self.answer.read_many_plain(events)
-        size = sum(map(len, plain))
-        self.relayed += size
-        chunks += plain
-        return size + FRAMING * len(plain)
+        size = sum(map(len, plain)) + BLANK_LINE * len(plain)
+        self.relayed += size - FRAMING * len(plain)
+        encoded += plain
+        return size
 
-    def _read_frames(self, data: bytes, chunks: list[bytes], now: float) -> bool:
+    def _read_frames(self, data: bytes, encoded: list[bytes], now: float) -> bool:
         """Decode bytes, and add the chunks in them. Returns True if there was other data."""
         if not data:
             return False
@@ -322,15 +325,15 @@ class UpstreamReader:
             frames = self._decoder.feed(data)
         except EventTooLarge:
             raise ResponseTooLarge from None
-        return self._take_frames(frames, chunks, now)
+        return self._take_frames(frames, encoded, now)
 
     def _patience(self) -> float:
         if self.answer.over:
             return AFTER_ERROR
         return QUIET_END if self.answer.finished else self._limits.idle_timeout
 
-    def _take_frames(self, frames: list[Frame], chunks: list[bytes], now: float) -> bool:
-        """Add the chunks of these events to `chunks`. Returns True if there was other data."""
+    def _take_frames(self, frames: list[Frame], encoded: list[bytes], now: float) -> bool:
+        """Add the chunks of these events to `encoded`. Returns True if there was other data."""
         has_data = False
         read, over = self.answer.read, self.answer.over
         rest = iter(frames)
@@ -341,7 +344,7 @@ class UpstreamReader:
                     self.relayed += len(chunk)
                     if self.relayed > self._limits.max_response:
                         raise ResponseTooLarge
-                    chunks.append(chunk)
+                    encoded.append(encode_data(chunk))
                 elif not over and not says_nothing(data):
                     has_data = True
         except UpstreamError:
@@ -356,11 +359,11 @@ class UpstreamReader:
         frames = self._decoder.flush()
         if frames and (frames[0].event == "error" or is_readable(frames[0].data)):
             now = self._clock()
-            chunks: list[bytes] = []
+            encoded: list[bytes] = []
             try:
-                self._take_frames(frames, chunks, now)
+                self._take_frames(frames, encoded, now)
             finally:
-                self._pass_on(chunks, now)
+                self._pass_on(encoded, now)
 
     def _read_whole(self, document: dict[str, Any]) -> None:
         """Take a complete answer that came as one JSON document."""
@@ -371,8 +374,8 @@ class UpstreamReader:
             raise ResponseTooLarge
         self.relayed = len(chunk)
         self.first_chunk_at = now = self._clock()
-        self._take([chunk], now)
+        self._take([encode_data(chunk)], now)
 
 
-def _take_nothing(chunks: Sequence[bytes], now: float, event: bytes | None = None) -> None:
+def _take_nothing(encoded: Sequence[bytes], now: float, event: bytes | None = None) -> None:
     """Drop what comes after the answer was closed."""

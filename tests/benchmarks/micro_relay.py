@@ -8,8 +8,9 @@ from broker.core.chat_answer import ChatAnswer
 from broker.core.events import chunk_events
 from broker.core.responses_answer import ResponsesAnswer
 from broker.core.short_form import shorten
-from broker.core.sse import Decoder
+from broker.core.sse import Decoder, encode_data
 from tests.benchmarks.micro import CHUNK, COMMENT, Benchmark
+from tests.chunks import events_of
 
 EVENT = b"data: " + CHUNK + b"\n\n"
 DELTA = (
@@ -53,9 +54,9 @@ def test_read_an_event_of_a_response(benchmark: Benchmark) -> None:
 
 @pytest.mark.parametrize("chunks", [1, 50])
 def test_frame_events(benchmark: Benchmark, chunks: int) -> None:
-    assert benchmark(chunk_events, [CHUNK] * chunks, 17).count(b"\n\n") == chunks
+    assert benchmark(chunk_events, [encode_data(CHUNK)] * chunks, 17).count(b"\n\n") == chunks
 
 
 @pytest.mark.parametrize("chunks", [1, 50])
 def test_shorten_events(benchmark: Benchmark, chunks: int) -> None:
-    assert benchmark(shorten, chunk_events([CHUNK] * chunks, 1), None)
+    assert benchmark(shorten, events_of([CHUNK] * chunks, 1), None)

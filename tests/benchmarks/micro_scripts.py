@@ -15,7 +15,6 @@ import pytest
 import uvloop
 
 from broker.core.accounts import Quotas, Usage, WorstCase
-from broker.core.events import chunk_events
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
 from broker.store.accounts import AccountStore, Reservation
@@ -26,6 +25,7 @@ from broker.store.pending import PendingStore
 from broker.store.sessions import Prepared, SessionStore
 from tests.benchmarks.conftest import ScriptTimes
 from tests.benchmarks.micro import CHUNK, Benchmark, body_of
+from tests.chunks import events_of
 
 ROUNDS = 300
 CLIENT = "client"
@@ -160,7 +160,7 @@ def test_claim(steps: Steps, measure: Any) -> None:
 
 @pytest.mark.parametrize("events", [1, 10])
 def test_append(steps: Steps, measure: Any, events: int) -> None:
-    batch = Batch(1, events, chunk_events([CHUNK] * events, 1))
+    batch = Batch(1, events, events_of([CHUNK] * events, 1))
     (appended,) = measure(
         steps.running, lambda session: steps.journal.append([Append(session, session, batch)])
     )
@@ -168,7 +168,7 @@ def test_append(steps: Steps, measure: Any, events: int) -> None:
 
 
 def test_append_to_50_sessions(steps: Steps, measure: Any) -> None:
-    batch = Batch(1, 10, chunk_events([CHUNK] * 10, 1))
+    batch = Batch(1, 10, events_of([CHUNK] * 10, 1))
 
     async def ready() -> list[Append]:
         return [Append(session, session, batch) for session in [await steps.running() for _ in range(50)]]
@@ -177,7 +177,7 @@ def test_append_to_50_sessions(steps: Steps, measure: Any) -> None:
 
 
 def test_end(steps: Steps, measure: Any) -> None:
-    rest = Batch(1, 10, chunk_events([CHUNK] * 10, 1))
+    rest = Batch(1, 10, events_of([CHUNK] * 10, 1))
     status = measure(steps.running, lambda session: steps.sessions.end(session, session, DONE, rest))
     assert status.state is State.DONE
 

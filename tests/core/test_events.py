@@ -18,7 +18,6 @@ from broker.core.errors import (
 )
 from broker.core.events import (
     cancelled_before_start,
-    chunk_event,
     done_data,
     error_data,
     refusal_event,
@@ -26,6 +25,7 @@ from broker.core.events import (
 )
 from broker.core.session import Cursor, State, Terminal
 from broker.core.sse import Decoder, Frame
+from tests.chunks import events_of
 
 
 def frames(data: bytes) -> list[Frame]:
@@ -45,14 +45,14 @@ def told(answer: ChatAnswer, **changes: Any) -> Any:
 
 
 def test_a_chunk_is_one_event_under_its_number() -> None:
-    assert chunk_event(7, b'{"a": 1}') == b'id: 1-7\nevent: chunk\ndata: {"a": 1}\n\n'
+    assert events_of([b'{"a": 1}'], 7) == b'id: 1-7\nevent: chunk\ndata: {"a": 1}\n\n'
 
 
 @pytest.mark.parametrize(
     "data", [b"{}", b'{\n  "a": 1\n}', '{"a": "€ 😀 \u2028"}'.encode(), b'{"a": "\\ud83d"}']
 )
 def test_a_chunk_comes_out_byte_for_byte(data: bytes) -> None:
-    assert frames(chunk_event(1, data)) == [Frame("chunk", data, "1-1")]
+    assert frames(events_of([data], 1)) == [Frame("chunk", data, "1-1")]
 
 
 def test_a_terminal_carries_its_own_id() -> None:

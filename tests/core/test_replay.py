@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.core.events import chunk_events
 from broker.core.replay import Batch, JournalGap, Next, read_on, what_next
 from broker.core.session import Cursor, State, Terminal
+from tests.chunks import events_of
 
 TEXTS = (b'{"text":"plain"}', b"{}", b'{\n"of":"several lines",\n\n"and":"an empty one"\n}', b"x" * 200)
 """Data as it may come; an empty line within it is the hard case, for events end at empty lines."""
@@ -21,7 +21,7 @@ def data_of(n: int) -> bytes:
 
 
 def events(first: int, last: int) -> bytes:
-    return chunk_events([data_of(n) for n in range(first, last + 1)], first) if last >= first else b""
+    return events_of([data_of(n) for n in range(first, last + 1)], first) if last >= first else b""
 
 
 def batch(first: int, last: int) -> Batch:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from broker.core.answer import parse_relayed
 from broker.core.chat_answer import ChatAnswer
 from broker.core.chat_said import DeltasUnknown
-from broker.core.events import chunk_events
 from broker.core.short_form import START, begins_with_deltas, count_events, portions, shorten
 from broker.core.sse import Decoder
+from tests.chunks import events_of
 
 
 def delta(**members: Any) -> bytes:
@@ -42,7 +42,7 @@ def test_a_chunk_becomes_a_token_event_with_its_number() -> None:
         delta(content="c", reasoning="d", tool_calls=[call]),
         b'{"choices":[],"usage":{"cost":1}}',
     ]
-    short = shorten(chunk_events(chunks, 5), deltas=False)
+    short = shorten(events_of(chunks, 5), deltas=False)
     assert frames(short.events) == [
         ("1-6", "token", {"text": "a\nb"}),
         ("1-7", "token", {"reasoning": "Hm"}),
@@ -58,13 +58,13 @@ def test_the_start_has_no_id() -> None:
 
 def test_a_chunk_of_several_lines_is_read() -> None:
     chunk = b'{"choices":\n[{"delta":\n{"content":"a"}}]}'
-    assert frames(shorten(chunk_events([chunk], 1), deltas=False).events) == [("1-1", "token", {"text": "a"})]
+    assert frames(shorten(events_of([chunk], 1), deltas=False).events) == [("1-1", "token", {"text": "a"})]
 
 
 def test_halves_of_a_character_are_whole_again_on_the_page() -> None:
     chunks = [b'{"choices":[{"delta":{"content":"%b"}}]}' % half for half in (b"\\ud83d", b"\\ude00")]
     relayed = [ChatAnswer().read(chunk) or b"" for chunk in chunks]
-    found = frames(shorten(chunk_events(relayed, 1), deltas=False).events)
+    found = frames(shorten(events_of(relayed, 1), deltas=False).events)
     text = "".join(data["text"] for _, _, data in found)
     assert text.encode("utf-16", "surrogatepass").decode("utf-16") == "😀"
 
@@ -81,21 +81,21 @@ def test_any_chunk_that_is_relayed_can_be_read(chunk: bytes) -> None:
 @pytest.mark.parametrize("data", [b"[]", b"1", b"{", b'{"a":' * 5000, b""])
 def test_data_that_is_not_a_chunk_gives_nothing(data: bytes) -> None:
     assert parse_relayed(data) == {}
-    assert shorten(chunk_events([data], 1), deltas=False).events == b""
+    assert shorten(events_of([data], 1), deltas=False).events == b""
 
 
 def test_a_tool_call_that_cannot_be_written_is_left_out() -> None:
     deep = b"[" * 900 + b"]" * 900
     chunk = b'{"choices":[{"delta":{"tool_calls":[{"a":%b}]}}]}' % deep
-    assert shorten(chunk_events([chunk, delta(content="a")], 1), deltas=False).events.endswith(
+    assert shorten(events_of([chunk, delta(content="a")], 1), deltas=False).events.endswith(
         b'{"text":"a"}\n\n'
     )
 
 
 def test_a_message_after_a_cursor_needs_to_know_what_came_before() -> None:
-    events = chunk_events([delta(role="assistant")], 4) + chunk_events([message("a")], 5)
+    events = events_of([delta(role="assistant")], 4) + events_of([message("a")], 5)
     assert shorten(events, deltas=None).events == b""
-    alone = chunk_events([message("a")], 5)
+    alone = events_of([message("a")], 5)
     with pytest.raises(DeltasUnknown):
         shorten(alone, deltas=None)
     assert frames(shorten(alone, deltas=False).events) == [("1-5", "token", {"text": "a"})]
@@ -103,9 +103,9 @@ def test_a_message_after_a_cursor_needs_to_know_what_came_before() -> None:
 
 
 def test_the_first_events_tell_whether_an_answer_comes_in_deltas() -> None:
-    assert begins_with_deltas(chunk_events([b'{"choices":[]}', delta(content="a")], 1), 2)
-    assert not begins_with_deltas(chunk_events([message("a"), message("b")], 1), 2)
-    assert not begins_with_deltas(chunk_events([message("a"), delta(content="b")], 1), 1)
+    assert begins_with_deltas(events_of([b'{"choices":[]}', delta(content="a")], 1), 2)
+    assert not begins_with_deltas(events_of([message("a"), message("b")], 1), 2)
+    assert not begins_with_deltas(events_of([message("a"), delta(content="b")], 1), 1)
 
 
 def test_events_of_a_response_become_token_events_too() -> None:
@@ -117,7 +117,7 @@ def test_events_of_a_response_become_token_events_too() -> None:
         {"type": "response.output_item.done", "item": item},
         {"type": "response.completed", "sequence_number": 9, "response": {"output": [item]}},
     ]
-    short = shorten(chunk_events([json.dumps(event).encode() for event in events], 1), deltas=None)
+    short = shorten(events_of([json.dumps(event).encode() for event in events], 1), deltas=None)
     assert frames(short.events) == [
         ("1-2", "token", {"reasoning": "Hm"}),
         ("1-3", "token", {"text": "a"}),
@@ -127,7 +127,7 @@ def test_events_of_a_response_become_token_events_too() -> None:
 
 @given(st.lists(st.text(max_size=30), max_size=30), st.integers(1, 400))
 def test_portions_join_to_the_whole_and_are_cut_between_events(texts: list[str], size: int) -> None:
-    events = chunk_events([delta(content=text) for text in texts], 1)
+    events = events_of([delta(content=text) for text in texts], 1)
     parts = list(portions(events, size))
     assert b"".join(parts) == events
     assert sum(count_events(part) for part in parts) == len(texts)
@@ -144,7 +144,7 @@ def test_the_texts_join_to_the_answer_however_it_is_cut(
     deltas: bool | None = False
     found = []
     for start, end in pairwise(sorted({0, *(cut for cut in cuts if cut < len(texts)), len(texts)})):
-        events, deltas = shorten(chunk_events(chunks[start:end], start + 1), deltas)
+        events, deltas = shorten(events_of(chunks[start:end], start + 1), deltas)
         found += frames(events)
     assert [(n, "token", {"text": text}) for n, text in numbered(texts)] == found
     assert "".join(data["text"] for _, _, data in found) == "".join(texts)

@@ -13,6 +13,7 @@ from broker.core.answer import Answer
 from broker.core.chat_answer import ChatAnswer
 from broker.core.errors import UpstreamError
 from broker.core.skeleton import MAX_SIZE, MAX_TRIES, Skeleton
+from broker.core.sse import decode_data, encode_data
 from tests.recordings import RECORDINGS
 
 
@@ -57,7 +58,8 @@ def check(*chunks: bytes) -> None:
     at_once: list[bytes] = []
     for n, data in enumerate(chunks):
         if not at_once:
-            at_once = many.read_many_plain(b"".join(b"data: %b\n\n" % each for each in chunks[n:]))
+            encoded = many.read_many_plain(b"".join(b"data: %b\n\n" % each for each in chunks[n:]))
+            at_once = [decode_data(each) for each in encoded]
             is_told = bool(at_once)
         expected = outcome(slow, data, plain=False)
         assert outcome(fast, data, plain=False) == expected
@@ -171,11 +173,12 @@ def test_a_chunk_with_another_text_is_recognized() -> None:
 def test_many_chunks_are_recognized_together() -> None:
     answer = taught("He", "llo")
     chunks = [chunk(text) for text in ("a", '\n"b"\\', "\u00e9", "\U0001f600", "\x7f")]
-    events = b"".join(b"data: %b\n\n" % data for data in chunks)
-    assert answer.read_many_plain(events) == chunks
+    encoded = [encode_data(data) for data in chunks]
+    events = b"".join(b"%b\n\n" % each for each in encoded)
+    assert answer.read_many_plain(events) == encoded
     assert answer.text_bytes == len("Hello") + 1 + 5 + 2 + 4 + 1
-    assert answer.read_many_plain(events + b"data: [DONE]\n\n") == chunks
-    assert answer.read_many_plain(events + b": silence\n\n" + events) == chunks
+    assert answer.read_many_plain(events + b"data: [DONE]\n\n") == encoded
+    assert answer.read_many_plain(events + b": silence\n\n" + events) == encoded
     assert answer.read_many_plain(b": silence\n\n" + events) == []
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from broker.core.accounts import Usage, WorstCase
 from broker.core.session import State, Terminal
+from broker.core.sse import decode_data
 from broker.store.accounts import Reservation
 from broker.store.sessions import EndConflict, Prepared, SessionStatus
 from tests.clock import Clock
@@ -49,9 +50,9 @@ ERROR = data({"error": {"code": 502, "message": "It broke."}})
 TOLD_USAGE = data({"choices": [], "usage": USAGE})
 
 
-def chunks_in(chunks: Sequence[bytes], event: bytes | None) -> Sequence[bytes]:
+def chunks_in(encoded: Sequence[bytes], event: bytes | None) -> Sequence[bytes]:
     """Return the chunks of a read that a reader passes on."""
-    return chunks if event is None else [event.removeprefix(b"data: ").removesuffix(b"\n\n")]
+    return [decode_data(each) for each in (encoded if event is None else [event.removesuffix(b"\n\n")])]
 
 
 class BugError(Exception):

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from broker.core.events import chunk_events
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
 from broker.relay.feed import WINDOW, Feed
+from tests.chunks import events_of
 
 END = Terminal(State.DONE, "done", Cursor(1, 4, end=True), b"{}")
 ALL = 1 << 40
@@ -11,7 +11,7 @@ ALL = 1 << 40
 
 def batch(first: int, last: int, size: int = 2) -> Batch:
     data = b'"' + b"x" * (size - 2) + b'"'
-    return Batch(first, last, chunk_events([data] * (last + 1 - first), first))
+    return Batch(first, last, events_of([data] * (last + 1 - first), first))
 
 
 class Watcher:

@@ -10,12 +10,12 @@ from typing import Any, cast
 import pytest
 
 from broker.core.errors import StoreUnavailable
-from broker.core.events import chunk_event
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
 from broker.relay.feed import Feed
 from broker.relay.finished import FinishedSession
 from broker.relay.finishing import ALL, Bill
+from tests.chunks import events_of
 from tests.relay.fakes import PREPARED, RESERVATION, FakeSettlement
 
 EVENTS = 5
@@ -46,7 +46,7 @@ def finished(feed: Feed, settlement: Any = None, *, is_counted: bool = True) -> 
 def feed_of(events: int = EVENTS, *, size: int = 10) -> Feed:
     feed = Feed()
     for n in range(1, events + 1):
-        feed.add(Batch(n, n, chunk_event(n, b"x" * size)), 0.0)
+        feed.add(Batch(n, n, events_of([b"x" * size], n)), 0.0)
     return feed
 
 

@@ -12,7 +12,6 @@ import pytest
 from broker.core.accounts import Usage, usage_at_worst
 from broker.core.chat_answer import ChatAnswer
 from broker.core.errors import StoreUnavailable, UpstreamTimeout
-from broker.core.events import chunk_events
 from broker.core.lifecycle import CANCELLED, FINISHED, Event, Proposal, Step
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
@@ -21,6 +20,7 @@ from broker.relay.feed import Feed
 from broker.relay.finishing import END_TRIES, NOTHING, Finishing
 from broker.relay.generation import ABANDONED
 from broker.store.sessions import EndConflict, SessionStatus
+from tests.chunks import events_of
 from tests.clock import Clock, run_ready_tasks
 from tests.relay.fakes import (
     COUNTED,
@@ -44,7 +44,7 @@ ESTIMATED = Usage(10, 5, cost=3, estimated=True)
 
 
 def batch(first: int, last: int) -> Batch:
-    return Batch(first, last, chunk_events([b"{}"] * (last - first + 1), first))
+    return Batch(first, last, events_of([b"{}"] * (last - first + 1), first))
 
 
 class FakeReader:

@@ -9,12 +9,12 @@ from uuid import uuid4
 import pytest
 
 from broker.core.accounts import WorstCase
-from broker.core.events import chunk_events
 from broker.core.replay import Batch
 from broker.core.session import State
 from broker.relay.mirror import Mirror, Mirrors
 from broker.store.journal import Append, JournalStore
 from broker.store.sessions import Prepared, SessionStore
+from tests.chunks import events_of
 
 if TYPE_CHECKING:
     from broker.store.connection import Store
@@ -31,7 +31,7 @@ PREPARED = Prepared(
 
 
 def batch(first: int, last: int) -> Batch:
-    return Batch(first, last, chunk_events([b"%d" % n for n in range(first, last + 1)], first))
+    return Batch(first, last, events_of([b"%d" % n for n in range(first, last + 1)], first))
 
 
 class Late(JournalStore):

@@ -12,7 +12,6 @@ import pytest
 import pytest_asyncio
 
 from broker.core.accounts import Usage
-from broker.core.events import chunk_events
 from broker.core.replay import Batch, read_on
 from broker.core.session import Cursor, State, Terminal
 from broker.relay.feed import Feed
@@ -22,6 +21,7 @@ from broker.store.accounts import AccountStore, Reservation
 from broker.store.connection import Store
 from broker.store.journal import JournalStore
 from broker.store.sessions import Prepared, SessionStore
+from tests.chunks import events_of
 from tests.money import Ledger, ledger, open_reservations, until
 from tests.relay.fakes import DONE, FINISH, HELLO, PREPARED, TOLD_USAGE, WORST, BugError
 from tests.relay.workers import FREE, RUNNING_TTL, FakeWorker, running_worker
@@ -282,7 +282,7 @@ class Stored:
         self.prepared = replace(PREPARED, request=b"")
         self.saved = 0
         self.feed = Feed()
-        self.feed.add(Batch(1, 3, chunk_events([b"x" * 500] * 3, 1)), 0.0)
+        self.feed.add(Batch(1, 3, events_of([b"x" * 500] * 3, 1)), 0.0)
         if ended:
             self.feed.finish(Terminal(State.DONE, "done", Cursor(1, 4, end=True), b"{}"))
 

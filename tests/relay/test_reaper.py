@@ -13,7 +13,7 @@ import pytest
 from broker.core.accounts import WorstCase
 from broker.core.dialect import DialectName
 from broker.core.errors import StoreUnavailable
-from broker.core.events import cancelled_before_start, chunk_events
+from broker.core.events import cancelled_before_start
 from broker.core.pricing import Prices, parse_prices
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
@@ -25,6 +25,7 @@ from broker.store.buckets import account_of
 from broker.store.connection import Store
 from broker.store.journal import Append, JournalStore
 from broker.store.sessions import MIN_KEPT, Prepared, SessionRecord, SessionStatus, SessionStore
+from tests.chunks import events_of
 from tests.clock import Clock
 from tests.money import Ledger, ledger, open_reservations, slots
 from tests.relay.test_races import FREE, NO_MONEY, come, reaper_of, reserved
@@ -66,7 +67,7 @@ class Dead:
     async def said(self, claim_id: str, *chunks: bytes, dialect: DialectName = "chat") -> Reservation:
         """Claim a session and journal some chunks."""
         reservation = await self.claimed(claim_id, dialect)
-        batch = Batch(1, len(chunks), chunk_events(list(chunks), 1))
+        batch = Batch(1, len(chunks), events_of(list(chunks), 1))
         await self.journal.append([Append(reservation.session_id, claim_id, batch)])
         return reservation
 

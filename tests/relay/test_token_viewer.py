@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from broker.core.errors import StoreUnavailable
-from broker.core.events import chunk_events
 from broker.core.replay import Batch
 from broker.core.session import parse_cursor
 from broker.relay.feed import Feed
 from broker.relay.token_viewer import MAX_PARSED, TokenViewer
 from broker.relay.viewer import Connection, Viewer
+from tests.chunks import events_of
 from tests.relay.connections import (
     MIB,
     ClosedConnection,
@@ -38,7 +38,7 @@ def told_again(text: str) -> bytes:
 
 
 def batch(first: int, *chunks: bytes) -> Batch:
-    return Batch(first, first + len(chunks) - 1, chunk_events(list(chunks), first))
+    return Batch(first, first + len(chunks) - 1, events_of(list(chunks), first))
 
 
 def words(first: int, last: int, size: int = 0) -> Batch:

@@ -80,8 +80,8 @@ class Reading:
             jitter=lambda: 0.5,
         )
 
-    def _take(self, chunks: Sequence[bytes], now: float, event: bytes | None = None) -> None:
-        found = chunks_in(chunks, event)
+    def _take(self, encoded: Sequence[bytes], now: float, event: bytes | None = None) -> None:
+        found = chunks_in(encoded, event)
         said = [json.loads(chunk)["choices"][0]["delta"]["content"] for chunk in found]
         self.chunks.append((said, now))
 
@@ -124,7 +124,7 @@ def read_all(dialect: Dialect, reads: list[bytes], limits: GenerationLimits) -> 
         dialect=dialect,
         upstream=upstream,
         limits=limits,
-        take=lambda chunks, _, event=None: taken.extend(chunks_in(chunks, event)),
+        take=lambda encoded, _, event=None: taken.extend(chunks_in(encoded, event)),
         clock=Clock(),
     )
     complete, error = False, None

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from broker.core.errors import StoreUnavailable
-from broker.core.events import chunk_events
 from broker.core.replay import Batch
 from broker.core.session import parse_cursor
 from broker.relay.feed import Feed
 from broker.relay.viewer import MAX_BACKLOG, Connection, Viewer
+from tests.chunks import events_of
 from tests.relay.connections import (
     MIB,
     ClosedConnection,
@@ -27,7 +27,7 @@ from tests.relay.connections import (
 
 def batch(first: int, last: int, size: int = 3) -> Batch:
     data = b'"' + b"x" * (size - 2) + b'"'
-    return Batch(first, last, chunk_events([data] * (last + 1 - first), first))
+    return Batch(first, last, events_of([data] * (last + 1 - first), first))
 
 
 def viewer(

@@ -10,13 +10,13 @@ import pytest_asyncio
 
 from broker.core.accounts import Quotas, Usage, WorstCase
 from broker.core.errors import StoreUnavailable
-from broker.core.events import chunk_events
 from broker.core.replay import Batch
 from broker.core.session import Cursor, State, Terminal
 from broker.store.accounts import AccountStore, Reservation
 from broker.store.journal import Append, Appended, JournalStore
 from broker.store.sessions import Prepared, SessionStore
 from broker.store.workers import WorkerStore
+from tests.chunks import events_of
 from tests.money import Ledger, ledger, let_time_pass, open_reservations, slots
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ PREPARED = Prepared(
     worst=WorstCase(10, 100),
 )
 NOTHING = Batch(1, 0, b"")
-ONE = Batch(1, 1, chunk_events([b"1"], 1))
+ONE = Batch(1, 1, events_of([b"1"], 1))
 DONE = Terminal(State.DONE, "done", Cursor(1, 2, end=True), b"{}")
 CANCELLED = Terminal(State.CANCELLED, "done", Cursor(1, 1, end=True), b"{}")
 
@@ -184,12 +184,12 @@ async def test_a_journal_that_is_born_late_has_its_time(store: Store) -> None:
     """Redis came back empty while all events were in the journal only: it goes on with a number above one."""
     stage = Stage(store)
     await stage.set()
-    await stage.journal.append([Append("running", "token", Batch(1, 5, chunk_events([b"1"] * 5, 1)))])
+    await stage.journal.append([Append("running", "token", Batch(1, 5, events_of([b"1"] * 5, 1)))])
     await store.redis.flushall()
     held = Batch(6, 5, b"")
     again = stage.sessions.restoring("running", "token", "owner", PREPARED.spec, held=held, end=None)
     assert await stage.sessions.run_each([again]) == [1]
-    sixth = Batch(6, 6, chunk_events([b"6"], 6))
+    sixth = Batch(6, 6, events_of([b"6"], 6))
     assert await stage.journal.append([Append("running", "token", sixth)]) == [Appended(State.RUNNING, 6)]
     assert await stage.elsewhere.read("running", 5) == [sixth]
     assert 0 < await store.redis.ttl(store.session_keys("running")["events"]) <= RUNNING_TTL

@@ -11,12 +11,12 @@ import pytest_asyncio
 
 from broker.core.accounts import WorstCase
 from broker.core.errors import StoreRefused, StoreUnavailable
-from broker.core.events import chunk_events
 from broker.core.replay import Batch, read_on
 from broker.core.session import Cursor, State, Terminal
 from broker.store.connection import Store
 from broker.store.journal import Append, Appended, JournalStore
 from broker.store.sessions import EndConflict, Prepared, SessionStatus, SessionStore
+from tests.chunks import events_of
 
 RUNNING_TTL = 500
 RESUME_TTL = 300
@@ -32,7 +32,7 @@ PREPARED = Prepared(
 
 
 def batch(first: int, last: int) -> Batch:
-    return Batch(first, last, chunk_events([b"%d" % n for n in range(first, last + 1)], first))
+    return Batch(first, last, events_of([b"%d" % n for n in range(first, last + 1)], first))
 
 
 def end(n: int, state: State = State.DONE, epoch: int = 1) -> Terminal:
@@ -190,7 +190,7 @@ async def test_a_long_journal_comes_in_parts_that_fit_together(running: Running)
 
 async def test_a_part_of_a_heavy_journal_is_small(running: Running) -> None:
     """A reader that is behind must not pull a whole answer into memory at once."""
-    heavy = [Batch(n, n, chunk_events([b"x" * 250_000], n)) for n in range(1, 21)]
+    heavy = [Batch(n, n, events_of([b"x" * 250_000], n)) for n in range(1, 21)]
     for one in heavy:
         await running.append(one)
     batches = await running.elsewhere.read(running.id, 0) or []
@@ -199,7 +199,7 @@ async def test_a_part_of_a_heavy_journal_is_small(running: Running) -> None:
 
 
 async def test_one_event_larger_than_any_part_is_read_whole(running: Running) -> None:
-    huge = Batch(1, 1, chunk_events([b"x" * 3_000_000], 1))
+    huge = Batch(1, 1, events_of([b"x" * 3_000_000], 1))
     await running.append(huge)
     assert await running.elsewhere.read(running.id, 0) == [huge]
 
