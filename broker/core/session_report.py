@@ -71,13 +71,21 @@ class SessionReport:
     trace_id: str | None = None
 
 
-def session_line(report: SessionReport) -> tuple[int, dict[str, Any]]:
-    """Return the level and the fields of the log line of a session: `WARNING` if it failed, else `INFO`."""
-    line = {each.name: _cut(getattr(report, each.name)) for each in fields(report)}
+_NAMES = tuple(each.name for each in fields(SessionReport))
+
+
+def level_of(report: SessionReport) -> int:
+    """Return the level of the log line of a session: `WARNING` if it failed, else `INFO`."""
+    return logging.WARNING if report.state in _FAILURES else logging.INFO
+
+
+def session_line(report: SessionReport) -> dict[str, Any]:
+    """Return the fields of the log line of a session."""
+    line = {name: _cut(getattr(report, name)) for name in _NAMES}
     line["session"] = short(report.session)
     if report.trace_id is None:
         del line["trace_id"]
-    return logging.WARNING if report.state in _FAILURES else logging.INFO, line
+    return line
 
 
 def _cut(value: Any) -> Any:

@@ -9,7 +9,7 @@ import structlog
 
 from broker.core.pricing import to_usd
 from broker.core.session import State, short
-from broker.core.session_report import SessionReport, session_line
+from broker.core.session_report import SessionReport, level_of, session_line
 from broker.telemetry.interface import trace_id
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ def report_end(generation: Generation, count: Callable[[SessionReport], None] = 
 
 def write_line(report: SessionReport) -> None:
     """Write the log line of a session."""
-    level, line = session_line(report)
-    log.log(level, "session ended", **line)
+    level = level_of(report)
+    if log.is_enabled_for(level):  # else the line need not be built
+        log.log(level, "session ended", **session_line(report))
 
 
 def report_of(generation: Generation) -> SessionReport:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from broker.core.session import State
-from broker.core.session_report import SessionReport, session_line
+from broker.core.session_report import SessionReport, level_of, session_line
 
 SESSION = "3f2b8c1e-0d4a-4b7e-9c55-1a2b3c4d5e6f"
 
@@ -46,19 +46,19 @@ def test_a_line_has_all_facts_of_a_session() -> None:
         "retries": 2,
         "queued_ms": 5,
     }
-    _, line = session_line(report(**facts))
+    line = session_line(report(**facts))
     known = {"session": "3f2b8c1e", "request_id": "req-1", "client": "anna", "model": "a/b"}
     assert line == known | facts | {"state": "failed"}
 
 
 @pytest.mark.parametrize("state", [State.FAILED, State.LOST])
 def test_a_failed_session_is_a_warning(state: State) -> None:
-    assert session_line(report(state=state))[0] == logging.WARNING
+    assert level_of(report(state=state)) == logging.WARNING
 
 
 @pytest.mark.parametrize("state", [State.DONE, State.CANCELLED, State.ABANDONED])
 def test_any_other_end_is_an_info(state: State) -> None:
-    assert session_line(report(state=state))[0] == logging.INFO
+    assert level_of(report(state=state)) == logging.INFO
 
 
 def test_a_line_has_no_whole_session_id() -> None:
@@ -66,5 +66,5 @@ def test_a_line_has_no_whole_session_id() -> None:
 
 
 def test_long_names_of_an_upstream_are_cut() -> None:
-    _, line = session_line(report(provider="p" * 1000, generation_id="g" * 1000))
+    line = session_line(report(provider="p" * 1000, generation_id="g" * 1000))
     assert len(line["provider"]) == len(line["generation_id"]) == 128
