@@ -44,6 +44,9 @@ class QuickConnection:
         self.wrote.set()
         return self.backlog()
 
+    def write_last(self, block: bytes) -> None:
+        self.write_now(block)
+
     def backlog(self) -> int:
         return 0
 
