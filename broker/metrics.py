@@ -132,22 +132,26 @@ class Metrics:
             self._sessions.labels(state.value, code)
         for code in _REFUSALS:
             self._refused.labels(code)
-        for direction in _DIRECTIONS:
-            self._bytes.labels(direction)
-        for kind in _TOKEN_KINDS:
-            self._tokens.labels(kind)
+        # Those of every session are looked up once: the library takes a lock and reads the labels each time.
+        self._bytes_in, self._bytes_out = [self._bytes.labels(direction) for direction in _DIRECTIONS]
+        self._prompt_tokens, self._completion_tokens = [self._tokens.labels(kind) for kind in _TOKEN_KINDS]
+        self._done = self._sessions.labels(State.DONE.value, "")
         for result in _RESUMES:
             self._resumes.labels(result)
 
     def session_ended(self, report: SessionReport) -> None:
         """Count a session that ended."""
-        self._sessions.labels(report.state.value, report.code or "").inc()
+        if report.state is State.DONE and not report.code:
+            self._done.inc()
+        else:
+            self._sessions.labels(report.state.value, report.code or "").inc()
         self._chunks.inc(report.chunks)
-        self._bytes.labels("in").inc(report.bytes)
-        self._tokens.labels("prompt").inc(report.prompt_tokens or 0)
-        self._tokens.labels("completion").inc(report.completion_tokens or 0)
+        self._bytes_in.inc(report.bytes)
+        self._prompt_tokens.inc(report.prompt_tokens or 0)
+        self._completion_tokens.inc(report.completion_tokens or 0)
         self._cost.inc(max(0.0, report.cost or 0.0))
-        self._retries.inc(report.retries)
+        if report.retries:
+            self._retries.inc(report.retries)
         if report.ttft_ms is not None:
             self._first_chunk.observe(report.ttft_ms / 1000)
         if report.duration_ms is not None:
@@ -157,7 +161,7 @@ class Metrics:
 
     def stream_closed(self, size: int) -> None:
         """Count the bytes of a stream to a page."""
-        self._bytes.labels("out").inc(size)
+        self._bytes_out.inc(size)
 
     def resumed(self, result: str) -> None:
         """Count a stream that was asked for with a cursor."""

@@ -469,10 +469,11 @@ class Generation:
             self._break(error)
         finally:
             # Both are done by now, unless the worker is being closed and has cancelled this task.
-            owned = [task for task in (self._reading_task, self._abandoning) if task is not None]
-            for task in owned:
-                task.cancel()
-            await asyncio.gather(*owned, return_exceptions=True)
+            owned = [each for each in (self._reading_task, self._abandoning) if each and not each.done()]
+            if owned:
+                for task in owned:
+                    task.cancel()
+                await asyncio.gather(*owned, return_exceptions=True)
             # A cancelled task keeps its traceback, whose frames keep this object: a cycle, see `_weakly`.
             owned.clear()
             self._reading_task = self._abandoning = None

@@ -18,7 +18,7 @@ BUCKETS = 256
 
 
 REMEMBERED = 4096
-"""Clients whose bucket is kept."""
+"""Clients whose account is kept."""
 
 
 class Account(NamedTuple):
@@ -60,17 +60,21 @@ class Account(NamedTuple):
 
 def bucket_prefix(store: Store, bucket: int) -> str:
     """Return the prefix of all keys of a bucket."""
-    return f"{store.prefix}:{{a{bucket}}}"
+    return _bucket_prefix(store.prefix, bucket)
+
+
+def _bucket_prefix(prefix: str, bucket: int) -> str:
+    return f"{prefix}:{{a{bucket}}}"
 
 
 def account_of(store: Store, client: str) -> Account:
     """Return the account of a client."""
-    return Account(bucket_prefix(store, _bucket_of(client)), client)
+    return _account_of(store.prefix, client)
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _bucket_of(client: str) -> int:
-    return crc32(client.encode(errors="surrogatepass")) % BUCKETS
+def _account_of(prefix: str, client: str) -> Account:
+    return Account(_bucket_prefix(prefix, crc32(client.encode(errors="surrogatepass")) % BUCKETS), client)
 
 
 def total_account(store: Store) -> Account:

@@ -13,6 +13,7 @@ import re
 import time
 from contextlib import contextmanager
 from importlib import resources
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
@@ -425,10 +426,13 @@ class Script:
         self._store = store
         self._names = frozenset(name.removesuffix("...") for name in (*text.keys, *text.args))
         self._order = (*text.keys, *text.args)
-        self._lists = any(name.endswith("...") for name in self._order)
+        lists = any(name.endswith("...") for name in self._order)
+        # The values of a call in their order, in one step, where none is a list and there are several.
+        self._pick = itemgetter(*self._order) if len(self._order) > 1 and not lists else None
         store.register(text.lua)
         sha = hashlib.sha1(text.lua.encode(), usedforsecurity=False).hexdigest()
         self._head = ("EVALSHA", sha)
+        self._start = (*self._head, len(text.keys))
 
     async def __call__(self, **values: Any) -> Any:
         """Run it and return its reply.
@@ -456,11 +460,9 @@ class Script:
         if values.keys() != self._names:
             raise TypeError(f"the script takes {sorted(self._names)}, not {sorted(values)}")
         keys, args = self.text.keys, self.text.args
-        if not self._lists:
-            words = [values[name] for name in self._order]
-            return Call(
-                packed((*self._head, len(keys), *words)), self._name, False, words[0], self.text.tells
-            )
+        if self._pick is not None:
+            words = self._pick(values)
+            return Call(packed(self._start + words), self._name, False, words[0], self.text.tells)
         key_words = _in_order(keys, values)
         encoded = packed((*self._head, len(key_words), *key_words, *_in_order(args, values)))
         return Call(encoded, self._name, False, key_words[0], self.text.tells)

@@ -31,14 +31,15 @@ async def prepare(request: web.Request) -> web.Response:
 
 
 async def _prepare(request: web.Request, span: PrepareSpan) -> web.Response:
-    await request.app[TURNS].wait()
-    client = await request.app[RESOLVER].identify(request)
+    app = request.app
+    await app[TURNS].wait()
+    client = await app[RESOLVER].identify(request)
     origin = request.headers.get(hdrs.ORIGIN, "")
-    request.app[LIMITS].of(client.limits).check_origin(origin)
+    app[LIMITS].of(client.limits).check_origin(origin)
     key = _idempotency_key(request)
-    admission = request.app[ADMISSION]
+    admission = app[ADMISSION]
     await admission.check_rate(client, key)
-    body = await _body(request, request.app[SETTINGS].max_body)
+    body = await _body(request, app[SETTINGS].max_body)
     admitted = await admission.admit(
         body,
         client=client,

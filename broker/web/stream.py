@@ -82,10 +82,11 @@ async def stream(request: web.Request) -> web.StreamResponse:
 
 async def _stream(request: web.Request, response: EventStream) -> web.StreamResponse:
     cursor: Cursor | None = None
-    metrics = request.app[METRICS]
+    app = request.app
+    metrics = app[METRICS]
     wants_events = _wants_events(request)
     prepare = partial(response.prepare, request) if wants_events else None
-    with request.app[OCCUPANCY].place() as place:
+    with app[OCCUPANCY].place() as place:
         try:
             cursor = _cursor(request)
             if cursor is not None and cursor.end:
@@ -95,12 +96,12 @@ async def _stream(request: web.Request, response: EventStream) -> web.StreamResp
             if not is_session_id(session_id):
                 raise SessionNotFound
             form = _form(request)
-            address = request.app[RESOLVER].network(request)
+            address = app[RESOLVER].network(request)
             place.take(session_id, address)
-            await request.app[TURNS].wait()
+            await app[TURNS].wait()
             request[LOGGED] = {"session": short(session_id)}
-            found = await request.app[HUB].find(session_id, cursor, may_wait=wants_events, meanwhile=prepare)
-            request.app[WAITING].left(session_id)
+            found = await app[HUB].find(session_id, cursor, may_wait=wants_events, meanwhile=prepare)
+            app[WAITING].left(session_id)
         except BrokerError as error:
             if cursor is not None:
                 metrics.resumed("expired" if isinstance(error, SessionExpired) else "refused")
@@ -133,7 +134,8 @@ async def _show(
     form: type[Viewer],
 ) -> web.StreamResponse:
     """Send a viewer the events of a session up to its end."""
-    settings, hub = request.app[SETTINGS], request.app[HUB]
+    app = request.app
+    settings, hub = app[SETTINGS], app[HUB]
     read_journal = partial(hub.read_journal, session_id)
     viewer = form(source.feed, read_journal, response, cursor, asyncio.get_running_loop().time())
     if source.prepared_by:
@@ -143,7 +145,7 @@ async def _show(
             await response.open(request, jitter(settings.retry_ms))
             await viewer.follow()
     finally:
-        request.app[METRICS].stream_closed(response.written)
+        app[METRICS].stream_closed(response.written)
     return response
 
 
@@ -175,8 +177,7 @@ async def _say(
 ) -> web.StreamResponse:
     """Send a stream of one event, or of none."""
     await response.open(request, retry_ms)
-    if event:
-        response.write_now(event)
+    response.write_last(event)
     return response
 
 
