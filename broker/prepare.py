@@ -31,10 +31,10 @@ from broker.core.errors import (
 from broker.core.fitting import FitRules, FittedRequest, ModelLimits, fit
 from broker.core.pricing import Demand, Prices, max_price, narrow_max_price, worst_case
 from broker.core.request import parse_request
-from broker.store.sessions import Prepared
+from broker.store.sessions import Spec
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Generator, Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from broker.bytes_per_token import BytesPerToken
     from broker.catalog import Catalog
@@ -205,8 +205,9 @@ class Admission:
                 rate = rate or await self._count(client)
                 raise
             session_id = str(uuid.uuid4())
-            rate = await self._admit(session_id, ready, rate)
-            answer = await self._store_session(session_id, ready, referer, request_id, trace)
+            spec = self._spec(ready, referer, request_id, trace)
+            rate = await self._store_session(session_id, ready, spec, rate)
+            answer = self._answer(session_id, ready.fitted)
             if idempotency_key is None:
                 return Admitted(answer, True, rate)
             return (await self._bind(body, client, answer, idempotency_key, bound))._replace(rate=rate)
@@ -346,46 +347,13 @@ class Admission:
             if worst_case(0, 0, listed, demand) is None:
                 raise ModelNotAllowed(f"The price of {name} is not known, so no budget can cover it.")
 
-    async def _admit(self, session_id: str, ready: ReadyRequest, rate: RateStatus | None) -> RateStatus:
-        """Count the session as pending, and count the prepare unless that was done already.
-
-        Raises:
-            RateLimited, TooManyStreams, Overloaded, BudgetExceeded, StoreUnavailable: as `admit`. It is not counted.
-        """
-        client, limits = ready.client.name, ready.limits
-        calls = self._pending.admitting(
-            client, session_id, ready.worst, stored=len(ready.body), quotas=limits.quotas
-        )
-        if rate is None:
-            calls = [*calls, self._rates.hitting(client, limits.rates)]
-        try:
-            own, total, *counted = await self._store.run(calls)
-            if counted:
-                rate = self._rates.read(client, counted[0], limits.rates)
-            rate = _allowed(rate)
-            self._pending.check([own, total])
-        except BaseException as error:
-            self._spawn(self._pending.forget(client, session_id))
-            if isinstance(error, BrokerError):
-                error.rate = rate
-            raise
-        return rate
-
-    async def _store_session(
-        self,
-        session_id: str,
-        ready: ReadyRequest,
-        referer: str,
-        request_id: str,
-        trace: TraceContext | None,
-    ) -> dict[str, Any]:
-        """Store an admitted session, and return the body of the answer."""
-        fitted, settings = ready.fitted, self._settings
-        prepared = Prepared(
-            request=ready.body,
+    def _spec(self, ready: ReadyRequest, referer: str, request_id: str, trace: TraceContext | None) -> Spec:
+        """Return the values that are stored besides the request."""
+        fitted = ready.fitted
+        return Spec(
             model=fitted.model,
             prompt_tokens=fitted.reserved_prompt_tokens,
-            referer=settings.referer or referer,
+            referer=self._settings.referer or referer,
             client=ready.client.name,
             worst=ready.worst,
             calibration_sample=fitted.calibration_sample,
@@ -394,14 +362,51 @@ class Admission:
             trace=trace,
             limits=_to_store(ready.client),
         )
+
+    async def _store_session(
+        self, session_id: str, ready: ReadyRequest, spec: Spec, rate: RateStatus | None
+    ) -> RateStatus:
+        """Count the session as pending, store it, and count the prepare unless that was done already.
+
+        A small request is stored in the round trip that admits it, where Redis is one server. It is stored for a moment
+        even if the rate of its client refuses it. Any other is stored after it was admitted.
+
+        Raises:
+            RateLimited, TooManyStreams, Overloaded, BudgetExceeded, StoreUnavailable: as `admit`. It is not counted as
+                pending, and not stored.
+        """
+        client, limits = ready.client.name, ready.limits
+        calls = self._pending.admitting(
+            client, session_id, ready.worst, stored=len(ready.body), quotas=limits.quotas
+        )
+        if rate is None:
+            calls.append(self._rates.hitting(client, limits.rates))
+        at_once = len(ready.body) <= SMALL_BODY and self._store.runs_in_order
+        if at_once:
+            keys = self._pending.keys_of(client)
+            calls.append(self._sessions.preparing(session_id, ready.body, spec, if_pending=keys))
         try:
-            await self._sessions.prepare(session_id, prepared)
-        except BaseException:
-            self._forget(ready.client.name, session_id)
+            own, total, *more = await self._store.run_each(calls)
+            if rate is None:
+                rate = self._rates.read(client, _answered(more[0]), limits.rates)
+            rate = _allowed(rate)
+            self._pending.check([_answered(own), _answered(total)])
+            if at_once and not isinstance(more[-1], StoreUnavailable):
+                self._sessions.note_prepared(session_id, spec, more[-1])
+            else:  # also where Redis is one address of a cluster, which refuses keys of several nodes
+                await self._sessions.prepare(session_id, spec.with_request(ready.body))
+        except BaseException as error:
+            self._forget(client, session_id)
+            if isinstance(error, BrokerError):
+                error.rate = rate
             raise
+        return rate
+
+    def _answer(self, session_id: str, fitted: FittedRequest) -> dict[str, Any]:
+        """Return the body of the answer for a stored session."""
         return {
             "sessionId": session_id,
-            "expiresIn": settings.session_ttl,
+            "expiresIn": self._settings.session_ttl,
             "model": fitted.model,
             "promptTokens": fitted.prompt_tokens,
             "maxOutputTokens": fitted.max_output_tokens,
@@ -409,16 +414,15 @@ class Admission:
         }
 
     def _forget(self, client: str, session_id: str) -> None:
-        """Remove a stored session that was not returned to anybody."""
-        self._spawn(self._sessions.forget(session_id))
-        self._spawn(self._pending.forget(client, session_id))
+        """Remove a session that was not returned to anybody, in the background: the caller may have left.
 
-    def _spawn(self, removal: Coroutine[Any, Any, None]) -> None:
-        """Remove something in the background, because the caller may have left. Without Redis it expires."""
+        Without Redis it expires.
+        """
 
         async def remove() -> None:
+            calls = [self._sessions.forgetting(session_id), *self._pending.forgetting(client, session_id)]
             with suppress(StoreUnavailable):
-                await removal
+                await self._store.run_each(calls)
 
         task = asyncio.create_task(remove())
         self._removing.add(task)
@@ -486,6 +490,17 @@ def _allowed(status: RateStatus | None) -> RateStatus:
     if not status.allowed:
         raise _rate_limited(status)
     return status
+
+
+def _answered(reply: Any) -> Any:
+    """Return the reply to a call.
+
+    Raises:
+        StoreUnavailable: Redis refused the call.
+    """
+    if isinstance(reply, StoreUnavailable):
+        raise reply
+    return reply
 
 
 def _rate_limited(status: RateStatus) -> RateLimited:

@@ -247,3 +247,16 @@ async def valkey_cluster(
         cluster = ValkeyCluster(nodes)
         await cluster.found()
         yield cluster
+
+
+@asynccontextmanager
+async def one_address() -> AsyncIterator[ValkeyProcess]:
+    """Run a server that is known by one address and refuses a call with keys of several slots, as some services do."""
+    async with running_valkey(options=("--cluster-enabled", "yes")) as server:
+        await ask(server, "CLUSTER", "ADDSLOTSRANGE", 0, SLOTS - 1)
+
+        async def serves() -> bool:
+            return b"cluster_state:ok" in await ask(server, "CLUSTER", "INFO")
+
+        await until(serves)
+        yield server

@@ -1,7 +1,7 @@
 """The number and bytes of pending sessions, which are prepared and not yet claimed, in the accounts.
 
 Like a budget, they are counted in the client's account and in the total of all clients, by the same script with
-different keys. A session is stored after both have admitted it.
+different keys. A session is stored only if both have admitted it.
 """
 
 from __future__ import annotations
@@ -104,6 +104,10 @@ class PendingStore:
                 **budgets_of_all(self._quotas),
             ),
         ]
+
+    def keys_of(self, client: str) -> tuple[str, str]:
+        """Return the keys that have a client's pending sessions after the calls of `admitting`."""
+        return account_of(self._store, client).key("pending"), self._total.key("pending")
 
     @staticmethod
     def check(replies: list[Any]) -> None:

@@ -80,12 +80,12 @@ class Spec:
         """Return these values without those that a subclass adds."""
         return Spec(**{name: getattr(self, name) for name in _SPEC_NAMES})
 
+    def with_request(self, request: bytes) -> Prepared:
+        """Return the session of these values and a request."""
+        return Prepared(request=request, **{name: getattr(self, name) for name in _SPEC_NAMES})
+
 
 _SPEC_NAMES = tuple(each.name for each in fields(Spec))
-
-
-def _prepared(request: bytes, spec: Spec) -> Prepared:
-    return Prepared(request=request, **{name: getattr(spec, name) for name in _SPEC_NAMES})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,14 +200,36 @@ class SessionStore:
     async def prepare(self, session_id: str, prepared: Prepared) -> None:
         """Store a session. It can be claimed for `session_ttl` seconds from now."""
         spec = prepared.spec
-        ends_ms = await self._prepare(
-            session=self._key(session_id), request=prepared.request, spec=_SPEC.dump_json(spec)
+        (reply,) = await self._store.run([self.preparing(session_id, prepared.request, spec)])
+        self.note_prepared(session_id, spec, reply)
+
+    def preparing(
+        self, session_id: str, request: bytes, spec: Spec, *, if_pending: tuple[str, str] | None = None
+    ) -> Call:
+        """Return the call of `prepare`, to be run together with others. Pass its reply to `note_prepared`.
+
+        ``if_pending`` are the keys of `PendingStore.keys_of`. Then the session is stored only if the calls of
+        `PendingStore.admitting`, which have to run before, have admitted it. Redis has to be one server.
+        """
+        key = self._key(session_id)
+        pending, total_pending = if_pending or (key, key)
+        return self._prepare.call(
+            session=key,
+            pending=pending,
+            total_pending=total_pending,
+            request=request,
+            spec=_SPEC.dump_json(spec),
+            id_if_pending=session_id if if_pending else "",
         )
-        if int(ends_ms):
-            self._clock_seen = (time.monotonic(), int(ends_ms) - self._session_ttl * 1000)
+
+    def note_prepared(self, session_id: str, spec: Spec, reply: Any) -> None:
+        """Remember a session that was stored, by the reply to the call of `preparing`."""
+        ends_ms = int(reply)
+        if ends_ms:
+            self._clock_seen = (time.monotonic(), ends_ms - self._session_ttl * 1000)
         if len(self._prepared_here) >= REMEMBERED:
             del self._prepared_here[next(iter(self._prepared_here))]
-        self._prepared_here[session_id] = SessionRecord(State.PREPARED, "", "", spec, ends_ms=int(ends_ms))
+        self._prepared_here[session_id] = SessionRecord(State.PREPARED, "", "", spec, ends_ms=ends_ms)
 
     def redis_ms(self) -> int | None:
         """Return the time in ms by the clock of Redis, late by a round trip at most.
@@ -307,7 +329,7 @@ class SessionStore:
         if reply[0] != b"won":
             return read_status(reply)
         request, spec = reply[1:]
-        return _prepared(request or b"", known or _SPEC.validate_json(spec))
+        return (known or _SPEC.validate_json(spec)).with_request(request or b"")
 
     async def refuse(self, session_id: str, claim_id: str) -> bool:
         """Prevent a claim from winning. Returns True if that is certain, False if it has won or may have won."""
@@ -467,9 +489,10 @@ class SessionStore:
             else 0
         )
 
-    async def forget(self, session_id: str) -> None:
-        """Delete a session whose id was not returned to any client."""
-        await self._store.command("UNLINK", self._key(session_id))
+    def forgetting(self, session_id: str) -> Call:
+        """Return the call that deletes a session whose id was not returned to any client."""
+        self._prepared_here.pop(session_id, None)
+        return command_call("UNLINK", self._key(session_id))
 
 
 def _record(reply: list[bytes | None] | Exception) -> SessionRecord | StoreUnavailable | None:

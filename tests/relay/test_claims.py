@@ -29,8 +29,7 @@ from tests.kinds import needs_one_server
 from tests.money import open_reservations, slots, until
 from tests.relay.test_races import FREE, InSteps
 from tests.scripted import PATIENCE
-from tests.system.harness import running_valkey
-from tests.valkey_cluster import SLOTS
+from tests.valkey_cluster import one_address
 from tests.wire import Wire, wire_to
 
 if TYPE_CHECKING:
@@ -281,10 +280,6 @@ async def test_a_claim_without_room_claims_nothing(
     await claimer.close()
 
 
-async def serves(client: Any) -> bool:
-    return b"cluster_state:ok" in await client.execute_command("CLUSTER", "INFO")
-
-
 @pytest.mark.parametrize("has_room", [True, False])
 async def test_the_total_budget_is_asked_before_a_claim(
     store: Store, valkey_url: str, has_room: bool
@@ -310,10 +305,7 @@ async def test_the_total_budget_is_asked_before_a_claim(
 async def test_a_server_that_stands_for_a_cluster_is_asked_in_steps() -> None:
     """Some services have one address and divide the keys behind it. They refuse a call with keys of several slots."""
     needs_one_server("it starts one of its own")
-    async with running_valkey(options=("--cluster-enabled", "yes")) as server:
-        async with server.client() as client:
-            await client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, SLOTS - 1)  # type: ignore[no-untyped-call]
-            await until(lambda: serves(client))
+    async with one_address() as server:
         claimer, store = Claimer(server.url, in_steps=False), Store(server.url, "test")
         refused = []
         for session in ("first", "second"):

@@ -128,7 +128,7 @@ async def test_a_session_that_nobody_renews_is_overdue(stage: Stage) -> None:
 
 async def test_a_session_that_redis_has_lost_is_unknown(stage: Stage) -> None:
     await stage.claim()
-    await stage.sessions.forget(stage.session_id)
+    await stage.store.run([stage.sessions.forgetting(stage.session_id)])
     assert (await stage.one()).activity is Activity.UNKNOWN
 
 

@@ -105,8 +105,9 @@ async def test_an_unknown_session_has_no_time(sessions: SessionStore) -> None:
 
 
 async def test_a_session_can_be_forgotten(store: Store, sessions: SessionStore, prepared: str) -> None:
-    await sessions.forget(prepared)
+    await store.run([sessions.forgetting(prepared)])
     assert await store.redis.keys("*") == []
+    assert await sessions.describe_for_claim(prepared) is None
 
 
 # Claimed
@@ -267,7 +268,6 @@ STEPS: list[Callable[[SessionStore], Awaitable[object]]] = [
     lambda sessions: sessions.cancel(str(uuid4()), CANCELLED),
     lambda sessions: sessions.end(str(uuid4()), "token", DONE, NOTHING),
     lambda sessions: sessions.remaining(str(uuid4())),
-    lambda sessions: sessions.forget(str(uuid4())),
 ]
 
 

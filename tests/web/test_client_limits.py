@@ -147,7 +147,7 @@ async def test_limits_of_a_client_cost_no_round_trip(
             trips.clear()
             await broker.read(await prepared(broker, headers, max_tokens=20))
             seen.append(list(trips))
-    assert seen == [[("admit", "admit", "hit"), ("prepare",), ("reserve", "claim")]] * len(ways)
+    assert seen == [[("admit", "admit", "hit", "prepare"), ("reserve", "claim")]] * len(ways)
 
 
 async def test_models_of_a_client_narrow_those_of_the_service(
