@@ -24,7 +24,7 @@ from broker.core.errors import (
 )
 from broker.core.events import cancelled_before_start
 from broker.core.session import State, short
-from broker.relay.pursuit import TURNS_TO_SEND, Attempt, Pursuit, new_claim_id
+from broker.relay.pursuit import Attempt, Pursuit, new_claim_id
 from broker.relay.retries import until_stored
 from broker.store.accounts import BUDGET_RETRY, LEASE, AccountStore, Reservation
 from broker.store.sessions import Prepared, SessionStatus, SessionStore
@@ -55,6 +55,9 @@ ELSEWHERE_PAUSE = 0.1
 IN_TIME_MS = 500
 """Milliseconds after which a claim in one round trip does nothing any more: half the time that its viewers wait for
 Redis. If Redis stood still, they may have left."""
+
+TURNS_TO_ASK = 2
+"""Turns of the event loop from a won claim until the upstream is asked, which goes first: a page waits for it."""
 
 QuotasOf = Callable[["Spec"], "Quotas | None"]
 """Returns the limits of the client of a session; None for those of the service."""
@@ -241,8 +244,6 @@ class Claiming:
         now_ms = self._sessions.redis_ms()
         if reserving is None or spec is None or now_ms is None:
             return None
-        before_ms = now_ms + IN_TIME_MS
-        self._spawn(self._forget_if_reserved(wanted, str(reserving.key), before_ms))
         pursuit.sent = pursuit.at_once = True
         try:
             reply, outcome = await self._sessions.claim_if_reserved(
@@ -251,30 +252,27 @@ class Claiming:
                 pursuit.claim_id,
                 self._worker,
                 spec=spec,
-                before_ms=before_ms,
+                before_ms=now_ms + IN_TIME_MS,
             )
         except StoreRefused:  # Redis has answered, and done nothing
             pursuit.sent = pursuit.at_once = False
             raise
         pursuit.at_once = False
         pursuit.sent = outcome is not None
+        if isinstance(outcome, Prepared):
+            self._spawn(self._forget(wanted))
         try:
             pursuit.reservation = self._accounts.reserved(wanted, reply)
         except (LimitError, BeingClaimed) as error:
             return await self._taken_elsewhere(pursuit, error)
         return outcome
 
-    async def _forget_if_reserved(self, reservation: Reservation, key: str, before_ms: int) -> None:
-        """Stop counting the session as pending, by calls that are sent right behind those of `_take_at_once`.
-
-        If Redis cannot be reached now, the place expires.
-        """
-        for _ in range(TURNS_TO_SEND + 1):
-            await asyncio.sleep(0)  # the calls are packed while Redis decides
+    async def _forget(self, reservation: Reservation) -> None:
+        """Stop counting a claimed session as pending. If Redis cannot be reached now, its place expires."""
+        for _ in range(TURNS_TO_ASK):
+            await asyncio.sleep(0)
         with suppress(StoreUnavailable):
-            await self._pending.forget(
-                reservation.client, reservation.session_id, if_reserved=key, before_ms=before_ms
-            )
+            await self._pending.forget(reservation.client, reservation.session_id)
 
     async def _make_void(self, pursuit: Pursuit) -> None:
         """Make sure that a claim whose reply was lost cannot win any more, unless it has won.

@@ -129,31 +129,15 @@ class PendingStore:
             message = "The budget of this service for today is used up."
             raise BudgetExceeded(message, retry_after=float(total[1]))
 
-    async def forget(
-        self, client: str, session_id: str, *, if_reserved: str = "", before_ms: int = 0
-    ) -> None:
-        """Stop counting a session as pending.
+    async def forget(self, client: str, session_id: str) -> None:
+        """Stop counting a session as pending."""
+        await self._store.run(self.forgetting(client, session_id))
 
-        ``if_reserved`` is the key of a reservation. Then nothing is done unless that is open, and the clock of Redis is
-        before ``before_ms``. Redis has to be one server.
-        """
-        await self._store.run(
-            self.forgetting(client, session_id, if_reserved=if_reserved, before_ms=before_ms)
-        )
-
-    def forgetting(
-        self, client: str, session_id: str, *, if_reserved: str = "", before_ms: int = 0
-    ) -> list[Call]:
+    def forgetting(self, client: str, session_id: str) -> list[Call]:
         """Return the calls of `forget`, to be run together with others."""
         accounts = (account_of(self._store, client), self._total)
         return [
-            self._forget.call(
-                **_keys(account),
-                **account.line_keys(),
-                reservation=if_reserved or account.key("pending"),
-                session=session_id,
-                before_ms=before_ms,
-            )
+            self._forget.call(**_keys(account), **account.line_keys(), session=session_id)
             for account in accounts
         ]
 
