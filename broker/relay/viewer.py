@@ -38,9 +38,6 @@ class Connection(Protocol):
     def write_now(self, block: bytes) -> int:
         """Take the bytes without waiting, and return the backlog. A closed connection drops them: `CLOSED`."""
 
-    def write_last(self, block: bytes) -> None:
-        """Take the last bytes, which are sent together with the end of the response."""
-
     def backlog(self) -> int:
         """Return the bytes that were taken and that the system has not accepted yet."""
 
@@ -157,7 +154,7 @@ class Viewer:
             feed.go_live(self)
             await self._woken.wait()
         elif step is Next.END and feed.end is not None:
-            self._connection.write_last(terminal_event(feed.end))
+            self._connection.write_now(terminal_event(feed.end))
             return False
         else:
             self._write_gap()
@@ -190,4 +187,4 @@ class Viewer:
         self._n = batch.last
 
     def _write_gap(self) -> None:
-        self._connection.write_last(refusal_event(ReplayGap(), Cursor(self._epoch, self._n)))
+        self._connection.write_now(refusal_event(ReplayGap(), Cursor(self._epoch, self._n)))

@@ -28,7 +28,7 @@ class EventStream(EventSourceResponse):
         send_timeout: seconds after which a reader that takes nothing is disconnected.
     """
 
-    __slots__ = ("_chunks", "_last", "_stall_timeout", "_transport", "_writer", "written")
+    __slots__ = ("_chunks", "_stall_timeout", "_transport", "_writer", "written")
 
     _send_headers_immediately = False  # of aiohttp: they are sent with the first bytes of the body
 
@@ -41,7 +41,6 @@ class EventStream(EventSourceResponse):
         self._transport: asyncio.Transport | None = None
         self._writer: AbstractStreamWriter | None = None
         self._chunks = False
-        self._last = b""
         self.written = 0
 
     async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:
@@ -88,20 +87,6 @@ class EventStream(EventSourceResponse):
         self.written += size
         transport.write(b"%x\r\n%b\r\n" % (size, block) if self._chunks else block)
         return transport.get_write_buffer_size()
-
-    def write_last(self, block: bytes) -> None:
-        """Take the last bytes. They are sent together with the end of the response: one system call and packet less."""
-        self._last = block
-        self.written += len(block)
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Send the last bytes and the end of the response. Called by aiohttp after the handler.
-
-        Raises:
-            ConnectionError: the client has left.
-        """
-        last, self._last = self._last, b""
-        await super().write_eof(last + data)
 
     def backlog(self) -> int:
         """Return the number of bytes that the socket has not taken yet."""

@@ -177,7 +177,8 @@ async def _say(
 ) -> web.StreamResponse:
     """Send a stream of one event, or of none."""
     await response.open(request, retry_ms)
-    response.write_last(event)
+    if event:
+        response.write_now(event)
     return response
 
 

@@ -44,9 +44,6 @@ class QuickConnection:
         self.wrote.set()
         return self.backlog()
 
-    def write_last(self, block: bytes) -> None:
-        self.write_now(block)
-
     def backlog(self) -> int:
         return 0
 
