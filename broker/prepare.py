@@ -31,6 +31,7 @@ from broker.core.errors import (
 from broker.core.fitting import FitRules, FittedRequest, ModelLimits, fit
 from broker.core.pricing import Demand, Prices, max_price, narrow_max_price, worst_case
 from broker.core.request import parse_request
+from broker.store.clock import IN_TIME_MS
 from broker.store.sessions import Spec
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from broker.core.model_entry import Model
     from broker.core.rates import RateStatus
     from broker.settings import Settings
+    from broker.store.call import Call
     from broker.store.connection import Store
     from broker.store.idempotency import Binding, IdempotencyStore
     from broker.store.pending import PendingStore
@@ -368,37 +370,85 @@ class Admission:
     ) -> RateStatus:
         """Count the session as pending, store it, and count the prepare unless that was done already.
 
-        A small request is stored in the round trip that admits it, where Redis is one server. It is stored for a moment
-        even if the rate of its client refuses it. Any other is stored after it was admitted.
-
         Raises:
-            RateLimited, TooManyStreams, Overloaded, BudgetExceeded, StoreUnavailable: as `admit`. It is not counted as
-                pending, and not stored.
+            RateLimited, TooManyStreams, Overloaded, BudgetExceeded, StoreUnavailable: as `admit`. What it has left is
+                removed in the background.
         """
-        client, limits = ready.client.name, ready.limits
-        calls = self._pending.admitting(
-            client, session_id, ready.worst, stored=len(ready.body), quotas=limits.quotas
-        )
-        if rate is None:
-            calls.append(self._rates.hitting(client, limits.rates))
-        at_once = len(ready.body) <= SMALL_BODY and self._store.runs_in_order
-        if at_once:
-            keys = self._pending.keys_of(client)
-            calls.append(self._sessions.preparing(session_id, ready.body, spec, if_pending=keys))
         try:
-            own, total, *more = await self._store.run_each(calls)
-            if rate is None:
-                rate = self._rates.read(client, _answered(more[0]), limits.rates)
-            rate = _allowed(rate)
-            self._pending.check([_answered(own), _answered(total)])
-            if at_once and not isinstance(more[-1], StoreUnavailable):
-                self._sessions.note_prepared(session_id, spec, more[-1])
-            else:  # also where Redis is one address of a cluster, which refuses keys of several nodes
+            is_stored, rate = await self._store_at_once(session_id, ready, spec, rate)
+            if not is_stored:
+                calls = self._admitting(session_id, ready, rate)
+                replies = await self._store.run(calls)
+                rate = self._admitted(ready, replies, rate)
                 await self._sessions.prepare(session_id, spec.with_request(ready.body))
         except BaseException as error:
-            self._forget(client, session_id)
+            self._forget(ready.client.name, session_id)
             if isinstance(error, BrokerError):
-                error.rate = rate
+                error.rate = error.rate or rate
+            raise
+        return _allowed(rate)
+
+    async def _store_at_once(
+        self, session_id: str, ready: ReadyRequest, spec: Spec, rate: RateStatus | None
+    ) -> tuple[bool, RateStatus | None]:
+        """Do all of `_store_session` in one round trip, if that is possible for this request and with this Redis.
+
+        A page gets its answer a sixth earlier (measured). The session is stored only if it was admitted, but for a
+        moment also if the rate of its client refuses it.
+
+        Returns:
+            True if it is stored, and the rate status, where the prepare was counted. False is no refusal: the steps
+            have to be done one after the other, as far as they are not done.
+
+        Raises:
+            RateLimited, TooManyStreams, Overloaded, BudgetExceeded, StoreUnavailable: as `_store_session`.
+        """
+        now_ms = self._store.clock.now_ms()
+        if len(ready.body) > SMALL_BODY or now_ms is None or not self._store.runs_in_order:
+            return False, rate
+        calls = self._admitting(session_id, ready, rate, before_ms=now_ms + IN_TIME_MS)
+        keys = self._pending.keys_of(ready.client.name)
+        storing = self._sessions.preparing(session_id, ready.body, spec, if_pending=keys)
+        *replies, stored = await self._store.run_each([*calls, storing])
+        try:
+            rate = self._admitted(ready, replies, rate)
+        except StoreUnavailable as error:  # too late, or refused by Redis
+            return False, error.rate or rate
+        # It is 0 if Redis did not know the scripts of the calls before, so that these ran after it. It is an error if
+        # Redis is full, or stands for a cluster and refuses keys of several slots.
+        if isinstance(stored, StoreUnavailable) or not int(stored):
+            return False, rate
+        self._sessions.note_prepared(session_id, spec, stored)
+        return True, rate
+
+    def _admitting(
+        self, session_id: str, ready: ReadyRequest, rate: RateStatus | None, *, before_ms: int = 0
+    ) -> list[Call]:
+        """Return the calls that count a session as pending, and count the prepare where there is no rate status yet."""
+        client, limits = ready.client.name, ready.limits
+        calls = self._pending.admitting(
+            *(client, session_id, ready.worst),
+            stored=len(ready.body),
+            quotas=limits.quotas,
+            before_ms=before_ms,
+        )
+        return calls if rate is not None else [*calls, self._rates.hitting(client, limits.rates)]
+
+    def _admitted(self, ready: ReadyRequest, replies: list[Any], rate: RateStatus | None) -> RateStatus:
+        """Return the rate status, after the replies to the calls of `_admitting`.
+
+        Raises:
+            RateLimited, TooManyStreams, Overloaded, BudgetExceeded, StoreUnavailable: as `_store_session`. Its rate
+                status is that of the prepare, if it was counted.
+        """
+        own, total, *counted = replies
+        if counted:
+            rate = self._rates.read(ready.client.name, _answered(counted[0]), ready.limits.rates)
+        try:
+            rate = _allowed(rate)
+            self._pending.check([_answered(own), _answered(total)])
+        except BrokerError as error:
+            error.rate = rate
             raise
         return rate
 

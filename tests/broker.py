@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
@@ -78,6 +79,13 @@ class Broker:
         return await self.ask(
             "POST", "/prepare", data=data, headers={"Content-Type": "application/json", **headers}
         )
+
+    async def until_clock_is_known(self) -> None:
+        """Wait until this worker has a connection to Redis and has seen its clock, as soon after every start."""
+        clock = self.app[keys.STORE].clock
+        async with asyncio.timeout(PATIENCE):
+            while clock.now_ms() is None:  # noqa: ASYNC110 - there is no event for it
+                await asyncio.sleep(0.01)
 
     async def prepare(self, **fields: Any) -> str:
         """Prepare a session and return its id."""

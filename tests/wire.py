@@ -20,6 +20,7 @@ class Wire:
         drop: a packet from Redis with these bytes is lost, with all later ones on its connection.
         blocked: set when a packet waits.
         sent: all packets that have reached Redis.
+        received: all packets that Redis has sent.
         open: the number of connections that are open.
     """
 
@@ -29,6 +30,7 @@ class Wire:
         self.block = self.drop = b""
         self.blocked = asyncio.Event()
         self.sent: list[bytes] = []
+        self.received: list[bytes] = []
         self.open = 0
         self._socket = socket
         self._free = asyncio.Event()
@@ -69,6 +71,7 @@ class Wire:
     async def _down(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         lost = False
         async for data in _packets(reader, writer, self.delay):
+            self.received.append(data)
             lost = lost or (bool(self.drop) and self.drop in data)
             if not lost:
                 writer.write(data)

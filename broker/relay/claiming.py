@@ -27,6 +27,7 @@ from broker.core.session import State, short
 from broker.relay.pursuit import Attempt, Pursuit, new_claim_id
 from broker.relay.retries import until_stored
 from broker.store.accounts import BUDGET_RETRY, LEASE, AccountStore, Reservation
+from broker.store.clock import IN_TIME_MS
 from broker.store.sessions import Prepared, SessionStatus, SessionStore
 
 if TYPE_CHECKING:
@@ -51,10 +52,6 @@ ELSEWHERE_TRIES = 10
 
 ELSEWHERE_PAUSE = 0.1
 """Seconds between these checks."""
-
-IN_TIME_MS = 500
-"""Milliseconds after which a claim in one round trip does nothing any more: half the time that its viewers wait for
-Redis. If Redis stood still, they may have left."""
 
 TURNS_TO_ASK = 2
 """Turns of the event loop from a won claim until the upstream is asked, which goes first: a page waits for it."""

@@ -21,6 +21,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from broker.core.errors import StoreRefused, StoreUnavailable
 from broker.store.call import Call, command_call, packed
+from broker.store.clock import RedisClock
 from broker.store.servers import Address, open_servers
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Store:
         errors: number of script calls that Redis refused or did not answer in time.
         call_timeout: seconds of a call that has no limit of its own, including the wait for a connection.
         has_answered: True if Redis has answered a script or a command since the start of this worker.
+        clock: the clock of Redis.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Store:
         self._texts: dict[str, None] = {}
         self.connections_made = self.errors = 0
         self.has_answered = False
+        self.clock = RedisClock()
         self._observe = observe
         self._address = Address.parse(url)
         self._servers = open_servers(self._address, self._loads, self._on_connect)

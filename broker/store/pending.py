@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from broker.core.errors import BrokerError, BudgetExceeded, Overloaded, TooManyStreams
+from broker.core.errors import BrokerError, BudgetExceeded, Overloaded, StoreUnavailable, TooManyStreams
 from broker.store.accounts import MONTH, STREAMS_RETRY, UNLIMITED, budgets_of_all, budgets_of_client
 from broker.store.buckets import Account, account_of, total_account
 
@@ -80,14 +80,19 @@ class PendingStore:
         *,
         stored: int,
         quotas: Quotas | None = None,
+        before_ms: int = 0,
     ) -> list[Call]:
-        """Return the calls of `admit`, to be run together with others. Pass their replies to `check`."""
+        """Return the calls of `admit`, to be run together with others. Pass their replies to `check`.
+
+        From ``before_ms`` on, by the clock of Redis, they do nothing; 0 is no such time.
+        """
         request = {
             "session": session_id,
             "client": client,
             "size": stored,
             "tokens": worst.tokens,
             "cost": worst.cost,
+            "before_ms": before_ms,
         }
         account = account_of(self._store, client)
         return [
@@ -106,7 +111,7 @@ class PendingStore:
         ]
 
     def keys_of(self, client: str) -> tuple[str, str]:
-        """Return the keys that have a client's pending sessions after the calls of `admitting`."""
+        """Return the keys of the pending sessions of a client and of all, which `admitting` writes."""
         return account_of(self._store, client).key("pending"), self._total.key("pending")
 
     @staticmethod
@@ -114,9 +119,12 @@ class PendingStore:
         """Check the replies to the calls of `admitting`.
 
         Raises:
+            StoreUnavailable: they ran too late.
             TooManyStreams, Overloaded, BudgetExceeded: as `admit`.
         """
         own, total = replies
+        if b"late" in (own[0], total[0]):
+            raise StoreUnavailable
         if own[0] in (b"pending", b"full"):
             message = "Too many of your sessions wait to be started."
             raise TooManyStreams(message, retry_after=min(float(own[1]), STREAMS_RETRY))

@@ -5,7 +5,6 @@ The steps are Lua scripts. `core.lifecycle.SESSION` defines what each of them do
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,9 +32,6 @@ log = structlog.get_logger(__name__)
 
 CONFIRM_MS = 300
 """Milliseconds that a claim waits for replicas. A claim that no replica confirms counts as well."""
-
-CLOCK_FOR = 60.0
-"""Seconds for which the clock of Redis is known after it was seen."""
 
 REMEMBERED = 4096
 """Maximum number of sessions prepared here that are remembered without their prompts until they are claimed."""
@@ -176,7 +172,6 @@ class SessionStore:
         self.claims_unconfirmed = 0
         self._confirm_by = confirm_by
         self._session_ttl = session_ttl
-        self._clock_seen = (float("-inf"), 0)  # a time here, and by the clock of Redis
         self._prepared_here: dict[str, SessionRecord] = {}
         end: dict[str, int | str] = {
             "KEEP_S": max(resume_ttl, MIN_KEPT),
@@ -223,22 +218,17 @@ class SessionStore:
         )
 
     def note_prepared(self, session_id: str, spec: Spec, reply: Any) -> None:
-        """Remember a session that was stored, by the reply to the call of `preparing`."""
+        """Remember a session that is stored, by the reply to the call of `preparing`."""
         ends_ms = int(reply)
         if ends_ms:
-            self._clock_seen = (time.monotonic(), ends_ms - self._session_ttl * 1000)
+            self._store.clock.saw(ends_ms - self._session_ttl * 1000)
         if len(self._prepared_here) >= REMEMBERED:
             del self._prepared_here[next(iter(self._prepared_here))]
         self._prepared_here[session_id] = SessionRecord(State.PREPARED, "", "", spec, ends_ms=ends_ms)
 
     def redis_ms(self) -> int | None:
-        """Return the time in ms by the clock of Redis, late by a round trip at most.
-
-        None if no session was prepared here for `CLOCK_FOR` seconds: the clocks may have moved apart.
-        """
-        seen_at, seen_ms = self._clock_seen
-        passed = time.monotonic() - seen_at
-        return seen_ms + int(passed * 1000) if passed < CLOCK_FOR else None
+        """Return the time in ms by the clock of Redis, late by a round trip at most; None if it is not known."""
+        return self._store.clock.now_ms()
 
     async def claim(
         self, session_id: str, claim_id: str, worker: str, *, also: Sequence[Call] = ()
@@ -491,7 +481,6 @@ class SessionStore:
 
     def forgetting(self, session_id: str) -> Call:
         """Return the call that deletes a session whose id was not returned to any client."""
-        self._prepared_here.pop(session_id, None)
         return command_call("UNLINK", self._key(session_id))
 
 

@@ -137,19 +137,24 @@ class WorkerStore:
         )
         if not self._names_servers:
             [found] = await self._store.run([read])
-            return _marker_status(found, frozenset())
+            return self._status(found, frozenset())
         found, *infos = await self._store.run_each([read, *await self._store.everywhere("INFO", "server")])
         if isinstance(found, StoreUnavailable):
             raise found
         if any(isinstance(info, StoreRefused) for info in infos):  # a user without the right to INFO
             log.warning("redis does not tell which server it is; a failover is not noticed")
             self._names_servers = False
-            return _marker_status(found, frozenset())
+            return self._status(found, frozenset())
         for info in infos:
             if isinstance(info, StoreUnavailable):
                 raise info
         run_ids = (_RUN_ID.search(info.decode()) for info in infos)
-        return _marker_status(found, frozenset(run_id[1] for run_id in run_ids if run_id))
+        return self._status(found, frozenset(run_id[1] for run_id in run_ids if run_id))
+
+    def _status(self, reply: list[Any], servers: frozenset[str]) -> MarkerStatus:
+        marker, wiped, now_ms = reply
+        self._store.clock.saw(int(now_ms))
+        return MarkerStatus(marker.decode(), bool(wiped), servers, int(now_ms))
 
     async def tell_wiped(self) -> None:
         """Report to all workers, including those that start later, that Redis came back empty."""
@@ -202,11 +207,6 @@ async def _messages(pubsub: PubSub) -> AsyncIterator[bytes]:
                 yield message["data"]
             elif message["type"] == "sunsubscribe":
                 raise LineError("the channel has moved to another node")
-
-
-def _marker_status(reply: list[Any], servers: frozenset[str]) -> MarkerStatus:
-    marker, wiped, now_ms = reply
-    return MarkerStatus(marker.decode(), bool(wiped), servers, int(now_ms))
 
 
 def _notification(data: bytes) -> Notification:

@@ -17,13 +17,14 @@ from broker.core.accounts import WorstCase
 from broker.core.errors import BeingClaimed, BudgetExceeded, StoreUnavailable, TooManyStreams
 from broker.core.events import cancelled_before_start
 from broker.core.session import State
-from broker.relay.claiming import IN_TIME_MS, Claiming
+from broker.relay.claiming import Claiming
 from broker.relay.pursuit import TURNS_TO_SEND
 from broker.store.accounts import AccountStore, Reservation
 from broker.store.buckets import account_of
+from broker.store.clock import IN_TIME_MS, KNOWN_FOR
 from broker.store.connection import Store
 from broker.store.pending import PendingStore
-from broker.store.sessions import CLOCK_FOR, Prepared, SessionStatus, SessionStore
+from broker.store.sessions import Prepared, SessionStatus, SessionStore
 from broker.store.shared_connection import PROMPT
 from tests.kinds import needs_one_server
 from tests.money import open_reservations, slots, until
@@ -387,7 +388,7 @@ async def test_without_the_clock_of_redis_a_claim_is_made_in_steps(
     wire: Wire, at_once: Claimer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.monotonic
-    monkeypatch.setattr(time, "monotonic", lambda: now() + CLOCK_FOR)
+    monkeypatch.setattr(time, "monotonic", lambda: now() + KNOWN_FOR)
     before = len(wire.sent)
     assert begun(await at_once.claims.claim("session"))
     await at_once.idle()

@@ -107,7 +107,6 @@ async def test_an_unknown_session_has_no_time(sessions: SessionStore) -> None:
 async def test_a_session_can_be_forgotten(store: Store, sessions: SessionStore, prepared: str) -> None:
     await store.run([sessions.forgetting(prepared)])
     assert await store.redis.keys("*") == []
-    assert await sessions.describe_for_claim(prepared) is None
 
 
 # Claimed

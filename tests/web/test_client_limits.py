@@ -10,6 +10,7 @@ import jwt
 import pytest
 
 from broker.store.connection import Store
+from broker.store.shared_connection import SharedConnection
 from broker.web import keys
 from tests.broker import QUESTION, running
 from tests.money import MODEL, price_list, until
@@ -129,8 +130,13 @@ def trips(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
 
 async def test_limits_of_a_client_cost_no_round_trip(
-    valkey_url: str, upstream: ScriptedUpstream, path: Path, trips: list[tuple[str, ...]]
+    valkey_url: str,
+    upstream: ScriptedUpstream,
+    path: Path,
+    trips: list[tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(SharedConnection, "is_prompt", True)  # however slow this machine is
     write(path, table("acme", "one", 'rate = "1000/minute"\nstreams = 3\nmonthly_cost = 9') + BOTH)
     upstream.models = price_list()
     ways: list[tuple[dict[str, Any], dict[str, str]]] = [
@@ -144,6 +150,7 @@ async def test_limits_of_a_client_cost_no_round_trip(
         upstream.replies = [plain]
         async with running(valkey_url, upstream, **settings) as broker:
             await broker.ask("GET", "/models", headers=headers)
+            await broker.until_clock_is_known()
             trips.clear()
             await broker.read(await prepared(broker, headers, max_tokens=20))
             seen.append(list(trips))

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from broker.core.accounts import WorstCase
+from broker.store.clock import IN_TIME_MS
 from broker.store.connection import Store
 from broker.store.pending import PendingStore
 from broker.store.sessions import SessionStore, Spec
+from broker.store.shared_connection import SharedConnection
+from broker.web import keys
 from tests.broker import Answer, Broker, running
 from tests.kinds import needs_one_server
 from tests.money import MODEL, price_list, until
 from tests.relay.workers import FREE
 from tests.replies import plain
+from tests.scripted import PATIENCE
 from tests.valkey_cluster import one_address
-from tests.wire import Wire, wire_to
+from tests.wire import wire_to
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from tests.scripted import ScriptedUpstream
 
 PROMPT = b"What is a broker?"
@@ -38,21 +46,40 @@ Waiting = tuple[int, list[int]]
 """How many sessions are stored, and how many each account counts as pending."""
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request is admitted and stored in one round trip, however slow this machine is."""
+    needs_one_server("elsewhere it is done in steps")
+    monkeypatch.setattr(SharedConnection, "is_prompt", True)
+
+
 @pytest.fixture(params=["at once", "in steps"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request is admitted and stored in one round trip, as on one server, or in two, as in a cluster."""
+
+    async def fail(*_: object) -> None:
+        raise AssertionError("stored in steps")
+
     if request.param == "at once":
-        needs_one_server("elsewhere it is done in steps")
+        request.getfixturevalue("at_once")
+        monkeypatch.setattr(SessionStore, "prepare", fail)
     else:
         monkeypatch.setattr(Store, "runs_in_order", False)
-    return str(request.param)
+
+
+@asynccontextmanager
+async def ready(url: str, upstream: ScriptedUpstream, **settings: Any) -> AsyncIterator[Broker]:
+    """A broker that has a connection to Redis and knows its clock."""
+    async with running(url, upstream, **settings) as broker:
+        await broker.until_clock_is_known()
+        yield broker
 
 
 async def waiting(store: Store) -> Waiting:
     found: Any = await store.redis.keys("*")
-    keys = [key.decode() for key in found]
-    places = [await store.redis.zcard(key) for key in keys if ":pending:" in key]
-    return sum(":session:" in key for key in keys), places
+    names = [name.decode() for name in found]
+    places = [await store.redis.zcard(name) for name in names if ":pending:" in name]
+    return sum(":session:" in name for name in names), places
 
 
 async def leaves(store: Store, wanted: Waiting) -> bool:
@@ -69,7 +96,7 @@ async def ask(broker: Broker) -> Answer:
 async def test_a_request_is_stored_and_counted_in_both_accounts(
     valkey_url: str, upstream: ScriptedUpstream, store: Store
 ) -> None:
-    async with running(valkey_url, upstream) as broker:
+    async with ready(valkey_url, upstream) as broker:
         assert [(await ask(broker)).status for _ in range(3)] == [201] * 3
         assert await waiting(store) == (3, [3, 3])
 
@@ -81,7 +108,7 @@ async def test_a_refused_request_leaves_nothing(
 ) -> None:
     upstream.models = price_list()
     upstream.replies = [plain]
-    async with running(valkey_url, upstream, **limits) as broker:
+    async with ready(valkey_url, upstream, **limits) as broker:
         await broker.ask("GET", "/models")
         first = await ask(broker)
         assert first.status == 201, first.text
@@ -93,42 +120,74 @@ async def test_a_refused_request_leaves_nothing(
         await until(partial(leaves, store, before))
 
 
-async def test_a_request_that_was_answered_too_late_leaves_nothing(
+@pytest.mark.usefixtures("at_once")
+async def test_a_request_that_redis_gets_behind_its_removal_leaves_nothing(
     valkey_url: str, upstream: ScriptedUpstream, store: Store
 ) -> None:
-    async with wire_to(valkey_url) as wire, running(wire.url, upstream) as broker:
-        await broker.ask("GET", "/health/ready")
+    async with wire_to(valkey_url) as wire, ready(wire.url, upstream) as broker:
         wire.block = PROMPT
         answer = await broker.post()
         assert (answer.status, answer.code) == (503, "store_unavailable")
+        await until(lambda: is_in(wire.sent, b"UNLINK"))
         wire.unblock()
-        await until(lambda: has_come(wire))
-        await until(partial(leaves, store, (0, [])))
+        await until(lambda: is_in(wire.received, b"late"))
+        assert await waiting(store) == (0, [])
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_request_that_is_a_little_late_is_stored(
+    valkey_url: str, upstream: ScriptedUpstream, store: Store
+) -> None:
+    async with wire_to(valkey_url) as wire, ready(wire.url, upstream) as broker:
+        broker.app[keys.STORE].call_timeout = PATIENCE
+        wire.block = PROMPT
+        asking = asyncio.create_task(broker.post())
+        await wire.until_blocked()
+        await asyncio.sleep(IN_TIME_MS / 1000)  # and so it is late
+        wire.unblock()
+        assert (await asking).status == 201
+        assert await is_in(wire.received, b"late")
+        assert await waiting(store) == (1, [1, 1])
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_scripts_that_redis_does_not_know_are_told_to_it(
+    valkey_url: str, upstream: ScriptedUpstream, store: Store
+) -> None:
+    """Workers with other limits have other scripts to admit a request, and the same one to store it."""
+    async with (
+        ready(valkey_url, upstream) as one,
+        ready(valkey_url, upstream, max_prepared=40) as other,
+    ):
+        for broker in (one, other):
+            assert (await ask(broker)).status == 201
+        await store.redis.script_flush()
+        for broker in (other, one):
+            assert (await ask(broker)).status == 201
+        assert await waiting(store) == (4, [4, 4])
 
 
 async def test_a_request_whose_reply_was_lost_leaves_nothing(
     valkey_url: str, upstream: ScriptedUpstream, store: Store
 ) -> None:
-    async with wire_to(valkey_url) as wire, running(wire.url, upstream) as broker:
-        await broker.ask("GET", "/health/ready")
+    async with wire_to(valkey_url) as wire, ready(wire.url, upstream) as broker:
         wire.drop = b"$2\r\nok"
         answer = await broker.post()
         assert (answer.status, answer.code) == (503, "store_unavailable")
-        assert await has_come(wire)
+        assert await is_in(wire.sent, PROMPT)
         wire.drop = b""
         await until(partial(leaves, store, (0, [])))
         assert (await broker.post()).status == 201
 
 
-async def has_come(wire: Wire) -> bool:
-    return any(PROMPT in packet for packet in wire.sent)
+async def is_in(packets: list[bytes], words: bytes) -> bool:
+    return any(words in packet for packet in packets)
 
 
 async def test_a_server_that_stands_for_a_cluster_stores_it_in_steps(upstream: ScriptedUpstream) -> None:
     needs_one_server("it starts one of its own")
     upstream.replies = [plain]
-    async with one_address() as server, running(server.url, upstream) as broker:
-        await broker.ask("GET", "/health/ready")
+    async with one_address() as server, ready(server.url, upstream) as broker:
         for _ in range(2):
             answer = await ask(broker)
             assert answer.status == 201, answer.text
@@ -141,12 +200,12 @@ async def test_a_session_is_stored_only_if_both_accounts_have_admitted_it(
 ) -> None:
     needs_one_server("its keys are on several nodes")
     sessions = SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300)
-    keys = PendingStore(store, FREE, session_ttl=600).keys_of("key:ann")
-    for key in keys:
+    places = PendingStore(store, FREE, session_ttl=600).keys_of("key:ann")
+    for key in places:
         await store.redis.zadd(key, {"another session": 1})
     for n in admitted_by:
-        await store.redis.zadd(keys[n], {"session": 1})
+        await store.redis.zadd(places[n], {"session": 1})
     spec = Spec(model=MODEL, prompt_tokens=1, referer="", client="key:ann", worst=WorstCase(1, 0))
-    (reply,) = await store.run([sessions.preparing("session", b"{}", spec, if_pending=keys)])
+    (reply,) = await store.run([sessions.preparing("session", b"{}", spec, if_pending=places)])
     is_stored = await sessions.describe("session") is not None
     assert bool(int(reply)) == is_stored == (len(admitted_by) == 2)

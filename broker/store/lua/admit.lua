@@ -1,13 +1,18 @@
 -- Adds a pending session to an account, if its pending sessions and its usage leave room. Reservations count only at
 -- the claim.
 -- Keys: account, pending, sizes
--- Args: session, client, size (int), tokens (int), cost (int), max_tokens (int), max_cost (int), max_month_cost (int)
+-- Args: session, client, size (int), tokens (int), cost (int), max_tokens (int), max_cost (int), max_month_cost (int),
+--     before_ms (int)
 -- Constants: SESSION_S, MAX_PENDING, MAX_BYTES, FAIR_FROM
 -- pending has the sessions by the ms at which they expire. sizes has '<size> <client>' of each session, the bytes of
 -- each client, and the bytes of all clients as 'total'. Above FAIR_FROM bytes, a client may take a sixteenth of the
 -- rest, so that a few clients cannot block all others. A limit of 0 means no limit, except for sessions and bytes.
--- Returns {'ok'}, or {'month' | 'tokens' | 'cost' | 'pending' | 'full', seconds until this may change}.
+-- before_ms is the time, in ms by this clock, from which on nothing is done; 0 for none.
+-- Returns {'ok'}, {'late'}, or {'month' | 'tokens' | 'cost' | 'pending' | 'full', seconds until this may change}.
 local now = now_ms()
+if before_ms > 0 and now >= before_ms then
+  return {'late'}
+end
 local day = math.floor(now / 86400000)
 local function over(period, name, amount, limit)
   return limit > 0 and tonumber(redis.call('HGET', account, period .. ':' .. name) or 0) + amount > limit
