@@ -152,7 +152,8 @@ class Decoder:
         if tail:
             self._hold(tail)
         self.last_event_id = event_id = self._id
-        return [Frame("message", event[6:], event_id) for event in events]
+        size = len(DATA)
+        return [Frame("message", event[size:], event_id) for event in events]
 
     def flush(self) -> list[Frame]:
         """Return the events of an unfinished end, as if a blank line followed. The decoder cannot be used any more."""
@@ -185,8 +186,8 @@ class Decoder:
             if not line:
                 if (frame := self._dispatch()) is not None:
                     frames.append(frame)
-            elif line.startswith(b"data: "):  # nearly every line of a chat stream
-                self._add_data(line[6:])
+            elif line.startswith(DATA):  # nearly every line of a chat stream
+                self._add_data(line[len(DATA) :])
             elif self._error_lines and line.startswith(b"error:"):
                 said = line[6:].strip()
                 if said not in _EMPTY:
