@@ -26,6 +26,7 @@ from broker.core.errors import (
     Overloaded,
     RateLimited,
     RequestError,
+    StoreRefused,
     StoreUnavailable,
 )
 from broker.core.fitting import FitRules, FittedRequest, ModelLimits, fit
@@ -391,10 +392,10 @@ class Admission:
     async def _store_at_once(
         self, session_id: str, ready: ReadyRequest, spec: Spec, rate: RateStatus | None
     ) -> tuple[bool, RateStatus | None]:
-        """Do all of `_store_session` in one round trip, if that is possible for this request and with this Redis.
+        """Do all of `_store_session` in one round trip, if the request is small and the clock of Redis is known.
 
-        A page gets its answer a sixth earlier (measured). The session is stored only if it was admitted, but for a
-        moment also if the rate of its client refuses it.
+        A page gets its answer a sixth earlier (measured). A request that is refused is stored too, for a moment: no
+        more than a few small ones are at a time.
 
         Returns:
             True if it is stored, and the rate status, where the prepare was counted. False is no refusal: the steps
@@ -404,21 +405,21 @@ class Admission:
             RateLimited, TooManyStreams, Overloaded, BudgetExceeded, StoreUnavailable: as `_store_session`.
         """
         now_ms = self._store.clock.now_ms()
-        if len(ready.body) > SMALL_BODY or now_ms is None or not self._store.runs_in_order:
+        if len(ready.body) > SMALL_BODY or now_ms is None:
             return False, rate
-        calls = self._admitting(session_id, ready, rate, before_ms=now_ms + IN_TIME_MS)
-        keys = self._pending.keys_of(ready.client.name)
-        storing = self._sessions.preparing(session_id, ready.body, spec, if_pending=keys)
+        # Calls that came later could come behind the removal of what they leave, once they were given up.
+        before_ms = now_ms + IN_TIME_MS
+        calls = self._admitting(session_id, ready, rate, before_ms=before_ms)
+        storing = self._sessions.preparing(session_id, ready.body, spec, before_ms=before_ms)
         *replies, stored = await self._store.run_each([*calls, storing])
         try:
             rate = self._admitted(ready, replies, rate)
-        except StoreUnavailable as error:  # too late, or refused by Redis
+            ends_ms = int(_answered(stored))
+        except StoreRefused as error:  # too late, or Redis is full
             return False, error.rate or rate
-        # It is 0 if Redis did not know the scripts of the calls before, so that these ran after it. It is an error if
-        # Redis is full, or stands for a cluster and refuses keys of several slots.
-        if isinstance(stored, StoreUnavailable) or not int(stored):
+        if not ends_ms:  # too late
             return False, rate
-        self._sessions.note_prepared(session_id, spec, stored)
+        self._sessions.note_prepared(session_id, spec, ends_ms)
         return True, rate
 
     def _admitting(

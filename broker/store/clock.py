@@ -9,8 +9,8 @@ KNOWN_FOR = 5.0
 another server."""
 
 IN_TIME_MS = 500
-"""Milliseconds after which a call that depends on the one before it does nothing any more: half the time for which
-Redis is waited for. If Redis stood still, or the call came late, nobody may wait any more."""
+"""Milliseconds after which a call that must not be late does nothing any more: half the time for which Redis is waited
+for. If Redis stood still, or the call took long to come there, nobody may wait any more."""
 
 
 class RedisClock:

@@ -1,14 +1,14 @@
 """The number and bytes of pending sessions, which are prepared and not yet claimed, in the accounts.
 
 Like a budget, they are counted in the client's account and in the total of all clients, by the same script with
-different keys. A session is stored only if both have admitted it.
+different keys. A session that one of them refuses is not stored, or removed at once.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from broker.core.errors import BrokerError, BudgetExceeded, Overloaded, StoreUnavailable, TooManyStreams
+from broker.core.errors import BrokerError, BudgetExceeded, Overloaded, StoreRefused, TooManyStreams
 from broker.store.accounts import MONTH, STREAMS_RETRY, UNLIMITED, budgets_of_all, budgets_of_client
 from broker.store.buckets import Account, account_of, total_account
 
@@ -110,21 +110,17 @@ class PendingStore:
             ),
         ]
 
-    def keys_of(self, client: str) -> tuple[str, str]:
-        """Return the keys of the pending sessions of a client and of all, which `admitting` writes."""
-        return account_of(self._store, client).key("pending"), self._total.key("pending")
-
     @staticmethod
     def check(replies: list[Any]) -> None:
         """Check the replies to the calls of `admitting`.
 
         Raises:
-            StoreUnavailable: they ran too late.
+            StoreRefused: they came too late, and did nothing.
             TooManyStreams, Overloaded, BudgetExceeded: as `admit`.
         """
         own, total = replies
         if b"late" in (own[0], total[0]):
-            raise StoreUnavailable
+            raise StoreRefused
         if own[0] in (b"pending", b"full"):
             message = "Too many of your sessions wait to be started."
             raise TooManyStreams(message, retry_after=min(float(own[1]), STREAMS_RETRY))

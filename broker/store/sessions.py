@@ -198,23 +198,16 @@ class SessionStore:
         (reply,) = await self._store.run([self.preparing(session_id, prepared.request, spec)])
         self.note_prepared(session_id, spec, reply)
 
-    def preparing(
-        self, session_id: str, request: bytes, spec: Spec, *, if_pending: tuple[str, str] | None = None
-    ) -> Call:
+    def preparing(self, session_id: str, request: bytes, spec: Spec, *, before_ms: int = 0) -> Call:
         """Return the call of `prepare`, to be run together with others. Pass its reply to `note_prepared`.
 
-        ``if_pending`` are the keys of `PendingStore.keys_of`. Then the session is stored only if the calls of
-        `PendingStore.admitting`, which have to run before, have admitted it. Redis has to be one server.
+        From ``before_ms`` on, by the clock of Redis, it stores nothing and returns 0; 0 is no such time.
         """
-        key = self._key(session_id)
-        pending, total_pending = if_pending or (key, key)
         return self._prepare.call(
-            session=key,
-            pending=pending,
-            total_pending=total_pending,
+            session=self._key(session_id),
             request=request,
             spec=_SPEC.dump_json(spec),
-            id_if_pending=session_id if if_pending else "",
+            before_ms=before_ms,
         )
 
     def note_prepared(self, session_id: str, spec: Spec, reply: Any) -> None:

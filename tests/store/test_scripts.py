@@ -97,11 +97,10 @@ def tags(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     return seen
 
 
-async def test_no_script_of_a_cluster_touches_two_tags(
-    valkey_url: str, upstream: ScriptedUpstream, tags: list[set[str]], monkeypatch: pytest.MonkeyPatch
+async def test_no_script_touches_two_tags(
+    valkey_url: str, upstream: ScriptedUpstream, tags: list[set[str]]
 ) -> None:
     """Two whole sessions of two clients, with every limit on."""
-    monkeypatch.setattr(Store, "runs_in_order", False)  # as in a cluster
     upstream.models = price_list()
     limits = {
         "total_daily_cost": "1",

@@ -104,6 +104,24 @@ async def test_an_unknown_session_has_no_time(sessions: SessionStore) -> None:
     assert await sessions.remaining(str(uuid4())) is None
 
 
+async def test_a_session_that_is_stored_again_stays_as_it_was(store: Store, sessions: SessionStore) -> None:
+    session, spec = str(uuid4()), PREPARED.spec
+    first, again = [
+        await store.run([sessions.preparing(session, request, spec)]) for request in (b'{"a": 1}', b"{}")
+    ]
+    assert [int(ends) for ends in first] == [int(ends) for ends in again] != [0]
+    assert (await held(store))[b"request"] == b'{"a": 1}'
+
+
+async def test_a_session_that_comes_too_late_is_not_stored(store: Store, sessions: SessionStore) -> None:
+    now_ms, spec = await store.now_ms(), PREPARED.spec
+    for before_ms, is_stored in ((now_ms - 1, False), (now_ms + 60_000, True)):
+        session = str(uuid4())
+        (reply,) = await store.run([sessions.preparing(session, b"{}", spec, before_ms=before_ms)])
+        assert (int(reply) > 0) is is_stored
+        assert (await sessions.describe(session) is not None) is is_stored
+
+
 async def test_a_session_can_be_forgotten(store: Store, sessions: SessionStore, prepared: str) -> None:
     await store.run([sessions.forgetting(prepared)])
     assert await store.redis.keys("*") == []

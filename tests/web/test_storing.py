@@ -9,17 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from broker.core.accounts import WorstCase
+from broker.prepare import Admission
 from broker.store.clock import IN_TIME_MS
-from broker.store.connection import Store
-from broker.store.pending import PendingStore
-from broker.store.sessions import SessionStore, Spec
-from broker.store.shared_connection import SharedConnection
+from broker.store.sessions import SessionStore
 from broker.web import keys
 from tests.broker import Answer, Broker, running
 from tests.kinds import needs_one_server
 from tests.money import MODEL, price_list, until
-from tests.relay.workers import FREE
 from tests.replies import plain
 from tests.scripted import PATIENCE
 from tests.valkey_cluster import one_address
@@ -28,6 +24,7 @@ from tests.wire import wire_to
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from broker.store.connection import Store
     from tests.scripted import ScriptedUpstream
 
 PROMPT = b"What is a broker?"
@@ -46,25 +43,21 @@ Waiting = tuple[int, list[int]]
 """How many sessions are stored, and how many each account counts as pending."""
 
 
-@pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request is admitted and stored in one round trip, however slow this machine is."""
-    needs_one_server("elsewhere it is done in steps")
-    monkeypatch.setattr(SharedConnection, "is_prompt", True)
-
-
 @pytest.fixture(params=["at once", "in steps"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request is admitted and stored in one round trip, as on one server, or in two, as in a cluster."""
+    """A request is admitted and stored in one round trip, or in two, as where the clock of Redis is not known."""
 
     async def fail(*_: object) -> None:
         raise AssertionError("stored in steps")
 
     if request.param == "at once":
-        request.getfixturevalue("at_once")
         monkeypatch.setattr(SessionStore, "prepare", fail)
     else:
-        monkeypatch.setattr(Store, "runs_in_order", False)
+        monkeypatch.setattr(Admission, "_store_at_once", not_possible)
+
+
+async def not_possible(_: object, session: object, ready: object, spec: object, rate: object) -> object:
+    return False, rate
 
 
 @asynccontextmanager
@@ -120,7 +113,6 @@ async def test_a_refused_request_leaves_nothing(
         await until(partial(leaves, store, before))
 
 
-@pytest.mark.usefixtures("at_once")
 async def test_a_request_that_redis_gets_behind_its_removal_leaves_nothing(
     valkey_url: str, upstream: ScriptedUpstream, store: Store
 ) -> None:
@@ -134,7 +126,6 @@ async def test_a_request_that_redis_gets_behind_its_removal_leaves_nothing(
         assert await waiting(store) == (0, [])
 
 
-@pytest.mark.usefixtures("at_once")
 async def test_a_request_that_is_a_little_late_is_stored(
     valkey_url: str, upstream: ScriptedUpstream, store: Store
 ) -> None:
@@ -150,7 +141,6 @@ async def test_a_request_that_is_a_little_late_is_stored(
         assert await waiting(store) == (1, [1, 1])
 
 
-@pytest.mark.usefixtures("at_once")
 async def test_scripts_that_redis_does_not_know_are_told_to_it(
     valkey_url: str, upstream: ScriptedUpstream, store: Store
 ) -> None:
@@ -184,7 +174,7 @@ async def is_in(packets: list[bytes], words: bytes) -> bool:
     return any(words in packet for packet in packets)
 
 
-async def test_a_server_that_stands_for_a_cluster_stores_it_in_steps(upstream: ScriptedUpstream) -> None:
+async def test_a_server_that_stands_for_a_cluster_stores_it(upstream: ScriptedUpstream) -> None:
     needs_one_server("it starts one of its own")
     upstream.replies = [plain]
     async with one_address() as server, ready(server.url, upstream) as broker:
@@ -192,20 +182,3 @@ async def test_a_server_that_stands_for_a_cluster_stores_it_in_steps(upstream: S
             answer = await ask(broker)
             assert answer.status == 201, answer.text
             assert (await broker.read(answer.json["sessionId"]))[-1].kind == "done"
-
-
-@pytest.mark.parametrize("admitted_by", [(), (0,), (1,), (0, 1)])
-async def test_a_session_is_stored_only_if_both_accounts_have_admitted_it(
-    store: Store, admitted_by: tuple[int, ...]
-) -> None:
-    needs_one_server("its keys are on several nodes")
-    sessions = SessionStore(store, session_ttl=600, running_ttl=960, resume_ttl=300)
-    places = PendingStore(store, FREE, session_ttl=600).keys_of("key:ann")
-    for key in places:
-        await store.redis.zadd(key, {"another session": 1})
-    for n in admitted_by:
-        await store.redis.zadd(places[n], {"session": 1})
-    spec = Spec(model=MODEL, prompt_tokens=1, referer="", client="key:ann", worst=WorstCase(1, 0))
-    (reply,) = await store.run([sessions.preparing("session", b"{}", spec, if_pending=places)])
-    is_stored = await sessions.describe("session") is not None
-    assert bool(int(reply)) == is_stored == (len(admitted_by) == 2)
