@@ -141,6 +141,21 @@ async def test_a_request_that_is_a_little_late_is_stored(
         assert await waiting(store) == (1, [1, 1])
 
 
+async def test_a_request_that_is_admitted_in_time_and_stored_late_is_stored_again(
+    valkey_url: str, upstream: ScriptedUpstream, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis may do the calls of a round trip at different times, each by its own clock in a cluster."""
+    preparing = SessionStore.preparing
+
+    def late(self: SessionStore, *values: Any, before_ms: int = 0) -> Any:
+        return preparing(self, *values, before_ms=min(before_ms, 1))
+
+    monkeypatch.setattr(SessionStore, "preparing", late)
+    async with ready(valkey_url, upstream) as broker:
+        assert (await ask(broker)).status == 201
+        assert await waiting(store) == (1, [1, 1])
+
+
 async def test_scripts_that_redis_does_not_know_are_told_to_it(
     valkey_url: str, upstream: ScriptedUpstream, store: Store
 ) -> None:
