@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 
 from tests.events import Broken
 from tests.money import PRICE, TOTAL, Ledger, ledger
+from tests.scripted import PATIENCE
 from tests.system.biller import MAX_TOKENS
 from tests.system.cluster import Session, question
 from tests.system.faults import freeze_primary, kill_primary
@@ -252,8 +253,8 @@ class Spenders:
     async def judge(self, redis: Redis) -> list[str]:
         """Compare every account with the bills."""
         findings = [*dict.fromkeys(self.findings)]
-        records = await _settled(redis)
-        total = 0
+        records, account, months = await _accounts(redis)
+        self.estimates = total = 0
         # While the truth behind an estimate can still come, what was reserved above it stays so.
         kept = sum(int(each.get("kept_cost", 0)) for found in records.values() for each in found)
         for page in self.pages:
@@ -263,12 +264,10 @@ class Spenders:
             total += sum(booked(record).cost for record in found)
             findings += self._judge(page, found, self.biller.bills.get(page.session.marker, []))
         findings += [f"{session} is nobody's" for session in records]
-        account = await ledger(redis)
         if account.spent_cost != total:
             findings.append(f"{account.spent_cost} is spent, and the sessions together are {total}")
         if account.reserved_cost != kept:
             findings.append(f"{account} is still reserved, and estimates keep {kept}")
-        months = await ledger(redis, months=True)
         if months != account._replace(spent_tokens=0, reserved_tokens=0):
             findings.append(f"{months} in the months, and {account} in the days")
         return findings
@@ -326,6 +325,19 @@ class Booked(NamedTuple):
 def booked(record: dict[str, str]) -> Booked:
     """Read a settled reservation."""
     return Booked(*map(int, record["booked"].split()))
+
+
+async def _accounts(redis: Redis) -> tuple[dict[str, list[dict[str, str]]], Ledger, Ledger]:
+    """The settled reservations, and the sums of days and months, all of one moment.
+
+    The truth behind an estimate may come while they are read. Then they are read again.
+    """
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            before = await ledger(redis)
+            records, months = await _settled(redis), await ledger(redis, months=True)
+            if await ledger(redis) == before:
+                return records, before, months
 
 
 async def _settled(redis: Redis) -> dict[str, list[dict[str, str]]]:
