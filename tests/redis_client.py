@@ -64,21 +64,25 @@ class AllPrimaries(RedisCluster):
         return await self.spublish(channel, message)
 
     async def aclose(self) -> None:
-        """Close all connections.
-
-        A command that is cancelled while it connects makes the library lose that connection. Its memory is freed here,
-        so that no other test is told of it.
-        """
+        """Close all connections, and free those that the library has lost."""
         await super().aclose()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
+        free_lost_connections()
 
     async def execute_command(self, *words: Any, **options: Any) -> Any:
         """Run a command, on all nodes if it is about the servers themselves."""
         if words[0] in OF_ALL:
             options.setdefault("target_nodes", self.ALL_NODES)
         return await super().execute_command(*words, **options)
+
+
+def free_lost_connections() -> None:
+    """Free the connections that the library has lost, so that no other test is told of them.
+
+    It may lose one if a command, or the closing of its client, is cancelled.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 async def info_of_all(redis: Redis, section: str) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 
 from tests.events import Broken
 from tests.money import PRICE, TOTAL, Ledger, ledger
+from tests.redis_client import free_lost_connections
 from tests.scripted import PATIENCE
 from tests.system.biller import MAX_TOKENS
 from tests.system.cluster import Session, question
@@ -214,18 +215,22 @@ class Spenders:
         while not over.is_set():
             await asyncio.sleep(0.02)
             try:
-                async with asyncio.timeout(1):
-                    for primary in await self._primaries():
-                        await self._check_accounts(primary)
+                for primary in await self._primaries():
+                    await self._check_accounts(primary)
             except (RedisError, OSError, TimeoutError):
                 continue
+        free_lost_connections()
 
     async def _primaries(self) -> list[ValkeyProcess]:
         servers = self.cluster.valkey
-        return [servers] if isinstance(servers, ValkeyProcess) else await servers.primaries()
+        if isinstance(servers, ValkeyProcess):
+            return [servers]
+        async with asyncio.timeout(1):
+            return await servers.primaries()
 
     async def _check_accounts(self, primary: ValkeyProcess) -> None:
-        async with primary.client() as redis:
+        # Only the commands have a limit: the library loses a connection whose closing is cancelled.
+        async with primary.client() as redis, asyncio.timeout(1):
             for name, limit in self.limits.items():
                 keys: Any = await redis.keys(name)
                 for key in keys:
