@@ -96,9 +96,9 @@ async def test_another_worker_settles_for_a_killed_one() -> None:
             call.chunks(1)
             call.finish()
             call.call.usage(cost=0.0005)
-            await other_line.take(3)
+            await other_line.take(4)
             await cluster.journaled(silent, 3)
-            await cluster.journaled(told, 3)
+            await cluster.journaled(told, 4)
             await owner.kill()
         waiting, _ = await prepared(cluster, other)
         async with waiting.stream(other) as connection:
