@@ -372,8 +372,8 @@ class Admission:
         """Count the session as pending, store it, and count the prepare unless that was done already.
 
         Raises:
-            RateLimited, TooManyStreams, Overloaded, BudgetExceeded, StoreUnavailable: as `admit`. What it has left is
-                removed in the background.
+            RateLimited, TooManyStreams, Overloaded, BudgetExceeded, StoreUnavailable: as `admit`. What was stored
+                or counted is removed in the background.
         """
         try:
             is_stored, rate = await self._store_at_once(session_id, ready, spec, rate)
@@ -394,12 +394,12 @@ class Admission:
     ) -> tuple[bool, RateStatus | None]:
         """Do all of `_store_session` in one round trip, if the request is small and the clock of Redis is known.
 
-        A page gets its answer a sixth earlier (measured). A request that is refused is stored too, for a moment: no
-        more than a few small ones are at a time.
+        A page gets its answer a sixth earlier (measured). A refused request is stored too, until its removal a moment
+        later. It is small, and few are refused at the same time.
 
         Returns:
-            True if it is stored, and the rate status, where the prepare was counted. False is no refusal: the steps
-            have to be done one after the other, as far as they are not done.
+            True if the session is stored. False if it was not possible in this way; it is not refused, and the steps
+            have to be done one after the other. And the rate status, if the prepare was counted.
 
         Raises:
             RateLimited, TooManyStreams, Overloaded, BudgetExceeded, StoreUnavailable: as `_store_session`.
@@ -407,7 +407,7 @@ class Admission:
         now_ms = self._store.clock.now_ms()
         if len(ready.body) > SMALL_BODY or now_ms is None:
             return False, rate
-        # Calls that came later could come behind the removal of what they leave, once they were given up.
+        # Redis might get later calls after their removal, which is sent when nobody waits for them any more.
         before_ms = now_ms + IN_TIME_MS
         calls = self._admitting(session_id, ready, rate, before_ms=before_ms)
         storing = self._sessions.preparing(session_id, ready.body, spec, before_ms=before_ms)

@@ -64,7 +64,7 @@ class AllPrimaries(RedisCluster):
         return await self.spublish(channel, message)
 
     async def aclose(self) -> None:
-        """Close all connections, and free those that the library has lost."""
+        """Close all connections. The lost ones are freed too."""
         await super().aclose()
         free_lost_connections()
 
@@ -76,9 +76,9 @@ class AllPrimaries(RedisCluster):
 
 
 def free_lost_connections() -> None:
-    """Free the connections that the library has lost, so that no other test is told of them.
+    """Free the connections that the library has lost, so that no other test fails because of them.
 
-    It may lose one if a command, or the closing of its client, is cancelled.
+    The library may lose a connection if a command is cancelled, or the closing of its client.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)

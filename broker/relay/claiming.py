@@ -54,7 +54,8 @@ ELSEWHERE_PAUSE = 0.1
 """Seconds between these checks."""
 
 TURNS_TO_ASK = 2
-"""Turns of the event loop from a won claim until the upstream is asked, which goes first: a page waits for it."""
+"""Turns of the event loop between a won claim and the call that frees its pending place. The upstream is asked first,
+because a page waits for the answer."""
 
 QuotasOf = Callable[["Spec"], "Quotas | None"]
 """Returns the limits of the client of a session; None for those of the service."""
