@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
+from broker.core.json_to_keep import json_to_keep
 from broker.core.session import Cursor, State, Terminal
 from broker.core.sse import encode_event
 
@@ -47,7 +46,7 @@ def refusal_event(error: BrokerError, cursor: Cursor | None, *, final: bool = Tr
 
 def queued_event(position: int, of: int) -> bytes:
     """Return the event of a page that waits in line. It has no id, because it is not part of the session."""
-    return encode_event("queued", orjson.dumps({"position": position, "of": of}))
+    return encode_event("queued", json_to_keep({"position": position, "of": of}))
 
 
 def error_data(error: BrokerError, *, final: bool = True) -> bytes:
@@ -62,7 +61,7 @@ def error_data(error: BrokerError, *, final: bool = True) -> bytes:
         data["retryAfter"] = error.retry_after if error.retry_after % 1 else int(error.retry_after)
     if (status := getattr(error, "upstream_status", None)) is not None:
         data["upstreamStatus"] = status
-    return orjson.dumps(data)
+    return json_to_keep(data)
 
 
 def done_data(
@@ -86,7 +85,7 @@ def done_data(
         ttft_ms: milliseconds from the claim to the first chunk.
         total_ms: milliseconds from the claim to the end.
     """
-    return orjson.dumps(
+    return json_to_keep(
         {
             "finishReason": finish_reason,
             "nativeFinishReason": answer.native_finish_reason,
@@ -115,14 +114,14 @@ def unknown_done(finish_reason: str | None) -> bytes:
         "ttftMs",
         "totalMs",
     )
-    return orjson.dumps({"finishReason": finish_reason, "estimated": True, **dict.fromkeys(unknown)})
+    return json_to_keep({"finishReason": finish_reason, "estimated": True, **dict.fromkeys(unknown)})
 
 
 def cancelled_unseen(cost: float | None) -> bytes:
     """Return the data of the `done` event of a cancelled session of which nothing else is known."""
     known = {"finishReason": "cancelled", "cost": cost, "estimated": False}
     unknown = ("nativeFinishReason", "model", "provider", "generationId", "usage", "ttftMs", "totalMs")
-    return orjson.dumps(known | dict.fromkeys(unknown))
+    return json_to_keep(known | dict.fromkeys(unknown))
 
 
 def cancelled_before_start() -> Terminal:

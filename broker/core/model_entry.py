@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from broker.core.foreign import fits, is_too_large_to_parse
+from broker.core.json_to_keep import json_to_keep
 from broker.core.pricing import Prices, dearest_list, is_free, parse_prices
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _model(raw: dict[str, Any]) -> Model:
         context_length=_smaller(raw, "context_length"),
         max_completion_tokens=_smaller(raw, "max_completion_tokens"),
         prices=parse_prices(raw),
-        entry=orjson.dumps(raw),
+        entry=json_to_keep(raw),
     )
 
 

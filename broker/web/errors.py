@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-import orjson
 from aiohttp import hdrs, web
 
 from broker.core.errors import (
@@ -24,6 +23,7 @@ from broker.core.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
+from broker.core.json_to_keep import json_to_keep
 from broker.web.rates import rate_headers
 
 RETRY_AFTER = 3
@@ -49,8 +49,9 @@ _JSON: Mapping[str, str] = {hdrs.CONTENT_TYPE: "application/json", hdrs.CACHE_CO
 
 def json_response(data: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     """Return a JSON answer that caches never store."""
+    # aiohttp keeps it until the next answer of the same connection, which may be a stream.
     return web.Response(
-        body=orjson.dumps(data), status=status, headers={**_JSON, **headers} if headers else _JSON
+        body=json_to_keep(data), status=status, headers={**_JSON, **headers} if headers else _JSON
     )
 
 
