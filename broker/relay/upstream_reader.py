@@ -165,6 +165,7 @@ class UpstreamReader:
             SessionError: the answer is not complete. Chunks that came before have been taken.
         """
         self._stream = await self._open()
+        self._request = b""  # it was sent, and no other attempt follows
         self.status = self._stream.status
         self.answer.generation_id = self._stream.generation_id
         self._is_ended = await self._stream.relay(self._read, self._limits.max_response)

@@ -332,6 +332,22 @@ async def test_a_session_that_was_refused_keeps_no_prompt(broker: Broker, upstre
     assert (await broker.read(session))[-1].kind == "error", "its end is stored all the same"
 
 
+async def test_a_stream_keeps_no_prompt_once_it_runs(broker: Broker, upstream: ScriptedUpstream) -> None:
+    session = await broker.prepare(messages=[{"role": "user", "content": "prompt " * 100_000}])
+    async with broker.stream(session) as connection:
+        call = (await upstream.call()).open()
+        call.chunk("a")
+        await connection.take(1)
+        await broker.ask(
+            "GET", "/health/live"
+        )  # a connection keeps its last request until the next one comes
+        upstream.calls.clear()
+        await until(lambda: asyncio.sleep(0, bytes_with(b"prompt prompt") < ENOUGH))
+        call.chunk("b")
+        call.done()
+        assert [event.kind for event in await connection.take(2)] == ["chunk", "done"]
+
+
 async def test_a_session_that_broke_off_keeps_no_partial_event(
     broker: Broker, upstream: ScriptedUpstream
 ) -> None:
