@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from broker.relay.feed import Feed
 from broker.relay.finishing import ALL
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from broker.core.replay import Batch
     from broker.core.session import State, Terminal
     from broker.relay.generation import Generation
@@ -81,9 +78,11 @@ class FinishedSession:
         """The state in which it ended."""
         return self.end.state
 
-    def watched(self, *, resumed: bool = False) -> AbstractContextManager[None]:  # noqa: ARG002 - as of any source
-        """Count nobody: nothing depends on viewers any more."""
-        return nullcontext()
+    def add_viewer(self, *, resumed: bool = False) -> None:
+        """Do nothing: no viewer is counted, because nothing depends on viewers any more."""
+
+    def remove_viewer(self) -> None:
+        """Do nothing, likewise."""
 
     def cancel(self) -> bool:
         """Return False: it has ended."""

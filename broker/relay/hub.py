@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from broker.core.errors import (
@@ -20,8 +20,6 @@ from broker.relay.claiming import Claiming, no_own_quotas
 from broker.relay.generation import Generation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from broker.core.replay import Batch
     from broker.relay.claiming import QuotasOf
     from broker.relay.finished import FinishedSession
@@ -119,21 +117,21 @@ class Hub:
             return won
         return await self._mirror(session_id, cursor)
 
-    @contextmanager
-    def watching(self, source: Source, viewer: Viewer, *, resumed: bool = False) -> Iterator[None]:
-        """Count a viewer, and send it heartbeats, for as long as the block runs.
+    def add_viewer(self, source: Source, viewer: Viewer, *, resumed: bool = False) -> None:
+        """Count a viewer, and send it heartbeats, until `remove_viewer`. It does not wait.
 
         Args:
             source: of its events.
             viewer: the viewer.
             resumed: it came with a cursor.
         """
-        with source.watched(resumed=resumed):
-            self._worker.viewers.add(viewer)
-            try:
-                yield
-            finally:
-                self._worker.viewers.discard(viewer)
+        source.add_viewer(resumed=resumed)
+        self._worker.viewers.add(viewer)
+
+    def remove_viewer(self, source: Source, viewer: Viewer) -> None:
+        """Count a viewer out that has left."""
+        self._worker.viewers.discard(viewer)
+        source.remove_viewer()
 
     async def read_journal(self, session_id: str, after: int) -> list[Batch]:
         """Return a part of a session's journal, for a viewer whose next events have left memory.

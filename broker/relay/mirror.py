@@ -64,16 +64,15 @@ class Mirror:
         self._unwatched = unwatched
         self._viewers = 0
 
-    @contextmanager
-    def watched(self, *, resumed: bool = False) -> Iterator[None]:  # noqa: ARG002 - as of a `Source`
-        """Count a viewer for as long as the block runs."""
+    def add_viewer(self, *, resumed: bool = False) -> None:  # noqa: ARG002 - as of a `Source`
+        """Count a viewer."""
         self._viewers += 1
-        try:
-            yield
-        finally:
-            self._viewers -= 1
-            if not self._viewers:
-                self._unwatched(self)
+
+    def remove_viewer(self) -> None:
+        """Count a viewer out. Nobody follows the session any more after the last one."""
+        self._viewers -= 1
+        if not self._viewers:
+            self._unwatched(self)
 
 
 class _Opening:

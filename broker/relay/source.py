@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -20,9 +19,12 @@ class Source(Protocol):
     def prepared_by(self) -> str:
         """The id of the request that prepared the session; empty where this worker does not know it."""
 
-    def watched(self, *, resumed: bool = False) -> AbstractContextManager[None]:
-        """Count a viewer for as long as the block runs, so that the session is not abandoned.
+    def add_viewer(self, *, resumed: bool = False) -> None:
+        """Count a viewer, so that the session is not abandoned.
 
         Args:
             resumed: it came with a cursor.
         """
+
+    def remove_viewer(self) -> None:
+        """Count a viewer out that has left."""

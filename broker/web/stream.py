@@ -140,11 +140,12 @@ async def _show(
     viewer = form(source.feed, read_journal, response, cursor, asyncio.get_running_loop().time())
     if source.prepared_by:
         request[LOGGED]["prepared_by"] = source.prepared_by
+    hub.add_viewer(source, viewer, resumed=cursor is not None)
     try:
-        with hub.watching(source, viewer, resumed=cursor is not None):
-            await response.open(request, jitter(settings.retry_ms))
-            await viewer.follow()
+        await response.open(request, jitter(settings.retry_ms))
+        await viewer.follow()
     finally:
+        hub.remove_viewer(source, viewer)
         app[METRICS].stream_closed(response.written)
     return response
 

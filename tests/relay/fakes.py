@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +20,7 @@ from tests.clock import Clock
 if TYPE_CHECKING:
     from broker.core.dialect import Dialect
     from broker.core.replay import Batch
+    from broker.relay.source import Source
 
 SESSION = "01234567-89ab-4cde-8f01-23456789abcd"
 WORST = WorstCase(tokens=5000, cost=700)
@@ -53,6 +55,16 @@ TOLD_USAGE = data({"choices": [], "usage": USAGE})
 def chunks_in(encoded: Sequence[bytes], event: bytes | None) -> Sequence[bytes]:
     """Return the chunks of a read that a reader passes on."""
     return [decode_data(each) for each in (encoded if event is None else [event.removesuffix(b"\n\n")])]
+
+
+@contextmanager
+def watched(source: Source) -> Iterator[None]:
+    """Count a viewer for as long as the block runs."""
+    source.add_viewer()
+    try:
+        yield
+    finally:
+        source.remove_viewer()
 
 
 class BugError(Exception):

@@ -38,6 +38,7 @@ from tests.relay.fakes import (
     FakeUpstream,
     data,
     text,
+    watched,
 )
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ async def test_without_a_journal_memory_holds_only_what_a_viewer_lacks() -> None
     large = data(text("x" * WINDOW))
     async with running(journaled=False, limits=replace(LIMITS, max_response=10 * WINDOW)) as run:
         assert run.generation.unsaved() == NOTHING
-        with run.generation.watched():
+        with watched(run.generation):
             await run.read(large, large)
             assert run.feed.size > 2 * WINDOW
             run.feed.go_live(LiveViewer())
@@ -335,7 +336,7 @@ async def test_silence_of_the_upstream_ends_the_session(
     reads: tuple[bytes, ...], seconds: float, code: str
 ) -> None:
     async with running(reads=reads) as run:
-        with run.generation.watched():
+        with watched(run.generation):
             await run.at(seconds - 0.1)
             assert run.phase is Phase.RELAYING
             await run.at(0.1)
@@ -344,7 +345,7 @@ async def test_silence_of_the_upstream_ends_the_session(
 
 async def test_the_deadline_ends_an_answer_that_goes_on() -> None:
     async with running() as run:
-        with run.generation.watched():
+        with watched(run.generation):
             while run.clock.now < 1000.0 + DEADLINE - 50:
                 await run.at(50)
                 await run.read(HELLO)
@@ -363,11 +364,11 @@ async def test_an_unwatched_session_is_abandoned_after_the_grace() -> None:
 
 async def test_the_grace_begins_when_the_last_viewer_leaves() -> None:
     async with running() as run:
-        with run.generation.watched():
+        with watched(run.generation):
             await run.at(30)
         await run.at(GRACE - 0.1)
         assert run.phase is Phase.RELAYING
-        with run.generation.watched():  # a viewer returns in time
+        with watched(run.generation):  # a viewer returns in time
             await run.read(HELLO)
             await run.at(20)
         await run.at(GRACE)
@@ -386,7 +387,7 @@ async def test_a_viewer_elsewhere_keeps_a_session_alive() -> None:
 
 async def test_a_grace_that_is_shorter_than_the_time_between_checks_is_kept() -> None:
     async with running(limits=replace(LIMITS, grace=UNCHECKED / 4)) as run:
-        with run.generation.watched():
+        with watched(run.generation):
             run.check()
             assert run.generation.check_at >= run.clock.now + UNCHECKED / 2
         await run.clock.advance(UNCHECKED / 4)
@@ -405,7 +406,7 @@ async def test_timers_are_not_checked_while_nothing_can_be_due() -> None:
 
 async def test_without_grace_a_session_ends_with_its_last_viewer() -> None:
     async with running(limits=replace(LIMITS, grace=0)) as run:
-        with run.generation.watched():
+        with watched(run.generation):
             await run.at(50)
             assert run.phase is Phase.RELAYING
         assert await run.code() == "abandoned"

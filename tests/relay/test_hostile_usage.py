@@ -19,6 +19,7 @@ from broker.relay.config import Money
 from broker.relay.reaper import spent_in_end
 from broker.relay.settlement import Settlement
 from broker.store.accounts import Reservation
+from tests.relay.fakes import watched
 from tests.relay.test_last_resort import WORST, World, generation_in
 
 NAMES = [
@@ -140,7 +141,7 @@ def event(chunk: dict[str, Any]) -> bytes:
 
 async def told_of(world: Telling) -> Terminal:
     async with asyncio.timeout(20), generation_in(world, settlement=world.settlement) as generation:
-        with generation.watched():
+        with watched(generation):
             if world.how == "stop":
                 await world.relayed.wait()
                 generation.cancel()

@@ -30,7 +30,7 @@ from broker.store.buckets import account_of
 from broker.store.connection import Store
 from tests.clock import run_ready_tasks
 from tests.money import open_reservations, slots, until
-from tests.relay.fakes import DONE, FINISH, HELLO, PREPARED, RESERVATION
+from tests.relay.fakes import DONE, FINISH, HELLO, PREPARED, RESERVATION, watched
 from tests.relay.workers import FakeWorker, running_worker
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ async def test_a_draining_worker_serves_only_what_runs_on_it(here: FakeWorker, e
 async def test_without_resuming_a_session_streams_once(store: Store) -> None:
     async with running_worker(store, resume_ttl=0) as here, running_worker(store, resume_ttl=0) as elsewhere:
         generation = await here.start()
-        with generation.watched():
+        with watched(generation):
             for worker in (here, elsewhere):
                 with pytest.raises(AlreadyClaimed):
                     await worker.hub.find(generation.session_id, None)
@@ -138,9 +138,10 @@ async def test_without_redis_a_page_is_asked_to_come_again(tmp_path: Path) -> No
 async def test_a_viewer_counts_while_it_watches(here: FakeWorker) -> None:
     generation = await here.start()
     viewer = cast("Viewer", object())
-    with here.hub.watching(generation, viewer):
-        assert here.worker.viewers == {viewer}
-        assert generation.was_watched
+    here.hub.add_viewer(generation, viewer)
+    assert here.worker.viewers == {viewer}
+    assert generation.was_watched
+    here.hub.remove_viewer(generation, viewer)
     assert here.worker.viewers == set()
 
 

@@ -20,7 +20,7 @@ from broker.relay.journal_writer import JournalWriter
 from broker.relay.late_ends import LateEnds
 from broker.store.accounts import Reservation
 from broker.store.sessions import EndConflict, Prepared, SessionStatus
-from tests.relay.fakes import Relaying
+from tests.relay.fakes import Relaying, watched
 
 WORST = WorstCase(tokens=5000, cost=700)
 COUNTED = Usage(10, 5, cost=3)
@@ -159,7 +159,7 @@ async def end_of(world: World, how: str) -> Terminal:
     """Let a generation end in this way, and return the end that its viewers get."""
     world.how = how
     async with asyncio.timeout(20), generation_in(world) as generation:
-        with generation.watched():
+        with watched(generation):
             await world.relayed.wait()
             if world.breaks.get("build"):
                 generation._reader.answer.provider = cast("Any", Unwritable())
@@ -219,7 +219,7 @@ async def test_a_cancel_accepted_elsewhere_stands_despite_a_bug(how: str, part: 
 async def test_an_end_of_another_worker_stands_without_a_count() -> None:
     world = World(count=1)
     async with asyncio.timeout(20), generation_in(world) as generation:
-        with generation.watched():
+        with watched(generation):
             await world.relayed.wait()
             generation.fence(None)
             await generation.ended()
@@ -231,7 +231,7 @@ async def test_a_request_never_sent_costs_nothing_despite_a_bug() -> None:
     world = World(count=1)
     world.how = "never asked"
     async with asyncio.timeout(20), generation_in(world) as generation:
-        with generation.watched():
+        with watched(generation):
             generation.cancel()  # before its task had its first turn
             await generation.ended()
     assert world.settled == [(Usage(), State.CANCELLED)]

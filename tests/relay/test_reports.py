@@ -8,13 +8,13 @@ from structlog.testing import capture_logs
 from broker.core.session import State
 from broker.relay.reports import report_end, report_of, report_of_lost
 from broker.store.sessions import SessionRecord
-from tests.relay.fakes import COUNTED, DONE, ERROR, FINISH, HELLO, PREPARED, SESSION
+from tests.relay.fakes import COUNTED, DONE, ERROR, FINISH, HELLO, PREPARED, SESSION, watched
 from tests.relay.test_generation import running
 
 
 async def test_a_finished_session_has_its_facts() -> None:
     async with running(reads=()) as run:
-        with run.generation.watched():
+        with watched(run.generation):
             await run.clock.advance(0.25)
             await run.read(HELLO)
             await run.clock.advance(2)
