@@ -8,7 +8,6 @@ it.
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakMethod
 
@@ -38,7 +37,7 @@ from broker.store.sessions import EndConflict
 from broker.telemetry.interface import NO_TRACE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from broker.core.answer import Answer
     from broker.core.replay import Batch
@@ -224,7 +223,8 @@ class Generation:
         self._unwatched_since: float | None = self.started_at + max(0.0, FIRST_VIEWER - limits.grace)
         self._unchecked = min(UNCHECKED, limits.first_data_timeout, limits.idle_timeout)
         self.check_at = self.started_at
-        self._to_decide = asyncio.Event()
+        # Not an `asyncio.Event`, which takes 0.75 KiB.
+        self._to_decide: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reading_task: asyncio.Task[SessionError | None] | None = None
         self._abandoning: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -313,19 +313,18 @@ class Generation:
         end = self.feed.end
         return end is not None and end.id.epoch == 1 and end != self.lifecycle.fence
 
-    @contextmanager
-    def watched(self, *, resumed: bool = False) -> Iterator[None]:
-        """Count a viewer for as long as the block runs. `resumed`: it came with a cursor."""
+    def add_viewer(self, *, resumed: bool = False) -> None:
+        """Count a viewer. `resumed`: it came with a cursor."""
         self._viewers += 1
         self.seen_viewers += 1
         self.resumes += resumed
         self.was_watched = True
         self._unwatched_since = None
-        try:
-            yield
-        finally:
-            self._viewers -= 1
-            self._note_watchers()
+
+    def remove_viewer(self) -> None:
+        """Count a viewer out."""
+        self._viewers -= 1
+        self._note_watchers()
 
     def note_elsewhere(self, *, watched: bool) -> None:
         """Note whether a viewer on another worker is registered."""
@@ -407,8 +406,12 @@ class Generation:
         elif action is Action.ABANDON:
             self._abandoning = asyncio.create_task(self._abandon())
         elif action is Action.DECIDE:
-            self._to_decide.set()
+            self._begin_to_decide()
         # The other actions are done by the method that handles their event.
+
+    def _begin_to_decide(self) -> None:
+        if not self._to_decide.done():
+            self._to_decide.set_result(None)
 
     def _note_watchers(self) -> None:
         if self._viewers or self.watched_elsewhere:
@@ -462,7 +465,7 @@ class Generation:
         read_on = False
         try:
             await self._read_to_the_end()
-            await self._to_decide.wait()
+            await self._to_decide
             await self._end()
             read_on = self.finishing.wait_for_usage(self.state)
         except Exception as error:  # noqa: BLE001 - logged there
@@ -484,7 +487,7 @@ class Generation:
         reader = self._reading_task
         if reader is None:
             return
-        await asyncio.wait([reader])
+        await _ended(reader)
         failure = None if reader.cancelled() else reader.result()
         if isinstance(failure, UpstreamInterrupted) and self._reader.answer.finished:
             failure = None  # after a finish reason, a broken connection does not matter
@@ -545,7 +548,7 @@ class Generation:
         try:
             self._finish(end)
         finally:
-            self._to_decide.set()  # `_run` may wait for it, and finds that there is an end
+            self._begin_to_decide()  # `_run` may wait for it, and finds that there is an end
             self._write_later(self, end)
 
     def _take(self, encoded: Sequence[bytes], now: float, event: bytes | None = None) -> None:
@@ -572,6 +575,26 @@ class Generation:
             feed.trim(feed.last)  # no viewer will ask for these events again
         if self.transcript is not None:
             self.transcript.add(map(decode_data, encoded if event is None else [event[:-2]]))
+
+
+async def _ended(task: asyncio.Task[SessionError | None]) -> None:
+    """Wait for the end of a task. A cancellation leaves it running.
+
+    This is `asyncio.wait` for one task, which takes 1.8 KiB more for each stream (measured).
+    """
+    if task.done():
+        return
+    ended = asyncio.get_running_loop().create_future()
+
+    def end(_: asyncio.Task[SessionError | None]) -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    task.add_done_callback(end)
+    try:
+        await ended
+    finally:
+        task.remove_done_callback(end)
 
 
 def _weakly(unsaved: Callable[[], Batch]) -> Callable[[], Batch]:
