@@ -36,12 +36,11 @@ _CONTENT = re.compile(rb'"content" ?: ?"')
 class Skeleton:
     """The parts of an event before and after its text. It matches nothing until `learn` has found one."""
 
-    __slots__ = ("_between", "_end", "_head", "_tail", "_tries")
+    __slots__ = ("_end", "_head", "_tail", "_tries")
 
     def __init__(self) -> None:
         self._head = self._tail = b""  # of an event
         self._end = b""  # of its data
-        self._between = b""  # between the texts of two events
         self._tries = 0
 
     def text_size(self, event: bytes) -> int:
@@ -78,7 +77,7 @@ class Skeleton:
         # of the time of one by two, and one comparison a sixth of many (measured).
         lines = events.split(b"\n")[:-2:2]
         texts = [line[len(head) : len(line) - len(end)] for line in lines]
-        if head + self._between.join(texts) + end + b"\n\n" != events:
+        if head + (self._tail + head).join(texts) + self._tail != events:
             lines = list(takewhile(self._is_like, events.split(b"\n\n")[:-1]))
             texts = [line[len(head) : len(line) - len(end)] for line in lines]
         count, size = _plain_texts(texts)
@@ -109,7 +108,6 @@ class Skeleton:
             if rest.startswith(raw + b'"') and _differs_only_in(start, rest[len(raw) :], chunk, delta):
                 self._end = rest[len(raw) :]
                 self._head, self._tail = DATA + start, self._end + b"\n\n"
-                self._between = self._tail + self._head
                 return
 
 
