@@ -76,7 +76,7 @@ class Costs:
     total_account: float = 300.0
     event_bytes: float = 310.0
     session_bytes: float = 1500.0
-    stream_bytes: float = 45 * 1024.0
+    stream_bytes: float = 35 * 1024.0
 
 
 @dataclass(frozen=True)
