@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from broker.core.json_to_keep import json_to_keep
 from broker.core.session import Cursor, State, Terminal
 from broker.core.sse import encode_event
@@ -46,7 +48,7 @@ def refusal_event(error: BrokerError, cursor: Cursor | None, *, final: bool = Tr
 
 def queued_event(position: int, of: int) -> bytes:
     """Return the event of a page that waits in line. It has no id, because it is not part of the session."""
-    return encode_event("queued", json_to_keep({"position": position, "of": of}))
+    return encode_event("queued", orjson.dumps({"position": position, "of": of}))
 
 
 def error_data(error: BrokerError, *, final: bool = True) -> bytes:
