@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def json_to_keep(value: Any, *, default: Callable[[Any], Any] | None = None) -> bytes:
     """Return a value as JSON, in as much memory as its length.
 
-    What orjson returns has the memory in which it was built: 4 KiB for the shortest text (3.13, measured). So each
-    model, and each connection for its last answer, would take 4 KiB more.
+    orjson returns bytes in the memory in which it wrote them: 4 KiB at least, and several times the length of a long
+    text (orjson 3.13, measured). So each model, and each connection for its last answer, would take 4 KiB or more.
 
     Args:
         value: what is written.

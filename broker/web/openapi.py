@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from broker import __version__
 from broker.core import errors
+from broker.core.json_to_keep import json_to_keep
 from broker.core.parameters import PARAMETERS
 from broker.core.responses_parameters import PARAMETERS as RESPONSES_PARAMETERS
 from broker.core.session import CURSOR, SESSION_ID
@@ -62,7 +61,7 @@ class OpenApi:
         return await self._answer(request)
 
     def _make(self) -> bytes:
-        return orjson.dumps(document(self._prefix, page=self._page))
+        return json_to_keep(document(self._prefix, page=self._page))
 
 
 def document(prefix: str = "", *, page: bool = True) -> dict[str, Any]:
