@@ -141,7 +141,9 @@ async def test_a_viewer_counts_while_it_watches(here: FakeWorker) -> None:
     here.hub.add_viewer(generation, viewer)
     assert here.worker.viewers == {viewer}
     assert generation.was_watched
+    assert generation._viewers == 1
     here.hub.remove_viewer(generation, viewer)
+    assert generation._viewers == 0
     assert here.worker.viewers == set()
 
 

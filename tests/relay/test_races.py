@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -26,7 +25,9 @@ from broker.store.journal import JournalStore
 from broker.store.pending import PendingStore
 from broker.store.sessions import Prepared, SessionStatus, SessionStore
 from broker.web import keys
+from broker.web.eventstream import EventStream
 from tests.broker import Broker, running
+from tests.memory import bytes_with
 from tests.money import Ledger, due_estimates, ledger, let_time_pass, open_reservations, slots, until
 from tests.wire import wire_to
 
@@ -307,18 +308,28 @@ def test_a_freeze_before_a_claim_does_not_exceed_the_limit(valkey_url: str) -> N
         runner.run(story())
 
 
+async def test_a_page_that_leaves_before_its_stream_begins_is_counted_no_longer(
+    broker: Broker, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def gone(*_: object) -> None:
+        raise ConnectionResetError
+
+    session = await broker.prepare()
+    async with broker.stream(session) as connection:
+        call = (await upstream.call()).open()
+        call.chunk("a")
+        await connection.take(1)
+        worker, generation = broker.app[keys.WORKER], generation_of(broker, session)
+        with monkeypatch.context() as patched:
+            patched.setattr(EventStream, "open", gone)
+            answer = await broker.ask("GET", f"/stream/{session}", headers={"Last-Event-ID": "1-1"})
+        assert answer.status == 499
+        assert generation.seen_viewers > 1
+        assert (len(worker.viewers), generation._viewers) == (1, 1)
+        call.done()
+
+
 # What stays in memory
-
-
-def bytes_with(mark: bytes) -> int:
-    """Return the bytes of large objects in this process that contain a mark."""
-    gc.collect()
-    found: dict[int, int] = {}
-    for piece in gc.get_referents(*gc.get_objects()):
-        # Not isinstance, which would wake modules that are loaded when they are touched.
-        if type(piece) in (bytes, bytearray) and len(piece) > 1000 and mark in piece:
-            found[id(piece)] = len(piece)
-    return sum(found.values())
 
 
 async def test_a_session_that_was_refused_keeps_no_prompt(broker: Broker, upstream: ScriptedUpstream) -> None:
@@ -338,9 +349,8 @@ async def test_a_stream_keeps_no_prompt_once_it_runs(broker: Broker, upstream: S
         call = (await upstream.call()).open()
         call.chunk("a")
         await connection.take(1)
-        await broker.ask(
-            "GET", "/health/live"
-        )  # a connection keeps its last request until the next one comes
+        # A connection keeps its last request until the next one comes.
+        await broker.ask("GET", "/health/live")
         upstream.calls.clear()
         await until(lambda: asyncio.sleep(0, bytes_with(b"prompt prompt") < ENOUGH))
         call.chunk("b")

@@ -24,6 +24,8 @@ from broker.core.errors import (
     UpstreamUnreachable,
 )
 from broker.upstream.client import MAX_ERROR_BODY, UpstreamClient, UpstreamStream
+from tests.memory import bytes_with
+from tests.money import until
 from tests.scripted import Call, Reply, ScriptedUpstream
 from tests.stopwatch import Stopwatch
 
@@ -381,3 +383,28 @@ async def test_cancelled_requests_lose_no_connection(upstream: ScriptedUpstream,
         # All places are free again: as many requests as the limit has run at the same time.
         assert await asyncio.gather(*(read(client) for _ in range(3)))
         assert client._pool._free._value == 3
+
+
+async def test_a_stream_that_waits_keeps_no_bytes_that_were_taken(
+    client: UpstreamClient, upstream: ScriptedUpstream
+) -> None:
+    def one_event(call: Call) -> None:
+        call.open()
+        call.event(b'{"x": "' + b"taken " * 10_000 + b'"}')
+
+    upstream.replies = [one_event]
+    stream = await ask(client)
+    taken = 0
+
+    def take(block: bytes) -> bool:
+        nonlocal taken
+        taken += len(block)
+        return False
+
+    reading = asyncio.create_task(stream.relay(take))
+    await until(lambda: asyncio.sleep(0, taken > 60_000))
+    assert bytes_with(b"taken taken") == 0
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    stream.close()
