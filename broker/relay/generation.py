@@ -322,7 +322,7 @@ class Generation:
         self._unwatched_since = None
 
     def remove_viewer(self) -> None:
-        """Count a viewer out."""
+        """Stop counting a viewer: it has left."""
         self._viewers -= 1
         self._note_watchers()
 
@@ -578,9 +578,9 @@ class Generation:
 
 
 async def _ended(task: asyncio.Task[SessionError | None]) -> None:
-    """Wait for the end of a task. A cancellation leaves it running.
+    """Wait for the end of a task. If the caller is cancelled, the task goes on.
 
-    This is `asyncio.wait` for one task, which takes 1.8 KiB more for each stream (measured).
+    Does what `asyncio.wait` does, in 1.8 KiB less for each stream (measured).
     """
     if task.done():
         return

@@ -118,7 +118,7 @@ class Hub:
         return await self._mirror(session_id, cursor)
 
     def add_viewer(self, source: Source, viewer: Viewer, *, resumed: bool = False) -> None:
-        """Count a viewer, and send it heartbeats, until `remove_viewer`. It does not wait.
+        """Count a viewer, and send it heartbeats, until `remove_viewer` is called.
 
         Args:
             source: of its events.
@@ -129,7 +129,7 @@ class Hub:
         self._worker.viewers.add(viewer)
 
     def remove_viewer(self, source: Source, viewer: Viewer) -> None:
-        """Count a viewer out that has left."""
+        """Stop counting a viewer: it has left."""
         self._worker.viewers.discard(viewer)
         source.remove_viewer()
 

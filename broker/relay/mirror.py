@@ -69,7 +69,7 @@ class Mirror:
         self._viewers += 1
 
     def remove_viewer(self) -> None:
-        """Count a viewer out. Nobody follows the session any more after the last one."""
+        """Stop counting a viewer: it has left. After the last one, the session is followed no longer."""
         self._viewers -= 1
         if not self._viewers:
             self._unwatched(self)

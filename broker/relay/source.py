@@ -27,4 +27,4 @@ class Source(Protocol):
         """
 
     def remove_viewer(self) -> None:
-        """Count a viewer out that has left."""
+        """Stop counting a viewer: it has left."""

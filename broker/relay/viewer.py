@@ -87,7 +87,7 @@ class Viewer:
         self._read_journal = read_journal
         self._connection = connection
         self._epoch, self._n, _ = cursor or START
-        # A future for each wait: an `asyncio.Event` takes 0.75 KiB, and most streams wait.
+        # A new future for each wait, as an `asyncio.Event` would take 0.75 KiB for each viewer.
         self._waking: asyncio.Future[None] | None = None
         self._released = False
         self._halfway = False

@@ -330,7 +330,7 @@ class UpstreamStream:
                 self._is_stream, self._head = True, b""
                 if head and take(head):
                     return False
-                head = b""  # this frame waits for as long as the stream lasts
+                head = b""  # else this frame would keep them until the stream ends
             return await self._relay(take)
 
     async def _relay(self, take: Take) -> bool:
